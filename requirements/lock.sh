@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Resolves requirements.in into h100.lock, m4.lock, cpu.lock and dev.lock. Needs uv (pip install uv) and a package index.
+#   requirements/lock.sh [--upgrade]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# A CPU build of torch is not on PyPI: uv knows PyTorch's own index, and a folder of wheels may stand in for it.
+export UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}"
+cpu_torch=()
+[[ -n $UV_FIND_LINKS ]] || cpu_torch=(--torch-backend cpu)
+
+resolve() {  # resolve NAME PYTHON_PLATFORM ARGUMENT...
+  local name=$1 platform=$2; shift 2
+  uv pip compile "$name.in" --output-file "$name.lock" --quiet --python-version 3.11 --python-platform "$platform" \
+    --custom-compile-command 'requirements/lock.sh' "$@"
+  echo "$name.lock: $(grep -c '==' "$name.lock") packages"
+}
+
+resolve h100 x86_64-manylinux_2_28 --generate-hashes "$@"
+MACOSX_DEPLOYMENT_TARGET=14.0 resolve m4 aarch64-apple-darwin --generate-hashes "$@"
+# One hash would make pip ask for all, and the CPU build's hash is another index's: this lock has none.
+resolve cpu x86_64-manylinux_2_28 "${cpu_torch[@]}" "$@"
+# 2.13.0 also matches 2.13.0+cpu, and an index without the CPU build still installs.
+sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' cpu.lock && rm cpu.lock.bak
+resolve dev x86_64-manylinux_2_28 "$@"

@@ -1,0 +1,276 @@
+"""One conversation -> token ids and labels, exactly as the model's own tokenizer does it.
+
+A conversation is first cut into pieces (plain text, or a control token by name), and each text piece is encoded by
+itself with control tokens switched off. So text in a message can never become a control token, there is exactly one
+`<s>`, and the loss lies on assistant text and its end token only.
+
+For Mistral the ids must equal mistral-common's v1 tokenizer, which ships the very SentencePiece file of Instruct v0.2;
+`Reference` asks it, and the certificate compares every row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+
+from finetune.errors import ConfigError
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+Messages = list[dict[str, str]]
+
+
+class Piece(NamedTuple):
+    """Text to encode, or a control token's own text; `supervised` pieces carry loss."""
+
+    text: str
+    control: bool
+    supervised: bool
+
+
+class Encoded(NamedTuple):
+    """`input_ids` and `labels`: [tokens]; `turn_ends`: the length up to the end of each assistant turn."""
+
+    input_ids: list[int]
+    labels: list[int]
+    turn_ends: list[int]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How one family of models writes a conversation down.
+
+    `template` is the same as Jinja, with generation marks, and is saved with the adapter; a test holds the two equal.
+    """
+
+    name: str
+    bos: str | None
+    end: str
+    pad: str
+    template: str
+    pieces: Callable[[Messages], Iterator[Piece]]
+
+
+def _mistral_pieces(messages: Messages) -> Iterator[Piece]:
+    yield Piece("<s>", True, False)
+    system = ""
+    for message in messages:
+        if message["role"] == "system":
+            system = message["content"] + "\n\n"  # Mistral has no system role: it goes before the first question
+        elif message["role"] == "user":
+            yield Piece(f"[INST] {system}{message['content']} [/INST]", False, False)
+            system = ""
+        else:
+            yield Piece(message["content"], False, True)
+            yield Piece("</s>", True, True)
+
+
+def _chatml_pieces(messages: Messages) -> Iterator[Piece]:
+    for message in messages:
+        reply = message["role"] == "assistant"
+        yield Piece("<|im_start|>", True, False)
+        yield Piece(f"{message['role']}\n" + ("" if reply else message["content"]), False, False)
+        if reply:
+            yield Piece(message["content"], False, True)
+        yield Piece("<|im_end|>", True, reply)
+        yield Piece("\n", False, False)
+
+
+# Whitespace control keeps the template readable and the text exact.
+MISTRAL_TEMPLATE = """\
+{{- bos_token -}}
+{%- set ns = namespace(system='', turn=0) -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' and loop.first -%}
+        {%- set ns.system = message['content'] + '\\n\\n' -%}
+    {%- elif message['role'] == 'user' and ns.turn % 2 == 0 -%}
+        {{- '[INST] ' + ns.system + message['content'] + ' [/INST]' -}}
+        {%- set ns.system = '' -%}
+        {%- set ns.turn = ns.turn + 1 -%}
+    {%- elif message['role'] == 'assistant' and ns.turn % 2 == 1 -%}
+        {%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
+        {%- set ns.turn = ns.turn + 1 -%}
+    {%- else -%}
+        {{- raise_exception('roles must be: system (first only), then user and assistant in turn') -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+CHATML_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+MISTRAL_FORMAT = ChatFormat("mistral-v1", "<s>", "</s>", "<unk>", MISTRAL_TEMPLATE, _mistral_pieces)
+CHATML_FORMAT = ChatFormat("chatml", None, "<|im_end|>", "<|endoftext|>", CHATML_TEMPLATE, _chatml_pieces)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer and the format that belongs to it."""
+
+    format: ChatFormat
+    tokenizer: Tokenizer
+    fingerprint: str  # sha256 of tokenizer and template
+
+    def encode(self, rows: Sequence[Messages]) -> list[Encoded]:
+        """Ids and labels of each conversation, in one batch call to the tokenizer."""
+        pieces = [list(self.format.pieces(messages)) for messages in rows]
+        texts = [piece.text for row in pieces for piece in row if not piece.control]
+        encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [self._join(row, encodings) for row in pieces]
+
+    def _join(self, pieces: Iterable[Piece], encodings: Iterator[object]) -> Encoded:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        turn_ends: list[int] = []
+        for piece in pieces:
+            ids = [self.token_id(piece.text)] if piece.control else next(encodings).ids  # type: ignore[attr-defined]
+            input_ids += ids
+            labels += ids if piece.supervised else [IGNORED] * len(ids)
+            if piece.control and piece.supervised:
+                turn_ends.append(len(input_ids))
+        return Encoded(input_ids, labels, turn_ends)
+
+    def token_id(self, token: str) -> int:
+        """The id of a control token by its text."""
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ConfigError(f"model.name: its tokenizer has no {token!r}, which the {self.format.name} format needs")
+        return token_id
+
+    @property
+    def certifiable(self) -> bool:
+        """Whether mistral-common is this tokenizer's reference."""
+        return self.format is MISTRAL_FORMAT
+
+
+def load_chat(folder: Path | None) -> Chat:
+    """The tokenizer and format of a base model.
+
+    `folder` is the model's local folder or None. Mistral's tokenizer is always made from mistral-common's own file, by
+    one pinned recipe, so it needs no account and no network; a `tokenizer.json` that lies in the folder must hold the
+    same vocabulary. A folder whose tokenizer knows `<|im_start|>` is the demo model's. Raises ConfigError otherwise.
+    """
+    own = folder / "tokenizer.json" if folder else None
+    if own is None or not own.is_file():
+        return _chat(MISTRAL_FORMAT, mistral_tokenizer())
+    try:
+        tokenizer = Tokenizer.from_file(str(own))
+    except Exception as error:  # noqa: BLE001  the tokenizers library raises plain Exception
+        raise ConfigError(f"model.name: {own} cannot be read as a tokenizer: {error}") from None
+    if tokenizer.token_to_id("<|im_start|>") is not None:
+        return _chat(CHATML_FORMAT, tokenizer)
+    pinned = mistral_tokenizer()
+    difference = _first_difference(tokenizer, pinned)
+    if difference:
+        raise ConfigError(f"model.name: {own} is not Mistral-7B-Instruct-v0.2's tokenizer: {difference}")
+    return _chat(MISTRAL_FORMAT, pinned)
+
+
+def _chat(chat_format: ChatFormat, tokenizer: Tokenizer) -> Chat:
+    digest = hashlib.sha256((tokenizer.to_str() + chat_format.template).encode()).hexdigest()
+    tokenizer.encode_special_tokens = True  # "</s>" in a message is text, not the end of a turn
+    return Chat(chat_format, tokenizer, digest)
+
+
+def _first_difference(found: Tokenizer, wanted: Tokenizer) -> str | None:
+    if found.get_vocab_size() != wanted.get_vocab_size():
+        return f"{found.get_vocab_size()} tokens, wanted {wanted.get_vocab_size()}"
+    for token, token_id in wanted.get_vocab().items():
+        if found.token_to_id(token) != token_id:
+            return f"token {token!r} has id {found.token_to_id(token)}, wanted {token_id}"
+    return None
+
+
+def sentencepiece_file() -> Path:
+    """mistral-common's copy of the v1 SentencePiece model: 32,000 pieces, those of Instruct v0.1 and v0.2."""
+    import mistral_common
+
+    return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
+
+def mistral_tokenizer() -> Tokenizer:
+    """Mistral's tokenizer as byte-fallback BPE, from SentencePiece's pieces and scores.
+
+    Every way to make a piece from two shorter pieces is a merge, and merges apply in the order of the piece's score:
+    that is SentencePiece's own rule for BPE models. `Prepend` is its dummy prefix.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(sentencepiece_file()))
+    scores = {model.id_to_piece(index): model.get_score(index) for index in range(model.get_piece_size())}
+    vocab = {piece: index for index, piece in enumerate(scores)}
+    if len(vocab) != 32000:
+        raise ConfigError(
+            f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, wanted 32000; reinstall mistral-common"
+        )
+    tokenizer = Tokenizer(
+        BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    pairs: list[tuple[float, int, int, str, str]] = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                pairs.append((-score, vocab[left], vocab[right], left, right))
+    return [(left, right) for *_, left, right in sorted(pairs)]
+
+
+class Reference:
+    """mistral-common's v1 tokenizer: what Mistral's own code makes of a conversation."""
+
+    def __init__(self) -> None:
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        self._tokenizer = MistralTokenizer.v1().instruct_tokenizer
+
+    def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+        """Ids and labels, message by message through mistral-common's own encoders; loss on assistant messages."""
+        from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        input_ids = list(self._tokenizer.start())
+        labels = [IGNORED] * len(input_ids)
+        for index, message in enumerate(messages[1:] if system else messages):
+            if message["role"] == "user":
+                user = UserMessage(content=message["content"])
+                ids = self._tokenizer.encode_user_message(user, [], False, index == 0, system_prompt=system)[0]
+                labels += [IGNORED] * len(ids)
+            else:
+                ids = self._tokenizer.encode_assistant_message(AssistantMessage(content=message["content"]), False)
+                labels += ids
+            input_ids += ids
+        return input_ids, labels
+
+
+def truncate(encoded: Encoded, max_seq_length: int) -> Encoded | None:
+    """The conversation up to the last whole assistant turn that fits; None where not even the first does."""
+    if len(encoded.input_ids) <= max_seq_length:
+        return encoded
+    ends = [end for end in encoded.turn_ends if end <= max_seq_length]
+    return Encoded(encoded.input_ids[: ends[-1]], encoded.labels[: ends[-1]], ends) if ends else None

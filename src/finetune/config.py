@@ -1,0 +1,304 @@
+"""The config: one frozen, typed tree from the base file, the platform's file and `--set`; all problems at once.
+
+Defaults live in configs/training_config.yaml and nowhere else, so the dataclasses below have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from finetune import typed, yaml_source
+from finetune.errors import ConfigError
+from finetune.platforms import PLATFORMS, choose, read_machine
+from finetune.typed import Bounds
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE_FILE = ROOT / "configs" / "training_config.yaml"
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
+
+# What a config file must bring, whatever else has defaults.
+REQUIRED = (
+    "model.name",
+    "model.max_seq_length",
+    *(f"lora.{key}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")),
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_accumulation_steps",
+)
+
+Dtype = Literal["bfloat16", "float32"]
+Count = Annotated[int, Bounds(least=1)]
+Share = Annotated[float, Bounds(least=0, most=1)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and how it is held."""
+
+    name: str
+    revision: str | None
+    dtype: Dtype
+    attn_implementation: Literal["flash_attention_2", "sdpa"]
+    max_seq_length: Annotated[int, Bounds(least=16, most=32768)]
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """bitsandbytes' names; `storage` says whether NF4 stays packed in memory or is expanded once at load."""
+
+    load_in_4bit: bool
+    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_use_double_quant: bool
+    bnb_4bit_compute_dtype: Dtype
+    storage: Literal["packed", "expanded"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's names."""
+
+    r: Annotated[int, Bounds(least=1, most=1024)]
+    lora_alpha: Count
+    lora_dropout: Annotated[float, Bounds(least=0, most=0.9)]
+    target_modules: tuple[str, ...]
+    bias: Literal["none"]
+    task_type: Literal["CAUSAL_LM"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """transformers' TrainingArguments' names, and `packing`, `early_stopping_patience` beside them."""
+
+    num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
+    max_steps: Annotated[int, Bounds(least=-1)]
+    per_device_train_batch_size: Count
+    per_device_eval_batch_size: Count
+    gradient_accumulation_steps: Count
+    learning_rate: Annotated[float, Bounds(above=0, most=1)]
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_ratio: Annotated[float, Bounds(least=0, most=0.9)]
+    weight_decay: Share
+    max_grad_norm: Annotated[float, Bounds(above=0, most=1000)]
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"]
+    bf16: bool
+    fp16: bool
+    gradient_checkpointing: bool
+    packing: bool
+    logging_steps: Count
+    eval_steps: Count
+    save_steps: Count
+    save_total_limit: Count
+    metric_for_best_model: Literal["eval_loss"]
+    load_best_model_at_end: bool
+    early_stopping_patience: Count | None
+    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where the conversations are and what happens to a row that is too long or bad."""
+
+    train_file: str
+    validation_file: str | None
+    validation_split: Annotated[float, Bounds(above=0, most=0.5)]
+    truncation: bool
+    padding_side: Literal["right", "left"]
+    on_bad_row: Literal["fail", "drop"]
+    certificate: bool
+    sample_prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    report_to: Literal["wandb", "tensorboard", "none"]
+    project: str
+    run_name: str | None
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where runs are written."""
+
+    dir: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree; what a run is."""
+
+    platform: Literal["h100", "m4", "cpu"]
+    model: ModelConfig
+    quantization: QuantizationConfig
+    lora: LoraConfig
+    training: TrainingConfig
+    dataset: DatasetConfig
+    system_prompt: str | None
+    tracking: TrackingConfig
+    output: OutputConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tree as plain mappings and lists, as YAML and JSON hold it."""
+        tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return tree
+
+    def sha256(self) -> str:
+        """Hash of the resolved values."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def run_name(self) -> str:
+        """`tracking.run_name`, which `load` fills in where a file leaves it null."""
+        assert self.tracking.run_name is not None
+        return self.tracking.run_name
+
+    @property
+    def run_folder(self) -> Path:
+        """`output.dir`/`run_name`, absolute."""
+        return resolve(self.output.dir) / self.run_name
+
+
+def resolve(path: str) -> Path:
+    """A path from a config: relative ones are from the project's root, whatever the working directory."""
+    return ROOT / Path(path).expanduser()
+
+
+def config_file(choice: str | None) -> tuple[Path, str]:
+    """The file that `--config` names (a path, or a platform's name) and why; without one, the detected platform's."""
+    if choice is None:
+        platform, reason = choose(read_machine())
+        return ROOT / "configs" / f"training_config_{platform.name}.yaml", reason
+    if choice in PLATFORMS:
+        return ROOT / "configs" / f"training_config_{choice}.yaml", f"--config {choice}"
+    path = Path(choice)
+    if not path.is_file():
+        names = ", ".join(PLATFORMS)
+        raise ConfigError(f"--config {choice}: no such file; type a path or one of: {names}")
+    return path, f"--config {choice}"
+
+
+def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]:
+    """The resolved config and one sentence on which file it comes from and why.
+
+    Raises ConfigError with every problem: unknown, missing and duplicate keys, wrong types and values, and combinations
+    that the platform cannot honour.
+    """
+    path, reason = config_file(choice)
+    base, places = yaml_source.read(BASE_FILE)
+    above, above_places = yaml_source.read(path)
+    set_values, set_places = yaml_source.override(settings)
+    merged = yaml_source.deep_merge(yaml_source.deep_merge(base, above), set_values)
+    yaml_source.validate_required_fields(merged, REQUIRED)
+    problems = typed.Problems({**places, **above_places, **set_places})
+    everywhere = typed.paths(Config)
+    config = typed.build(Config, merged, "", problems, everywhere)
+    if not problems.found:
+        config = _with_run_name(config, path)
+        for rule in RULES:
+            rule(config, problems)
+    if problems.found:
+        raise ConfigError(*sorted(set(problems.found)))
+    return config, f"{os.path.relpath(path)} ({reason})"
+
+
+def _with_run_name(config: Config, path: Path) -> Config:
+    """Stable from the config file's name, so that the same command means the same run."""
+    if config.tracking.run_name is not None:
+        return config
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=path.stem))
+
+
+def is_local(name: str) -> bool:
+    """Whether `model.name` is a folder here rather than a Hub id."""
+    return resolve(name).is_dir()
+
+
+def _base_model(config: Config, problems: typed.Problems) -> None:
+    name = config.model.name
+    if name == MISTRAL or is_local(name):
+        return
+    if resolve(name) == ROOT / "models" / "demo-135m":
+        problems.add("model.name", f"{name} is not there; type: .venv/bin/python scripts/make_demo_model.py")
+    else:
+        problems.add("model.name", f"found {typed.show(name)}, wanted {MISTRAL} or a local folder that holds it")
+
+
+def _platform_values(config: Config, problems: typed.Problems) -> None:
+    row = PLATFORMS[config.platform]
+    chosen = {
+        "training.optim": (config.training.optim, row.optimizers),
+        "model.attn_implementation": (config.model.attn_implementation, row.attentions),
+    }
+    for path, (value, works) in chosen.items():
+        if value not in works:
+            problems.add(path, f"{value} does not work on {row.label} ({row.name}); wanted {' | '.join(works)}")
+
+
+def _precision(config: Config, problems: typed.Problems) -> None:
+    if config.training.fp16:
+        problems.add("training.fp16", "Mistral's activations overflow fp16; set training.bf16: true and fp16: false")
+    if config.training.bf16 and config.model.dtype != "bfloat16":
+        problems.add(
+            "training.bf16", f"true beside model.dtype {config.model.dtype}; set model.dtype: bfloat16 or bf16: false"
+        )
+    if config.quantization.bnb_4bit_compute_dtype != config.model.dtype:
+        found = f"{config.quantization.bnb_4bit_compute_dtype} beside model.dtype {config.model.dtype}"
+        problems.add("quantization.bnb_4bit_compute_dtype", f"{found}; set both to the same")
+
+
+def _quantization(config: Config, problems: typed.Problems) -> None:
+    if not config.quantization.load_in_4bit:
+        problems.add("quantization.load_in_4bit", "false, but QLoRA trains on a 4-bit base; set it to true")
+
+
+def _lora_targets(config: Config, problems: typed.Problems) -> None:
+    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    wrong = [name for name in config.lora.target_modules if name not in known]
+    if wrong or not config.lora.target_modules:
+        problems.add(
+            "lora.target_modules", f"found {', '.join(wrong) or 'an empty list'}, wanted some of {', '.join(known)}"
+        )
+
+
+def _schedule(config: Config, problems: typed.Problems) -> None:
+    training = config.training
+    if training.save_steps % training.eval_steps:
+        text = f"{training.save_steps} is not a multiple of training.eval_steps {training.eval_steps}"
+        nearest = max(1, round(training.save_steps / training.eval_steps)) * training.eval_steps
+        problems.add(
+            "training.save_steps", f"{text}, so saved steps would have no eval_loss to rank by; set it to {nearest}"
+        )
+    if training.max_steps == 0:
+        problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
+
+
+def _run_name(config: Config, problems: typed.Problems) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
+        wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        problems.add("tracking.run_name", f"found {typed.show(config.run_name)}, wanted {wanted}")
+
+
+RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
+    _base_model,
+    _platform_values,
+    _precision,
+    _quantization,
+    _lora_targets,
+    _schedule,
+    _run_name,
+)

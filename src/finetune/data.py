@@ -1,0 +1,188 @@
+"""The data a run trains on: files -> checked, split and encoded rows, through a cache -> datasets for the trainer.
+
+A stream from end to end: token arrays come from `encoding.chunks` in file order and are written at once, so memory does
+not grow with the data but for a few numbers a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.chat import Chat, load_chat
+from finetune.config import DEFAULT_VALIDATION_FILE, DatasetConfig, resolve
+from finetune.encoding import Recipe, Statistics, chunks
+from finetune.errors import CheckFailed, ConfigError, DataError
+from finetune.jsonl import open_lines
+from finetune.packing import pack
+from finetune.rows import Rows, SplitWriter
+
+LISTED_PROBLEMS = 20
+PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Train and validation rows, ready for the trainer; `files` and `tokens` are what the manifest records of them."""
+
+    train: Rows
+    validation: Rows
+    statistics: dict[str, Statistics]
+    sequences: list[list[int]] | None
+    files: dict[str, dict[str, Any]]
+    tokens: dict[str, dict[str, str]]
+    split_reason: str
+    chat: Chat
+
+
+def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, workers: int | None = None) -> Prepared:
+    """Read, check, split and encode the data, or take all that from the cache below `cache`.
+
+    Raises ConfigError (a file is absent), DataError (bad rows, an empty split, a row in train and validation both) and
+    CheckFailed (a row's tokens are not mistral-common's).
+    """
+    train_path, validation_path, split_reason = _files(dataset)
+    paths = {"train": train_path} | ({"validation": validation_path} if validation_path else {})
+    files = {name: {"path": str(path), "sha256": _sha256(path)} for name, path in paths.items()}
+    chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
+    key = _cache_key(files, recipe, dataset, chat)
+    folder = cache / key
+    if not (folder / "summary.json").is_file():
+        _write_cache(folder, paths, recipe, dataset, workers)
+    summary = json.loads((folder / "summary.json").read_text())
+    train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
+    return Prepared(
+        train,
+        validation,
+        {name: Statistics(**values) for name, values in summary["statistics"].items()},
+        pack(train.lengths.tolist(), recipe.max_seq_length) if packing else None,
+        {name: {**entry, "rows": summary["file_rows"][name]} for name, entry in files.items()},
+        summary["tokens"],
+        split_reason,
+        chat,
+    )
+
+
+def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
+    train = resolve(dataset.train_file)
+    share = f"{dataset.validation_split:.0%} of the rows, chosen by content, are held out"
+    open_lines(train).close()
+    if dataset.validation_file is None:
+        return train, None, f"no validation file: {share}"
+    validation = resolve(dataset.validation_file)
+    if validation.is_file():
+        return train, validation, f"validation rows are those of {dataset.validation_file}"
+    if dataset.validation_file == DEFAULT_VALIDATION_FILE:
+        return train, None, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
+    raise ConfigError(f"dataset.validation_file: {validation}: not there; set a file that is, or null for a split")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
+    """Content, template, tokenizer, length and this code: whatever decides a token is in the key."""
+    here = Path(__file__).parent
+    code = [
+        hashlib.sha256((here / name).read_bytes()).hexdigest()
+        for name in ("chat.py", "jsonl.py", "encoding.py", "rows.py", "data.py")
+    ]
+    parts = [
+        {name: entry["sha256"] for name, entry in files.items()},
+        {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
+        [dataset.validation_split, dataset.on_bad_row, code],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _write_cache(
+    folder: Path, paths: dict[str, Path], recipe: Recipe, dataset: DatasetConfig, workers: int | None
+) -> None:
+    """Fill `folder`, whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        writers = {name: SplitWriter(partial / f"{name}.arrow") for name in ("train", "validation")}
+        file_rows = {
+            name: _read_file(name, path, paths, recipe, dataset, writers, workers) for name, path in paths.items()
+        }
+        tokens = {name: writer.close() for name, writer in writers.items()}
+        _check_splits(writers, paths)
+        statistics = {name: asdict(writer.statistics) for name, writer in writers.items()}
+        summary = {"statistics": statistics, "file_rows": file_rows, "tokens": tokens}
+        (partial / "summary.json").write_text(json.dumps(summary))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_file(
+    name: str,
+    path: Path,
+    paths: dict[str, Path],
+    recipe: Recipe,
+    dataset: DatasetConfig,
+    writers: dict[str, SplitWriter],
+    workers: int | None,
+) -> int:
+    """Stream one file into the writers; returns how many of its rows were written."""
+    if workers is None:
+        workers = (os.cpu_count() or 1) if path.stat().st_size >= PARALLEL_FROM_BYTES else 0
+    held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
+    statistics = writers[name].statistics
+    rows = 0
+    for chunk in chunks(path, recipe, workers):
+        if chunk.mismatch:
+            raise CheckFailed(f"certificate: {path}:{chunk.mismatch}\nReport this row: no run may start on it.")
+        _add(statistics, chunk.statistics)
+        in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
+        writers["train"].write(chunk, ~in_validation)
+        writers["validation"].write(chunk, in_validation)
+        rows += len(chunk.lengths)
+    if statistics.bad and dataset.on_bad_row == "fail":
+        raise DataError(bad_rows_text(path, statistics))
+    statistics.dropped_bad = len(statistics.bad)
+    return rows
+
+
+def _add(total: Statistics, part: Statistics) -> None:
+    total.longest = max(total.longest, part.longest)
+    for name in ("truncated", "dropped_long", "certified"):
+        setattr(total, name, getattr(total, name) + getattr(part, name))
+    total.bad += part.bad
+
+
+def bad_rows_text(path: Path, statistics: Statistics) -> str:
+    """Every bad row as file:line and what was found, up to LISTED_PROBLEMS, then a count."""
+    count = len(statistics.bad)
+    listed = [f"  {path}:{line}: {text}" for line, text in statistics.bad[:LISTED_PROBLEMS]]
+    more = [f"  ... and {count - LISTED_PROBLEMS} more"] if count > LISTED_PROBLEMS else []
+    advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+    return "\n".join([f"data: {count} bad row{'s' * (count != 1)}", *listed, *more, advice])
+
+
+def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> None:
+    train, validation = writers["train"], writers["validation"]
+    if train.statistics.rows == 0:
+        dropped = train.statistics.dropped_long
+        why = f"; {dropped} were longer than model.max_seq_length" if dropped else ""
+        raise DataError(f"data: {paths['train']} leaves no row to train on{why}")
+    if validation.statistics.rows == 0:
+        where = paths.get("validation", paths["train"])
+        advice = "name a dataset.validation_file, add rows, or raise dataset.validation_split"
+        raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on); {advice}")
+    shared = np.intersect1d(train.all_digests(), validation.all_digests())
+    if len(shared):
+        lines = f"{paths['train']}:{train.line_of(shared[0])} is {paths['validation']}:{validation.line_of(shared[0])}"
+        raise DataError(
+            f"data: {len(shared)} rows stand in train and validation both, the first: {lines}; remove them from one"
+        )

@@ -1,0 +1,173 @@
+"""Lines of JSONL -> token arrays, in chunks, in this process or in several; torch and transformers are not needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from finetune.chat import Messages, Reference, load_chat, truncate
+from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
+
+CHUNK_LINES = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything beside the file's own content that decides which tokens a row becomes."""
+
+    tokenizer_folder: str | None
+    system_prompt: str | None
+    max_seq_length: int
+    truncation: bool
+    certificate: bool
+
+
+@dataclass
+class Statistics:
+    """What became of the rows of one file or split; counted here and nowhere else.
+
+    `tokens` and `supervised_tokens` are after truncation; `longest` is the longest row's tokens before it.
+    `certified` rows were compared with mistral-common. `bad` lists (line, what was wrong).
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_bad: int = 0
+    duplicates: int = 0
+    certified: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows of some lines: `lines`, `digests` and `lengths` [rows]; `input_ids` and `labels` [tokens], flat."""
+
+    lines: np.ndarray
+    digests: np.ndarray
+    lengths: np.ndarray
+    input_ids: np.ndarray
+    labels: np.ndarray
+    statistics: Statistics
+    mismatch: str | None
+
+
+class Encoder:
+    """Turns lines into a `Chunk`; one lives in each worker process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
+        self.reference = Reference() if recipe.certificate and self.chat.certifiable else None
+
+    def encode(self, lines: list[tuple[int, bytes]]) -> Chunk:
+        """Parse, encode, certify and truncate; bad rows are gathered, not raised."""
+        statistics = Statistics()
+        rows: list[tuple[int, int, Messages]] = []
+        for number, line in lines:
+            try:
+                messages = parse_row(line)
+            except BadRow as bad:
+                statistics.bad.append((number, str(bad)))
+                continue
+            rows.append((number, _digest(messages), with_system_prompt(messages, self.recipe.system_prompt)))
+        kept, mismatch = [], None
+        for (number, digest, messages), encoded in zip(rows, self.chat.encode([row[2] for row in rows]), strict=True):
+            if self.reference and mismatch is None:
+                mismatch = self._compare(number, messages, encoded.input_ids, encoded.labels)
+                statistics.certified += 1
+            statistics.longest = max(statistics.longest, len(encoded.input_ids))
+            cut = truncate(encoded, self.recipe.max_seq_length)
+            if cut is not encoded and not self.recipe.truncation:
+                long = f"{len(encoded.input_ids)} tokens, model.max_seq_length is {self.recipe.max_seq_length}"
+                statistics.bad.append((number, f"{long}, and dataset.truncation is false"))
+            elif cut is None:
+                statistics.dropped_long += 1
+            else:
+                statistics.truncated += cut is not encoded
+                kept.append((number, digest, cut.input_ids, cut.labels))
+        statistics.bad.sort()
+        return _chunk(kept, statistics, mismatch)
+
+    def _compare(self, number: int, messages: Messages, input_ids: list[int], labels: list[int]) -> str | None:
+        assert self.reference is not None
+        wanted_ids, wanted_labels = self.reference.encode(messages)
+        if input_ids == wanted_ids and labels == wanted_labels:
+            return None
+        pairs = zip(zip(input_ids, labels, strict=True), zip(wanted_ids, wanted_labels, strict=True), strict=False)
+        place = next((index for index, (found, wanted) in enumerate(pairs) if found != wanted), None)
+        place = min(len(input_ids), len(wanted_ids)) if place is None else place
+        found, wanted = input_ids[place : place + 3], wanted_ids[place : place + 3]
+        return f"{number}: token {place} is {found}, mistral-common says {wanted}"
+
+
+def _chunk(kept: list[tuple[int, int, list[int], list[int]]], statistics: Statistics, mismatch: str | None) -> Chunk:
+    flat_ids = [token for row in kept for token in row[2]]
+    flat_labels = [label for row in kept for label in row[3]]
+    return Chunk(
+        np.array([row[0] for row in kept], np.int32),
+        np.array([row[1] for row in kept], np.uint64),
+        np.array([len(row[2]) for row in kept], np.int32),
+        np.array(flat_ids, np.int32),
+        np.array(flat_labels, np.int32),
+        statistics,
+        mismatch,
+    )
+
+
+def _digest(messages: Messages) -> int:
+    """64 bits of the content's hash: the same conversation has the same digest in every file, on every machine."""
+    text = json.dumps(messages, ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
+    """`messages`, led by the config's system prompt where they bring none of their own."""
+    if system_prompt is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def chunks(path: Path, recipe: Recipe, workers: int) -> Iterator[Chunk]:
+    """The chunks of a file in its order; `workers` 0 works in this process, else at most 2 chunks a worker wait."""
+    with open_lines(path) as stream:
+        lines = read_lines(stream)
+        batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
+        if workers == 0:
+            yield from map(Encoder(recipe).encode, batches)
+            return
+        context = get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
+            running: deque[Future[Chunk]] = deque()
+            for batch in batches:
+                running.append(pool.submit(_work, batch))
+                if len(running) >= 2 * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+
+
+_encoder: Encoder
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = Encoder(recipe)
+
+
+def _work(lines: list[tuple[int, bytes]]) -> Chunk:
+    return _encoder.encode(lines)

@@ -1,0 +1,52 @@
+"""What can go wrong by no fault of the program, each kind with the exit code that every command uses for it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A problem that a person can act on: its text says where, what was found and what to type."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The command line or a config file is wrong. `problems` holds one line a problem, all of them at once."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"config: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class CheckFailed(UserError):
+    """Something on this machine is not what the run needs."""
+
+    exit_code = 3
+
+
+class DataError(UserError):
+    """The training data is bad."""
+
+    exit_code = 4
+
+
+class Diverged(UserError):
+    """The loss or a gradient stopped being a finite number."""
+
+    exit_code = 5
+
+
+class OutOfResource(UserError):
+    """Memory, disk or another run's lock stands in the way."""
+
+    exit_code = 6
+
+
+class Stopped(UserError):
+    """A signal ended the run before it was finished."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

@@ -1,0 +1,130 @@
+"""The machines this program runs on, as rows of facts; the only file that knows device names.
+
+Nothing here imports torch: what a machine is must still be known when torch is the thing that is broken.
+"""
+
+from __future__ import annotations
+
+import platform as host
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a config may ask for on one kind of machine.
+
+    `optimizers` and `attentions` are the values that work there; `any_base` lets the base model be something other than
+    Mistral-7B (the demo and the tests).
+    """
+
+    name: str
+    label: str
+    device: str
+    optimizers: tuple[str, ...]
+    attentions: tuple[str, ...]
+    any_base: bool
+
+
+PLATFORMS = {
+    row.name: row
+    for row in (
+        Platform(
+            name="h100",
+            label="NVIDIA GPU",
+            device="cuda",
+            optimizers=("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"),
+            attentions=("flash_attention_2", "sdpa"),
+            any_base=False,
+        ),
+        Platform(
+            name="m4",
+            label="Apple silicon",
+            device="mps",
+            optimizers=("adamw_torch",),  # paged and 8-bit optimizers live in CUDA memory
+            attentions=("sdpa",),
+            any_base=False,
+        ),
+        Platform(
+            name="cpu",
+            label="CPU only",
+            device="cpu",
+            optimizers=("adamw_torch",),
+            attentions=("sdpa",),
+            any_base=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was read off this machine: OS and architecture as `uname` has them, GPU names, memory in GiB."""
+
+    system: str
+    architecture: str
+    gpus: tuple[str, ...]
+    gpu_free_gib: float | None
+    memory_gib: float
+    memory_free_gib: float
+
+
+def read_machine() -> Machine:
+    """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""
+    gpus, gpu_free_gib = _nvidia_gpus()
+    memory = psutil.virtual_memory()
+    return Machine(
+        host.system(),
+        host.machine(),
+        gpus,
+        gpu_free_gib,
+        memory.total / GIB,
+        min(memory.available, _cgroup_limit()) / GIB,
+    )
+
+
+def _nvidia_gpus() -> tuple[tuple[str, ...], float | None]:
+    """Names of all GPUs and the first one's free memory in GiB; nothing where the driver does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return (), None
+    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return (), None
+    rows = [line.rsplit(",", 1) for line in answer.splitlines() if "," in line]
+    if not rows:
+        return (), None
+    free_mib = rows[0][1].strip()
+    return tuple(name.strip() for name, _ in rows), float(free_mib) / 1024 if free_mib.isdigit() else None
+
+
+def _cgroup_limit() -> float:
+    """Memory limit of this container in bytes, infinite where there is none."""
+    path = Path("/sys/fs/cgroup/memory.max")
+    text = path.read_text().strip() if path.is_file() else "max"
+    return float("inf") if text == "max" else float(text)
+
+
+def choose(machine: Machine) -> tuple[Platform, str]:
+    """The platform that fits `machine`, and why, in words for the terminal."""
+    if machine.gpus:
+        return PLATFORMS["h100"], f"found {machine.gpus[0]}"
+    if machine.system == "Darwin" and machine.architecture == "arm64":
+        return PLATFORMS["m4"], f"found Apple silicon with {machine.memory_gib:.0f} GiB of unified memory"
+    return PLATFORMS["cpu"], f"found no NVIDIA driver and no Apple silicon ({machine.system} {machine.architecture})"
+
+
+def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
+    """Free memory in GiB where the model would live; None where `machine` is not of that platform."""
+    if platform.name == "h100":
+        return machine.gpu_free_gib
+    if platform.name == "m4" and choose(machine)[0].name != "m4":
+        return None
+    return machine.memory_free_gib

@@ -1,0 +1,141 @@
+"""YAML as a person means it: line numbers kept, duplicate keys refused, `2e-4` a number. Safe, and capped in size."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
+
+# YAML 1.1 wants a dot in a float, so PyYAML reads 2e-4 as text. This is the YAML 1.2 form.
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases, and reads `2e-4` as a float."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                problem = f"duplicate key {key.value!r} (first on line {seen[key.value]}); keep one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in `text`, and for each dotted key the place it stands in ("file:line").
+
+    Raises ConfigError where it is not YAML, not a mapping, or nested deeper than MAX_DEPTH.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return {}, {}
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigError(f"{where}:1: found a {node.tag.rsplit(':', 1)[-1]}, wanted a mapping of sections")
+            places = dict(_places(node, where, "", 0))
+            return loader.construct_document(node), places
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _places(node: yaml.MappingNode, where: str, prefix: str, depth: int) -> Iterable[tuple[str, str]]:
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}:{node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+    for key, value in node.value:
+        path = f"{prefix}{key.value}"
+        yield path, f"{where}:{key.start_mark.line + 1}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _places(value, where, f"{path}.", depth + 1)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Like `parse`, from a file. Raises ConfigError where it cannot be read as UTF-8 or is over MAX_BYTES."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+        return parse(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; see --config in --help") from None
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError with file:line."""
+    return read(path)[0]
+
+
+def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `override` laid over it, mapping by mapping; lists are replaced. Neither input is changed."""
+    merged = dict(base)
+    for key, value in override.items():
+        below = merged.get(key)
+        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def get_config_value(config: dict[str, Any], path: str, default: Any = None) -> Any:
+    """The value at a dotted `path` such as "lora.r"; `default` where there is none."""
+    value: Any = config
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def validate_required_fields(config: dict[str, Any], fields: Iterable[str]) -> None:
+    """Raises one ConfigError that names every dotted path in `fields` that `config` lacks."""
+    absent = object()
+    missing = [field for field in fields if get_config_value(config, field, absent) is absent]
+    if missing:
+        raise ConfigError(*(f"{field}: missing; add it to the config file" for field in missing))
+
+
+def override(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`--set dotted.key=yaml_value` arguments as one mapping, with the argument as each key's place."""
+    merged: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {setting}: wanted dotted.key=value, for example --set training.max_steps=50")
+        value = parse(f"value: {text}", f"--set {setting}")[0]["value"]
+        for key in reversed(keys):
+            value = {key: value}
+        merged = deep_merge(merged, value)
+        places[".".join(keys)] = f"--set {setting}"
+    return merged, places
