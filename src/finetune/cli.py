@@ -1,0 +1,57 @@
+"""What every command shares: its arguments, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+from finetune.errors import UserError
+
+
+def parser(description: str, config_help: str | None = None) -> argparse.ArgumentParser:
+    """A parser with `--set` and `--json`, and `--config` where `config_help` is given."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    if config_help:
+        made.add_argument("--config", metavar="FILE", help=config_help)
+    made.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one config key; may repeat"
+    )
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    return made
+
+
+def print_json(document: Any) -> None:
+    """The one JSON document of `--json`."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and exit with the documented code: a UserError's own, 130 or 143 after a signal, 1 for a bug."""
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"no space left: {error.filename or error}; free some, then type the same command again", file=sys.stderr)
+        sys.exit(6)
+    sys.exit(0)
+
+
+def _leave(signal_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signal_number)

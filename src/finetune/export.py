@@ -1,0 +1,178 @@
+"""What a finished run leaves: a plain PEFT adapter, its tokenizer, a model card, the resolved config, a manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from finetune.checkpoints import sha256, write_json
+from finetune.config import ROOT, Config
+from finetune.data import Prepared
+from finetune.runs import Run
+from finetune.trainer import Outcome
+
+VERSIONED = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "tokenizers",
+    "mistral-common",
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide what a run computes."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
+
+
+def git_commit() -> str | None:
+    """The commit of this program's folder; None where it is no git checkout."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """What must be equal for a checkpoint to go on: config (but names and reporting), tokens, tokenizer, versions."""
+    tree = config.as_dict()
+    for section, key in (
+        ("tracking", None),
+        ("output", None),
+        ("dataset", "sample_prompts"),
+        ("training", "logging_steps"),
+    ):
+        tree.pop(section) if key is None else tree[section].pop(key)
+    tokens = prepared.tokens | {"tokenizer": prepared.chat.fingerprint}
+    return {"config": tree, "tokens": tokens, "versions": versions()}
+
+
+def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> dict[str, Any]:
+    """The part of the manifest that is known before the first step."""
+    statistics = prepared.statistics
+    return {
+        "config_sha256": config.sha256(),
+        "data": prepared.files,
+        "tokens": {
+            name: {
+                **prepared.tokens[name],
+                "rows": counts.rows,
+                "total": counts.tokens,
+                "supervised": counts.supervised_tokens,
+            }
+            for name, counts in statistics.items()
+        },
+        "rows": {
+            name: {
+                "certified": counts.certified,
+                "truncated": counts.truncated,
+                "dropped_long": counts.dropped_long,
+                "dropped_bad": [{"line": line, "found": text} for line, text in counts.bad],
+                "duplicates": counts.duplicates,
+            }
+            for name, counts in statistics.items()
+        },
+        "base_model": {"name": config.model.name, "revision": config.model.revision},
+        "versions": versions(),
+        "hardware": hardware,
+        "git_commit": git_commit(),
+    }
+
+
+def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
+    """The resolved config, and a manifest that says the run is not finished."""
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    write_manifest(run, {"status": "interrupted", **known})
+
+
+def write_manifest(run: Run, content: dict[str, Any]) -> None:
+    """manifest.json, whole."""
+    write_json(run.folder / "manifest.json", content)
+
+
+def write_adapter(
+    run: Run,
+    config: Config,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    known: dict[str, Any],
+    outcome: Outcome,
+    peak_memory_gib: float,
+    samples: list[dict[str, str]],
+) -> None:
+    """The final files; the manifest that calls them complete comes last."""
+    partial = run.folder / "export.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, save_embedding_layers=False)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(model_card(config, known, outcome), encoding="utf-8")
+    for path in sorted(partial.iterdir()):
+        path.replace(run.folder / path.name)
+    partial.rmdir()
+    results = {
+        "steps": outcome.steps,
+        "train_loss": outcome.train_loss,
+        "eval_loss_before": outcome.first_eval_loss,
+        "eval_loss": outcome.eval_loss,
+        "best_step": outcome.best_step,
+        "stopped_early": outcome.stopped_early,
+        "tokens_per_second": round(outcome.tokens_per_second, 1),
+        "peak_memory_gib": round(peak_memory_gib, 2),
+        "seconds": round(outcome.seconds, 1),
+        "adapter_sha256": sha256(run.folder / "adapter_model.safetensors"),
+        "samples": samples,
+    }
+    write_manifest(run, {"status": "complete", **known, **results})
+
+
+def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:
+    """README.md in the Hub's format."""
+    local = Path(config.model.name).name
+    base = config.model.name if config.model.revision else local
+    metadata = {
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora", "lora", "mistral"],
+        **({"base_model": base} if config.model.revision else {}),
+    }
+    before = "" if outcome.first_eval_loss is None else f" (before training: {outcome.first_eval_loss:.4f})"
+    rows = {name: tokens["rows"] for name, tokens in known["tokens"].items()}
+    loss = f"{outcome.eval_loss:.4f}{before}"
+    lora, targets = config.lora, ", ".join(config.lora.target_modules)
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# {config.run_name}
+
+A QLoRA adapter for {base}, trained on {rows["train"]} conversations.
+
+- eval_loss {loss} over {rows["validation"]} held-out conversations, at step {outcome.best_step}
+- LoRA r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {targets}
+- learning rate {config.training.learning_rate:g}, {outcome.steps} steps of {config.effective_batch_size} sequences
+- training data sha256 {known["data"]["train"]["sha256"]}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Limits: it learnt from the data above only, and keeps the base model's own limits.
+"""

@@ -1,0 +1,78 @@
+"""The shape of the base model, known without its weights: what the plan computes with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config import MISTRAL, Config, is_local, resolve
+from finetune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """transformers' MistralConfig names; counts and sizes, no units."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(in_features, out_features) of each linear layer of one decoder layer."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        keys = hidden // self.num_attention_heads * self.num_key_value_heads
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (hidden, intermediate),
+            "up_proj": (hidden, intermediate),
+            "down_proj": (intermediate, hidden),
+        }
+
+
+MISTRAL_7B = Geometry(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32000,
+    tie_word_embeddings=False,
+)
+
+
+def read_geometry(config: Config) -> Geometry:
+    """The base model's geometry: Mistral-7B's own, or what a local folder's config.json says.
+
+    On h100 and m4 a folder must hold Mistral-7B itself; on cpu any MistralForCausalLM will do. Raises ConfigError.
+    """
+    if config.model.name == MISTRAL and not is_local(config.model.name):
+        return MISTRAL_7B
+    path = resolve(config.model.name) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.setdefault("tie_word_embeddings", False)  # transformers leaves defaults out of the file
+        found = Geometry(**{name: values[name] for name in Geometry.__annotations__})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model.name: {path} is not a Mistral model's config: {error!r}") from None
+    if values.get("architectures") != ["MistralForCausalLM"]:
+        raise ConfigError(f"model.name: {path} is a {values.get('architectures')}, wanted ['MistralForCausalLM']")
+    if config.platform != "cpu" and found != MISTRAL_7B:
+        raise ConfigError(
+            f"model.name: {path} is not Mistral-7B: {_difference(found)}; train small models on platform cpu"
+        )
+    return found
+
+
+def _difference(found: Geometry) -> str:
+    pairs: dict[str, tuple[Any, Any]] = {
+        name: (getattr(found, name), getattr(MISTRAL_7B, name)) for name in Geometry.__annotations__
+    }
+    return ", ".join(f"{name} {ours} (wanted {wanted})" for name, (ours, wanted) in pairs.items() if ours != wanted)

@@ -1,0 +1,179 @@
+"""The base model in NF4, LoRA on top, and the proof that what was asked for is what was loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from finetune.chat import Chat, Messages
+from finetune.config import LoraConfig, ModelConfig, QuantizationConfig, is_local, resolve
+from finetune.encoding import with_system_prompt
+from finetune.errors import CheckFailed
+
+
+def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
+    """The tokenizer object that is saved with the adapter: `chat`'s tokens, control tokens and template."""
+    form = chat.format
+    return PreTrainedTokenizerFast(
+        tokenizer_object=chat.tokenizer,
+        bos_token=form.bos,
+        eos_token=form.end,
+        pad_token=form.pad,
+        unk_token="<unk>" if form.bos else None,
+        padding_side=padding_side,
+        chat_template=form.template,
+    )
+
+
+def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str) -> PreTrainedModel:
+    """The frozen base on `device`, its decoder's linear layers in NF4, or expanded back from NF4 once.
+
+    Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot be had, or where any
+    module is not what the config asks for.
+    """
+    dtype = getattr(torch, model.dtype)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=quantization.load_in_4bit,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
+    )
+    name = str(resolve(model.name)) if is_local(model.name) else model.name
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=model.revision or "main",
+            quantization_config=nf4,
+            dtype=dtype,
+            device_map={"": device},  # without it a Mac would silently get the CPU
+            attn_implementation=model.attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except OSError as error:
+        raise CheckFailed(_no_weights(model.name, error)) from None
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
+            # evaluation would compute with other numbers than training.
+            module.support_avx512bf16_for_cpu = False
+    if quantization.storage == "expanded":
+        base = base.dequantize(dtype=dtype)
+    verify_base(base, model, quantization, device)
+    return base
+
+
+def _no_weights(name: str, error: OSError) -> str:
+    first = str(error).splitlines()[0]
+    if is_local(name):
+        return f"model: {name} cannot be loaded: {first}"
+    return (
+        f"model: {name} cannot be fetched: {first}\n"
+        f"Accept its terms at https://huggingface.co/{name} once, then set HF_TOKEN; or put its files in a folder "
+        "and type --set model.name=FOLDER"
+    )
+
+
+def verify_base(base: PreTrainedModel, model: ModelConfig, quantization: QuantizationConfig, device: str) -> None:
+    """Compare every parameter and linear layer with the config; a silent downgrade raises CheckFailed naming it."""
+    problems = [
+        f"{name} is on {parameter.device.type}, wanted {device}"
+        for name, parameter in base.named_parameters()
+        if parameter.device.type != device
+    ]
+    wanted_class = bitsandbytes.nn.Linear4bit if quantization.storage == "packed" else torch.nn.Linear
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            if type(module) is not wanted_class:
+                problems.append(f"{name} is {type(module).__name__}, wanted {wanted_class.__name__}")
+            elif quantization.storage == "packed":
+                problems += _packed_problems(name, module, quantization)
+    problems += [
+        f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, wanted {model.dtype}"
+        for name, parameter in base.named_parameters()
+        if not isinstance(parameter, bitsandbytes.nn.Params4bit) and parameter.dtype != getattr(torch, model.dtype)
+    ]
+    attention = base.config._attn_implementation
+    if attention != model.attn_implementation:
+        problems.append(f"attention is {attention}, wanted {model.attn_implementation}")
+    if problems:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckFailed("model: not loaded as the config asks\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list[str]:
+    state = module.weight.quant_state
+    if state is None:
+        return [f"{name} is not quantised, wanted {wanted.bnb_4bit_quant_type}"]
+    found = {
+        "bnb_4bit_quant_type": state.quant_type,
+        "bnb_4bit_use_double_quant": state.nested,
+        "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch."),
+    }
+    return [
+        f"{name} has {key} {value}, wanted {getattr(wanted, key)}"
+        for key, value in found.items()
+        if value != getattr(wanted, key)
+    ]
+
+
+def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    """LoRA on `base` with fp32 adapter weights, the same for the same seed whatever happened before."""
+    set_seed(seed)
+    peft_config = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(lora.target_modules),
+        bias=lora.bias,
+        task_type=lora.task_type,
+    )
+    model = get_peft_model(base, peft_config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, wanted float32 adapter weights")
+    return model
+
+
+@torch.no_grad()
+def answer(model: PeftModel, chat: Chat, messages: Messages, max_new_tokens: int) -> str:
+    """The model's greedy reply to `messages` (ending with the user's), up to its end token."""
+    prompt = chat.encode_prompt(messages)
+    input_ids = torch.tensor([prompt], device=model.device)
+    model.eval()
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=chat.token_id(chat.format.end),
+        pad_token_id=chat.token_id(chat.format.pad),
+        use_cache=True,
+    )
+    return chat.tokenizer.decode(output[0, len(prompt) :].tolist(), skip_special_tokens=True).strip()
+
+
+def compare_answers(
+    model: PeftModel, chat: Chat, prompts: tuple[str, ...], system_prompt: str | None, max_new_tokens: int = 80
+) -> list[dict[str, str]]:
+    """Each prompt answered by the base and by the tuned model, the same weights with the adapter off and on."""
+    samples = []
+    for prompt in prompts:
+        messages = with_system_prompt([{"role": "user", "content": prompt}], system_prompt)
+        with model.disable_adapter():
+            base = answer(model, chat, messages, max_new_tokens)
+        samples.append({"prompt": prompt, "base": base, "tuned": answer(model, chat, messages, max_new_tokens)})
+    return samples

@@ -1,0 +1,115 @@
+"""Everything a person reads in the terminal; the only module that knows colour."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from finetune.plan import Plan
+
+if TYPE_CHECKING:
+    from finetune.trainer import Outcome
+
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+
+
+class Terminal:
+    """Writes to stdout, or to stderr where stdout belongs to one JSON document."""
+
+    def __init__(self, json: bool = False, stream: TextIO | None = None) -> None:
+        self.stream = stream or (sys.stderr if json else sys.stdout)
+        self.colour = self.stream.isatty() and "NO_COLOR" not in os.environ
+
+    def paint(self, text: str, colour: str) -> str:
+        """`text` in one of COLOURS where this is a terminal."""
+        return f"\033[{COLOURS[colour]}m{text}\033[0m" if self.colour else text
+
+    def say(self, text: str = "") -> None:
+        """One line."""
+        print(text, file=self.stream, flush=True)
+
+    def decision(self, what: str, because: str) -> None:
+        """An automatic decision with its reason, once."""
+        self.say(f"{self.paint(what, 'bold')}: {because}")
+
+    def warn(self, text: str) -> None:
+        """Something to act on that does not stop the run."""
+        self.say(f"{self.paint('warning', 'yellow')}: {text}")
+
+    def plan(self, plan: Plan) -> None:
+        """The plan on one screen."""
+        self.say(self.paint("plan", "bold"))
+        for name, text in plan_lines(plan):
+            self.say(f"  {name:<12}{text}")
+        for problem in plan.problems:
+            self.warn(problem)
+
+    def finished(self, folder: Path, outcome: Outcome) -> None:
+        """Where the results lie and what they came to."""
+        before = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.4f} -> "
+        early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
+        result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
+        self.say(f"{self.paint('done', 'green')}: {result}")
+        self.say(f"  adapter  {folder}/adapter_model.safetensors")
+        self.say(f"  report   {folder}/README.md, manifest.json, metrics.jsonl")
+
+    def answers(self, samples: Iterable[dict[str, str]]) -> None:
+        """The same questions answered by the base and by the tuned model."""
+        self.say()
+        for sample in samples:
+            self.say(f"{self.paint('Q', 'bold')}      {clean(sample['prompt'])}")
+            for name in ("base", "tuned"):
+                text = textwrap.fill(clean(sample[name]), 100, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+                self.say(self.paint(text, "green") if name == "tuned" else text)
+            self.say()
+
+
+def plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (name, sentence) rows."""
+    supervised = plan.supervised_tokens_train / max(1, plan.tokens_train)
+    certified = plan.certificate["rows"]
+    free = plan.memory_available_gib
+    rows = f"{plan.rows_train:,} to train on, {plan.rows_validation:,} held out"
+    changed = [(plan.rows_truncated, "cut"), (plan.rows_dropped, "dropped")]
+    rows += "".join(f", {count:,} {name}" for count, name in changed if count)
+    return [
+        ("rows", rows),
+        ("tokens", f"{plan.tokens_train:,} ({supervised:.0%} with loss)"),
+        (
+            "certificate",
+            f"{certified:,} rows equal mistral-common's" if certified else "none (not Mistral's tokenizer, or off)",
+        ),
+        (
+            "sequences",
+            f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
+        ),
+        ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
+        ("", f"{plan.evaluations:,} evaluations, {plan.checkpoints:,} checkpoints"),
+        (
+            "memory",
+            f"{plan.peak_memory_gib:.1f} GiB expected, " + (f"{free:.1f} GiB free" if free else "not this machine"),
+        ),
+        ("disk", f"{plan.disk_gib:.1f} GiB"),
+        ("time", "not measured" if plan.hours is None else f"{plan.hours:.1f} h"),
+    ]
+
+
+def clean(text: str) -> str:
+    """`text` for a terminal: control characters escaped, so that data cannot write escape sequences."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def quiet_libraries() -> None:
+    """Silence what no user can act on: progress bars of small things, deprecations, advice. Before they are imported."""
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a CPU kernel that only inference uses
+    for library in ("transformers", "trl", "peft", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)

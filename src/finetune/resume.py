@@ -1,0 +1,45 @@
+"""Whether a run goes on from a checkpoint, and whether that checkpoint belongs to what is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoints import newest_whole, read_seal, saved
+from finetune.errors import CheckFailed, ConfigError
+from finetune.report import Terminal
+from finetune.runs import Run
+
+
+def find(run: Run, fingerprint: dict[str, Any], accept_changes: bool, terminal: Terminal) -> Path | None:
+    """The checkpoint to go on from, or None for a run from its start.
+
+    Checkpoints that are not whole are set aside, and said so. Raises CheckFailed where none is whole, and ConfigError
+    where config, data or versions differ from the checkpoint's and `accept_changes` is false.
+    """
+    had_some = bool(saved(run.checkpoints))
+    folder, notes = newest_whole(run.checkpoints)
+    for note in notes:
+        terminal.warn(note)
+    if folder is None:
+        if had_some:
+            raise CheckFailed(f"no checkpoint in {run.checkpoints} is whole; --fresh starts a new run")
+        return None
+    changes = list(differences(read_seal(folder)["fingerprint"], fingerprint))
+    if changes and not accept_changes:
+        advice = "--fresh starts a new run, --resume-changed goes on all the same"
+        raise ConfigError(*(f"changed since {folder.name}: {change}" for change in changes), advice)
+    for change in changes:
+        terminal.warn(f"going on although changed: {change}")
+    terminal.decision("resume", f"from {folder.name}, the newest checkpoint that is whole")
+    return folder
+
+
+def differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Each leaf that differs between two trees, as `path: then -> now`."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif then != now:
+        yield f"{path}: {then} -> {now}"

@@ -1,0 +1,264 @@
+"""The TRL trainer with what it leaves open: exact evaluation, fp32 adapters, the best adapter kept, clear stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from finetune.checkpoints import read_seal, seal, thin_out
+from finetune.config import TrackingConfig, TrainingConfig
+from finetune.errors import Diverged
+from finetune.packing import Collator
+from finetune.progress import Progress
+from finetune.runs import Run
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to. Losses are mean nats a supervised token; `seconds` is this invocation's wall time."""
+
+    steps: int
+    train_loss: float
+    first_eval_loss: float | None
+    eval_loss: float
+    best_step: int
+    tokens_per_second: float
+    seconds: float
+    stopped_early: bool
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer on rows that are ready; see the methods for what differs."""
+
+    train_file = ""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch."""
+        lines = inputs.pop("lines")
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss if isinstance(loss, torch.Tensor) else loss[0]):
+            step = self.state.global_step + 1
+            rows = ", ".join(f"{self.train_file}:{line}" for line in lines[:8])
+            where = f"rows {rows}" if self.model.training else "the validation rows"
+            raise Diverged(f"step {step}: the loss is not a finite number on {where}; lower training.learning_rate")
+        return loss
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss a supervised token over all rows, so that it does not depend on the batch size."""
+        self.model.eval()
+        loss_sum, token_count, rows = 0.0, 0, 0
+        for inputs in dataloader:
+            tokens = int((inputs["labels"][:, 1:] != -100).sum())
+            loss, _, _ = self.prediction_step(self.model, inputs, True, ignore_keys)
+            loss_sum += float(loss) * tokens
+            token_count += tokens
+            rows += len(inputs["labels"])
+            self.control: Any = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / token_count}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is export.py's; TRL would write one into every checkpoint."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # transformers would add training_args.bin (a pickle), and PEFT would ask the Hub about embeddings.
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+
+class Keeper(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
+
+    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int) -> None:
+        self.run, self.fingerprint, self.keep = run, fingerprint, keep
+        self.eval_losses: dict[int, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        loss = metrics["eval_loss"]
+        self.eval_losses[state.global_step] = loss
+        control.should_save = control.should_save or control.should_training_stop
+        if self.best() is None or loss < self.best()["eval_loss"]:  # type: ignore[index]
+            partial = self.run.checkpoints / f"{BEST}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            kwargs["model"].save_pretrained(partial, save_embedding_layers=False)
+            seal(partial, {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint})
+            shutil.rmtree(self.run.checkpoints / BEST, ignore_errors=True)
+            partial.rename(self.run.checkpoints / BEST)
+
+    def best(self) -> dict[str, Any] | None:
+        """The facts of the best adapter so far, checked; None before the first evaluation."""
+        folder = self.run.checkpoints / BEST
+        return read_seal(folder) if folder.is_dir() else None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
+        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        seal(folder, {**facts, "fingerprint": self.fingerprint})
+        thin_out(self.run.checkpoints, self.keep)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        gradient = logs.get("grad_norm")
+        if gradient is not None and not math.isfinite(gradient):
+            raise Diverged(f"step {state.global_step}: the gradient is not finite; lower training.learning_rate")
+
+
+def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str | None]:
+    """What to hand to transformers as report_to, and a sentence where wandb must stay offline; sets its variables."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
+    if tracking.report_to != "wandb":
+        return ([] if tracking.report_to == "none" else ["tensorboard"]), None
+    os.environ["WANDB_PROJECT"] = tracking.project
+    os.environ["WANDB_DIR"] = str(run.folder)
+    os.environ["WANDB_SILENT"] = "true"
+    reason = _wandb_offline_reason()
+    if reason is None:
+        return ["wandb", "tensorboard"], None
+    os.environ["WANDB_MODE"] = "offline"  # without it wandb asks a question that nobody answers
+    return ["wandb", "tensorboard"], f"wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*"
+
+
+def _wandb_offline_reason() -> str | None:
+    import socket
+
+    import wandb
+
+    if os.environ.get("WANDB_MODE") == "offline":
+        return "WANDB_MODE=offline"
+    if not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
+        return "no WANDB_API_KEY"
+    try:
+        socket.create_connection(("api.wandb.ai", 443), timeout=5).close()
+    except OSError as error:
+        return f"api.wandb.ai does not answer: {error}"
+    return None
+
+
+def arguments(
+    training: TrainingConfig, run: Run, report_to: list[str], use_cpu: bool, pin_memory: bool, first: bool
+) -> SFTConfig:
+    """The config as transformers' and TRL's arguments; `first` is false where a run goes on from a checkpoint."""
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        run_name=run.name,
+        report_to=report_to,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optim,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        activation_checkpointing=training.gradient_checkpointing,  # transformers' name since 5.x
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it would show a loss of 0 for one that is not a number
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        eval_on_start=first,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        metric_for_best_model=training.metric_for_best_model,
+        greater_is_better=False,
+        load_best_model_at_end=False,  # the best adapter is kept by Keeper, also between two saves
+        seed=training.seed,
+        use_cpu=use_cpu,
+        dataloader_pin_memory=pin_memory,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        max_length=None,  # rows are cut and packed already
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_dataset: Any,
+    eval_dataset: Any,
+    train_file: str,
+    sft: SFTConfig,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    """A Trainer whose adapter weights are still the fp32 values that `model` came with."""
+    weights = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    trainer = Trainer(
+        model=model,
+        args=sft,
+        data_collator=Collator(tokenizer),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.train_file = train_file
+    trainer.remove_callback(PrinterCallback)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = weights[name]  # TRL casts them to bf16, a resume would bring fp32: the losses would part
+    return trainer
+
+
+def train(
+    trainer: Trainer, training: TrainingConfig, keeper: Keeper, progress: Progress, checkpoint: Path | None
+) -> Outcome:
+    """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured."""
+    if training.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
+    trainer.add_callback(keeper)
+    trainer.add_callback(progress)
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best = keeper.best()
+    assert best is not None  # the last step is always evaluated
+    step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]
+    if training.load_best_model_at_end:
+        weights = load_peft_weights(str(keeper.run.checkpoints / BEST), device="cpu")
+        set_peft_model_state_dict(trainer.model, weights)
+        step, eval_loss = best["step"], best["eval_loss"]
+    return Outcome(
+        steps=trainer.state.global_step,
+        train_loss=result.training_loss,
+        first_eval_loss=keeper.eval_losses.get(0),
+        eval_loss=eval_loss,
+        best_step=step,
+        tokens_per_second=progress.tokens_per_second,
+        seconds=time.monotonic() - started,
+        stopped_early=trainer.state.global_step < trainer.state.max_steps,
+    )

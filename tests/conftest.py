@@ -1,0 +1,52 @@
+"""What several test files share: the project's root, and a tiny random Mistral that goes through the real code path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random MistralForCausalLM of 2 layers and Mistral's vocabulary (so its tokenizer is the real one)."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-mistral"
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=32000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        sliding_window=None,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """40 short conversations, each different."""
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {number} plus one?"},
+                {
+                    "role": "assistant",
+                    "content": f"It is {number + 1}, " + "one more than before, " * (number % 5) + "that is all.",
+                },
+            ]
+        }
+        for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

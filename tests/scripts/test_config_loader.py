@@ -1,0 +1,149 @@
+"""The command that prints the resolved config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from finetune import cli, config, yaml_source
+
+SCRIPT = config.ROOT / "scripts" / "config_loader.py"
+Run = Callable[..., tuple[int, str, str]]
+FILES = sorted((config.ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("config_loader", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs the command in this process; returns exit code, stdout, stderr."""
+
+    def running(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(lambda: script.main(list(arguments)))
+        assert isinstance(stopped.value.code, int)
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield running
+    signal.signal(signal.SIGTERM, handler)
+
+
+def local(tmp_path: Path) -> tuple[str, str]:
+    """Settings that put a folder in place of the demo model, which may not be made yet."""
+    return "--set", f"model.name={tmp_path}"
+
+
+def test_four_config_files_are_shipped() -> None:
+    assert len(FILES) == 4
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_shipped_config_is_printed_and_reads_back_the_same(run: Run, path: Path, tmp_path: Path) -> None:
+    expected = config.load(str(path), [f"model.name={tmp_path}"])[0]
+    code, out, err = run(str(path), *local(tmp_path))
+    assert (code, err) == (0, "")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(out, encoding="utf-8")
+    assert config.load(str(printed))[0] == expected
+    code, out, err = run(str(path), *local(tmp_path), "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == expected.as_dict()
+
+
+def test_a_platforms_name_is_as_good_as_its_file(run: Run) -> None:
+    assert run("h100") == run(str(config.ROOT / "configs" / "training_config_h100.yaml"))
+    assert yaml_source.parse(run("h100")[1], "stdout")[0]["platform"] == "h100"
+
+
+def test_settings_are_in_what_is_printed(run: Run) -> None:
+    code, out, _ = run("h100", "--set", "lora.r=8", "--set", "training.learning_rate=2e-5", "--json")
+    tree = json.loads(out)
+    assert (code, tree["lora"]["r"], tree["training"]["learning_rate"]) == (0, 8, 2e-5)
+
+
+@pytest.mark.parametrize("text", ["2e-4", "1E3", "null", "yes", "0x10", "16", "a: b", "é", " x "])
+def test_text_that_looks_like_something_else_is_still_text_when_read_back(run: Run, text: str) -> None:
+    setting = f"tracking.project={json.dumps(text)}"
+    _, out, _ = run("h100", "--set", setting)
+    assert yaml_source.parse(out, "stdout")[0]["tracking"]["project"] == text
+    assert run("h100", "--set", setting, "--get", "tracking.project")[1] == f"{text}\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "as_yaml", "as_json"),
+    [
+        ("lora.r", "16\n", "16\n"),
+        ("training.learning_rate", "0.0002\n", "0.0002\n"),
+        ("training.bf16", "true\n", "true\n"),
+        ("system_prompt", "null\n", "null\n"),
+        ("tracking.run_name", "mistral-7b-qlora-h100\n", '"mistral-7b-qlora-h100"\n'),
+        ("dataset.sample_prompts", "[]\n", "[]\n"),
+        ("output", "dir: adapters\n", '{\n  "dir": "adapters"\n}\n'),
+        ("output.dir", "adapters\n", '"adapters"\n'),
+    ],
+)
+def test_one_value_is_printed_bare_or_as_json(run: Run, key: str, as_yaml: str, as_json: str) -> None:
+    assert run("h100", "--get", key) == (0, as_yaml, "")
+    assert run("h100", "--get", key, "--json") == (0, as_json, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "ending"),
+    [
+        ("lora.rr", "; did you mean lora.r?"),
+        ("rank", "; did you mean lora.r?"),
+        ("learning_rate", "; did you mean training.learning_rate?"),
+        ("zzzzzz", ""),
+        ("", ""),
+    ],
+)
+def test_an_unknown_key_is_exit_2_with_the_likeliest_known_one(run: Run, key: str, ending: str) -> None:
+    assert run("h100", "--get", key) == (2, "", f"config: 1 problem\n  --get {key}: unknown key{ending}\n")
+
+
+def test_a_config_error_is_exit_2_with_its_text_on_stderr(run: Run) -> None:
+    text = "config: 1 problem\n  --config h200: no such file; type a path or one of: h100, m4, cpu\n"
+    assert run("h200", "--json") == (2, "", text)
+    code, out, err = run("h100", "--set", "lora.r=many")
+    assert (code, out) == (2, "")
+    assert err == "config: 1 problem\n  --set lora.r=many  lora.r: found 'many' (text), wanted a whole number\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"], ["h100", "m4"], ["h100", "--get"]])
+def test_wrong_usage_is_exit_2(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ")
+
+
+def test_the_four_functions_of_the_specification_are_the_packages_own(script: ModuleType) -> None:
+    names = ["load_yaml", "deep_merge", "validate_required_fields", "get_config_value"]
+    assert sorted(script.__all__) == sorted(names)
+    assert [getattr(script, name) for name in names] == [getattr(yaml_source, name) for name in names]
+
+
+def test_it_works_from_any_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"model: {{name: {tmp_path}}}\nlora: {{r: 4}}\n", encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), "mine.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(done.stdout)["lora"]["r"] == 4
+    wrong = subprocess.run([*command, "--get", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")

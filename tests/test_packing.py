@@ -1,0 +1,138 @@
+"""Rows share sequences without loss or overflow, and a batch keeps them apart."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.chat import load_chat
+from finetune.packing import Collator, pack
+
+
+def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
+    """The filled length of each sequence, in order: every row into the fullest sequence that still takes it."""
+    filled: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fullest = max((tokens for tokens in filled if tokens + length <= capacity), default=None)
+        if fullest is not None:
+            filled.remove(fullest)
+        bisect.insort(filled, (fullest or 0) + length)
+    return filled
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[list[int], int]:
+    capacity = draw(st.integers(1, 70))
+    return draw(st.lists(st.integers(1, capacity), max_size=60)), capacity
+
+
+@settings(max_examples=300, deadline=None)
+@given(packings())
+def test_every_row_stands_in_one_sequence_and_none_is_over_full(packing: tuple[list[int], int]) -> None:
+    lengths, capacity = packing
+    sequences = pack(lengths, capacity)
+    assert sorted(row for sequence in sequences for row in sequence) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[row] for row in sequence) <= capacity for sequence in sequences)
+
+
+@settings(max_examples=300, deadline=None)
+@given(packings())
+def test_sequences_are_as_few_and_as_full_as_best_fit_decreasing_makes_them(packing: tuple[list[int], int]) -> None:
+    lengths, capacity = packing
+    sequences = pack(lengths, capacity)
+    filled = sorted(sum(lengths[row] for row in sequence) for sequence in sequences)
+    assert len(sequences) == len(naive_best_fit_decreasing(lengths, capacity))
+    assert filled == naive_best_fit_decreasing(lengths, capacity)
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_rows_stand_in_file_order_inside_a_sequence_and_the_same_rows_pack_the_same(
+    packing: tuple[list[int], int],
+) -> None:
+    sequences = pack(*packing)
+    assert all(sequence == sorted(sequence) for sequence in sequences)
+    assert pack(*packing) == sequences
+
+
+def test_these_rows_pack_so() -> None:
+    assert pack([3, 7, 5, 2, 4, 1, 10], 10) == [[6], [0, 1], [2, 4, 5], [3]]
+    assert pack([6, 4, 4, 6, 5], 10) == [[0, 2], [1, 3], [4]]
+    assert pack([], 10) == []
+    assert pack([10, 10], 10) == [[0], [1]]
+
+
+# --- batches
+
+
+@functools.cache
+def tokenizer(padding_side: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=load_chat(None).tokenizer, pad_token="<unk>", padding_side=padding_side
+    )
+
+
+def example(*rows: tuple[int, list[int]], packed: bool) -> dict[str, Any]:
+    """Rows as (line, ids) in one example of `Rows.dataset`; every label is supervised, the worst case."""
+    ids = np.concatenate([np.array(row, np.int32) for _, row in rows])
+    lengths = {"seq_lengths": [len(row) for _, row in rows]} if packed else {}
+    return {"input_ids": ids, "labels": ids.copy(), "lines": [line for line, _ in rows], **lengths}
+
+
+def packed_batch() -> dict[str, Any]:
+    return Collator(tokenizer("right"))(
+        [
+            example((1, [11, 12, 13]), (4, [21, 22]), packed=True),
+            example((2, [31]), (3, [41, 42, 43, 44]), packed=True),
+        ]
+    )
+
+
+def test_packed_rows_become_one_sequence_whose_positions_begin_again_at_each_row() -> None:
+    batch = packed_batch()
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 22, 31, 41, 42, 43, 44]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]]
+
+
+def test_a_packed_batch_has_no_attention_mask() -> None:
+    # transformers takes row ends from position ids only where there is none
+    assert "attention_mask" not in packed_batch()
+
+
+def test_no_row_of_a_packed_batch_is_predicted_from_the_row_before() -> None:
+    assert packed_batch()["labels"].tolist() == [[-100, 12, 13, -100, 22, -100, -100, 42, 43, 44]]
+
+
+@pytest.mark.parametrize(
+    ("side", "input_ids", "labels", "mask"),
+    [
+        ("right", [21, 22, 0, 0], [21, 22, -100, -100], [1, 1, 0, 0]),
+        ("left", [0, 0, 21, 22], [-100, -100, 21, 22], [0, 0, 1, 1]),
+    ],
+)
+def test_unpacked_rows_are_padded_on_the_tokenizers_side_without_loss_or_attention_there(
+    side: str, input_ids: list[int], labels: list[int], mask: list[int]
+) -> None:
+    rows = [example((1, [11, 12, 13, 14]), packed=False), example((2, [21, 22]), packed=False)]
+    batch = Collator(tokenizer(side))(rows)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14], input_ids]
+    assert batch["labels"].tolist() == [[11, 12, 13, 14], labels]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], mask]
+    assert "position_ids" not in batch
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_says_which_lines_its_rows_are_and_has_labels_a_loss_takes(packed: bool) -> None:
+    import torch
+
+    batch = Collator(tokenizer("right"))([example((7, [1, 2]), packed=packed), example((3, [1, 2]), packed=packed)])
+    assert batch["lines"] == [7, 3]
+    assert batch["labels"].dtype == torch.int64  # cross_entropy refuses the int32 that rows are stored in

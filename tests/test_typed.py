@@ -1,0 +1,223 @@
+"""From a plain mapping to a typed tree: each wrong value has its own words, and all are told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from finetune import typed
+from finetune.typed import Bounds, Problems
+
+
+@dataclass(frozen=True)
+class Section:
+    """One key of each kind."""
+
+    count: Annotated[int, Bounds(least=1)]
+    share: Annotated[float, Bounds(least=0, most=0.5)]
+    rate: Annotated[float, Bounds(above=0, most=1)]
+    size: Annotated[int, Bounds(least=16, most=32768)]
+    any_number: float
+    flag: bool
+    name: str
+    note: str | None
+    patience: Annotated[int, Bounds(least=1)] | None
+    mode: Literal["packed", "expanded"]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Real names, for the synonyms."""
+
+    r: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Two sections and a key beside them."""
+
+    section: Section
+    lora: Lora
+    seed: int
+
+
+GOOD: dict[str, Any] = {
+    "section": {
+        "count": 1,
+        "share": 0.5,
+        "rate": 1,
+        "size": 16,
+        "any_number": -3,
+        "flag": False,
+        "name": "x",
+        "note": None,
+        "patience": None,
+        "mode": "packed",
+        "names": ["a", "b"],
+    },
+    "lora": {"r": 8},
+    "seed": 42,
+}
+
+
+def built(section: dict[str, Any], places: dict[str, str] | None = None, **above: Any) -> tuple[Any, list[str]]:
+    """The tree of GOOD with these changes, and the problems."""
+    problems = Problems(places or {})
+    value = {**GOOD, "section": {**GOOD["section"], **section}, **above}
+    return typed.build(Tree, value, "", problems, typed.paths(Tree)), problems.found
+
+
+def test_a_good_mapping_becomes_a_tree_of_frozen_dataclasses() -> None:
+    tree, problems = built({})
+    assert problems == []
+    assert tree == Tree(Section(1, 0.5, 1.0, 16, -3.0, False, "x", None, None, "packed", ("a", "b")), Lora(8), 42)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tree.section.count = 2
+
+
+@pytest.mark.parametrize("key", ["share", "rate", "any_number"])
+def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> None:
+    tree, problems = built({key: 1 if key == "rate" else 0})
+    assert problems == []
+    assert type(getattr(tree.section, key)) is float
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("count", "1", "found '1' (text), wanted a whole number"),
+        ("count", 1.0, "found 1.0 (number), wanted a whole number"),
+        ("count", True, "found True (true/false), wanted a whole number"),
+        ("count", None, "found null, wanted a whole number"),
+        ("count", [1], "found [1] (list), wanted a whole number"),
+        ("count", {"a": 1}, "found {'a': 1} (section), wanted a whole number"),
+        ("share", "2e-4", "found '2e-4' (text), wanted a number"),
+        ("share", False, "found False (true/false), wanted a number"),
+        ("share", None, "found null, wanted a number"),
+        ("flag", 1, "found 1 (whole number), wanted true or false"),
+        ("flag", "yes", "found 'yes' (text), wanted true or false"),
+        ("flag", None, "found null, wanted true or false"),
+        ("name", 7, "found 7 (whole number), wanted text"),
+        ("name", True, "found True (true/false), wanted text"),
+        ("name", None, "found null, wanted text"),
+        ("name", ["x"], "found ['x'] (list), wanted text"),
+        ("note", 7, "found 7 (whole number), wanted text"),
+        ("patience", "5", "found '5' (text), wanted a whole number"),
+        ("names", "a", "found 'a' (text), wanted a list of texts"),
+        ("names", ["a", 1], "found ['a', 1] (list), wanted a list of texts"),
+        ("names", ["a", ""], "found ['a', ''] (list), wanted a list of texts"),
+        ("names", ["a", None], "found ['a', None] (list), wanted a list of texts"),
+        ("names", [["a"]], "found [['a']] (list), wanted a list of texts"),
+        ("names", {"a": "b"}, "found {'a': 'b'} (section), wanted a list of texts"),
+        ("names", None, "found null, wanted a list of texts"),
+        ("count", 0, "found 0 (whole number), wanted at least 1"),
+        ("patience", 0, "found 0 (whole number), wanted at least 1"),
+        ("share", 0.6, "found 0.6 (number), wanted at least 0 and at most 0.5"),
+        ("share", -1, "found -1 (whole number), wanted at least 0 and at most 0.5"),
+        ("rate", 0, "found 0 (whole number), wanted more than 0 and at most 1"),
+        ("rate", 1.5, "found 1.5 (number), wanted more than 0 and at most 1"),
+        ("rate", math.nan, "found nan (number), wanted more than 0 and at most 1"),
+        ("rate", math.inf, "found inf (number), wanted more than 0 and at most 1"),
+        ("rate", -math.inf, "found -inf (number), wanted more than 0 and at most 1"),
+        ("size", 15, "found 15 (whole number), wanted at least 16 and at most 32768"),
+        ("size", 40000, "found 40000 (whole number), wanted at least 16 and at most 32768"),
+        ("mode", "pakced", "found 'pakced' (text), wanted packed | expanded; did you mean packed?"),
+        ("mode", "Expanded", "found 'Expanded' (text), wanted packed | expanded; did you mean expanded?"),
+        ("mode", "fast", "found 'fast' (text), wanted packed | expanded"),
+        ("mode", None, "found null, wanted packed | expanded"),
+        ("mode", True, "found True (true/false), wanted packed | expanded"),
+        ("mode", ["packed"], "found ['packed'] (list), wanted packed | expanded; did you mean packed?"),
+        ("name", "", "found '' (text), wanted text that is not empty"),
+        ("note", "", "found '' (text), wanted text that is not empty"),
+    ],
+)
+def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, value: Any, message: str) -> None:
+    assert built({key: value})[1] == [f"section.{key}: {message}"]
+
+
+@pytest.mark.parametrize("value", ["packed", "expanded"])
+def test_each_choice_is_accepted(value: str) -> None:
+    assert built({"mode": value})[1] == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("note", None), ("note", "x"), ("patience", None), ("patience", 1)])
+def test_null_is_accepted_where_it_has_a_meaning(key: str, value: Any) -> None:
+    tree, problems = built({key: value})
+    assert problems == []
+    assert getattr(tree.section, key) == value
+
+
+def test_a_list_becomes_a_tuple_and_may_be_empty() -> None:
+    assert built({"names": []})[0].section.names == ()
+    assert built({"names": ["b", "a", "b"]})[0].section.names == ("b", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("section", "above", "message"),
+    [
+        ({"cuont": 1}, {}, "section.cuont: unknown key; did you mean section.count?"),
+        ({"r": 1}, {}, "section.r: unknown key; did you mean lora.r?"),
+        ({"rank": 1}, {}, "section.rank: unknown key; did you mean lora.r?"),
+        ({}, {"rank": 1}, "rank: unknown key; did you mean lora.r?"),
+        ({}, {"count": 1}, "count: unknown key; did you mean section.count?"),
+        ({}, {"sed": 1}, "sed: unknown key; did you mean seed?"),
+        ({"zzzzzz": 1}, {}, "section.zzzzzz: unknown key"),
+        ({}, {"lora.r": 1}, "lora.r: unknown key; dots are for --set: write r: below lora:"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_likeliest_known_one(
+    section: dict[str, Any], above: dict[str, Any], message: str
+) -> None:
+    assert built(section, **above)[1] == [message]
+
+
+def test_every_synonym_is_a_key_of_the_config() -> None:
+    from finetune.config import Config
+
+    known = typed.paths(Config)
+    assert [target for target in typed._SYNONYMS.values() if target not in known] == []
+    assert [name for name in typed._SYNONYMS if name in {path.rsplit(".", 1)[-1] for path in known}] == []
+
+
+def test_a_missing_key_and_a_section_that_is_none_are_named() -> None:
+    problems = Problems({})
+    assert typed.build(Tree, {"section": 5, "lora": {}}, "", problems) is None
+    assert problems.found == [
+        "section: found 5 (whole number), wanted a section with keys below it",
+        "lora.r: missing; the base config holds every key",
+        "seed: missing; the base config holds every key",
+    ]
+
+
+def test_all_problems_are_found_at_once_each_with_its_place() -> None:
+    places = {"section.count": "f.yaml:3", "section.mode": "--set section.mode=x", "sed": "f.yaml:9"}
+    _, problems = built({"count": "many", "mode": "x", "flag": None}, places, sed=1)
+    assert sorted(problems) == [
+        "--set section.mode=x  section.mode: found 'x' (text), wanted packed | expanded",
+        "f.yaml:3  section.count: found 'many' (text), wanted a whole number",
+        "f.yaml:9  sed: unknown key; did you mean seed?",
+        "section.flag: found null, wanted true or false",
+    ]
+
+
+def test_the_paths_of_a_tree_are_in_its_order_sections_included() -> None:
+    keys = [f"section.{field.name}" for field in dataclasses.fields(Section)]
+    assert typed.paths(Tree) == ["section", *keys, "lora", "lora.r", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "True (true/false)"),
+        ("a\x1b[31m\nb", r"'a\x1b[31m\nb' (text)"),
+        ("x" * 100, "'" + "x" * 56 + "... (text)"),
+    ],
+)
+def test_a_value_is_shown_short_and_without_control_characters(value: Any, shown: str) -> None:
+    assert typed.show(value) == shown
