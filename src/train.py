@@ -10,7 +10,7 @@ from finetune import cli
 from finetune.config import Config, is_local, load, resolve
 from finetune.geometry import read_geometry
 from finetune.plan import make_plan
-from finetune.platforms import PLATFORMS, hardware, peak_memory_gib, read_machine
+from finetune.platforms import PLATFORMS, hardware, peak_memory_gib, prepare_device, read_machine
 from finetune.report import Terminal, quiet_libraries
 from finetune.runs import Run, open_run
 
@@ -90,6 +90,7 @@ def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resu
         terminal.decision("tracking", offline)
     export.write_start(run, config, known)
 
+    prepare_device(platform)
     base = model.load_base(config.model, config.quantization, platform.device)
     peft_model = model.add_lora(base, config.lora, config.training.seed)
     tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)

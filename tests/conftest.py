@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random MistralForCausalLM of 2 layers and Mistral's vocabulary (so its tokenizer is the real one)."""
+    """A folder with a random MistralForCausalLM of 2 layers and Mistral's vocabulary, so with its real tokenizer."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -36,17 +36,10 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def conversations(tmp_path: Path) -> Path:
     """40 short conversations, each different."""
     path = tmp_path / "train.jsonl"
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"What is {number} plus one?"},
-                {
-                    "role": "assistant",
-                    "content": f"It is {number + 1}, " + "one more than before, " * (number % 5) + "that is all.",
-                },
-            ]
-        }
-        for number in range(40)
-    ]
+    rows = []
+    for number in range(40):
+        reply = f"It is {number + 1}, " + "one more than before, " * (number % 5) + "that is all."
+        question = {"role": "user", "content": f"What is {number} plus one?"}
+        rows.append({"messages": [question, {"role": "assistant", "content": reply}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

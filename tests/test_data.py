@@ -129,7 +129,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "rows": 4,
         "tokens": 44,
         "supervised_tokens": 8,
-        "longest": 31,
+        "longest": 21,
         "truncated": 1,
         "dropped_long": 1,
         "dropped_bad": 2,
@@ -392,7 +392,7 @@ def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_fil
     write(two_files.train, *numbered(2), "", *numbered(3, start=2))
     last = length(numbered(1, start=2)[0]) - 1
     assert two_files.failure(CheckFailed, replace(RECIPE, certificate=True)) == (
-        f"certificate: {two_files.train}:4: token {last} is [2], mistral-common says [7]\n"
+        f"certificate: {two_files.train}:4: token {last} is 2+, mistral-common says 7+\n"
         "Report this row: no run may start on it."
     )
 
@@ -400,12 +400,15 @@ def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_fil
 DIFFERENCES: dict[str, tuple[Any, str]] = {
     "a token": (
         lambda ids, labels: ([*ids[:3], 7, *ids[4:]], labels),
-        "3 is [28793, 15359, 733], mistral-common says [7",
+        "3 is 28793 15359 733, mistral-common says 7 15359 733",
     ),
-    "only a label": (lambda ids, labels: (ids, [*labels[:-1], IGNORED]), "10 is "),
-    "one token less": (lambda ids, labels: (ids[:-1], labels[:-1]), "10 is [2], mistral-common says []"),
-    "one token more": (lambda ids, labels: ([*ids, 5], [*labels, 5]), "11 is [], mistral-common says [5]"),
-    "two beginnings": (lambda ids, labels: ([1, *ids], [IGNORED, *labels]), "1 is [733, 16289, 28793], mistral-common"),
+    "only a label": (lambda ids, labels: (ids, [*labels[:-1], IGNORED]), "10 is 2+, mistral-common says 2"),
+    "one token less": (lambda ids, labels: (ids[:-1], labels[:-1]), "10 is 2+, mistral-common says the end"),
+    "one token more": (lambda ids, labels: ([*ids, 5], [*labels, 5]), "11 is the end, mistral-common says 5+"),
+    "two beginnings": (
+        lambda ids, labels: ([1, *ids], [IGNORED, *labels]),
+        "1 is 733 16289 28793, mistral-common says 1 733 16289",
+    ),
 }
 
 
@@ -418,7 +421,7 @@ def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(encoding, "Reference", Different)
     chunk = Encoder(replace(RECIPE, certificate=True)).encode([(3, json.dumps({"messages": SHORT}).encode())])
     assert chunk.mismatch is not None
-    assert chunk.mismatch.startswith(f"3: token {told}")
+    assert chunk.mismatch == f"3: token {told}"
 
 
 # --- the system prompt
@@ -607,6 +610,7 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
             np.array([line for line, _ in part], np.int32),
             np.arange(start, start + len(part)).astype(np.uint64),
             np.array([len(row) for _, row in part], np.int32),
+            np.array([len(row) for _, row in part], np.int32),
             ids,
             np.where(ids % 2, ids, IGNORED).astype(np.int32),
             Statistics(),
@@ -636,20 +640,17 @@ def test_rows_read_back_as_they_were_written(
 ROWS = [(3, [1, 10, 11]), (5, [1, 12, 13, 15]), (9, [1, 17])]
 
 
-def plain(example: dict[str, Any]) -> dict[str, Any]:
-    return {name: np.asarray(value).tolist() for name, value in example.items()}
-
-
+# Examples are plain lists: from int32 arrays torch would make labels that cross_entropy refuses.
 def test_a_dataset_has_one_example_a_row(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset(None)
-    assert [plain(dataset[index]) for index in range(len(dataset))] == [
+    assert [dataset[index] for index in range(len(dataset))] == [
         {"input_ids": row, "labels": labelled(row), "lines": [line]} for line, row in ROWS
     ]
 
 
 def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset([[1], [0, 2]])
-    assert [plain(dataset[index]) for index in range(len(dataset))] == [
+    assert [dataset[index] for index in range(len(dataset))] == [
         {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": [5], "seq_lengths": [4]},
         {
             "input_ids": [1, 10, 11, 1, 17],
@@ -665,3 +666,25 @@ def test_the_token_hash_is_of_the_int32_stream_in_file_order(tmp_path: Path) -> 
     for name, stream in (("input_ids", lambda row: row), ("labels", labelled)):
         values = np.array([token for _, row in ROWS for token in stream(row)], "<i4")
         assert hashes[name] == hashlib.sha256(values.tobytes()).hexdigest()
+
+
+# --- later findings
+
+
+def test_bad_rows_of_both_files_are_listed_at_once(case: Case) -> None:
+    write(case.train, SHORT, "{}")
+    write(case.validation, conversation("Hi", "No"), "[]")
+    assert case.failure(DataError) == (
+        "data: 2 bad rows\n"
+        f'  {case.train}:2: no "messages" key (found no key)\n'
+        f'  {case.validation}:2: found an empty list, wanted an object {{"messages": [...]}}\n'
+        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+    )
+
+
+def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
+    write(case.train, SHORT)
+    write(case.validation, TWO_TURNS)
+    counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics
+    assert (counts["train"].truncated, counts["validation"].truncated) == (0, 1)
+    assert (counts["train"].longest, counts["validation"].longest) == (11, 21)

@@ -6,7 +6,6 @@ import bisect
 import functools
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,9 +81,9 @@ def tokenizer(padding_side: str) -> Any:
 
 def example(*rows: tuple[int, list[int]], packed: bool) -> dict[str, Any]:
     """Rows as (line, ids) in one example of `Rows.dataset`; every label is supervised, the worst case."""
-    ids = np.concatenate([np.array(row, np.int32) for _, row in rows])
+    ids = [token for _, row in rows for token in row]
     lengths = {"seq_lengths": [len(row) for _, row in rows]} if packed else {}
-    return {"input_ids": ids, "labels": ids.copy(), "lines": [line for line, _ in rows], **lengths}
+    return {"input_ids": ids, "labels": list(ids), "lines": [line for line, _ in rows], **lengths}
 
 
 def packed_batch() -> dict[str, Any]:
@@ -135,4 +134,4 @@ def test_a_batch_says_which_lines_its_rows_are_and_has_labels_a_loss_takes(packe
 
     batch = Collator(tokenizer("right"))([example((7, [1, 2]), packed=packed), example((3, [1, 2]), packed=packed)])
     assert batch["lines"] == [7, 3]
-    assert batch["labels"].dtype == torch.int64  # cross_entropy refuses the int32 that rows are stored in
+    assert batch["labels"].dtype == torch.int64  # cross_entropy refuses int32

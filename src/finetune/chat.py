@@ -206,7 +206,7 @@ def _chat(chat_format: ChatFormat, tokenizer: Tokenizer) -> Chat:
 def _first_difference(found: Tokenizer, wanted: Tokenizer) -> str | None:
     if found.get_vocab_size() != wanted.get_vocab_size():
         return f"{found.get_vocab_size()} tokens, wanted {wanted.get_vocab_size()}"
-    for token, token_id in wanted.get_vocab().items():
+    for token, token_id in sorted(wanted.get_vocab().items(), key=lambda item: item[1]):
         if found.token_to_id(token) != token_id:
             return f"token {token!r} has id {found.token_to_id(token)}, wanted {token_id}"
     return None
@@ -247,12 +247,13 @@ def mistral_tokenizer() -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """All runs of spaces share one score; SentencePiece then joins the leftmost pair, so longer left parts go first."""
     pairs: list[tuple[float, int, int, str, str]] = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocab and right in vocab:
-                pairs.append((-score, vocab[left], vocab[right], left, right))
+                pairs.append((-score, -len(left), vocab[right], left, right))
     return [(left, right) for *_, left, right in sorted(pairs)]
 
 

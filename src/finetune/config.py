@@ -287,6 +287,11 @@ def _schedule(config: Config, problems: typed.Problems) -> None:
         problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
 
 
+def _system_prompt(config: Config, problems: typed.Problems) -> None:
+    if config.system_prompt is not None and not config.system_prompt.strip():
+        problems.add("system_prompt", "empty; set it to null for none")
+
+
 def _run_name(config: Config, problems: typed.Problems) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
         wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
@@ -300,5 +305,6 @@ RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
     _quantization,
     _lora_targets,
     _schedule,
+    _system_prompt,
     _run_name,
 )

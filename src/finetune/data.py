@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.chat import Chat, load_chat
+from finetune.checkpoints import write_json
 from finetune.config import DEFAULT_VALIDATION_FILE, DatasetConfig, resolve
 from finetune.encoding import Recipe, Statistics, chunks
 from finetune.errors import CheckFailed, ConfigError, DataError
@@ -109,25 +110,28 @@ def _write_cache(
 ) -> None:
     """Fill `folder`, whole or not at all."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have had this id
     partial.mkdir(parents=True)
     try:
         writers = {name: SplitWriter(partial / f"{name}.arrow") for name in ("train", "validation")}
-        file_rows = {
-            name: _read_file(name, path, paths, recipe, dataset, writers, workers) for name, path in paths.items()
-        }
+        file_rows = {name: _read_file(name, paths, recipe, dataset, writers, workers) for name in paths}
+        if dataset.on_bad_row == "fail":
+            _refuse_bad_rows(paths, writers)
         tokens = {name: writer.close() for name, writer in writers.items()}
         _check_splits(writers, paths)
         statistics = {name: asdict(writer.statistics) for name, writer in writers.items()}
-        summary = {"statistics": statistics, "file_rows": file_rows, "tokens": tokens}
-        (partial / "summary.json").write_text(json.dumps(summary))
-        partial.rename(folder)
+        write_json(partial / "summary.json", {"statistics": statistics, "file_rows": file_rows, "tokens": tokens})
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "summary.json").is_file():  # else another process made the same a moment earlier
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read_file(
     name: str,
-    path: Path,
     paths: dict[str, Path],
     recipe: Recipe,
     dataset: DatasetConfig,
@@ -135,6 +139,7 @@ def _read_file(
     workers: int | None,
 ) -> int:
     """Stream one file into the writers; returns how many of its rows were written."""
+    path = paths[name]
     if workers is None:
         workers = (os.cpu_count() or 1) if path.stat().st_size >= PARALLEL_FROM_BYTES else 0
     held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
@@ -143,31 +148,25 @@ def _read_file(
     for chunk in chunks(path, recipe, workers):
         if chunk.mismatch:
             raise CheckFailed(f"certificate: {path}:{chunk.mismatch}\nReport this row: no run may start on it.")
-        _add(statistics, chunk.statistics)
+        for count in ("dropped_long", "certified"):
+            setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
+        statistics.bad += chunk.statistics.bad
         in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
         writers["train"].write(chunk, ~in_validation)
         writers["validation"].write(chunk, in_validation)
         rows += len(chunk.lengths)
-    if statistics.bad and dataset.on_bad_row == "fail":
-        raise DataError(bad_rows_text(path, statistics))
     statistics.dropped_bad = len(statistics.bad)
     return rows
 
 
-def _add(total: Statistics, part: Statistics) -> None:
-    total.longest = max(total.longest, part.longest)
-    for name in ("truncated", "dropped_long", "certified"):
-        setattr(total, name, getattr(total, name) + getattr(part, name))
-    total.bad += part.bad
-
-
-def bad_rows_text(path: Path, statistics: Statistics) -> str:
-    """Every bad row as file:line and what was found, up to LISTED_PROBLEMS, then a count."""
-    count = len(statistics.bad)
-    listed = [f"  {path}:{line}: {text}" for line, text in statistics.bad[:LISTED_PROBLEMS]]
-    more = [f"  ... and {count - LISTED_PROBLEMS} more"] if count > LISTED_PROBLEMS else []
-    advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
-    return "\n".join([f"data: {count} bad row{'s' * (count != 1)}", *listed, *more, advice])
+def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) -> None:
+    """Raise DataError with every bad row as file:line and what was found, up to LISTED_PROBLEMS, then a count."""
+    bad = [f"  {paths[name]}:{line}: {text}" for name in paths for line, text in writers[name].statistics.bad]
+    if bad:
+        more = [f"  ... and {len(bad) - LISTED_PROBLEMS} more"] if len(bad) > LISTED_PROBLEMS else []
+        heading = f"data: {len(bad)} bad row{'s' * (len(bad) != 1)}"
+        advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        raise DataError("\n".join([heading, *bad[:LISTED_PROBLEMS], *more, advice]))
 
 
 def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> None:
@@ -182,7 +181,8 @@ def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> No
         raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on); {advice}")
     shared = np.intersect1d(train.all_digests(), validation.all_digests())
     if len(shared):
-        lines = f"{paths['train']}:{train.line_of(shared[0])} is {paths['validation']}:{validation.line_of(shared[0])}"
-        raise DataError(
-            f"data: {len(shared)} rows stand in train and validation both, the first: {lines}; remove them from one"
-        )
+        line, digest = train.first_line(shared)
+        other, _ = validation.first_line(np.array([digest], np.uint64))
+        count = "1 row stands" if len(shared) == 1 else f"{len(shared)} rows stand"
+        first = f"{paths['train']}:{line} is {paths['validation']}:{other}"
+        raise DataError(f"data: {count} in train and validation both, the first: {first}; remove them from one")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.chat import Messages, Reference, load_chat, truncate
+from finetune.chat import IGNORED, Messages, Reference, load_chat, truncate
 from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
 
 CHUNK_LINES = 256
@@ -36,8 +36,9 @@ class Recipe:
 class Statistics:
     """What became of the rows of one file or split; counted here and nowhere else.
 
-    `tokens` and `supervised_tokens` are after truncation; `longest` is the longest row's tokens before it.
-    `certified` rows were compared with mistral-common. `bad` lists (line, what was wrong).
+    `tokens` and `supervised_tokens` are after truncation; `longest` is the longest kept row's before. `certified`
+    rows were compared with mistral-common. `bad` lists (line, what was wrong). Rows that belong to no split (dropped,
+    bad) count where their file is read: without a validation file, at train.
     """
 
     rows: int = 0
@@ -54,11 +55,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The rows of some lines: `lines`, `digests` and `lengths` [rows]; `input_ids` and `labels` [tokens], flat."""
+    """The rows of some lines. `lines`, `digests`, `lengths` and `full_lengths` (before truncation): [rows];
+    `input_ids` and `labels`: [tokens], flat. `statistics` holds only what no array tells."""
 
     lines: np.ndarray
     digests: np.ndarray
     lengths: np.ndarray
+    full_lengths: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
     statistics: Statistics
@@ -89,7 +92,6 @@ class Encoder:
             if self.reference and mismatch is None:
                 mismatch = self._compare(number, messages, encoded.input_ids, encoded.labels)
                 statistics.certified += 1
-            statistics.longest = max(statistics.longest, len(encoded.input_ids))
             cut = truncate(encoded, self.recipe.max_seq_length)
             if cut is not encoded and not self.recipe.truncation:
                 long = f"{len(encoded.input_ids)} tokens, model.max_seq_length is {self.recipe.max_seq_length}"
@@ -97,8 +99,7 @@ class Encoder:
             elif cut is None:
                 statistics.dropped_long += 1
             else:
-                statistics.truncated += cut is not encoded
-                kept.append((number, digest, cut.input_ids, cut.labels))
+                kept.append((number, digest, len(encoded.input_ids), cut.input_ids, cut.labels))
         statistics.bad.sort()
         return _chunk(kept, statistics, mismatch)
 
@@ -107,24 +108,32 @@ class Encoder:
         wanted_ids, wanted_labels = self.reference.encode(messages)
         if input_ids == wanted_ids and labels == wanted_labels:
             return None
-        pairs = zip(zip(input_ids, labels, strict=True), zip(wanted_ids, wanted_labels, strict=True), strict=False)
-        place = next((index for index, (found, wanted) in enumerate(pairs) if found != wanted), None)
-        place = min(len(input_ids), len(wanted_ids)) if place is None else place
-        found, wanted = input_ids[place : place + 3], wanted_ids[place : place + 3]
-        return f"{number}: token {place} is {found}, mistral-common says {wanted}"
+        found = list(zip(input_ids, labels, strict=True))
+        wanted = list(zip(wanted_ids, wanted_labels, strict=True))
+        places = (index for index, (ours, theirs) in enumerate(zip(found, wanted, strict=False)) if ours != theirs)
+        place = next(places, min(len(found), len(wanted)))
+        return f"{number}: token {place} is {_ids(found, place)}, mistral-common says {_ids(wanted, place)}"
 
 
-def _chunk(kept: list[tuple[int, int, list[int], list[int]]], statistics: Statistics, mismatch: str | None) -> Chunk:
-    flat_ids = [token for row in kept for token in row[2]]
-    flat_labels = [label for row in kept for label in row[3]]
+def _ids(tokens: list[tuple[int, int]], place: int) -> str:
+    """The next three ids, each with a + where it carries loss."""
+    return (
+        " ".join(f"{token}{'' if label == IGNORED else '+'}" for token, label in tokens[place : place + 3]) or "the end"
+    )
+
+
+def _chunk(
+    kept: list[tuple[int, int, int, list[int], list[int]]], statistics: Statistics, mismatch: str | None
+) -> Chunk:
     return Chunk(
-        np.array([row[0] for row in kept], np.int32),
-        np.array([row[1] for row in kept], np.uint64),
-        np.array([len(row[2]) for row in kept], np.int32),
-        np.array(flat_ids, np.int32),
-        np.array(flat_labels, np.int32),
-        statistics,
-        mismatch,
+        lines=np.array([row[0] for row in kept], np.int32),
+        digests=np.array([row[1] for row in kept], np.uint64),
+        lengths=np.array([len(row[3]) for row in kept], np.int32),
+        full_lengths=np.array([row[2] for row in kept], np.int32),
+        input_ids=np.array([token for row in kept for token in row[3]], np.int32),
+        labels=np.array([label for row in kept for label in row[4]], np.int32),
+        statistics=statistics,
+        mismatch=mismatch,
     )
 
 

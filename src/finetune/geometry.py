@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.config import MISTRAL, Config, is_local, resolve
 from finetune.errors import ConfigError
+from finetune.platforms import PLATFORMS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read_geometry(config: Config) -> Geometry:
         raise ConfigError(f"model.name: {path} is not a Mistral model's config: {error!r}") from None
     if values.get("architectures") != ["MistralForCausalLM"]:
         raise ConfigError(f"model.name: {path} is a {values.get('architectures')}, wanted ['MistralForCausalLM']")
-    if config.platform != "cpu" and found != MISTRAL_7B:
+    if found != MISTRAL_7B and not PLATFORMS[config.platform].any_base:
         raise ConfigError(
             f"model.name: {path} is not Mistral-7B: {_difference(found)}; train small models on platform cpu"
         )

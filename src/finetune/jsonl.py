@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -37,11 +39,13 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if number == 1:
-            line = line.removeprefix(BOM)
         if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
             while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
+            yield number, line
+            continue
+        if number == 1:
+            line = line.removeprefix(BOM)
         line = line.rstrip(b"\r\n")
         if line.strip():
             yield number, line
@@ -59,7 +63,8 @@ def parse_row(line: bytes) -> list[dict[str, str]]:
     if not isinstance(row, dict):
         raise BadRow(f'found {_kind(row)}, wanted an object {{"messages": [...]}}')
     if "messages" not in row:
-        raise BadRow(f'no "messages" key (found {", ".join(map(_short, row)) or "no key"})')
+        found = ", ".join([_short(key) for key in islice(row, 5)] + ["..."] * (len(row) > 5)) or "no key"
+        raise BadRow(f'no "messages" key (found {found})')
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise BadRow(f'"messages" is {_kind(messages)}, wanted a list of messages')
@@ -75,7 +80,7 @@ def _parse_json(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}") from None
     except json.JSONDecodeError as error:
-        raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise BadRow(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except RecursionError:
         raise BadRow("not a conversation: nested too deep") from None
     except ValueError as error:  # a number of thousands of digits
@@ -86,7 +91,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadRow(f"key {_short(next(key for key in keys if keys.count(key) > 1))} stands twice in one object")
+        raise BadRow(f"key {_short(Counter(keys).most_common(1)[0][0])} stands twice in one object")
     return mapping
 
 
@@ -134,5 +139,5 @@ def _kind(value: Any) -> str:
 
 def _short(value: Any) -> str:
     """Quoted, escaped and cut, so that a row cannot write to the terminal through a message."""
-    text = ascii(value)
+    text = ascii(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -136,6 +136,15 @@ def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
     return machine.memory_free_gib
 
 
+def prepare_device(platform: Platform) -> None:
+    """What torch must be told before the first kernel runs."""
+    if platform.name == "h100":
+        import torch
+
+        # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def peak_memory_gib(platform: Platform) -> float:
     """Most memory this process has held where the model lives, in GiB: allocated on a GPU, resident elsewhere."""
     import resource

@@ -106,7 +106,7 @@ def clean(text: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence what no user can act on: progress bars of small things, deprecations, advice. Before they are imported."""
+    """Silence what no user can act on: small progress bars, deprecations, advice. Call before they are imported."""
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

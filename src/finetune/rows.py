@@ -41,6 +41,9 @@ class SplitWriter:
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
         self.lines.append(chunk.lines[mine])
         self.digests.append(chunk.digests[mine])
+        full_lengths = chunk.full_lengths[mine]
+        self.statistics.longest = max(self.statistics.longest, int(full_lengths.max(initial=0)))
+        self.statistics.truncated += int((full_lengths > lengths).sum())
         self.statistics.rows += len(lengths)
         self.statistics.tokens += len(input_ids)
         self.statistics.supervised_tokens += int((labels != IGNORED).sum())
@@ -56,9 +59,10 @@ class SplitWriter:
         """Content digests of the rows written, [rows] uint64."""
         return np.concatenate([np.empty(0, np.uint64), *self.digests])
 
-    def line_of(self, digest: int) -> int:
-        """The line of the first row with this digest."""
-        return int(np.concatenate(self.lines)[np.flatnonzero(self.all_digests() == digest)[0]])
+    def first_line(self, digests: np.ndarray) -> tuple[int, int]:
+        """(line, digest) of the first row that has one of `digests`."""
+        index = int(np.flatnonzero(np.isin(self.all_digests(), digests))[0])
+        return int(np.concatenate(self.lines)[index]), int(self.all_digests()[index])
 
 
 class Rows:

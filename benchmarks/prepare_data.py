@@ -1,0 +1,203 @@
+"""Rows a second and peak memory of data preparation (read, check, tokenise, label, pack), beside TRL's own.
+
+    .venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 3 --output benchmarks/results/NAME.json
+
+Every variant prepares the same file in a process of its own, one after the other, round by round, so that a drift of
+the machine's speed meets all alike. Time runs from the file on disk to packed training sequences, imports left out.
+Memory is the largest sum, over the process and its children, of proportional set size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+MAX_SEQ_LENGTH = 4096
+VARIANTS = ("ours", "ours, no certificate", "ours, a quarter of the rows", "TRL", "TRL, 2 processes")
+PACKAGES = ("trl", "transformers", "datasets", "tokenizers", "mistral-common", "pyarrow")
+
+
+def write_rows(path: Path, count: int) -> None:
+    """`count` conversations of words from data/sample, about 190 Mistral tokens each, the same at every call."""
+    chance = random.Random(1)
+    sample = (ROOT / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    words = [word for line in sample for message in json.loads(line)["messages"] for word in message["content"].split()]
+    with path.open("w", encoding="utf-8") as stream:
+        for _ in range(count):
+            length = max(8, int(chance.lognormvariate(4.45, 0.5)))
+            texts = " ".join(chance.choices(words, k=max(4, length // 3))), " ".join(chance.choices(words, k=length))
+            messages = [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
+            ]
+            stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+def prepare_ours(path: Path, cache: Path, certificate: bool) -> dict[str, float]:
+    from finetune import data
+    from finetune.config import load
+    from finetune.encoding import Recipe
+
+    config, _ = load("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])
+    started = time.perf_counter()
+    recipe = Recipe(None, None, MAX_SEQ_LENGTH, truncation=True, certificate=certificate)
+    prepared = data.prepare(config.dataset, recipe, packing=True, cache=cache)
+    seconds = time.perf_counter() - started
+    counts = prepared.statistics.values()
+    return {"seconds": seconds, "rows": sum(c.rows for c in counts), "tokens": sum(c.tokens for c in counts)}
+
+
+def prepare_trl(path: Path, cache: Path, processes: int | None) -> dict[str, float]:
+    import datasets
+    from transformers import MistralConfig, MistralForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune.chat import load_chat
+    from finetune.model import make_tokenizer
+
+    tokenizer = make_tokenizer(load_chat(None), "right")
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = MistralForCausalLM(MistralConfig(num_attention_heads=2, num_key_value_heads=1, **sizes))
+    arguments = SFTConfig(
+        output_dir=str(cache), packing=True, max_length=MAX_SEQ_LENGTH, assistant_only_loss=True, report_to=[],
+        dataset_num_proc=processes, use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
+    started = time.perf_counter()
+    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    seconds = time.perf_counter() - started
+    tokens = sum(sum(lengths) for lengths in trainer.train_dataset["seq_lengths"])
+    return {"seconds": seconds, "rows": len(rows), "tokens": tokens}
+
+
+def run_variant(name: str, path: Path) -> None:
+    """In the child process: prepare, and print one line of JSON."""
+    with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
+        cache = Path(folder)
+        if name.startswith("ours"):
+            result = prepare_ours(path, cache, certificate=name != "ours, no certificate")
+        else:
+            result = prepare_trl(path, cache, 2 if "2 processes" in name else None)
+    print(json.dumps(result))
+
+
+def tree_bytes(process: psutil.Process) -> int:
+    """Proportional set size of a process and its children; unique set size where the system has no proportional one."""
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        try:
+            memory = member.memory_full_info()
+        except psutil.Error:
+            continue
+        total += getattr(memory, "pss", memory.uss)
+    return total
+
+
+def measure(name: str, path: Path) -> dict[str, float]:
+    """Run one variant in a process of its own; its result, and the peak of its memory in MiB."""
+    command = [sys.executable, __file__, "--variant", name, "--file", str(path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    peak, watching = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        process = psutil.Process(child.pid)
+        while not watching.wait(0.1):
+            try:
+                peak = max(peak, tree_bytes(process))
+            except psutil.Error:
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = child.communicate()
+    watching.set()
+    watcher.join()
+    if child.returncode:
+        raise SystemExit(f"{name} ended with {child.returncode}; run it alone: {' '.join(command)}")
+    return {**json.loads(output.splitlines()[-1]), "peak_mib": peak / 2**20}
+
+
+def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of each variant."""
+    summary = {}
+    for name, results in rounds.items():
+        seconds = statistics.median(result["seconds"] for result in results)
+        rows, tokens = results[0]["rows"], results[0]["tokens"]
+        peak = statistics.median(result["peak_mib"] for result in results)
+        summary[name] = {
+            "rows": rows,
+            "rows_per_second": round(rows / seconds),
+            "tokens_per_second": round(tokens / seconds),
+            "peak_mib": round(peak),
+        }
+    return summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the result there")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant:
+        run_variant(options.variant, options.file)
+        return
+
+    with tempfile.TemporaryDirectory(prefix="rows-") as folder:
+        whole, quarter = Path(folder) / "rows.jsonl", Path(folder) / "quarter.jsonl"
+        write_rows(whole, options.rows)
+        write_rows(quarter, options.rows // 4)
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        for number in range(options.repeats):
+            for name in VARIANTS:
+                rounds[name].append(measure(name, quarter if "quarter" in name else whole))
+                print(f"round {number + 1}: {name}: {rounds[name][-1]['seconds']:.1f} s", file=sys.stderr)
+
+    summary = summarise(rounds)
+    print(f"{'':<30}{'rows/s':>10}{'tokens/s':>12}{'peak MiB':>10}")
+    for name, row in summary.items():
+        print(f"{name:<30}{row['rows_per_second']:>10,}{row['tokens_per_second']:>12,}{row['peak_mib']:>10,}")
+    ours, trl = summary["ours"], summary["TRL"]
+    print(f"ours / TRL: {ours['rows_per_second'] / trl['rows_per_second']:.2f} x rows/s, ", end="")
+    print(f"{ours['peak_mib'] / trl['peak_mib']:.2f} x memory")
+    if options.output:
+        document = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "command": f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}",
+            "machine": {"system": platform.platform(terse=True), "cpu_cores": os.cpu_count(), "cpu": cpu_name()},
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "medians": summary,
+            "rounds": rounds,
+        }
+        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system has it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes or brings up to date .venv in the project's root. Sourced or called by quickstart.sh and test.sh.
+#   scripts/make_venv.sh [--dev]        --dev adds what the tests need
+# PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { printf '%s\n' "$1" >&2; exit "$2"; }
+
+find_python() {  # the first Python 3.11 to 3.13
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"; return
+    fi
+  done
+  fail "found no Python 3.11, 3.12 or 3.13; install one (Ubuntu: sudo apt install python3.11 python3.11-venv; macOS: brew install python@3.11), or name it: PYTHON=/path/to/python $0" 2
+}
+
+lock=requirements/cpu.lock
+hashes=()
+if [[ $(uname -s) == Darwin ]]; then lock=requirements/m4.lock hashes=(--require-hashes); fi
+locks=("$lock")
+[[ ${1:-} != --dev ]] || locks+=(requirements/dev.lock)
+
+installed=.venv/installed
+for wanted in "${locks[@]}"; do
+  if [[ -x .venv/bin/python ]] && grep -qsF "$(cksum <"$wanted") $wanted" "$installed"; then continue; fi
+  if [[ ! -x .venv/bin/python ]]; then
+    python=$(find_python)
+    echo "making .venv with $("$python" --version)"
+    "$python" -m venv .venv || fail "could not make .venv; on Ubuntu: sudo apt install python3-venv, then the same command again" 2
+  fi
+  index=()
+  if [[ $wanted == requirements/cpu.lock && -z ${PIP_FIND_LINKS:-} && -z ${PIP_EXTRA_INDEX_URL:-} ]]; then
+    # PyPI's torch for Linux brings gigabytes of CUDA; PyTorch's own index has the CPU build of the same version.
+    index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+  fi
+  echo "installing $wanted"
+  options=(); [[ $wanted != "$lock" ]] || options=(${hashes[@]+"${hashes[@]}"})
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} ${options[@]+"${options[@]}"} -r "$wanted" ||
+    fail "installing $wanted failed (see above); check the network, then the same command again" 6
+  { grep -vsF " $wanted" "$installed" || true; echo "$(cksum <"$wanted") $wanted"; } >"$installed.partial"
+  mv "$installed.partial" "$installed"
+done

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the tests from a fresh clone: environment, style, types, then pytest.
+#   scripts/test.sh [--slow] [PYTEST_ARGUMENT...]      --slow adds the tests marked slow
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+echo "test: about 10 minutes the first time, 6 when run again (2 CPU cores, expectation)"
+
+scripts/make_venv.sh --dev
+selection=(-m 'not slow')
+if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy src scripts
+.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"
+if [[ ${#selection[@]} -gt 0 ]]; then echo "left out: the tests marked slow; scripts/test.sh --slow runs them too"; fi

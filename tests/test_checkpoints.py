@@ -1,0 +1,262 @@
+"""A checkpoint is whole or not used, damaged ones are set aside, and the best three and the newest are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.checkpoints import newest_whole, read_seal, saved, seal, sha256, thin_out, write_json
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def checkpoint(checkpoints: Path, step: int, eval_loss: float | None = 1.0) -> Path:
+    """A sealed checkpoint of two files, one of them in a folder."""
+    folder = unsealed(checkpoints, step)
+    seal(folder, {"step": step, "eval_loss": eval_loss, "fingerprint": {"lr": 0.1}})
+    return folder
+
+
+def unsealed(checkpoints: Path, step: int) -> Path:
+    folder = checkpoints / f"checkpoint-{step}"
+    (folder / "more").mkdir(parents=True)
+    (folder / ADAPTER).write_bytes(bytes(range(256)) * 4)
+    (folder / "more" / "state.json").write_text(f'{{"step": {step}}}\n')
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- seals
+
+
+def test_a_seal_gives_back_its_facts_and_the_hash_of_every_file(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4, eval_loss=1.5)
+    facts = read_seal(folder)
+    assert facts.pop("files") == {
+        ADAPTER: sha256(folder / ADAPTER),
+        "more/state.json": sha256(folder / "more/state.json"),
+    }
+    assert facts == {"step": 4, "eval_loss": 1.5, "fingerprint": {"lr": 0.1}}
+
+
+def test_sealing_again_takes_the_files_as_they_are_now(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4)
+    (folder / ADAPTER).write_bytes(b"other")
+    seal(folder, {"step": 4})
+    assert read_seal(folder)["files"][ADAPTER] == sha256(folder / ADAPTER)
+    assert "sha256.json" not in read_seal(folder)["files"]
+
+
+def flip_a_byte(folder: Path) -> None:
+    damaged = bytearray((folder / ADAPTER).read_bytes())
+    damaged[700] ^= 1
+    (folder / ADAPTER).write_bytes(damaged)
+
+
+def truncate(folder: Path) -> None:
+    (folder / ADAPTER).write_bytes((folder / ADAPTER).read_bytes()[:-1])
+
+
+def empty(folder: Path) -> None:
+    (folder / ADAPTER).write_bytes(b"")
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / ADAPTER).unlink()
+
+
+def remove_a_file_below(folder: Path) -> None:
+    (folder / "more" / "state.json").unlink()
+
+
+def remove_the_seal(folder: Path) -> None:
+    (folder / "sha256.json").unlink()
+
+
+def leave_the_seal_half_written(folder: Path) -> None:
+    (folder / "sha256.json").rename(folder / "sha256.json.partial")
+
+
+CHANGED = f"{ADAPTER} is not what was saved (sha256 differs)"
+NO_SEAL = "no sha256.json: its save was not finished"
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (flip_a_byte, CHANGED),
+    (truncate, CHANGED),
+    (empty, CHANGED),
+    (remove_a_file, f"{ADAPTER} is missing"),
+    (remove_a_file_below, "more/state.json is missing"),
+    (remove_the_seal, NO_SEAL),
+    (leave_the_seal_half_written, NO_SEAL),
+]
+every_damage = pytest.mark.parametrize(("damage", "text"), DAMAGES, ids=[row[0].__name__ for row in DAMAGES])
+
+
+@every_damage
+def test_a_seal_tells_what_is_not_as_it_was_saved(tmp_path: Path, damage: Callable[[Path], None], text: str) -> None:
+    folder = checkpoint(tmp_path, 4)
+    damage(folder)
+    with pytest.raises(ValueError) as failure:
+        read_seal(folder)
+    assert str(failure.value) == text
+
+
+@pytest.mark.parametrize("length", [0, 1, 40])
+def test_a_seal_cut_short_vouches_for_nothing(tmp_path: Path, length: int) -> None:
+    folder = checkpoint(tmp_path, 4)
+    (folder / "sha256.json").write_bytes((folder / "sha256.json").read_bytes()[:length])
+    with pytest.raises(ValueError):
+        read_seal(folder)
+    assert newest_whole(tmp_path)[0] is None
+
+
+# --- the newest whole one
+
+
+@every_damage
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
+    tmp_path: Path, damage: Callable[[Path], None], text: str
+) -> None:
+    whole, newest = checkpoint(tmp_path, 8), checkpoint(tmp_path, 10)
+    damage(newest)
+    kept = content(newest)
+    note = f"checkpoint-10 is not whole ({text}); set aside as damaged-checkpoint-10.1"
+    assert newest_whole(tmp_path) == (whole, [note])
+    assert names(tmp_path) == ["checkpoint-8", "damaged-checkpoint-10.1"]
+    assert content(tmp_path / "damaged-checkpoint-10.1") == kept
+
+
+def test_newest_means_the_highest_step_and_older_damage_is_left_alone(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        checkpoint(tmp_path, step)
+    flip_a_byte(tmp_path / "checkpoint-2")
+    (tmp_path / "best").mkdir()
+    (tmp_path / "checkpoint-abc").mkdir()
+    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-10", [])
+    assert names(tmp_path) == ["best", "checkpoint-10", "checkpoint-2", "checkpoint-9", "checkpoint-abc"]
+    assert saved(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (2, 9, 10)]
+
+
+def test_where_none_is_whole_all_are_set_aside_and_each_is_told_newest_first(tmp_path: Path) -> None:
+    truncate(checkpoint(tmp_path, 2))
+    remove_the_seal(checkpoint(tmp_path, 4))
+    assert newest_whole(tmp_path) == (
+        None,
+        [
+            f"checkpoint-4 is not whole ({NO_SEAL}); set aside as damaged-checkpoint-4.1",
+            f"checkpoint-2 is not whole ({CHANGED}); set aside as damaged-checkpoint-2.1",
+        ],
+    )
+    assert names(tmp_path) == ["damaged-checkpoint-2.1", "damaged-checkpoint-4.1"]
+
+
+def test_what_was_set_aside_before_is_not_overwritten(tmp_path: Path) -> None:
+    for _ in range(3):
+        flip_a_byte(checkpoint(tmp_path, 4))
+        newest_whole(tmp_path)
+    assert names(tmp_path) == [f"damaged-checkpoint-4.{number}" for number in (1, 2, 3)]
+
+
+def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) == (None, [])
+    assert newest_whole(tmp_path / "absent") == (None, [])
+
+
+# --- thinning out
+
+
+def test_the_best_three_by_eval_loss_and_the_newest_are_kept(tmp_path: Path) -> None:
+    for step, loss in {2: 5.0, 4: 1.0, 6: 4.0, 8: 2.0, 10: 3.0, 12: 6.0}.items():
+        checkpoint(tmp_path, step, loss)
+    thin_out(tmp_path, 3)
+    assert saved(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (4, 8, 10, 12)]
+    assert all(read_seal(folder) for folder in saved(tmp_path))
+
+
+def test_the_newest_may_be_one_of_the_best(tmp_path: Path) -> None:
+    for step, loss in {2: 5.0, 4: 4.0, 6: 3.0, 8: 2.0}.items():
+        checkpoint(tmp_path, step, loss)
+    thin_out(tmp_path, 3)
+    assert saved(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (4, 6, 8)]
+
+
+def test_of_equal_losses_the_earlier_is_kept_and_no_loss_counts_as_the_worst(tmp_path: Path) -> None:
+    for step, loss in {2: None, 4: 2.0, 6: 2.0, 8: None}.items():
+        checkpoint(tmp_path, step, loss)
+    thin_out(tmp_path, 1)
+    assert saved(tmp_path) == [tmp_path / "checkpoint-4", tmp_path / "checkpoint-8"]
+
+
+def test_folders_without_a_seal_and_other_folders_are_never_touched(tmp_path: Path) -> None:
+    for step in (1, 3, 99):
+        unsealed(tmp_path, step)
+    for step, loss in {2: 2.0, 4: 1.0, 6: 3.0}.items():
+        checkpoint(tmp_path, step, loss)
+    for other in ("best", "damaged-checkpoint-2.1"):
+        unsealed(tmp_path, 7).rename(tmp_path / other)
+    thin_out(tmp_path, 1)
+    kept = ["best", *(f"checkpoint-{step}" for step in (1, 3, 4, 6, 99)), "damaged-checkpoint-2.1"]
+    assert names(tmp_path) == kept
+
+
+def test_a_removal_cut_short_leaves_a_folder_that_no_seal_vouches_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step, float(step))
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        thin_out(tmp_path, 1)
+    with pytest.raises(ValueError, match=NO_SEAL):
+        read_seal(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / ADAPTER).is_file()
+
+
+# --- whole files
+
+
+def test_json_is_written_readably_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write_json(tmp_path / "manifest.json", {"name": "Zürich", "steps": 3})
+    assert (tmp_path / "manifest.json").read_text(encoding="utf-8") == '{\n  "name": "Zürich",\n  "steps": 3\n}\n'
+    assert names(tmp_path) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("before", [None, '{"status": "interrupted"}'], ids=["new", "over an older one"])
+def test_json_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "manifest.json"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(TypeError):
+        write_json(path, {"status": "complete", "steps": 3, "set": {1, 2}})  # fails after the first keys
+    assert (path.read_text() if path.exists() else None) == before
+
+
+def test_a_power_cut_before_the_rename_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_json(path, {"status": "interrupted"})
+    synced: list[str] = []
+
+    def cut(partial: Path, target: Path) -> Path:
+        synced.append(partial.read_text())
+        raise OSError("power cut")
+
+    monkeypatch.setattr(Path, "replace", cut)
+    with pytest.raises(OSError, match="power cut"):
+        write_json(path, {"status": "complete"})
+    assert json.loads(path.read_text()) == {"status": "interrupted"}
+    assert json.loads(synced[0]) == {"status": "complete"}  # what would have been renamed was whole

@@ -1,0 +1,397 @@
+"""Real NF4 through bitsandbytes on the CPU: what is loaded is what the config asks for, and LoRA on it is exact."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune import model as model_module
+from finetune.chat import Chat, load_chat
+from finetune.config import MISTRAL, Config, load
+from finetune.errors import CheckFailed
+from finetune.model import add_lora, answer, compare_answers, load_base, verify_base
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def config(tiny_mistral: Path) -> Config:
+    return load("cpu", [f"model.name={tiny_mistral}", "lora.lora_dropout=0"])[0]
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return load_chat(None)
+
+
+def base_model(config: Config, **quantization: Any) -> Any:
+    return load_base(config.model, replace(config.quantization, **quantization), "cpu")
+
+
+def tuned_model(config: Config, **quantization: Any) -> Any:
+    """LoRA on the base, moved off its start, where B is zero and so are A's gradients."""
+    model = add_lora(base_model(config, **quantization), config.lora, 1)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+    return model
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 32000, (2, 24), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": ids, "labels": ids}
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def base_state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if "lora_" not in name}
+
+
+def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
+    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+# --- storage
+
+
+def logits_and_gradients(config: Config, storage: str, checkpointing: bool) -> dict[str, torch.Tensor]:
+    model = tuned_model(config, storage=storage)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert model.is_gradient_checkpointing is checkpointing
+    output = model(**batch(), use_cache=False)
+    output.loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    return {"logits": output.logits.detach(), **gradients}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+def test_expanded_computes_the_same_bits_as_packed_forward_and_backward(config: Config, checkpointing: bool) -> None:
+    packed = logits_and_gradients(config, "packed", checkpointing)
+    assert all(value.abs().sum() > 0 for value in packed.values())
+    assert same(packed, logits_and_gradients(config, "expanded", checkpointing))
+
+
+def test_packed_layers_hold_half_a_byte_a_weight_and_expanded_ones_four(config: Config) -> None:
+    assert base_model(config).get_submodule(LAYER).weight.nbytes == 64 * 64 / 2
+    assert base_model(config, storage="expanded").get_submodule(LAYER).weight.nbytes == 64 * 64 * 4
+
+
+def test_nf4_is_not_the_weights_as_they_are_on_disk(config: Config, tiny_mistral: Path) -> None:
+    """Else the equality above would say nothing."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_mistral).get_submodule(LAYER).weight
+    expanded = base_model(config, storage="expanded").get_submodule(LAYER).weight
+    assert 0 < (plain - expanded).abs().max() < 0.2 * plain.abs().max()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_evaluation_changes_neither_the_packed_base_nor_the_losses_after_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
+    # Every CPU is taken for one with AVX512-BF16, where bitsandbytes would repack the weights for good.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    if bfloat16:
+        config = replace(
+            config,
+            model=replace(config.model, dtype="bfloat16"),
+            quantization=replace(config.quantization, bnb_4bit_compute_dtype="bfloat16"),
+        )
+
+    def losses(evaluate: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = tuned_model(config)
+        before = base_state(model)
+        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+        found = []
+        for _ in range(3):
+            if evaluate:
+                model.eval()
+                with torch.no_grad():
+                    model(**batch())
+                packed = [module.weight for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+                assert len(packed) == 14
+                assert all(weight.shape[1] == 1 for weight in packed)  # a repacked weight is [out, in / 2]
+            model.train()
+            loss = model(**batch()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        assert same(before, base_state(model))
+        return found, trained_state(model)
+
+    (without, adapter_without), (with_evaluation, adapter_with) = losses(False), losses(True)
+    assert without == with_evaluation
+    assert same(adapter_without, adapter_with)
+    assert without[2] < without[0]
+
+
+# --- what was loaded is what was asked for
+
+
+def left_unquantised(base: Any) -> None:
+    base.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64, bias=False)
+
+
+def without_quant_state(base: Any) -> None:
+    base.get_submodule(LAYER).weight.quant_state = None
+
+
+def norm_in_bfloat16(base: Any) -> None:
+    base.model.layers[1].input_layernorm.to(torch.bfloat16)
+
+
+def eager_attention(base: Any) -> None:
+    base.set_attn_implementation("eager")
+
+
+def one_layer_elsewhere(base: Any) -> None:
+    base.model.norm.to("meta")
+
+
+def nothing(base: Any) -> None: ...
+
+
+@functools.cache
+def layers() -> list[str]:
+    """Names of the 14 linear layers of the tiny model's decoder, in order."""
+    attention = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+    names = [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+    return [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names]
+
+
+def on_each_layer(text: str) -> list[str]:
+    return [*(f"{name} {text}" for name in layers()[:10]), "... and 4 more"]
+
+
+DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] = [
+    ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, wanted cpu"]),
+    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, wanted Linear4bit"]),
+    ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantised, wanted nf4"]),
+    ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, wanted nf4")),
+    (
+        "no double quantisation",
+        {"bnb_4bit_use_double_quant": False},
+        nothing,
+        on_each_layer("has bnb_4bit_use_double_quant False, wanted True"),
+    ),
+    (
+        "another compute dtype",
+        {"bnb_4bit_compute_dtype": "bfloat16"},
+        nothing,
+        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32"),
+    ),
+    ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, wanted Linear4bit")),
+    (
+        "another dtype",
+        {},
+        norm_in_bfloat16,
+        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"],
+    ),
+    ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "change", "problems"), [row[1:] for row in DOWNGRADES], ids=[row[0] for row in DOWNGRADES]
+)
+def test_a_base_that_is_not_what_was_asked_for_is_named(
+    config: Config, loaded: dict[str, Any], change: Callable[[Any], None], problems: list[str]
+) -> None:
+    base = base_model(config, **loaded)
+    change(base)
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, config.quantization, "cpu")
+    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join(problems)
+
+
+def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Config) -> None:
+    base = base_model(config)
+    names = [name for name, _ in base.named_parameters()]
+    problems = [f"{name} is on cpu, wanted cuda" for name in names[:10]]
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, config.quantization, "cuda")
+    more = f"... and {len(names) - 10} more"
+    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join([*problems, more])
+
+
+def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
+    expanded = replace(config.quantization, storage="expanded")
+    base = base_model(config, storage="expanded")
+    verify_base(base, config.model, expanded, "cpu")
+    base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, expanded, "cpu")
+    problem = f"{LAYER} is Linear4bit, wanted Linear"
+    assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
+
+
+def test_load_base_verifies_what_it_loaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = AutoModelForCausalLM.from_pretrained
+
+    def ignores_the_attention(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **{**kwargs, "attn_implementation": "eager"})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ignores_the_attention)
+    with pytest.raises(CheckFailed, match="attention is eager, wanted sdpa"):
+        base_model(config)
+
+
+# --- weights that are not there
+
+
+def test_a_folder_without_safetensors_is_told_and_pickles_are_not_read(
+    config: Config, tiny_mistral: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_mistral / "config.json").read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckFailed) as failure:
+        base_model(replace(config, model=replace(config.model, name=str(tmp_path))))
+    found = f"Error no file named model.safetensors found in directory {tmp_path}."
+    assert str(failure.value) == f"model: {tmp_path} cannot be loaded: {found}"
+
+
+def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def gated(name: str, **kwargs: Any) -> Any:
+        asked.update(kwargs, name=name)
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", gated)
+    with pytest.raises(CheckFailed) as failure:
+        base_model(replace(config, model=replace(config.model, name=MISTRAL, revision="abc")))
+    assert str(failure.value) == (
+        f"model: {MISTRAL} cannot be fetched: You are trying to access a gated repo.\n"
+        f"Accept its terms at https://huggingface.co/{MISTRAL} once, then set HF_TOKEN; or put its files in a folder "
+        "and type --set model.name=FOLDER"
+    )
+    wanted = {"name": MISTRAL, "revision": "abc", "trust_remote_code": False, "use_safetensors": True}
+    assert {key: asked[key] for key in wanted} == wanted
+    assert asked["device_map"] == {"": "cpu"}
+
+
+# --- LoRA
+
+
+@pytest.fixture(scope="module")
+def lora_config(tiny_mistral: Path) -> Config:
+    return load("cpu", [f"model.name={tiny_mistral}", "lora.target_modules=[q_proj, down_proj]", "lora.r=4"])[0]
+
+
+def adapter(config: Config, seed: int, draws: int) -> dict[str, torch.Tensor]:
+    base = base_model(config)
+    torch.rand(draws)
+    return trained_state(add_lora(base, config.lora, seed))
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before(lora_config: Config) -> None:
+    torch.manual_seed(7)
+    first = adapter(lora_config, seed=42, draws=3)
+    torch.manual_seed(8)
+    assert same(first, adapter(lora_config, seed=42, draws=1000))
+    assert not same(first, adapter(lora_config, seed=43, draws=3))
+
+
+def test_only_fp32_lora_weights_train_and_only_on_the_targets(lora_config: Config) -> None:
+    model = add_lora(base_model(lora_config), lora_config.lora, 42)
+    trained = trained_state(model)
+    wanted = {
+        f"base_model.model.model.layers.{layer}.{target}.lora_{matrix}.default.weight": shape
+        for layer in (0, 1)
+        for target, inputs, outputs in (("self_attn.q_proj", 64, 64), ("mlp.down_proj", 128, 64))
+        for matrix, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
+    }
+    assert {name: tuple(value.shape) for name, value in trained.items()} == wanted
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    peft_config = model.peft_config["default"]
+    assert (peft_config.lora_alpha, peft_config.lora_dropout, peft_config.bias) == (32, 0.05, "none")
+
+
+def test_lora_on_a_bfloat16_base_is_fp32(lora_config: Config) -> None:
+    bfloat16 = replace(
+        lora_config,
+        model=replace(lora_config.model, dtype="bfloat16"),
+        quantization=replace(lora_config.quantization, bnb_4bit_compute_dtype="bfloat16"),
+    )
+    assert {value.dtype for value in adapter(bfloat16, 42, 0).values()} == {torch.float32}
+
+
+def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = model_module.get_peft_model
+    monkeypatch.setattr(model_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
+    with pytest.raises(CheckFailed) as failure:
+        adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"
+
+
+# --- answers
+
+QUESTION = [{"role": "user", "content": "What is two plus one?"}]
+
+
+def greedy(model: Any, chat: Chat, messages: Any, tokens: int) -> str:
+    """One argmax after another, without a cache."""
+    ids = chat.encode_prompt(messages)
+    start = len(ids)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+def test_an_answer_is_greedy_whatever_the_random_state_and_the_models_own_settings(config: Config, chat: Chat) -> None:
+    model = tuned_model(config)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    wanted = greedy(model, chat, QUESTION, 12)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert answer(model, chat, QUESTION, 12) == wanted
+    assert len(wanted) > 12
+
+
+def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat) -> None:
+    model = tuned_model(config)
+    whole = answer(model, chat, QUESTION, 12)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[2] = 0.0
+        state = model(input_ids=torch.tensor([chat.encode_prompt(QUESTION)]), output_hidden_states=True)
+        model.get_output_embeddings().weight[2] = state.hidden_states[-1][0, -1]  # </s> is the first token's favourite
+    assert answer(model, chat, QUESTION, 12) == ""
+    assert whole != ""
+
+
+def test_with_the_adapter_off_the_base_model_answers(config: Config, chat: Chat) -> None:
+    model = tuned_model(config)
+    prompts = ("What is two plus one?", "Why?")
+    samples = compare_answers(model, chat, prompts, None, max_new_tokens=10)
+    base = base_model(config)
+    questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert samples == [
+        {"prompt": prompt, "base": answer(base, chat, question, 10), "tuned": answer(model, chat, question, 10)}
+        for prompt, question in zip(prompts, questions, strict=True)
+    ]
+    assert all(sample["base"] != sample["tuned"] for sample in samples)
+
+
+def test_the_system_prompt_stands_before_the_question(config: Config, chat: Chat) -> None:
+    model = tuned_model(config)
+    sample = compare_answers(model, chat, ("Why?",), "Be kind.", max_new_tokens=8)[0]
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    assert sample["tuned"] == answer(model, chat, messages, 8)
+    assert sample["tuned"] != compare_answers(model, chat, ("Why?",), None, max_new_tokens=8)[0]["tuned"]
