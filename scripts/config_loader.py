@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli, config, typed, yaml_source
@@ -17,26 +15,19 @@ from finetune.yaml_source import deep_merge, get_config_value, load_yaml, valida
 __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fields"]
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes text such as '2e-4', which our reader would take for a number."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", yaml_source._FLOAT, list("-+.0123456789"))
-
-
 def wanted(tree: dict[str, Any], key: str) -> Any:
     """The value at the dotted `key`. Raises ConfigError where the config has no such key."""
     absent = object()
     value = get_config_value(tree, key, absent)
     if value is absent:
-        raise ConfigError(f"--get {key}: unknown key{typed._did_you_mean(key, typed.paths(config.Config))}")
+        raise ConfigError(f"--get {key}: unknown key{typed.did_you_mean(key, typed.paths(config.Config))}")
     return value
 
 
 def readable(value: Any) -> str:
     """Sections and lists as YAML, text bare, so that a shell can use it."""
     if isinstance(value, dict | list):
-        return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120).rstrip()
+        return yaml_source.dump(value).rstrip()
     return value if isinstance(value, str) else json.dumps(value)
 
 

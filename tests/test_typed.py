@@ -186,10 +186,10 @@ def test_every_synonym_is_a_key_of_the_config() -> None:
 
 def test_a_missing_key_and_a_section_that_is_none_are_named() -> None:
     problems = Problems({})
-    assert typed.build(Tree, {"section": 5, "lora": {}}, "", problems) is None
+    assert typed.build(Tree, {"lora": 5}, "", problems) is None
     assert problems.found == [
-        "section: found 5 (whole number), wanted a section with keys below it",
-        "lora.r: missing; the base config holds every key",
+        "section: missing; the base config holds every key",
+        "lora: found 5 (whole number), wanted a section with keys below it",
         "seed: missing; the base config holds every key",
     ]
 

@@ -84,6 +84,7 @@ def test_a_mapping_comes_with_the_line_of_each_dotted_key() -> None:
         ("-1e3", -1000.0),
         ("+1e3", 1000.0),
         (".5e-3", 0.0005),
+        (".5e3", 500.0),
         ("5.e-3", 0.005),
         ("1_000e2", 100000.0),
         ("1_000.5e1", 10005.0),
@@ -108,7 +109,7 @@ def test_text_that_only_looks_like_a_number_stays_text(text: str) -> None:
     assert parse(f"name: {text}", "f.yaml")[0] == {"name": text}
 
 
-@pytest.mark.parametrize("text", ["1_" * 20_000 + "!", "1" * 40_000 + "!", "1" * 40_000 + ".x", "-" + "." * 40_000])
+@pytest.mark.parametrize("text", ["1_" * 10_000 + "!", "1" * 20_000 + "!", "1" * 20_000 + ".x", "-" + "." * 20_000])
 def test_a_long_scalar_takes_no_longer_than_its_length(text: str) -> None:
     started = time.process_time()
     assert parse(f"name: {text}", "f.yaml")[0] == {"name": text}
@@ -248,6 +249,7 @@ def test_merging_goes_section_by_section_and_replaces_lists() -> None:
     wanted = {"lora": {"r": 16, "names": ["c"], "bias": "none"}, "seed": 42, "note": None, "new": {"y": 2}}
     assert deep_merge(base, over) == wanted
     assert deep_merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+    assert deep_merge({"a": {"b": {"c": 1, "d": 2}}}, {"a": {"b": {"d": 3}}}) == {"a": {"b": {"c": 1, "d": 3}}}
 
 
 trees = st.recursive(

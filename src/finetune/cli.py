@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from finetune.errors import UserError
+from finetune.report import clean
 
 
 def parser(description: str, config_help: str | None = None) -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(clean(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

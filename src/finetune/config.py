@@ -175,7 +175,10 @@ class Config:
 
 def resolve(path: str) -> Path:
     """A path from a config: relative ones are from the project's root, whatever the working directory."""
-    return ROOT / Path(path).expanduser()
+    try:
+        return ROOT / Path(path).expanduser()
+    except RuntimeError:  # ~name of nobody on this machine
+        return ROOT / path
 
 
 def config_file(choice: str | None) -> tuple[Path, str]:
@@ -186,7 +189,11 @@ def config_file(choice: str | None) -> tuple[Path, str]:
     if choice in PLATFORMS:
         return ROOT / "configs" / f"training_config_{choice}.yaml", f"--config {choice}"
     path = Path(choice)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"--config {choice}: {error.strerror}") from None
+    if not found:
         names = ", ".join(PLATFORMS)
         raise ConfigError(f"--config {choice}: no such file; type a path or one of: {names}")
     return path, f"--config {choice}"
@@ -203,7 +210,8 @@ def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]
     above, above_places = yaml_source.read(path)
     set_values, set_places = yaml_source.override(settings)
     merged = yaml_source.deep_merge(yaml_source.deep_merge(base, above), set_values)
-    yaml_source.validate_required_fields(merged, REQUIRED)
+    sections = {name for name, value in merged.items() if isinstance(value, dict)}
+    yaml_source.validate_required_fields(merged, (path for path in REQUIRED if path.split(".")[0] in sections))
     problems = typed.Problems({**places, **above_places, **set_places})
     everywhere = typed.paths(Config)
     config = typed.build(Config, merged, "", problems, everywhere)
@@ -212,20 +220,29 @@ def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]
         for rule in RULES:
             rule(config, problems)
     if problems.found:
-        raise ConfigError(*sorted(set(problems.found)))
+        raise ConfigError(*sorted(set(problems.found), key=_by_line))
     return config, f"{os.path.relpath(path)} ({reason})"
+
+
+def _by_line(problem: str) -> list[str | int]:
+    # Digits as numbers, so that line 9 comes before line 10.
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", problem))]
 
 
 def _with_run_name(config: Config, path: Path) -> Config:
     """Stable from the config file's name, so that the same command means the same run."""
     if config.tracking.run_name is not None:
         return config
-    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=path.stem))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
 
 
 def is_local(name: str) -> bool:
     """Whether `model.name` is a folder here rather than a Hub id."""
-    return resolve(name).is_dir()
+    try:
+        return resolve(name).is_dir()
+    except OSError:  # too long, or not ours to look at
+        return False
 
 
 def _base_model(config: Config, problems: typed.Problems) -> None:

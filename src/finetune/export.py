@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
+from finetune import yaml_source
 from finetune.checkpoints import sha256, write_json
 from finetune.config import ROOT, Config
 from finetune.data import Prepared
@@ -93,7 +93,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
 
 def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
     """The resolved config, and a manifest that says the run is not finished."""
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 
 
@@ -153,7 +153,7 @@ def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:
     loss = f"{outcome.eval_loss:.4f}{before}"
     lora, targets = config.lora, ", ".join(config.lora.target_modules)
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
+{yaml_source.dump(metadata).strip()}
 ---
 
 # {config.run_name}

@@ -6,6 +6,7 @@ Nothing here imports torch: what a machine is must still be known when torch is 
 from __future__ import annotations
 
 import platform as host
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -101,14 +102,14 @@ def _nvidia_gpus() -> tuple[tuple[str, ...], float | None]:
         return (), None
     query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
     except (subprocess.SubprocessError, OSError):
         return (), None
-    rows = [line.rsplit(",", 1) for line in answer.splitlines() if "," in line]
+    rows = re.findall(r"^(.+), *([0-9]+|\[.+\])$", answer, re.MULTILINE)  # free memory may be [N/A]
     if not rows:
         return (), None
-    free_mib = rows[0][1].strip()
-    return tuple(name.strip() for name, _ in rows), float(free_mib) / 1024 if free_mib.isdigit() else None
+    free_mib = rows[0][1]
+    return tuple(name for name, _ in rows), float(free_mib) / 1024 if free_mib.isdigit() else None
 
 
 def _cgroup_limit() -> float:

@@ -56,8 +56,8 @@ def build(kind: type, value: Any, path: str, problems: Problems, everywhere: Ite
         return None
     hints = typing.get_type_hints(kind, include_extras=True)
     prefix = f"{path}." if path else ""
-    for key in value.keys() - hints.keys():
-        problems.add(f"{prefix}{key}", "unknown key" + _did_you_mean(f"{prefix}{key}", everywhere))
+    for key in (key for key in value if key not in hints):
+        problems.add(f"{prefix}{key}", "unknown key" + did_you_mean(f"{prefix}{key}", everywhere))
     built = {}
     for name, hint in hints.items():
         if name not in value:
@@ -89,13 +89,22 @@ def show(value: Any) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({names.get(type(value), type(value).__name__)})"
 
 
-def _did_you_mean(path: str, everywhere: Iterable[str]) -> str:
-    # A known synonym wins; then the same name elsewhere; then the nearest spelling.
+def did_you_mean(path: str, everywhere: Iterable[str]) -> str:
+    """`; did you mean ...?` for an unknown dotted path, or nothing.
+
+    A known synonym wins; then the nearest spelling of the last part, in the same section first.
+    """
     everywhere = list(everywhere)
     leaf = path.rsplit(".", 1)[-1]
+    if path in everywhere:
+        return f"; dots are for --set: write {leaf}: below {path.removesuffix(leaf)[:-1]}:"
     synonym = _SYNONYMS.get(leaf)
-    same = [known for known in everywhere if known.rsplit(".", 1)[-1] == leaf]
-    near = [synonym] if synonym in everywhere else same or difflib.get_close_matches(path, everywhere, 1, 0.6)
+    section = path.removesuffix(leaf)
+    leaves = {
+        known.rsplit(".", 1)[-1]: known for known in sorted(everywhere, key=lambda known: known.startswith(section))
+    }
+    close = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    near = [synonym] if synonym in everywhere else close
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -135,9 +144,14 @@ def _scalar(hint: Any, value: Any, path: str, problems: Problems) -> Any:
         return ()
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and value != "":
         return value
-    wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint]
+    wanted = {
+        str: "text that is not empty" if value == "" else "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+    }[hint]
     problems.add(path, f"found {show(value)}, wanted {wanted}")
     return None
 

@@ -14,24 +14,49 @@ from finetune.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
+MAX_INTEGER = 2**63 - 1
 
 # YAML 1.1 wants a dot in a float, so PyYAML reads 2e-4 as text. This is the YAML 1.2 form.
-_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, and reads `2e-4` as a float."""
+    """SafeLoader that refuses what a config has no use for, and reads `2e-4` as a float."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
-        return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = ""
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not supported"
+        elif event.tag is not None:
+            problem = "tags (!name) are not supported"
+        elif self.depth > MAX_DEPTH:
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except ValueError as error:  # a date or a number that only looks like one
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        if type(value) is int and abs(value) > MAX_INTEGER:
+            raise yaml.MarkedYAMLError(problem=f"a whole number over {MAX_INTEGER}", problem_mark=node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                what = f"{key.value} is no text; quote it" if isinstance(key, yaml.ScalarNode) else "wanted text"
+                raise yaml.MarkedYAMLError(problem=f"key: {what}", problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"duplicate key {key.value!r} (first on line {seen[key.value]}); keep one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
@@ -54,8 +79,9 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
             if node is None:
                 return {}, {}
             if not isinstance(node, yaml.MappingNode):
-                raise ConfigError(f"{where}:1: found a {node.tag.rsplit(':', 1)[-1]}, wanted a mapping of sections")
-            places = dict(_places(node, where, "", 0))
+                found = f"found a {node.tag.rsplit(':', 1)[-1]}, wanted a mapping of sections"
+                raise ConfigError(f"{where}:{node.start_mark.line + 1}: {found}")
+            places = dict(_places(node, where, ""))
             return loader.construct_document(node), places
         finally:
             loader.dispose()
@@ -63,20 +89,17 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels") from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{where}:{number}: not YAML: {str(error).splitlines()[0]}") from None
 
 
-def _places(node: yaml.MappingNode, where: str, prefix: str, depth: int) -> Iterable[tuple[str, str]]:
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"{where}:{node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+def _places(node: yaml.MappingNode, where: str, prefix: str) -> Iterable[tuple[str, str]]:
     for key, value in node.value:
         path = f"{prefix}{key.value}"
         yield path, f"{where}:{key.start_mark.line + 1}"
         if isinstance(value, yaml.MappingNode):
-            yield from _places(value, where, f"{path}.", depth + 1)
+            yield from _places(value, where, f"{path}.")
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -90,6 +113,18 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; see --config in --help") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text such as '2e-4', which `parse` would take for a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dump(tree: Any) -> str:
+    """YAML that `parse` reads back as the same values, keys in their order."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -128,14 +163,29 @@ def override(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """`--set dotted.key=yaml_value` arguments as one mapping, with the argument as each key's place."""
     merged: dict[str, Any] = {}
     places: dict[str, str] = {}
+    problems: list[str] = []
     for setting in settings:
-        path, equals, text = setting.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"--set {setting}: wanted dotted.key=value, for example --set training.max_steps=50")
-        value = parse(f"value: {text}", f"--set {setting}")[0]["value"]
+        try:
+            keys, value, below = _setting(setting)
+        except ConfigError as error:
+            problems += error.problems
+            continue
         for key in reversed(keys):
             value = {key: value}
         merged = deep_merge(merged, value)
-        places[".".join(keys)] = f"--set {setting}"
+        places |= {".".join([*keys, *path.split(".")[1:]]): f"--set {setting}" for path in below}
+    if problems:
+        raise ConfigError(*problems)
     return merged, places
+
+
+def _setting(setting: str) -> tuple[list[str], Any, Iterable[str]]:
+    """The keys and the value of one `--set`, and the dotted paths in it, below "value"."""
+    path, equals, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys) or len(keys) > MAX_DEPTH:
+        raise ConfigError(f"--set {setting}: wanted dotted.key=value, for example --set training.max_steps=50")
+    tree, places = parse(f"value: {text}", f"--set {setting}")
+    if tree.keys() != {"value"}:
+        raise ConfigError(f"--set {setting}: wanted one value")
+    return keys, tree["value"], places
