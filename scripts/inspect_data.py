@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
 def line_range(text: str) -> range:
     """`3` or `3-7` as line numbers, both ends included."""
     first, _, last = text.partition("-")
-    if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first):
+    if not re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?", text) or not 1 <= int(first) <= int(last or first):
         raise ConfigError(f"--rows {text}: wanted a line or a range of lines, for example 3 or 3-7")
     return range(int(first), int(last or first) + 1)
 
@@ -56,11 +57,14 @@ def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, 
                 "labels": (cut or encoded).labels,
                 "text": chat.tokenizer.decode((cut or encoded).input_ids, skip_special_tokens=False),
                 "tokens": [chat.tokenizer.id_to_token(token) for token in (cut or encoded).input_ids],
-                "note": _note(len(encoded.input_ids), cut and len(cut.input_ids), config.model.max_seq_length),
+                "note": _note(len(encoded.input_ids), cut and len(cut.input_ids), config),
             }
 
 
-def _note(full: int, kept: int | None, limit: int) -> str:
+def _note(full: int, kept: int | None, config: Config) -> str:
+    limit = config.model.max_seq_length
+    if kept != full and not config.dataset.truncation:
+        return f"{full} tokens, BAD: over model.max_seq_length {limit}, and dataset.truncation is false"
     if kept is None:
         return f"{full} tokens, DROPPED: no assistant turn ends within model.max_seq_length {limit}"
     return f"{full} tokens" if kept == full else f"{full} tokens, CUT to {kept} at the end of an assistant turn"
@@ -91,7 +95,7 @@ def main() -> None:
     for row in encoded_rows(options.file, rows, config):
         shown += 1
         if options.json:
-            print(json.dumps({key: row[key] for key in ("line", "input_ids", "labels", "text")}, ensure_ascii=False))
+            print(json.dumps({key: row[key] for key in ("line", "input_ids", "labels", "text")}))
         else:
             show(terminal, row)
     if not shown:

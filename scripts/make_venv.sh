@@ -7,13 +7,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { printf '%s\n' "$1" >&2; exit "$2"; }
 
-find_python() {  # the first Python 3.11 to 3.13
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+find_python() {  # the first Python 3.11 to 3.13; where PYTHON names one, that one or none
+  local candidate candidates=(python3.11 python3.12 python3.13 python3)
+  [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
       printf '%s\n' "$candidate"; return
     fi
   done
+  [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13; name another, or unset it" 2
   fail "found no Python 3.11, 3.12 or 3.13; install one (Ubuntu: sudo apt install python3.11 python3.11-venv; macOS: brew install python@3.11), or name it: PYTHON=/path/to/python $0" 2
 }
 

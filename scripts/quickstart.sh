@@ -11,10 +11,14 @@ scripts/make_venv.sh
 echo "validating"
 .venv/bin/python src/train.py --config cpu --dry-run
 
+finished='' unfinished=''
+for folder in adapters/demo-cpu adapters/demo-cpu-[0-9]*; do
+  if grep -qs '"status": "complete"' "$folder/manifest.json"; then finished=$folder
+  elif [[ -d $folder ]]; then unfinished=$folder; fi
+done
 fresh=()
-newest=$(printf '%s\n' adapters/demo-cpu*/ | sort -V | tail -n 1)
-if grep -qs '"status": "complete"' "$newest/manifest.json"; then
-  echo "${newest%/} is finished; this run is a fresh one beside it"
+if [[ -n $finished && -z $unfinished ]]; then
+  echo "$finished is finished; this run is a fresh one beside it"
   fresh=(--fresh)
 fi
 echo "training"

@@ -37,6 +37,7 @@ def main() -> None:
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
         terminal.say(f"{run.folder} is finished; --fresh starts a new run beside it")
+        print_manifest(run, options.json)
         return
 
     prepared = prepare_data(config, terminal)
@@ -50,7 +51,11 @@ def main() -> None:
         return
 
     train(config, run, prepared, terminal, options.resume_changed)
-    if options.json:
+    print_manifest(run, options.json)
+
+
+def print_manifest(run: Run, wanted: bool) -> None:
+    if wanted:
         cli.print_json(json.loads((run.folder / "manifest.json").read_text(encoding="utf-8")))
 
 

@@ -214,7 +214,7 @@ def test_a_removal_cut_short_leaves_a_folder_that_no_seal_vouches_for(
     for step in (2, 4, 6):
         checkpoint(tmp_path, step, float(step))
 
-    def killed(folder: Path) -> None:
+    def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("finetune.checkpoints.shutil.rmtree", killed)
@@ -251,7 +251,7 @@ def test_a_power_cut_before_the_rename_leaves_the_file_as_it_was(
     write_json(path, {"status": "interrupted"})
     synced: list[str] = []
 
-    def cut(partial: Path, target: Path) -> Path:
+    def cut(partial: Path, _target: Path) -> Path:
         synced.append(partial.read_text())
         raise OSError("power cut")
 

@@ -273,7 +273,7 @@ def test_another_absent_validation_file_is_a_config_error(case: Case) -> None:
 
 def test_an_absent_train_file_is_a_config_error(case: Case) -> None:
     assert case.failure(ConfigError) == (
-        f"config: 1 problem\n  dataset: {case.train}: No such file or directory; put your JSONL there, "
+        f"config: 1 problem\n  {case.train}: No such file or directory; put your JSONL there, "
         "or try with --set dataset.train_file=data/sample/train.jsonl"
     )
 

@@ -367,13 +367,17 @@ def test_an_answer_is_greedy_whatever_the_random_state_and_the_models_own_settin
 
 def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat) -> None:
     model = tuned_model(config)
-    whole = answer(model, chat, QUESTION, 12)
+    prompt = chat.encode_prompt(QUESTION)
     with torch.no_grad():
-        model.get_output_embeddings().weight[2] = 0.0
-        state = model(input_ids=torch.tensor([chat.encode_prompt(QUESTION)]), output_hidden_states=True)
-        model.get_output_embeddings().weight[2] = state.hidden_states[-1][0, -1]  # </s> is the first token's favourite
-    assert answer(model, chat, QUESTION, 12) == ""
-    assert whole != ""
+        reply = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0, len(prompt) :]
+        ids = torch.tensor([[*prompt, *reply[:3].tolist()]])
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -4:]
+        before, now = hidden[:3], hidden[3]
+        end = now - before.T @ torch.linalg.lstsq(before.T, now[:, None]).solution[:, 0]
+        model.get_output_embeddings().weight[2] = (
+            end  # </s>: nothing in the first three places, the first in the fourth
+        )
+    assert answer(model, chat, QUESTION, 12) == chat.tokenizer.decode(reply[:3].tolist()).strip() != ""
 
 
 def test_with_the_adapter_off_the_base_model_answers(config: Config, chat: Chat) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -36,22 +37,28 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Call `main` and exit with the documented code: a UserError's own, 130 or 143 after a signal, 1 for a bug."""
     signal.signal(signal.SIGTERM, _leave)
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where a reader that left or a full disk still gets its answer
     except UserError as error:
-        print(clean(str(error)), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _end(clean(str(error)), error.exit_code)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        _end("stopped by Ctrl-C", 130)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except MemoryError:
+        _end("out of memory; lower training.per_device_train_batch_size or model.max_seq_length", 6)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"no space left: {error.filename or error}; free some, then type the same command again", file=sys.stderr)
-        sys.exit(6)
+        _end(f"no space left: {error.filename or error}; free some, then type the same command again", 6)
     sys.exit(0)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def _leave(signal_number: int, _frame: FrameType | None) -> NoReturn:

@@ -74,7 +74,7 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
 def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
     train = resolve(dataset.train_file)
     share = f"{dataset.validation_split:.0%} of the rows, chosen by content, are held out"
-    open_lines(train).close()
+    open_lines(train, ", or try with --set dataset.train_file=data/sample/train.jsonl").close()
     if dataset.validation_file is None:
         return train, None, f"no validation file: {share}"
     validation = resolve(dataset.validation_file)

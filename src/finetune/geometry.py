@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.config import MISTRAL, Config, is_local, resolve
@@ -59,17 +60,30 @@ def read_geometry(config: Config) -> Geometry:
     path = resolve(config.model.name) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        values.setdefault("tie_word_embeddings", False)  # transformers leaves defaults out of the file
-        found = Geometry(**{name: values[name] for name in Geometry.__annotations__})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"model.name: {path} is not a Mistral model's config: {error!r}") from None
-    if values.get("architectures") != ["MistralForCausalLM"]:
-        raise ConfigError(f"model.name: {path} is a {values.get('architectures')}, wanted ['MistralForCausalLM']")
+    except OSError as error:
+        raise ConfigError(f"model.name: {path}: {error.strerror}; wanted a folder with a model in it") from None
+    except ValueError as error:
+        raise ConfigError(f"model.name: {path} is not JSON: {error}") from None
+    architectures = values.get("architectures") if isinstance(values, dict) else None
+    if architectures != ["MistralForCausalLM"]:
+        raise ConfigError(f"model.name: {path} is a {architectures}, wanted ['MistralForCausalLM']")
+    found = Geometry(**_sizes(values, path))
     if found != MISTRAL_7B and not PLATFORMS[config.platform].any_base:
         raise ConfigError(
             f"model.name: {path} is not Mistral-7B: {_difference(found)}; train small models on platform cpu"
         )
     return found
+
+
+def _sizes(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of Geometry in a config.json. Raises ConfigError with each that is no positive whole number."""
+    sizes = {name: values.get(name) for name in Geometry.__annotations__}
+    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])  # transformers leaves defaults out of the file
+    wrong = [f"{name} is {size!r}" for name, size in sizes.items() if not (isinstance(size, int) and size >= 0)]
+    wrong += [f"{name} is 0" for name, size in sizes.items() if size == 0 and name != "tie_word_embeddings"]
+    if wrong:
+        raise ConfigError(f"model.name: {path}: {', '.join(wrong)}; wanted positive whole numbers")
+    return sizes
 
 
 def _difference(found: Geometry) -> str:

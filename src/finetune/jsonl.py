@@ -19,15 +19,12 @@ class BadRow(Exception):
     """What is wrong with one line: what was found, and what was wanted."""
 
 
-def open_lines(path: Path) -> BinaryIO:
-    """Open a data file; ConfigError where it is not there."""
+def open_lines(path: Path, advice: str = "") -> BinaryIO:
+    """Open a data file; ConfigError, ending in `advice`, where it is not there."""
     try:
         return path.open("rb")
     except OSError as error:
-        raise ConfigError(
-            f"dataset: {path}: {error.strerror}; put your JSONL there, "
-            "or try with --set dataset.train_file=data/sample/train.jsonl"
-        ) from None
+        raise ConfigError(f"{path}: {error.strerror}; put your JSONL there{advice}") from None
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

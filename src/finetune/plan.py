@@ -169,7 +169,7 @@ def _problems(plan: Plan, config: Config) -> list[str]:
         every = max(1, plan.steps // 5)
         problems.append(
             f"{plan.steps} steps, but training.eval_steps is {config.training.eval_steps}: evaluated only before and "
-            f"after; --set training.eval_steps={every} --set training.save_steps={every} gives five evaluations"
+            f"after; --set training.eval_steps={every} --set training.save_steps={every} evaluates every {every}"
         )
     if plan.memory_available_gib is not None and plan.peak_memory_gib > plan.memory_available_gib:
         problems.append(

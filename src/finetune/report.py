@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import textwrap
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +66,8 @@ class Terminal:
         for sample in samples:
             self.say(f"{self.paint('Q', 'bold')}      {clean(sample['prompt'])}")
             for name in ("base", "tuned"):
-                text = textwrap.fill(clean(sample[name]), 100, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+                reply = clean(sample[name]) or "(nothing)"
+                text = textwrap.fill(reply, 100, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
                 self.say(self.paint(text, "green") if name == "tuned" else text)
             self.say()
 
@@ -75,6 +77,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     supervised = plan.supervised_tokens_train / max(1, plan.tokens_train)
     certified = plan.certificate["rows"]
     free = plan.memory_available_gib
+    available = "not this machine" if free is None else f"{free:.1f} GiB free"
     rows = f"{plan.rows_train:,} to train on, {plan.rows_validation:,} held out"
     changed = [(plan.rows_truncated, "cut"), (plan.rows_dropped, "dropped")]
     rows += "".join(f", {count:,} {name}" for count, name in changed if count)
@@ -90,19 +93,28 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
         ),
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
-        ("", f"{plan.evaluations:,} evaluations, {plan.checkpoints:,} checkpoints"),
-        (
-            "memory",
-            f"{plan.peak_memory_gib:.1f} GiB expected, " + (f"{free:.1f} GiB free" if free else "not this machine"),
-        ),
+        ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
+        ("memory", f"{plan.peak_memory_gib:.1f} GiB expected, {available}"),
         ("disk", f"{plan.disk_gib:.1f} GiB"),
         ("time", "not measured" if plan.hours is None else f"{plan.hours:.1f} h"),
     ]
 
 
 def clean(text: str) -> str:
-    """`text` for a terminal: control characters escaped, so that data cannot write escape sequences."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """`text` for a terminal: control and direction characters escaped, so that data cannot write escape sequences."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    joiners = "\n\u200c\u200d"  # the last two join letters and emoji
+    return "".join(
+        character.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(character) in hidden and character not in joiners
+        else character
+        for character in text
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,7 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from finetune.config import Config
 from finetune.errors import OutOfResource
@@ -38,23 +38,29 @@ class Run:
 def open_run(config: Config, fresh: bool) -> Run:
     """The run that this config's command means, its folder made and locked.
 
-    The newest of run_name, run_name-2, run_name-3, ...: where that one is finished, it is returned so; `fresh` takes
-    the next free number. Raises OutOfResource where another process holds the lock.
+    Of run_name, run_name-2, run_name-3, ... it is the newest that is not finished; where all are, the newest, marked
+    so; with `fresh` the next number. Raises OutOfResource where another process holds the lock.
     """
-    existing = _existing(config.run_folder)
-    folder = existing[-1] if existing else config.run_folder
-    if fresh and existing:
-        folder = config.run_folder.with_name(f"{config.run_name}-{_number(config.run_folder, existing[-1]) + 1}")
-    if not fresh and _status(folder) == "complete":
-        return Run(folder, True, None)
+    taken = _taken(config.run_folder)
+    existing = [path for path in taken if path.is_dir()]
+    unfinished = [folder for folder in existing if _status(folder) != "complete"]
+    if fresh and taken:
+        folder = config.run_folder.with_name(f"{config.run_name}-{_number(config.run_folder, taken[-1]) + 1}")
+    elif existing and not unfinished:
+        return Run(existing[-1], True, None)
+    else:
+        folder = unfinished[-1] if unfinished else config.run_folder
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return Run(folder, False, _lock(folder))
 
 
-def _existing(first: Path) -> list[Path]:
-    pattern = re.compile(re.escape(first.name) + r"(-[1-9]\d*)?")
-    folders = [path for path in first.parent.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: _number(first, path))
+def _taken(first: Path) -> list[Path]:
+    """What stands at the names of this run and its fresh ones, in their order."""
+    pattern = re.compile(re.escape(first.name) + r"(-([2-9]|[1-9][0-9]+))?")
+    return sorted(
+        (path for path in first.parent.glob("*") if pattern.fullmatch(path.name)),
+        key=lambda path: _number(first, path),
+    )
 
 
 def _number(first: Path, folder: Path) -> int:
@@ -62,18 +68,19 @@ def _number(first: Path, folder: Path) -> int:
 
 
 def _status(folder: Path) -> str | None:
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
+    """The manifest's status; None where there is no manifest, or none that can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    return str(content.get("status"))
+    return str(manifest.get("status")) if isinstance(manifest, dict) else None
 
 
 def _lock(folder: Path) -> TextIO:
     stream = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         stream.seek(0)
         holder = stream.read().strip() or "another process"
         stream.close()

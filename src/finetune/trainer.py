@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.checkpoints import read_seal, seal, thin_out
 from finetune.config import TrackingConfig, TrainingConfig
-from finetune.errors import Diverged
+from finetune.errors import Diverged, OutOfResource
 from finetune.packing import Collator
 from finetune.progress import Progress
 from finetune.runs import Run
@@ -244,7 +244,11 @@ def train(
     trainer.add_callback(keeper)
     trainer.add_callback(progress)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
+        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
     best = keeper.best()
     assert best is not None  # the last step is always evaluated
     step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]

@@ -1,0 +1,295 @@
+"""The command that shows every token of a row with its label."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune import chat, cli
+from finetune.config import ROOT
+from finetune.encoding import with_system_prompt
+
+SCRIPT = ROOT / "scripts" / "inspect_data.py"
+SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
+Run = Callable[..., tuple[int, str, str]]
+
+# Making Mistral's tokenizer takes a third of a second.
+the_chat = functools.cache(chat.load_chat)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("inspect_data", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
+    monkeypatch.setattr(chat, "load_chat", the_chat)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def running(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--config", "h100"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(script.main)
+        assert isinstance(stopped.value.code, int)
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield running
+    signal.signal(signal.SIGTERM, handler)
+
+
+def written(folder: Path, *rows: object) -> Path:
+    """A JSONL file of conversations (user and assistant in turn, given as texts) and of lines as they stand (bytes)."""
+    path = folder / "rows.jsonl"
+    lines = []
+    for row in rows:
+        if isinstance(row, bytes):
+            lines.append(row)
+            continue
+        assert isinstance(row, tuple)
+        roles = ("user", "assistant") * len(row)
+        messages = [{"role": role, "content": text} for role, text in zip(roles, row, strict=False)]
+        lines.append(json.dumps({"messages": messages}).encode())
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def tokens(*turns: str) -> int:
+    """How many tokens a conversation of these turns is."""
+    roles = ("user", "assistant") * len(turns)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return len(the_chat(None).encode([messages])[0].input_ids)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_a_row_with_the_ids_and_labels_that_training_gets(run: Run) -> None:
+    code, out, err = run(SAMPLE, "--rows", "1-150", "--json")
+    assert code == 0, err
+    lines = SAMPLE.read_text(encoding="utf-8").splitlines()
+    shown = [json.loads(line) for line in out.splitlines()]
+    assert [row["line"] for row in shown] == list(range(1, 151))
+    assert {tuple(row) for row in shown} == {("line", "input_ids", "labels", "text")}
+    encoded = the_chat(None).encode([json.loads(line)["messages"] for line in lines])
+    assert [(row["input_ids"], row["labels"]) for row in shown] == [(row.input_ids, row.labels) for row in encoded]
+    assert shown[0]["text"].startswith("<s> [INST] How do I sing without straining my throat? [/INST] Keeper's log:")
+    assert shown[0]["text"].endswith("</s>")
+
+
+def test_with_json_people_read_on_stderr(run: Run) -> None:
+    _, out, err = run(SAMPLE, "--rows", "2", "--json")
+    assert len(out.splitlines()) == 1
+    assert err.startswith("config: ")
+
+
+def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(run: Run, tmp_path: Path) -> None:
+    own = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    path = written(tmp_path, ("Hello", "Hi"), json.dumps({"messages": own}).encode())
+    _, out, _ = run(path, "--json", "--set", "system_prompt=Be kind.")
+    first, second = (json.loads(line) for line in out.splitlines())
+    hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    assert first["input_ids"] == the_chat(None).encode([with_system_prompt(hello, "Be kind.")])[0].input_ids
+    assert "Be kind." in first["text"]
+    assert "Be kind." not in second["text"]
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        ([], [1, 2, 3]),
+        (["--rows", "5"], [5]),
+        (["--rows", "1"], [1]),
+        (["--rows", "4-6"], [4, 5, 6]),
+        (["--rows", "7-7"], [7]),
+        (["--rows", "149-9000"], [149, 150]),
+    ],
+)
+def test_rows_are_lines_of_the_file_both_ends_included(run: Run, arguments: list[str], lines: list[int]) -> None:
+    code, out, err = run(SAMPLE, "--json", *arguments)
+    assert code == 0, err
+    assert [json.loads(line)["line"] for line in out.splitlines()] == lines
+
+
+def test_blank_lines_are_counted_but_not_shown(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, ("One", "1"), b"", b"  ", ("Two", "2"))
+    assert [json.loads(line)["line"] for line in run(path, "--rows", "1-4", "--json")[1].splitlines()] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0", "0-3", "3-2", "-3", "a", "1-b", "1-2-3", "1.5", "", "-", " ", "1,2", "+1"),
+        "²",
+        "3-",
+    ],
+)
+def test_anything_else_is_exit_2_with_an_example(run: Run, text: str) -> None:
+    wanted = f"config: 1 problem\n  --rows {text}: wanted a line or a range of lines, for example 3 or 3-7\n"
+    assert run(SAMPLE, f"--rows={text}") == (2, "", wanted)
+
+
+def test_lines_that_the_file_does_not_have_are_exit_4(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, ("Hello", "Hi"))
+    code, _, err = run(path, "--rows", "2-5")
+    assert (code, err) == (4, f"{path} has no row in lines 2-5\n")
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"text": "hello"}', "no \"messages\" key (found 'text')"),
+        (b"hello", "not JSON: Expecting value at column 1"),
+        (b'{"messages": [{"role": "user", "content": "Hi"}]}', "ends with user, wanted an assistant message last"),
+        (b'{"\\u001b[31m": 1}', "no \"messages\" key (found '\\x1b[31m')"),
+    ],
+)
+def test_a_bad_row_is_exit_4_with_file_and_line_after_the_good_ones(
+    run: Run, tmp_path: Path, line: bytes, fault: str
+) -> None:
+    path = written(tmp_path, ("Hello", "Hi"), line)
+    code, out, err = run(path)
+    assert (code, err) == (4, f"{path}:2: {fault}\n")
+    assert "\nline 1: " in out
+
+
+def test_a_bad_row_outside_the_wanted_lines_is_not_looked_at(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, b"bad", ("Hello", "Hi"), b"bad")
+    assert run(path, "--rows", "2")[0] == 0
+
+
+def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "absent.jsonl"
+    code, _, err = run(path)
+    assert code == 2
+    assert err.startswith(f"config: 1 problem\n  {path}: No such file or directory; ")
+    code, _, err = run(tmp_path)
+    assert code == 2
+    assert err.startswith(f"config: 1 problem\n  {tmp_path}: Is a directory; ")
+
+
+def test_a_missing_file_is_not_to_be_mended_by_a_setting_that_this_command_does_not_read(
+    run: Run, tmp_path: Path
+) -> None:
+    assert "dataset.train_file" not in run(tmp_path / "absent.jsonl")[2]
+
+
+def test_without_a_file_the_usage_is_shown(run: Run) -> None:
+    code, out, err = run("--rows", "1")
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: inspect_data.py ")
+
+
+# For people -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_colour_the_tokens_with_loss_carry_a_caret(run: Run, tmp_path: Path) -> None:
+    code, out, err = run(written(tmp_path, ("Hello", "Hi there", "Bye", "So long")))
+    assert (code, err) == (0, "")
+    heading, note, pieces, empty = out.split("\n", 3)
+    assert heading.startswith("config: ")
+    assert (note, empty) == (f"line 1: {tokens('Hello', 'Hi there', 'Bye', 'So long')} tokens", "\n")
+    assert pieces == (
+        "<s> ▁[ INST ] ▁Hello ▁[ / INST ] ^▁Hi ^▁there ^</s> ▁[ INST ] ▁By e ▁[ / INST ] ^▁So ^▁long ^</s>"
+    )
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_the_tokens_with_loss_are_green_and_the_others_dim(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Tty()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run(written(tmp_path, ("Hello", "Hi")))
+    note, pieces = terminal.getvalue().splitlines()[1:3]
+    assert note == f"\033[1mline 1\033[0m: {tokens('Hello', 'Hi')} tokens"
+    dim = [f"\033[2m{text}\033[0m" for text in ("<s>", "▁[", "INST", "]", "▁Hello", "▁[", "/", "INST", "]")]
+    assert pieces.split(" ") == [*dim, "\033[32m▁Hi\033[0m", "\033[32m</s>\033[0m"]
+
+
+def test_line_ends_in_a_row_do_not_break_its_line(run: Run, tmp_path: Path) -> None:
+    out = run(written(tmp_path, ("One\ntwo", "a\n\nb")))[1]
+    assert out.splitlines()[2].count("<0x0A>") == 3
+    assert len(out.splitlines()) == 4
+
+
+def test_a_row_that_is_cut_says_how_far_and_shows_what_is_left(run: Run, tmp_path: Path) -> None:
+    turns = ("Hello there, how are you today?", "Fine.", "And what comes after that?", "A much longer answer.")
+    path = written(tmp_path, turns)
+    full, kept = tokens(*turns), tokens(*turns[:2])
+    for limit in (kept, full - 1):
+        code, out, _ = run(path, "--set", f"model.max_seq_length={limit}")
+        assert code == 0
+        assert out.splitlines()[1] == f"line 1: {full} tokens, CUT to {kept} at the end of an assistant turn"
+        assert out.splitlines()[2].endswith("▁[ / INST ] ^▁Fine ^. ^</s>")
+        row = json.loads(run(path, "--json", "--set", f"model.max_seq_length={limit}")[1])
+        assert len(row["input_ids"]) == len(row["labels"]) == kept
+    assert run(path, "--set", f"model.max_seq_length={full}")[1].splitlines()[1] == f"line 1: {full} tokens"
+
+
+def test_a_row_of_which_no_turn_fits_says_that_it_is_dropped(run: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, ("Hello there, how are you today?", "Fine, and how is everything where you are?"))
+    full = tokens("Hello there, how are you today?", "Fine, and how is everything where you are?")
+    out = run(path, "--set", "model.max_seq_length=16")[1]
+    wanted = f"line 1: {full} tokens, DROPPED: no assistant turn ends within model.max_seq_length 16"
+    assert out.splitlines()[1] == wanted
+
+
+STEERING = "\033[31m \033]0;title\a \r \b \x7f \x9b31m \u202e \u2066 \u200b \u2028 \ufeff \x00 \x1b\\"
+
+
+@pytest.mark.parametrize("coloured", [False, True], ids=["plain", "coloured"])
+def test_control_characters_in_the_data_never_reach_the_terminal_raw(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coloured: bool
+) -> None:
+    terminal = Tty() if coloured else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    path = written(tmp_path, (f"Say {STEERING}", f"So: {STEERING}"))
+    code, _, err = run(path)
+    assert (code, err) == (0, "")
+    ours = re.sub(r"\033\[(?:0|1|2|32)m", "", terminal.getvalue()) if coloured else terminal.getvalue()
+    assert [character for character in ours if not character.isprintable() and character != "\n"] == []
+    assert "\\x1b" in ours
+    assert len(ours.splitlines()) == 4
+
+
+def test_json_escapes_control_characters(run: Run, tmp_path: Path) -> None:
+    out = run(written(tmp_path, ("Say \033[31m\a\r", "So: \033]0;title\a")), "--json")[1]
+    assert [character for character in out if character < " " and character != "\n"] == []
+    assert "\033]0;title\a" in json.loads(out)["text"]
+
+
+def test_it_works_from_another_directory_on_a_file_that_lies_there(tmp_path: Path) -> None:
+    written(tmp_path, ("Hello", "Hi"))
+    command = [sys.executable, str(SCRIPT), "rows.jsonl", "--config", "h100", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["line"] == 1
