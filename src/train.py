@@ -95,28 +95,29 @@ def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resu
         terminal.decision("tracking", offline)
     export.write_start(run, config, known)
 
-    prepare_device(platform)
-    base = model.load_base(config.model, config.quantization, platform.device)
-    peft_model = model.add_lora(base, config.lora, config.training.seed)
-    tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
+    with export.recorded(run, known):
+        prepare_device(platform)
+        base = model.load_base(config.model, config.quantization, platform.device)
+        peft_model = model.add_lora(base, config.lora, config.training.seed)
+        tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
-    keeper = trainer.Keeper(run, fingerprint, config.training.save_total_limit)
-    sft = trainer.arguments(
-        config.training, run, report_to, platform.device == "cpu", platform.pin_memory, checkpoint is None
-    )
-    made = trainer.make_trainer(
-        peft_model,
-        tokenizer,
-        prepared.train.dataset(prepared.sequences),
-        prepared.validation.dataset(None),
-        config.dataset.train_file,
-        sft,
-        [],
-    )
-    outcome = trainer.train(made, config.training, keeper, Progress(terminal.stream), checkpoint)
+        keeper = trainer.Keeper(run, fingerprint, config.training.save_total_limit)
+        sft = trainer.arguments(
+            config.training, run, report_to, platform.device == "cpu", platform.pin_memory, checkpoint is None
+        )
+        made = trainer.make_trainer(
+            peft_model,
+            tokenizer,
+            prepared.train.dataset(prepared.sequences),
+            prepared.validation.dataset(None),
+            config.dataset.train_file,
+            sft,
+            [],
+        )
+        outcome = trainer.train(made, config.training, keeper, Progress(terminal.stream), checkpoint)
 
-    samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
-    export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)
+        samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
+        export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)
     terminal.answers(samples)
     terminal.finished(run.folder, outcome)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoints import newest_whole, read_seal, saved, seal, sha256, thin_out, write_json
+from finetune.checkpoints import newest_whole, read_seal, saved, seal, sha256, thin_out, trusted_best, write_json
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -260,3 +260,56 @@ def test_a_power_cut_before_the_rename_leaves_the_file_as_it_was(
         write_json(path, {"status": "complete"})
     assert json.loads(path.read_text()) == {"status": "interrupted"}
     assert json.loads(synced[0]) == {"status": "complete"}  # what would have been renamed was whole
+
+
+# --- the best adapter so far
+
+
+def best(checkpoints: Path, fingerprint: dict[str, str]) -> Path:
+    folder = checkpoints / "best"
+    folder.mkdir(parents=True)
+    (folder / "adapter.bin").write_bytes(b"weights")
+    seal(folder, {"step": 3, "eval_loss": 1.0, "fingerprint": fingerprint})
+    return folder
+
+
+def test_the_best_adapter_of_this_very_run_is_kept(tmp_path: Path) -> None:
+    folder = best(tmp_path, {"data": "a"})
+    assert trusted_best(tmp_path, {"data": "a"}) is None
+    assert folder.is_dir()
+    assert trusted_best(tmp_path / "new", {"data": "a"}) is None
+
+
+def test_the_best_adapter_of_another_config_or_data_is_set_aside(tmp_path: Path) -> None:
+    best(tmp_path, {"data": "a"})
+    assert trusted_best(tmp_path, {"data": "b"}) == (
+        "the best adapter so far is not used (trained with another config or data); set aside as damaged-best.1"
+    )
+    assert names(tmp_path) == ["damaged-best.1"]
+
+
+def test_a_damaged_best_adapter_is_set_aside(tmp_path: Path) -> None:
+    (best(tmp_path, {"data": "a"}) / "adapter.bin").write_bytes(b"w")
+    assert trusted_best(tmp_path, {"data": "a"}) == (
+        "the best adapter so far is not used (adapter.bin is not what was saved (sha256 differs)); "
+        "set aside as damaged-best.1"
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"files": []}', '{"files": {', ""])
+def test_a_seal_of_another_shape_is_told_and_thinning_leaves_its_folder(tmp_path: Path, text: str) -> None:
+    folder = checkpoint(tmp_path, 1)
+    (folder / "sha256.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^sha256\.json cannot be read$"):
+        read_seal(folder)
+    checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 3)
+    thin_out(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_file_that_was_not_there_when_it_was_sealed_is_told(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 1)
+    (folder / "extra.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^extra\.bin was not there when it was saved$"):
+        read_seal(folder)

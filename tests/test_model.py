@@ -157,6 +157,10 @@ def eager_attention(base: Any) -> None:
     base.set_attn_implementation("eager")
 
 
+def quantised_head(base: Any) -> None:
+    base.lm_head = bitsandbytes.nn.Linear4bit(64, 32000, bias=False)
+
+
 def one_layer_elsewhere(base: Any) -> None:
     base.model.norm.to("meta")
 
@@ -201,6 +205,7 @@ DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] =
         ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"],
     ),
     ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
+    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, wanted Linear"]),
 ]
 
 
@@ -213,7 +218,7 @@ def test_a_base_that_is_not_what_was_asked_for_is_named(
     base = base_model(config, **loaded)
     change(base)
     with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, config.quantization, "cpu")
+        verify_base(base, config.model, config.quantization, "cpu", "packed")
     assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join(problems)
 
 
@@ -222,7 +227,7 @@ def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Conf
     names = [name for name, _ in base.named_parameters()]
     problems = [f"{name} is on cpu, wanted cuda" for name in names[:10]]
     with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, config.quantization, "cuda")
+        verify_base(base, config.model, config.quantization, "cuda", "packed")
     more = f"... and {len(names) - 10} more"
     assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join([*problems, more])
 
@@ -230,10 +235,10 @@ def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Conf
 def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
     expanded = replace(config.quantization, storage="expanded")
     base = base_model(config, storage="expanded")
-    verify_base(base, config.model, expanded, "cpu")
+    verify_base(base, config.model, expanded, "cpu", "expanded")
     base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)
     with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, expanded, "cpu")
+        verify_base(base, config.model, expanded, "cpu", "expanded")
     problem = f"{LAYER} is Linear4bit, wanted Linear"
     assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
 
@@ -365,7 +370,7 @@ def test_an_answer_is_greedy_whatever_the_random_state_and_the_models_own_settin
     assert len(wanted) > 12
 
 
-def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat) -> None:
+def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tuned_model(config)
     prompt = chat.encode_prompt(QUESTION)
     with torch.no_grad():
@@ -377,7 +382,17 @@ def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat) -> None:
         model.get_output_embeddings().weight[2] = (
             end  # </s>: nothing in the first three places, the first in the fourth
         )
+    made: list[int] = []
+    generate = model.generate
+
+    def counted(**arguments: Any) -> Any:
+        output = generate(**arguments)
+        made.extend(output[0, len(prompt) :].tolist())
+        return output
+
+    monkeypatch.setattr(model, "generate", counted)
     assert answer(model, chat, QUESTION, 12) == chat.tokenizer.decode(reply[:3].tolist()).strip() != ""
+    assert made == [*reply[:3].tolist(), 2]
 
 
 def test_with_the_adapter_off_the_base_model_answers(config: Config, chat: Chat) -> None:
@@ -399,3 +414,12 @@ def test_the_system_prompt_stands_before_the_question(config: Config, chat: Chat
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
     assert sample["tuned"] == answer(model, chat, messages, 8)
     assert sample["tuned"] != compare_answers(model, chat, ("Why?",), None, max_new_tokens=8)[0]["tuned"]
+
+
+def test_an_expanded_base_is_verified_before_its_scales_are_gone(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = []
+    monkeypatch.setattr(model_module, "verify_base", lambda *arguments: stages.append(arguments[-1]))
+    base_model(config, storage="expanded")
+    assert stages == ["packed", "expanded"]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "sha256.json"
+BEST = "best"
+ASIDE = "damaged-"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -38,14 +40,28 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 def read_seal(folder: Path) -> dict[str, Any]:
     """The facts of a sealed folder. Raises ValueError with what is wrong where a file is missing, changed or new."""
-    if not (folder / SEAL).is_file():
-        raise ValueError(f"no {SEAL}: its save was not finished")
-    facts: dict[str, Any] = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    facts = _facts(folder)
     for name, digest in facts["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was saved (sha256 differs)")
+    new = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL, *facts["files"]}
+    if new:
+        raise ValueError(f"{min(new)} was not there when it was saved")
+    return facts
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the seal says, not compared with the files. Raises ValueError where there is none, or a broken one."""
+    if not (folder / SEAL).is_file():
+        raise ValueError(f"no {SEAL}: its save was not finished")
+    try:
+        facts = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
+        raise ValueError(f"{SEAL} cannot be read")
     return facts
 
 
@@ -66,29 +82,42 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     for folder in reversed(saved(checkpoints)):
         try:
             read_seal(folder)
-        except (ValueError, KeyError, OSError) as error:
-            aside = _aside(folder)
-            folder.rename(aside)
-            notes.append(f"{folder.name} is not whole ({error}); set aside as {aside.name}")
+        except (ValueError, OSError) as error:
+            notes.append(f"{folder.name} is not whole ({error}); set aside as {set_aside(folder).name}")
             continue
         return folder, notes
     return None, notes
 
 
-def _aside(folder: Path) -> Path:
+def trusted_best(checkpoints: Path, fingerprint: dict[str, Any]) -> str | None:
+    """Keep the best adapter so far only where it is whole and of this very run; else set it aside and say why."""
+    folder = checkpoints / BEST
+    if not folder.is_dir():
+        return None
+    try:
+        reason = None if read_seal(folder).get("fingerprint") == fingerprint else "trained with another config or data"
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    return reason and f"the best adapter so far is not used ({reason}); set aside as {set_aside(folder).name}"
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename what cannot be used, so that nothing is deleted that a person might still want."""
     number = 1
-    while (aside := folder.with_name(f"damaged-{folder.name}.{number}")).exists():
+    while (aside := folder.with_name(f"{ASIDE}{folder.name}.{number}")).exists():
         number += 1
-    return aside
+    return folder.rename(aside)
 
 
 def thin_out(checkpoints: Path, keep: int) -> None:
     """Remove all sealed checkpoints but the `keep` best by eval_loss and the newest."""
     losses = {}
     for folder in saved(checkpoints):
-        if (folder / SEAL).is_file():
-            loss = json.loads((folder / SEAL).read_text(encoding="utf-8")).get("eval_loss")
-            losses[folder] = float("inf") if loss is None else loss
+        try:
+            loss = _facts(folder).get("eval_loss")
+        except ValueError:
+            continue
+        losses[folder] = float("inf") if loss is None else loss
     best = sorted(losses, key=lambda folder: (losses[folder], step_of(folder)))[:keep]
     for folder in list(losses)[:-1]:
         if folder not in best:

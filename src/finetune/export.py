@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,16 @@ def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
     """The resolved config, and a manifest that says the run is not finished."""
     (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
+
+
+@contextmanager
+def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
+    """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already."""
+    try:
+        yield
+    except Exception as error:
+        write_manifest(run, {"status": "failed", "error": str(error), **known})
+        raise
 
 
 def write_manifest(run: Run, content: dict[str, Any]) -> None:

@@ -70,9 +70,10 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
             # evaluation would compute with other numbers than training.
             module.support_avx512bf16_for_cpu = False
+    verify_base(base, model, quantization, device, "packed")
     if quantization.storage == "expanded":
         base = base.dequantize(dtype=dtype)
-    verify_base(base, model, quantization, device)
+        verify_base(base, model, quantization, device, "expanded")
     return base
 
 
@@ -87,19 +88,25 @@ def _no_weights(name: str, error: OSError) -> str:
     )
 
 
-def verify_base(base: PreTrainedModel, model: ModelConfig, quantization: QuantizationConfig, device: str) -> None:
-    """Compare every parameter and linear layer with the config; a silent downgrade raises CheckFailed naming it."""
+def verify_base(
+    base: PreTrainedModel, model: ModelConfig, quantization: QuantizationConfig, device: str, storage: str
+) -> None:
+    """Compare every parameter and linear layer with the config; a silent downgrade raises CheckFailed naming it.
+
+    `storage` is what the layers should be by now: packed, as they are loaded, or expanded.
+    """
     problems = [
         f"{name} is on {parameter.device.type}, wanted {device}"
         for name, parameter in base.named_parameters()
         if parameter.device.type != device
     ]
-    wanted_class = bitsandbytes.nn.Linear4bit if quantization.storage == "packed" else torch.nn.Linear
     for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+        if isinstance(module, torch.nn.Linear):
+            packed = storage == "packed" and name != "lm_head"  # the output layer is never quantised
+            wanted_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
             if type(module) is not wanted_class:
                 problems.append(f"{name} is {type(module).__name__}, wanted {wanted_class.__name__}")
-            elif quantization.storage == "packed":
+            elif packed:
                 problems += _packed_problems(name, module, quantization)
     problems += [
         f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, wanted {model.dtype}"

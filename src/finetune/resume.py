@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import newest_whole, read_seal, saved
+from finetune.checkpoints import ASIDE, newest_whole, read_seal, trusted_best
 from finetune.errors import CheckFailed, ConfigError
 from finetune.report import Terminal
 from finetune.runs import Run
@@ -15,15 +15,17 @@ from finetune.runs import Run
 def find(run: Run, fingerprint: dict[str, Any], accept_changes: bool, terminal: Terminal) -> Path | None:
     """The checkpoint to go on from, or None for a run from its start.
 
-    Checkpoints that are not whole are set aside, and said so. Raises CheckFailed where none is whole, and ConfigError
-    where config, data or versions differ from the checkpoint's and `accept_changes` is false.
+    Checkpoints that are not whole are set aside, and said so; so is a best adapter that is not this run's. Raises
+    CheckFailed where none is whole, and ConfigError where config, data or versions differ from the checkpoint's and
+    `accept_changes` is false.
     """
-    had_some = bool(saved(run.checkpoints))
     folder, notes = newest_whole(run.checkpoints)
+    if note := trusted_best(run.checkpoints, fingerprint):
+        notes.append(note)
     for note in notes:
         terminal.warn(note)
     if folder is None:
-        if had_some:
+        if any(run.checkpoints.glob(f"{ASIDE}checkpoint-*")):
             raise CheckFailed(f"no checkpoint in {run.checkpoints} is whole; --fresh starts a new run")
         return None
     changes = list(differences(read_seal(folder)["fingerprint"], fingerprint))

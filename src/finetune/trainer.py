@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.checkpoints import read_seal, seal, thin_out
+from finetune.checkpoints import BEST, read_seal, seal, thin_out
 from finetune.config import TrackingConfig, TrainingConfig
 from finetune.errors import Diverged, OutOfResource
 from finetune.packing import Collator
 from finetune.progress import Progress
 from finetune.runs import Run
-
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         lines = inputs.pop("lines")
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss if isinstance(loss, torch.Tensor) else loss[0]):
-            step = self.state.global_step + 1
-            rows = ", ".join(f"{self.train_file}:{line}" for line in lines[:8])
-            where = f"rows {rows}" if self.model.training else "the validation rows"
-            raise Diverged(f"step {step}: the loss is not a finite number on {where}; lower training.learning_rate")
+            raise Diverged(
+                f"step {self.state.global_step + self.model.training}: the loss is not a finite number on "
+                f"{self._rows(lines)}; lower training.learning_rate"
+            )
         return loss
+
+    def _rows(self, lines: list[int]) -> str:
+        if not self.model.training:
+            return "the validation rows"
+        more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
+        return "rows " + ", ".join(f"{self.train_file}:{line}" for line in lines[:8]) + more
 
     def evaluation_loop(
         self,
@@ -140,7 +151,7 @@ def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str
     reason = _wandb_offline_reason()
     if reason is None:
         return ["wandb", "tensorboard"], None
-    os.environ["WANDB_MODE"] = "offline"  # without it wandb asks a question that nobody answers
+    os.environ.setdefault("WANDB_MODE", "offline")  # without it wandb asks a question that nobody answers
     return ["wandb", "tensorboard"], f"wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*"
 
 
@@ -149,8 +160,8 @@ def _wandb_offline_reason() -> str | None:
 
     import wandb
 
-    if os.environ.get("WANDB_MODE") == "offline":
-        return "WANDB_MODE=offline"
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     if not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
         return "no WANDB_API_KEY"
     try:
@@ -239,26 +250,25 @@ def train(
     trainer: Trainer, training: TrainingConfig, keeper: Keeper, progress: Progress, checkpoint: Path | None
 ) -> Outcome:
     """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured."""
-    if training.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience))
-    trainer.add_callback(keeper)
-    trainer.add_callback(progress)
     started = time.monotonic()
-    try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
-        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
+    stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
+    for callback in (stopping, keeper, progress):
+        trainer.add_callback(callback)
+    if checkpoint is None or not _go_on(trainer, stopping, keeper, checkpoint):
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
+            raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
     best = keeper.best()
     assert best is not None  # the last step is always evaluated
     step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]
     if training.load_best_model_at_end:
-        weights = load_peft_weights(str(keeper.run.checkpoints / BEST), device="cpu")
-        set_peft_model_state_dict(trainer.model, weights)
+        _load_adapter(trainer.model, keeper.run.checkpoints / BEST)
         step, eval_loss = best["step"], best["eval_loss"]
     return Outcome(
         steps=trainer.state.global_step,
-        train_loss=result.training_loss,
+        train_loss=_mean_loss(trainer.state.log_history),
         first_eval_loss=keeper.eval_losses.get(0),
         eval_loss=eval_loss,
         best_step=step,
@@ -266,3 +276,31 @@ def train(
         seconds=time.monotonic() - started,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
+
+
+def _go_on(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, checkpoint: Path) -> bool:
+    """Give the callbacks what they knew at `checkpoint`. True where the run had reached its end there already."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    keeper.eval_losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    saved = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
+    stopping.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+    patience_over = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
+    if state.global_step < state.max_steps and not patience_over:
+        return False
+    trainer.state = state
+    _load_adapter(trainer.model, checkpoint)
+    return True
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def _mean_loss(log_history: list[dict[str, float]]) -> float:
+    """Mean over all steps; each entry is the mean since the one before."""
+    total, last = 0.0, 0.0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else math.nan

@@ -1,0 +1,505 @@
+"""`python src/train.py` from the outside: what a run leaves, and what interruption, damage and change do to it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune.chat import load_chat
+from finetune.checkpoints import read_seal
+from finetune.config import ROOT, load
+
+STEPS = 6
+VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command of one run: `base` and `train_file` are shared by all, `output` is its own."""
+
+    base: Path
+    train_file: Path
+    output: Path
+
+    def settings(self) -> list[str]:
+        return [
+            f"model.name={self.base}",
+            f"dataset.train_file={self.train_file}",
+            f"output.dir={self.output}",
+            "tracking.run_name=run",
+            "dataset.sample_prompts=[]",
+            "dataset.validation_split=0.2",
+            "model.max_seq_length=64",
+            "lora.lora_dropout=0.1",
+            "training.packing=true",
+            f"training.max_steps={STEPS}",
+            "training.eval_steps=2",
+            "training.save_steps=2",
+            "training.gradient_accumulation_steps=2",
+        ]
+
+    def line(self, *options: str) -> list[str]:
+        sets = [word for setting in self.settings() for word in ("--set", setting)]
+        return [sys.executable, str(ROOT / "src" / "train.py"), "--config", "cpu", *sets, *options]
+
+    def __call__(self, *options: str) -> subprocess.CompletedProcess[str]:
+        line = self.line(*options)
+        return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+
+    def elsewhere(self, output: Path) -> Command:
+        """The same command on a copy of the output folder as it is now."""
+        shutil.copytree(self.output, output)
+        return Command(self.base, self.train_file, output)
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(60):
+            question = {"role": "user", "content": f"What comes after {number}?"}
+            reply = {
+                "role": "assistant",
+                "content": f"After {number} " + "and then " * (number % 4) + "comes the next.",
+            }
+            stream.write(json.dumps({"messages": [question, reply]}) + "\n")
+    return path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished run, made with --json."""
+
+    command: Command
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.command.output / "run"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.folder)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return content
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_mistral: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    command = Command(tiny_mistral, train_file, tmp_path_factory.mktemp("finished"))
+    done = command("--json")
+    assert done.returncode == 0, done.stderr
+    return Finished(command, done)
+
+
+# --- what a finished run leaves
+
+
+def test_a_finished_run_leaves_these_files_and_no_others(finished: Finished) -> None:
+    assert names(finished.folder) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "checkpoints",
+        "config.yaml",
+        "lock",
+        "manifest.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert names(finished.folder / "checkpoints") == ["best", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_no_pickle_of_arguments_lies_anywhere(finished: Finished) -> None:
+    found = {path.name for path in finished.folder.rglob("*")}
+    assert "training_args.bin" not in found
+    assert {name for name in found if name.endswith((".pt", ".pth", ".bin", ".pkl"))} == {
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    }
+    assert not [name for name in names(finished.folder) if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+
+
+MANIFEST: dict[str, type | tuple[type, ...]] = {
+    "status": str,
+    "config_sha256": str,
+    "data": dict,
+    "tokens": dict,
+    "rows": dict,
+    "base_model": dict,
+    "versions": dict,
+    "hardware": dict,
+    "git_commit": (str, type(None)),
+    "steps": int,
+    "train_loss": float,
+    "eval_loss_before": float,
+    "eval_loss": float,
+    "best_step": int,
+    "stopped_early": bool,
+    "tokens_per_second": float,
+    "peak_memory_gib": float,
+    "seconds": float,
+    "adapter_sha256": str,
+    "samples": list,
+}
+
+
+def test_the_manifest_has_these_fields_of_these_types(finished: Finished) -> None:
+    manifest = finished.manifest
+    assert list(manifest) == list(MANIFEST)
+    wrong = {name: manifest[name] for name, kind in MANIFEST.items() if not isinstance(manifest[name], kind)}
+    assert wrong == {}
+
+
+def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
+    manifest = finished.manifest
+    config = load("cpu", finished.command.settings())[0]
+    assert manifest["status"] == "complete"
+    assert manifest["config_sha256"] == config.sha256()
+    path = finished.command.train_file
+    assert manifest["data"] == {"train": {"path": str(path), "sha256": sha256(path), "rows": 60}}
+    assert manifest["base_model"] == {"name": str(finished.command.base), "revision": None}
+    assert set(VERSIONED) < set(manifest["versions"])
+    assert manifest["adapter_sha256"] == sha256(finished.folder / "adapter_model.safetensors")
+    assert (manifest["steps"], manifest["stopped_early"], manifest["samples"]) == (STEPS, False, [])
+    assert manifest["hardware"]["platform"] == "cpu"
+    assert min(manifest[name] for name in ("tokens_per_second", "peak_memory_gib", "seconds")) > 0
+
+
+def test_the_manifests_tokens_are_those_of_the_encoded_rows(finished: Finished) -> None:
+    chat, tokens = load_chat(None), finished.manifest["tokens"]
+    rows = [json.loads(line)["messages"] for line in finished.command.train_file.read_text().splitlines()]
+    encoded = chat.encode(rows)
+    assert tokens["train"]["rows"] + tokens["validation"]["rows"] == 60
+    total = sum(len(row.input_ids) for row in encoded)
+    supervised = sum(label != -100 for row in encoded for label in row.labels)
+    assert sum(split["total"] for split in tokens.values()) == total
+    assert sum(split["supervised"] for split in tokens.values()) == supervised
+    assert all(
+        re.fullmatch("[0-9a-f]{64}", split[name]) for split in tokens.values() for name in ("input_ids", "labels")
+    )
+    certified = [split["certified"] for split in finished.manifest["rows"].values()]
+    assert sum(certified) == 60
+
+
+def test_config_yaml_loads_to_the_same_config(finished: Finished) -> None:
+    loaded = load(str(finished.folder / "config.yaml"))[0]
+    assert loaded == load("cpu", finished.command.settings())[0]
+    tree = yaml.safe_load((finished.folder / "config.yaml").read_text(encoding="utf-8"))
+    assert tree == loaded.as_dict()
+
+
+def test_the_adapter_loads_with_plain_peft_into_a_base_that_is_not_quantised_and_changes_it(finished: Finished) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(finished.command.base)
+    ids = torch.tensor([load_chat(None).encode_prompt([{"role": "user", "content": "What comes after 5?"}])])
+    with torch.no_grad():
+        before = base.eval()(input_ids=ids).logits
+        model = PeftModel.from_pretrained(base, finished.folder).eval()
+        after = model(input_ids=ids).logits
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(off, before)
+
+
+def test_every_tensor_of_the_adapter_is_fp32_and_belongs_to_lora(finished: Finished) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(finished.folder / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2  # layers, targets, A and B
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
+    assert all(tensor.abs().sum() > 0 for tensor in tensors.values())
+
+
+def test_the_adapter_is_the_best_one_and_the_seals_hold(finished: Finished) -> None:
+    checkpoints = finished.folder / "checkpoints"
+    assert sha256(checkpoints / "best" / "adapter_model.safetensors") == finished.manifest["adapter_sha256"]
+    seals = {folder.name: read_seal(folder) for folder in sorted(checkpoints.iterdir())}
+    losses = {entry["step"]: entry["eval_loss"] for entry in finished.metrics if "eval_loss" in entry}
+    assert {name: seal["eval_loss"] for name, seal in seals.items() if name != "best"} == {
+        f"checkpoint-{step}": losses[step] for step in (2, 4, 6)
+    }
+    best = min(losses, key=lambda step: losses[step])
+    assert (seals["best"]["step"], seals["best"]["eval_loss"]) == (best, losses[best])
+    assert (finished.manifest["best_step"], finished.manifest["eval_loss"]) == (best, losses[best])
+
+
+def test_the_tokenizer_reloads_with_transformers_and_its_template_gives_our_ids(finished: Finished) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, chat = AutoTokenizer.from_pretrained(finished.folder), load_chat(None)
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What comes  after 5?\n"},
+        {"role": "assistant", "content": "Six, naïvely 🙂"},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "Seven."},
+    ]
+    encoded = chat.encode([messages])[0]
+    wanted = encoded.input_ids
+    found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert found["input_ids"] == wanted
+    assert found["assistant_masks"] == [int(label != -100) for label in encoded.labels]
+    prompt = tokenizer.apply_chat_template(messages[:4], add_generation_prompt=True, return_dict=True)
+    assert prompt["input_ids"] == chat.encode_prompt(messages[:4])
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 2, 0, 32000)
+
+
+def test_the_model_card_names_base_data_and_loss(finished: Finished) -> None:
+    card = (finished.folder / "README.md").read_text(encoding="utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "peft"
+    assert "base_model" not in metadata  # a local folder is no Hub id
+    manifest = finished.manifest
+    before, after = manifest["eval_loss_before"], manifest["eval_loss"]
+    assert f"- eval_loss {after:.4f} (before training: {before:.4f}) over " in card
+    assert f"training data sha256 {manifest['data']['train']['sha256']}" in card
+    assert str(finished.command.base) not in card
+
+
+def test_training_lowers_eval_loss(finished: Finished) -> None:
+    assert finished.manifest["eval_loss"] < finished.manifest["eval_loss_before"] - 0.05
+
+
+def test_metrics_are_json_lines_that_begin_before_the_first_step(finished: Finished) -> None:
+    metrics = finished.metrics
+    assert metrics[0]["step"] == 0
+    assert metrics[0]["eval_loss"] == finished.manifest["eval_loss_before"]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [0, 2, 4, 6]
+    times = [entry["time"] for entry in metrics]
+    assert times == sorted(times)
+    rates = [entry["learning_rate"] for entry in metrics if "learning_rate" in entry]
+    assert rates[0] == 0 and max(rates) == rates[1] == 1e-3 and rates[-1] < 2e-4  # warm-up, then cosine
+
+
+def test_json_prints_one_document_on_stdout_and_it_is_the_manifest(finished: Finished) -> None:
+    assert json.loads(finished.done.stdout) == finished.manifest
+
+
+def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
+    text = finished.done.stderr
+    assert [character for character in text if not character.isprintable() and character != "\n"] == []
+    steps = [line for line in text.splitlines() if line.startswith("step ")]
+    number, seconds = r"\d+\.\d+", r"\d+ s"
+    patterns = [
+        rf"step \d/6: loss {number}, [\d,]+ tokens/s, {seconds} left",
+        rf"step \d/6: eval_loss {number}",
+    ]
+    assert [line for line in steps if not any(re.fullmatch(pattern, line) for pattern in patterns)] == []
+    assert [int(line[5]) for line in steps] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
+    """Libraries' warnings and bars are silenced; what a person reads is what report.py wrote."""
+    begins = ("config: ", "data: ", "plan", "  ", "step ", "done: ")
+    lines = finished.done.stderr.splitlines()
+    assert [line for line in lines if line and not line.startswith(begins)] == []
+    manifest, folder = finished.manifest, finished.folder
+    losses = f"{manifest['eval_loss_before']:.4f} -> {manifest['eval_loss']:.4f}"
+    assert lines[-3:] == [
+        f"done: eval_loss {losses} (step {manifest['best_step']})",
+        f"  adapter  {folder}/adapter_model.safetensors",
+        f"  report   {folder}/README.md, manifest.json, metrics.jsonl",
+    ]
+
+
+def test_the_plan_was_what_happened(finished: Finished) -> None:
+    done = finished.command("--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan, metrics, tokens = json.loads(done.stdout), finished.metrics, finished.manifest["tokens"]
+    assert plan["steps"] == finished.manifest["steps"] == STEPS
+    assert plan["evaluations"] == sum("eval_loss" in entry for entry in metrics)
+    assert plan["checkpoints"] == len(list((finished.folder / "checkpoints").glob("checkpoint-*")))
+    assert plan["tokens_train"] == tokens["train"]["total"]
+    assert plan["rows_validation"] == tokens["validation"]["rows"]
+    rates = [entry["learning_rate"] for entry in metrics if "learning_rate" in entry]
+    assert plan["warmup_steps"] == rates.index(max(rates))
+    share = metrics[-1]["epoch"]
+    assert plan["steps_per_epoch"] == pytest.approx(STEPS / share, abs=1)
+
+
+# --- the same command again
+
+
+def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
+    return {str(path): (sha256(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_again_says_it_is_finished_and_changes_no_file(finished: Finished) -> None:
+    before = snapshot(finished.command.output)
+    done = finished.command()
+    assert (done.returncode, done.stderr) == (0, "")
+    said = f"{finished.folder} is finished; --fresh starts a new run beside it"
+    assert done.stdout.splitlines()[1:] == [said]
+    assert snapshot(finished.command.output) == before
+
+
+def test_a_run_that_another_program_writes_is_left_alone(finished: Finished, tmp_path: Path) -> None:
+    command = Command(finished.command.base, finished.command.train_file, tmp_path)
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("pid 4711 on here, started 2024-01-01 00:00:00\n")
+        lock.flush()
+        done = command()
+    assert done.returncode == 6
+    holder = "pid 4711 on here, started 2024-01-01 00:00:00"
+    wanted = f"{tmp_path / 'run'} is being written by {holder}; wait for it, or stop it with: kill PID\n"
+    assert done.stderr == wanted
+    assert "manifest.json" not in names(tmp_path / "run")
+
+
+# --- interrupted with Ctrl-C in step 5, after the checkpoints of steps 2 and 4
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A --fresh run beside a finished one, stopped by SIGINT; `code` and `lines` are how it ended."""
+
+    command: Command
+    code: int
+    lines: list[str]
+
+
+@pytest.fixture(scope="session")
+def interrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    command = finished.command.elsewhere(tmp_path_factory.mktemp("interrupted") / "output")
+    line = command.line("--fresh")
+    with subprocess.Popen(
+        line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for text in process.stdout:
+            lines.append(text.rstrip("\n"))
+            if text.startswith("step 5/"):
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole group
+    return Interrupted(command, process.returncode, lines)
+
+
+def test_fresh_makes_a_run_beside_the_finished_one_and_leaves_that_alone(
+    finished: Finished, interrupted: Interrupted
+) -> None:
+    assert names(interrupted.command.output) == [".cache", "run", "run-2"]
+    assert sha256(interrupted.command.output / "run" / "manifest.json") == sha256(finished.folder / "manifest.json")
+
+
+def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Interrupted) -> None:
+    folder = interrupted.command.output / "run-2"
+    assert interrupted.code == 130
+    assert interrupted.lines[-1] == "stopped by Ctrl-C"
+    assert not [line for line in interrupted.lines if "Traceback" in line]
+    assert read_manifest(folder)["status"] == "interrupted"
+    assert names(folder) == ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl"]
+    assert {"checkpoint-2", "checkpoint-4", "best"} <= set(names(folder / "checkpoints"))
+
+
+def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_an_uninterrupted_run(
+    finished: Finished, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    command = interrupted.command.elsewhere(tmp_path / "output")
+    folder = command.output / "run-2"
+    flip_a_byte(folder / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    done = command()
+    assert done.returncode == 0, done.stderr
+    damage = "optimizer.pt is not what was saved (sha256 differs)"
+    for said in (
+        f"warning: checkpoint-4 is not whole ({damage}); set aside as damaged-checkpoint-4.1",
+        "resume: from checkpoint-2, the newest checkpoint that is whole",
+    ):
+        assert said in done.stdout.splitlines()
+    steps = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps == [f"step {step}/6" for step in (3, 4, 4, 5, 6, 6)]
+    assert (folder / "checkpoints" / "damaged-checkpoint-4.1" / "optimizer.pt").is_file()
+    assert sha256(folder / "adapter_model.safetensors") == sha256(finished.folder / "adapter_model.safetensors")
+    manifest = read_manifest(folder)
+    assert manifest["status"] == "complete"
+    equal = ("steps", "eval_loss", "best_step", "tokens", "adapter_sha256")
+    assert {name: manifest[name] for name in equal} == {name: finished.manifest[name] for name in equal}
+
+
+def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
+    interrupted: Interrupted, tmp_path: Path
+) -> None:
+    command = interrupted.command.elsewhere(tmp_path / "output")
+    done = command("--set", "training.learning_rate=3e-4", "--set", "training.logging_steps=2")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "config: 2 problems\n"
+        "  changed since checkpoint-4: config.training.learning_rate: 0.001 -> 0.0003\n"
+        "  --fresh starts a new run, --resume-changed goes on all the same\n"
+    )
+    assert "checkpoint-4" in names(command.output / "run-2" / "checkpoints")
+
+
+def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp_path: Path) -> None:
+    command = interrupted.command.elsewhere(tmp_path / "output")
+    done = command("--set", "training.learning_rate=3e-4", "--resume-changed")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert "warning: going on although changed: config.training.learning_rate: 0.001 -> 0.0003" in said
+    assert "resume: from checkpoint-4, the newest checkpoint that is whole" in said
+    steps = [line.split(":")[0] for line in said if line.startswith("step ")]
+    assert steps == ["step 5/6", "step 6/6", "step 6/6"]
+    assert read_manifest(command.output / "run-2")["status"] == "complete"
+
+
+def flip_a_byte(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused(interrupted: Interrupted, tmp_path: Path) -> None:
+    command = interrupted.command.elsewhere(tmp_path / "output")
+    checkpoints = command.output / "run-2" / "checkpoints"
+    for folder in checkpoints.glob("checkpoint-*"):
+        flip_a_byte(folder / "adapter_model.safetensors")
+    done = command()
+    assert done.returncode == 3
+    assert done.stderr == f"no checkpoint in {checkpoints} is whole; --fresh starts a new run\n"
+    damage = "adapter_model.safetensors is not what was saved (sha256 differs)"
+    for step in (4, 2):
+        aside = f"damaged-checkpoint-{step}.1"
+        assert f"warning: checkpoint-{step} is not whole ({damage}); set aside as {aside}" in done.stdout.splitlines()
+        assert (checkpoints / aside / "adapter_model.safetensors").is_file()

@@ -1,0 +1,435 @@
+"""What the trainer adds to TRL's: exact evaluation, fp32 adapters, the best adapter kept, clear stops."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import load_peft_weights
+from transformers import PreTrainedTokenizerFast
+from transformers.trainer_utils import EvalLoopOutput
+
+from finetune.chat import load_chat
+from finetune.checkpoints import read_seal, saved
+from finetune.config import Config, TrackingConfig, load
+from finetune.data import Prepared, prepare
+from finetune.encoding import Recipe
+from finetune.errors import Diverged
+from finetune.model import add_lora, load_base, make_tokenizer
+from finetune.progress import Progress
+from finetune.runs import Run
+from finetune.trainer import Keeper, Outcome, Trainer, arguments, make_trainer, tracker_settings, train
+
+QUICK = (
+    "model.max_seq_length=64",
+    "dataset.validation_split=0.25",
+    "training.gradient_accumulation_steps=1",
+    "training.gradient_checkpointing=false",
+    "training.max_steps=4",
+)
+FINGERPRINT = {"config": {"lr": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(load_chat(None), "right")
+
+
+class Case:
+    """A tiny model, 40 conversations and a run folder. Each `trainer` begins as a new process would, from the seed."""
+
+    def __init__(self, base: Path, train_file: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.folder, self.tokenizer, self.train_file, self.base = folder, tokenizer, str(train_file), base
+        self.run = Run(folder / "run", False, None)
+        self.run.checkpoints.mkdir(parents=True)
+
+    def config(self, *settings: str) -> Config:
+        files = (f"model.name={self.base}", f"dataset.train_file={self.train_file}")
+        return load("cpu", [*files, *QUICK, *settings])[0]
+
+    def data(self, config: Config) -> Prepared:
+        recipe = Recipe(None, None, config.model.max_seq_length, True, False)
+        return prepare(config.dataset, recipe, config.training.packing, self.folder / "cache", workers=0)
+
+    def trainer(self, *settings: str, first: bool = True, change: Callable[[Any], None] | None = None) -> Trainer:
+        config = self.config(*settings)
+        base = load_base(config.model, config.quantization, "cpu")
+        if change:
+            change(base)
+        model = add_lora(base, config.lora, config.training.seed)
+        data = self.data(config)
+        rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
+        sft = arguments(config.training, self.run, [], True, False, first)
+        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, [])
+
+    def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
+        """(outcome, model, what was printed) of a whole training."""
+        config = self.config(*settings)
+        trainer = self.trainer(*settings, first=checkpoint is None)
+        stream = StringIO()
+        keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit)
+        outcome = train(trainer, config.training, keeper, Progress(stream), checkpoint)
+        return outcome, trainer.model, stream.getvalue()
+
+    def checkpoints(self) -> list[str]:
+        return [folder.name for folder in saved(self.run.checkpoints)]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
+    return Case(tiny_mistral, conversations, tmp_path, tokenizer)
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
+    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+# --- evaluation
+
+
+def spread_logits(base: Any) -> None:
+    """Losses of rows then differ by much more than rounding, and so does a mean of batch means."""
+    base.lm_head.weight.data *= 50
+
+
+def test_eval_loss_is_the_mean_over_tokens_whatever_the_batch_size(case: Case) -> None:
+    found = {}
+    for size in (1, 3, 8):
+        trainer = case.trainer(f"training.per_device_eval_batch_size={size}", change=spread_logits)
+        found[size] = trainer.evaluate()["eval_loss"]
+    rows = case.data(case.config()).validation
+    assert len(rows.lengths) > 8
+    assert len(rows.lengths) % 3 or len(rows.lengths) % 8
+    loss_sum, tokens, means = 0.0, 0, []
+    with torch.no_grad():
+        for index in range(len(rows.lengths)):
+            _, ids, labels = (torch.tensor(value) for value in rows.row(index))
+            logits = trainer.model.eval()(input_ids=ids[None].long()).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, labels[1:].long(), reduction="none", ignore_index=-100)
+            loss_sum, tokens = loss_sum + losses.sum().item(), tokens + int((labels[1:] != -100).sum())
+            means.append(losses.sum().item() / int((labels[1:] != -100).sum()))
+    wanted = loss_sum / tokens
+    assert found == {size: pytest.approx(wanted, rel=1e-6) for size in (1, 3, 8)}
+    assert abs(sum(means) / len(means) - wanted) > 1e-3 * wanted  # a mean over rows would be another number
+
+
+def test_evaluation_counts_its_rows_and_leaves_the_adapter_alone(case: Case) -> None:
+    trainer = case.trainer()
+    before = adapter_weights(trainer.model)
+    output = trainer.evaluation_loop(trainer.get_eval_dataloader(), "")
+    assert output.num_samples == len(case.data(case.config()).validation.lengths)
+    assert list(output.metrics) == ["eval_loss"]
+    assert same(before, adapter_weights(trainer.model))
+
+
+# --- fp32 adapters
+
+
+def test_making_a_trainer_leaves_the_adapter_weights_as_they_were_in_fp32(case: Case) -> None:
+    config = case.config()
+    base = load_base(config.model, config.quantization, "cpu")
+    fresh = adapter_weights(add_lora(base, config.lora, config.training.seed))
+    after = adapter_weights(case.trainer().model)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert same(fresh, after)
+
+
+# --- the keeper
+
+
+class Adapter:
+    """Saves its text where a PeftModel would save its weights."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def save_pretrained(self, folder: Path, save_embedding_layers: bool) -> None:
+        assert save_embedding_layers is False  # PEFT would ask the Hub
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_text(self.text)
+
+
+def evaluated(keeper: Keeper, step: int, loss: float, stopping: bool = False) -> Any:
+    """What the keeper makes of control after an evaluation."""
+    control = SimpleNamespace(should_save=False, should_training_stop=stopping)
+    state = SimpleNamespace(global_step=step)
+    keeper.on_evaluate(None, state, control, {"eval_loss": loss}, model=Adapter(f"weights of step {step}"))
+    return control
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Keeper:
+    run = Run(tmp_path / "run", False, None)
+    run.checkpoints.mkdir(parents=True)
+    return Keeper(run, FINGERPRINT, 3)
+
+
+def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper) -> None:
+    assert keeper.best() is None
+    seen = []
+    for step, loss in {0: 3.0, 100: 2.0, 200: 2.5, 300: 2.0, 400: 1.5, 500: 1.6}.items():
+        evaluated(keeper, step, loss)
+        best = keeper.run.checkpoints / "best"
+        facts = read_seal(best)
+        assert (best / "adapter_model.safetensors").read_text() == f"weights of step {facts['step']}"
+        assert facts["fingerprint"] == FINGERPRINT
+        assert keeper.best() == facts
+        seen.append((facts["step"], facts["eval_loss"]))
+    assert seen == [(0, 3.0), (100, 2.0), (100, 2.0), (100, 2.0), (400, 1.5), (400, 1.5)]
+    assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
+
+
+def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -> None:
+    evaluated(keeper, 100, 2.0)
+    later = Keeper(keeper.run, FINGERPRINT, 3)
+    evaluated(later, 200, 2.5)
+    assert later.best() == read_seal(keeper.run.checkpoints / "best")
+    assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 100"
+
+
+def test_a_best_adapter_half_written_by_a_killed_run_is_replaced(keeper: Keeper) -> None:
+    partial = keeper.run.checkpoints / "best.partial"
+    partial.mkdir()
+    (partial / "adapter_model.safetensors").write_text("half")
+    evaluated(keeper, 0, 2.0)
+    assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
+    assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 0"
+
+
+def test_an_evaluation_asks_for_a_save_only_where_training_stops(keeper: Keeper) -> None:
+    assert evaluated(keeper, 100, 2.0).should_save is False
+    assert evaluated(keeper, 200, 2.0, stopping=True).should_save is True
+
+
+def test_a_checkpoint_is_sealed_with_its_loss_and_the_older_ones_thinned_out(keeper: Keeper) -> None:
+    for step, loss in {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}.items():
+        evaluated(keeper, step, loss)
+        folder = keeper.run.checkpoints / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_text("moments")
+        keeper.on_save(None, SimpleNamespace(global_step=step), None)
+    facts = {folder.name: read_seal(folder) for folder in saved(keeper.run.checkpoints)}
+    found = {name: (fact["step"], fact["eval_loss"], list(fact["files"])) for name, fact in facts.items()}
+    losses = {4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}
+    assert found == {f"checkpoint-{step}": (step, loss, ["optimizer.pt"]) for step, loss in losses.items()}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_after_it_is_logged(keeper: Keeper) -> None:
+    state = SimpleNamespace(global_step=7)
+    with pytest.raises(Diverged) as failure:
+        keeper.on_log(None, state, None, {"loss": 1.0, "grad_norm": float("inf")})
+    assert str(failure.value) == "step 7: the gradient is not finite; lower training.learning_rate"
+    assert failure.value.exit_code == 5
+    assert (keeper.run.folder / "metrics.jsonl").read_text().startswith('{"step": 7, "time": ')
+
+
+# --- whole trainings
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> dict[int, dict[str, torch.Tensor]]:
+    """Evaluations give `losses` by step, the rest of them 100; returns the adapter's weights by step as it goes."""
+    by_step = dict(enumerate(losses))
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def evaluation_loop(self: Trainer, *_args: Any, **_kwargs: Any) -> EvalLoopOutput:
+        weights[self.state.global_step] = adapter_weights(self.model)
+        loss = by_step.get(self.state.global_step, 100.0)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics={"eval_loss": loss}, num_samples=1)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
+    return weights
+
+
+EVERY_STEP = ("training.max_steps=10", "training.eval_steps=1", "training.save_steps=10")
+UNEVEN = (9.0, 8.0, 5.0, 6.0, 7.0, 6.5)  # the best is at step 2, between two saves
+
+
+def test_early_stopping_saves_where_it_stops_and_leaves_the_best_weights_in_the_model(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = scripted(monkeypatch, UNEVEN)
+    outcome, model, _ = case.train(*EVERY_STEP, "training.early_stopping_patience=3")
+    assert (outcome.steps, outcome.stopped_early) == (5, True)
+    assert (outcome.best_step, outcome.eval_loss, outcome.first_eval_loss) == (2, 5.0, 9.0)
+    assert case.checkpoints() == ["checkpoint-5"]
+    assert read_seal(case.run.checkpoints / "checkpoint-5")["eval_loss"] == 6.5
+    assert same(adapter_weights(model), weights[2])
+    assert not same(weights[5], weights[2])
+
+
+def test_without_load_best_model_at_end_the_last_weights_stay_and_their_loss_is_told(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = scripted(monkeypatch, UNEVEN)
+    settings = ("training.early_stopping_patience=3", "training.load_best_model_at_end=false")
+    outcome, model, _ = case.train(*EVERY_STEP, *settings)
+    assert (outcome.best_step, outcome.eval_loss) == (5, 6.5)
+    assert same(adapter_weights(model), weights[5])
+    kept = load_peft_weights(str(case.run.checkpoints / "best"), device="cpu")
+    assert same(kept, {name.replace(".default", ""): value for name, value in weights[2].items()})
+
+
+def test_patience_null_never_stops(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, UNEVEN)
+    outcome, _, _ = case.train(*EVERY_STEP, "training.early_stopping_patience=null")
+    assert (outcome.steps, outcome.stopped_early, outcome.best_step) == (10, False, 2)
+
+
+def test_the_last_step_is_evaluated_and_saved_whatever_the_intervals(case: Case) -> None:
+    outcome, _, printed = case.train("training.max_steps=3", "training.logging_steps=10")
+    assert case.checkpoints() == ["checkpoint-3"]
+    assert [entry["step"] for entry in case.metrics() if "eval_loss" in entry] == [0, 3]
+    assert [entry["step"] for entry in case.metrics() if "loss" in entry] == [3]
+    assert outcome.steps == outcome.best_step == 3
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["step 0/3", "step 3/3", "step 3/3"]
+
+
+@pytest.mark.parametrize(("steps", "accumulation"), [(3, 1), (4, 64)], ids=["inside an epoch", "at the end of one"])
+def test_a_training_that_had_ended_but_was_not_exported_ends_the_same_when_resumed(
+    case: Case, steps: int, accumulation: int
+) -> None:
+    settings = (f"training.max_steps={steps}", f"training.gradient_accumulation_steps={accumulation}")
+    ended, model, _ = case.train(*settings)
+    again, resumed, _ = case.train(*settings, checkpoint=case.run.checkpoints / f"checkpoint-{steps}")
+    assert again.steps == steps
+    assert (again.best_step, again.eval_loss) == (ended.best_step, ended.eval_loss)
+    assert same(adapter_weights(resumed), adapter_weights(model))
+
+
+def test_patience_counts_on_after_a_resume(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, UNEVEN)
+    settings = ("training.max_steps=10", "training.eval_steps=1", "training.save_steps=1")
+    case.train(*settings, "training.early_stopping_patience=3", "training.save_total_limit=10")
+    assert case.checkpoints() == [f"checkpoint-{step}" for step in (1, 2, 3, 4, 5)]
+    settings = (*settings, "training.early_stopping_patience=3")
+    outcome, _, _ = case.train(*settings, checkpoint=case.run.checkpoints / "checkpoint-4")
+    assert (outcome.steps, outcome.stopped_early, outcome.best_step) == (5, True, 2)
+
+
+# --- the first loss that is not finite
+
+
+def infinite(base: Any) -> None:
+    base.model.norm.weight.data[0] = float("inf")
+
+
+def test_the_first_loss_that_is_not_finite_names_the_rows_of_its_batch(case: Case) -> None:
+    settings = ("model.max_seq_length=128", "training.per_device_train_batch_size=1")
+    trainer = case.trainer(*settings, first=False, change=infinite)
+    lines = next(iter(trainer.get_train_dataloader()))["lines"]
+    assert len(lines) > 1
+    trainer = case.trainer(*settings, first=False, change=infinite)
+    with pytest.raises(Diverged) as failure:
+        trainer.train()
+    rows = ", ".join(f"{case.train_file}:{line}" for line in lines)
+    assert str(failure.value) == f"step 1: the loss is not a finite number on rows {rows}; lower training.learning_rate"
+    assert failure.value.exit_code == 5
+    assert trainer.state.global_step == 0
+
+
+def test_an_evaluation_that_is_not_finite_says_so(case: Case) -> None:
+    with pytest.raises(Diverged, match=r"the loss is not a finite number on the validation rows; "):
+        case.trainer(change=infinite).evaluate()
+
+
+# --- trackers
+
+TRACKING = TrackingConfig("wandb", "my-project", "my-run")
+KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """A run of somebody without an account, a network or a keyboard; the environment is put back afterwards."""
+    for key in KEYS:
+        monkeypatch.setenv(key, "")  # remembered even where it is not set
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+    def asked(*_args: object) -> None:
+        raise AssertionError("a prompt")
+
+    def no_network(*_args: object, **_kwargs: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    return Run(tmp_path / "run", False, None)
+
+
+def wandb_environment() -> dict[str, str | None]:
+    return {key: os.environ.get(key) for key in KEYS[1:5]}
+
+
+def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
+    assert tracker_settings(replace(TRACKING, report_to="none"), nobody) == ([], None)
+    assert set(wandb_environment().values()) == {None}
+
+
+def test_tensorboard_writes_into_the_run(nobody: Run) -> None:
+    assert tracker_settings(replace(TRACKING, report_to="tensorboard"), nobody) == (["tensorboard"], None)
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(nobody.folder / "tensorboard")
+    assert set(wandb_environment().values()) == {None}
+
+
+def wandb_variables(run: Run, mode: str | None) -> dict[str, str | None]:
+    directory = str(run.folder)
+    return {"WANDB_MODE": mode, "WANDB_PROJECT": "my-project", "WANDB_DIR": directory, "WANDB_SILENT": "true"}
+
+
+def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
+    report_to, offline = tracker_settings(TRACKING, nobody)
+    assert report_to == ["wandb", "tensorboard"]
+    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
+    assert offline == f"wandb is offline (no WANDB_API_KEY); later: {later}"
+    assert wandb_environment() == wandb_variables(nobody, "offline")
+
+
+def test_wandb_with_a_key_but_no_network_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
+    reason = "api.wandb.ai does not answer: Network is unreachable"
+    report_to, offline = tracker_settings(TRACKING, nobody)
+    assert (report_to, offline) == (["wandb", "tensorboard"], f"wandb is offline ({reason}); later: {later}")
+    assert wandb_environment() == wandb_variables(nobody, "offline")
+
+
+def test_wandb_that_was_set_offline_stays_so_and_is_not_probed(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
+    assert tracker_settings(TRACKING, nobody)[1] == f"wandb is offline (WANDB_MODE=offline); later: {later}"
+
+
+def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    probed = []
+
+    def answers(address: tuple[str, int], timeout: float) -> Any:
+        probed.append((address, timeout))
+        return StringIO()
+
+    monkeypatch.setattr(socket, "create_connection", answers)
+    assert tracker_settings(TRACKING, nobody) == (["wandb", "tensorboard"], None)
+    assert wandb_environment() == wandb_variables(nobody, None)
+    assert probed == [(("api.wandb.ai", 443), 5)]
