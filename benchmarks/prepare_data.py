@@ -10,10 +10,7 @@ Memory is the largest sum, over the process and its children, of proportional se
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -21,11 +18,11 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -181,22 +178,9 @@ def main() -> None:
     print(f"ours / TRL: {ours['rows_per_second'] / trl['rows_per_second']:.2f} x rows/s, ", end="")
     print(f"{ours['peak_mib'] / trl['peak_mib']:.2f} x memory")
     if options.output:
-        document = {
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "command": f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}",
-            "machine": {"system": platform.platform(terse=True), "cpu_cores": os.cpu_count(), "cpu": cpu_name()},
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "medians": summary,
-            "rounds": rounds,
-        }
+        command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
+        document = {**describe(command, PACKAGES), "medians": summary, "rounds": rounds}
         options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def cpu_name() -> str:
-    """The processor's name as the system has it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

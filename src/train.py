@@ -83,8 +83,7 @@ def prepare_data(config: Config, terminal: Terminal) -> Prepared:
 
 def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resume_changed: bool) -> None:
     quiet_libraries()
-    from finetune import export, model, resume, trainer
-    from finetune.progress import Progress
+    from finetune import callbacks, export, model, resume, trainer
 
     platform = PLATFORMS[config.platform]
     known = export.describe(config, prepared, hardware(platform, read_machine()))
@@ -101,20 +100,20 @@ def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resu
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
-        keeper = trainer.Keeper(run, fingerprint, config.training.save_total_limit)
-        sft = trainer.arguments(
-            config.training, run, report_to, platform.device == "cpu", platform.pin_memory, checkpoint is None
-        )
         made = trainer.make_trainer(
             peft_model,
             tokenizer,
             prepared.train.dataset(prepared.sequences),
             prepared.validation.dataset(None),
             config.dataset.train_file,
-            sft,
-            [],
+            trainer.arguments(config.training, run, report_to, platform.device, platform.pin_memory, not checkpoint),
         )
-        outcome = trainer.train(made, config.training, keeper, Progress(terminal.stream), checkpoint)
+        watchers = (
+            callbacks.Keeper(run, fingerprint, config.training.save_total_limit),
+            callbacks.Stopper(terminal),
+            callbacks.Progress(terminal.stream),
+        )
+        outcome = trainer.train(made, config.training, *watchers, checkpoint)
 
         samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
         export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)

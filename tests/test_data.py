@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from finetune import config, data, encoding
 from finetune.chat import IGNORED, Chat, Messages, Reference, load_chat
-from finetune.config import DatasetConfig
 from finetune.data import Prepared, prepare
 from finetune.encoding import Encoder, Recipe, Statistics, with_system_prompt
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.rows import Rows, SplitWriter
+from finetune.schema import DatasetConfig
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
 SYSTEM_PROMPT = "Be kind."

@@ -35,9 +35,9 @@ class Case:
                 torch.nn.init.normal_(parameter, std=0.2)
         tokenizer = make_tokenizer(load_chat(None), "right")
         self.collator = Collator(tokenizer)
-        sft = arguments(config.training, Run(folder / "run", False, None), [], True, False, True)
+        sft = arguments(config.training, Run(folder / "run", False, None), [], "cpu", False, True)
         rows = self.prepared.train.dataset(None)
-        self.trainer: Trainer = make_trainer(self.model, tokenizer, rows, rows, str(train_file), sft, [])
+        self.trainer: Trainer = make_trainer(self.model, tokenizer, rows, rows, str(train_file), sft)
         self.model.train()
 
     def batch(self, *sequences: list[int]) -> dict[str, Any]:

@@ -389,7 +389,7 @@ def test_a_run_that_another_program_writes_is_left_alone(finished: Finished, tmp
     assert "manifest.json" not in names(tmp_path / "run")
 
 
-# --- interrupted with Ctrl-C in step 5, after the checkpoints of steps 2 and 4
+# --- interrupted with Ctrl-C in step 3, after the checkpoint of step 2
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ def interrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
         lines = []
         for text in process.stdout:
             lines.append(text.rstrip("\n"))
-            if text.startswith("step 5/"):
+            if text.startswith("step 2/6: eval_loss"):
                 os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole group
     return Interrupted(command, process.returncode, lines)
 
@@ -427,11 +427,23 @@ def test_fresh_makes_a_run_beside_the_finished_one_and_leaves_that_alone(
 def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Interrupted) -> None:
     folder = interrupted.command.output / "run-2"
     assert interrupted.code == 130
-    assert interrupted.lines[-1] == "stopped by Ctrl-C"
+    assert interrupted.lines[-1] == "stopped by SIGINT at step 3; the same command goes on from the newest checkpoint"
+    assert "SIGINT: stopping after this step, with a checkpoint; once more leaves at once" in interrupted.lines
     assert not [line for line in interrupted.lines if "Traceback" in line]
     assert read_manifest(folder)["status"] == "interrupted"
     assert names(folder) == ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl"]
-    assert {"checkpoint-2", "checkpoint-4", "best"} <= set(names(folder / "checkpoints"))
+    assert names(folder / "checkpoints") == ["best", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_an_uninterrupted_run(
+    finished: Finished, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    command = interrupted.command.elsewhere(tmp_path / "output")
+    done = command()
+    assert done.returncode == 0, done.stderr
+    assert "resume: from checkpoint-3, the newest checkpoint that is whole" in done.stdout.splitlines()
+    adapter = command.output / "run-2" / "adapter_model.safetensors"
+    assert sha256(adapter) == sha256(finished.folder / "adapter_model.safetensors")
 
 
 def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_an_uninterrupted_run(
@@ -439,18 +451,18 @@ def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_a
 ) -> None:
     command = interrupted.command.elsewhere(tmp_path / "output")
     folder = command.output / "run-2"
-    flip_a_byte(folder / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    flip_a_byte(folder / "checkpoints" / "checkpoint-3" / "optimizer.pt")
     done = command()
     assert done.returncode == 0, done.stderr
     damage = "optimizer.pt is not what was saved (sha256 differs)"
     for said in (
-        f"warning: checkpoint-4 is not whole ({damage}); set aside as damaged-checkpoint-4.1",
+        f"warning: checkpoint-3 is not whole ({damage}); set aside as damaged-checkpoint-3.1",
         "resume: from checkpoint-2, the newest checkpoint that is whole",
     ):
         assert said in done.stdout.splitlines()
     steps = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
     assert steps == [f"step {step}/6" for step in (3, 4, 4, 5, 6, 6)]
-    assert (folder / "checkpoints" / "damaged-checkpoint-4.1" / "optimizer.pt").is_file()
+    assert (folder / "checkpoints" / "damaged-checkpoint-3.1" / "optimizer.pt").is_file()
     assert sha256(folder / "adapter_model.safetensors") == sha256(finished.folder / "adapter_model.safetensors")
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
@@ -466,10 +478,10 @@ def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
     assert done.returncode == 2
     assert done.stderr == (
         "config: 2 problems\n"
-        "  changed since checkpoint-4: config.training.learning_rate: 0.001 -> 0.0003\n"
+        "  changed since checkpoint-3: config.training.learning_rate: 0.001 -> 0.0003\n"
         "  --fresh starts a new run, --resume-changed goes on all the same\n"
     )
-    assert "checkpoint-4" in names(command.output / "run-2" / "checkpoints")
+    assert "checkpoint-3" in names(command.output / "run-2" / "checkpoints")
 
 
 def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp_path: Path) -> None:
@@ -478,9 +490,9 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert "warning: going on although changed: config.training.learning_rate: 0.001 -> 0.0003" in said
-    assert "resume: from checkpoint-4, the newest checkpoint that is whole" in said
+    assert "resume: from checkpoint-3, the newest checkpoint that is whole" in said
     steps = [line.split(":")[0] for line in said if line.startswith("step ")]
-    assert steps == ["step 5/6", "step 6/6", "step 6/6"]
+    assert steps == [f"step {step}/6" for step in (4, 4, 5, 6, 6)]
     assert read_manifest(command.output / "run-2")["status"] == "complete"
 
 
@@ -499,7 +511,7 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused(interrupted: Inter
     assert done.returncode == 3
     assert done.stderr == f"no checkpoint in {checkpoints} is whole; --fresh starts a new run\n"
     damage = "adapter_model.safetensors is not what was saved (sha256 differs)"
-    for step in (4, 2):
+    for step in (3, 2):
         aside = f"damaged-checkpoint-{step}.1"
         assert f"warning: checkpoint-{step} is not whole ({damage}); set aside as {aside}" in done.stdout.splitlines()
         assert (checkpoints / aside / "adapter_model.safetensors").is_file()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -16,19 +17,21 @@ from typing import Any
 import pytest
 import torch
 from peft import load_peft_weights
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal, saved
-from finetune.config import Config, TrackingConfig, load
+from finetune.config import Config, load
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
-from finetune.errors import Diverged
+from finetune.errors import Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
-from finetune.progress import Progress
+from finetune.report import Terminal
 from finetune.runs import Run
-from finetune.trainer import Keeper, Outcome, Trainer, arguments, make_trainer, tracker_settings, train
+from finetune.schema import TrackingConfig
+from finetune.trainer import Outcome, Trainer, arguments, make_trainer, tracker_settings, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -69,8 +72,8 @@ class Case:
         model = add_lora(base, config.lora, config.training.seed)
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
-        sft = arguments(config.training, self.run, [], True, False, first)
-        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, [])
+        sft = arguments(config.training, self.run, [], "cpu", False, first)
+        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft)
 
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
         """(outcome, model, what was printed) of a whole training."""
@@ -78,7 +81,8 @@ class Case:
         trainer = self.trainer(*settings, first=checkpoint is None)
         stream = StringIO()
         keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit)
-        outcome = train(trainer, config.training, keeper, Progress(stream), checkpoint)
+        stopper = Stopper(Terminal(stream=stream))
+        outcome = train(trainer, config.training, keeper, stopper, Progress(stream), checkpoint)
         return outcome, trainer.model, stream.getvalue()
 
     def checkpoints(self) -> list[str]:
@@ -183,7 +187,7 @@ def keeper(tmp_path: Path) -> Keeper:
 
 
 def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper) -> None:
-    assert keeper.best() is None
+    assert keeper.best is None
     seen = []
     for step, loss in {0: 3.0, 100: 2.0, 200: 2.5, 300: 2.0, 400: 1.5, 500: 1.6}.items():
         evaluated(keeper, step, loss)
@@ -191,7 +195,7 @@ def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper)
         facts = read_seal(best)
         assert (best / "adapter_model.safetensors").read_text() == f"weights of step {facts['step']}"
         assert facts["fingerprint"] == FINGERPRINT
-        assert keeper.best() == facts
+        assert keeper.best == {key: facts[key] for key in ("step", "eval_loss", "fingerprint")}
         seen.append((facts["step"], facts["eval_loss"]))
     assert seen == [(0, 3.0), (100, 2.0), (100, 2.0), (100, 2.0), (400, 1.5), (400, 1.5)]
     assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
@@ -201,7 +205,7 @@ def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -
     evaluated(keeper, 100, 2.0)
     later = Keeper(keeper.run, FINGERPRINT, 3)
     evaluated(later, 200, 2.5)
-    assert later.best() == read_seal(keeper.run.checkpoints / "best")
+    assert later.best == read_seal(keeper.run.checkpoints / "best")
     assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 100"
 
 
@@ -433,3 +437,56 @@ def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pyte
     assert tracker_settings(TRACKING, nobody) == (["wandb", "tensorboard"], None)
     assert wandb_environment() == wandb_variables(nobody, None)
     assert probed == [(("api.wandb.ai", 443), 5)]
+
+
+# --- signals
+
+
+@pytest.fixture
+def stopper() -> Iterator[tuple[Stopper, StringIO]]:
+    stream = StringIO()
+    stopper = Stopper(Terminal(stream=stream))
+    with stopper:
+        yield stopper, stream
+
+
+def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(stopper: tuple[Stopper, StringIO]) -> None:
+    callback, stream = stopper
+    control = TrainerControl()
+    callback.on_step_end(None, TrainerState(global_step=3), control)
+    assert (control.should_save, control.should_training_stop) == (False, False)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stream.getvalue() == "SIGTERM: stopping after this step, with a checkpoint; once more leaves at once\n"
+    callback.on_step_end(None, TrainerState(global_step=4), control)
+    assert (control.should_save, control.should_training_stop) == (True, True)
+    callback.on_prediction_step(None, TrainerState(global_step=4), control)  # that step's evaluation is finished first
+    with pytest.raises(Stopped) as stopped:
+        callback.leave(4)
+    assert (stopped.value.exit_code, str(stopped.value)) == (
+        143,
+        "stopped by SIGTERM at step 4; the same command goes on from the newest checkpoint",
+    )
+
+
+def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: tuple[Stopper, StringIO]) -> None:
+    callback, _ = stopper
+    callback.on_prediction_step(None, TrainerState(global_step=4), TrainerControl())
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Stopped) as stopped:
+        callback.on_prediction_step(None, TrainerState(global_step=4), TrainerControl())
+    assert stopped.value.exit_code == 130
+
+
+def test_a_second_signal_leaves_at_once(stopper: tuple[Stopper, StringIO]) -> None:
+    assert stopper[0].signal_number is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert left.value.code == 130
+
+
+def test_after_the_training_signals_do_what_they_did_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stopper(Terminal(stream=StringIO())):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -227,16 +227,22 @@ def mistral_tokenizer() -> Tokenizer:
     """
     from sentencepiece import SentencePieceProcessor
 
-    model = SentencePieceProcessor(model_file=str(sentencepiece_file()))
-    scores = {model.id_to_piece(index): model.get_score(index) for index in range(model.get_piece_size())}
+    pieces = SentencePieceProcessor(model_file=str(sentencepiece_file()))
+    scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     vocab = {piece: index for index, piece in enumerate(scores)}
     if len(vocab) != 32000:
         raise ConfigError(
             f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, wanted 32000; reinstall mistral-common"
         )
-    tokenizer = Tokenizer(
-        BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = BPE(
+        vocab=vocab,
+        merges=_merges(vocab, scores),
+        cache_capacity=0,  # it would keep 10,000 whole messages, which do not come again: 40 MiB a process
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
     )
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,6 +1,6 @@
 """The config: one frozen, typed tree from the base file, the platform's file and `--set`; all problems at once.
 
-Defaults live in configs/training_config.yaml and nowhere else, so the dataclasses below have none.
+What a config means for one platform is checked by RULES; the types and bounds of its keys are schema.py's.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from finetune import typed, yaml_source
 from finetune.errors import ConfigError
 from finetune.platforms import PLATFORMS, choose, read_machine
-from finetune.typed import Bounds
+from finetune.schema import (
+    DatasetConfig,
+    LoraConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantizationConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_FILE = ROOT / "configs" / "training_config.yaml"
@@ -34,103 +42,6 @@ REQUIRED = (
     "training.per_device_eval_batch_size",
     "training.gradient_accumulation_steps",
 )
-
-Dtype = Literal["bfloat16", "float32"]
-Count = Annotated[int, Bounds(least=1)]
-Share = Annotated[float, Bounds(least=0, most=1)]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The base model and how it is held."""
-
-    name: str
-    revision: str | None
-    dtype: Dtype
-    attn_implementation: Literal["flash_attention_2", "sdpa"]
-    max_seq_length: Annotated[int, Bounds(least=16, most=32768)]
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """bitsandbytes' names; `storage` says whether NF4 stays packed in memory or is expanded once at load."""
-
-    load_in_4bit: bool
-    bnb_4bit_quant_type: Literal["nf4", "fp4"]
-    bnb_4bit_use_double_quant: bool
-    bnb_4bit_compute_dtype: Dtype
-    storage: Literal["packed", "expanded"]
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """PEFT's names."""
-
-    r: Annotated[int, Bounds(least=1, most=1024)]
-    lora_alpha: Count
-    lora_dropout: Annotated[float, Bounds(least=0, most=0.9)]
-    target_modules: tuple[str, ...]
-    bias: Literal["none"]
-    task_type: Literal["CAUSAL_LM"]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """transformers' TrainingArguments' names, and `packing`, `early_stopping_patience` beside them."""
-
-    num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
-    max_steps: Annotated[int, Bounds(least=-1)]
-    per_device_train_batch_size: Count
-    per_device_eval_batch_size: Count
-    gradient_accumulation_steps: Count
-    learning_rate: Annotated[float, Bounds(above=0, most=1)]
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"]
-    warmup_ratio: Annotated[float, Bounds(least=0, most=0.9)]
-    weight_decay: Share
-    max_grad_norm: Annotated[float, Bounds(above=0, most=1000)]
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"]
-    bf16: bool
-    fp16: bool
-    gradient_checkpointing: bool
-    packing: bool
-    logging_steps: Count
-    eval_steps: Count
-    save_steps: Count
-    save_total_limit: Count
-    metric_for_best_model: Literal["eval_loss"]
-    load_best_model_at_end: bool
-    early_stopping_patience: Count | None
-    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)]
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """Where the conversations are and what happens to a row that is too long or bad."""
-
-    train_file: str
-    validation_file: str | None
-    validation_split: Annotated[float, Bounds(above=0, most=0.5)]
-    truncation: bool
-    padding_side: Literal["right", "left"]
-    on_bad_row: Literal["fail", "drop"]
-    certificate: bool
-    sample_prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrackingConfig:
-    """Where metrics go besides metrics.jsonl."""
-
-    report_to: Literal["wandb", "tensorboard", "none"]
-    project: str
-    run_name: str | None
-
-
-@dataclass(frozen=True)
-class OutputConfig:
-    """Where runs are written."""
-
-    dir: str
 
 
 @dataclass(frozen=True)

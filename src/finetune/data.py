@@ -18,12 +18,13 @@ import numpy as np
 
 from finetune.chat import Chat, load_chat
 from finetune.checkpoints import write_json
-from finetune.config import DEFAULT_VALIDATION_FILE, DatasetConfig, resolve
+from finetune.config import DEFAULT_VALIDATION_FILE, resolve
 from finetune.encoding import Recipe, Statistics, chunks
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.jsonl import open_lines
 from finetune.packing import pack
 from finetune.rows import Rows, SplitWriter
+from finetune.schema import DatasetConfig
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work

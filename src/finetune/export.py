@@ -17,6 +17,7 @@ from finetune import yaml_source
 from finetune.checkpoints import sha256, write_json
 from finetune.config import ROOT, Config
 from finetune.data import Prepared
+from finetune.errors import Stopped
 from finetune.runs import Run
 from finetune.trainer import Outcome
 
@@ -104,6 +105,8 @@ def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
     """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already."""
     try:
         yield
+    except Stopped:
+        raise
     except Exception as error:
         write_manifest(run, {"status": "failed", "error": str(error), **known})
         raise

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from finetune.chat import Chat, Messages
-from finetune.config import LoraConfig, ModelConfig, QuantizationConfig, is_local, resolve
+from finetune.config import is_local, resolve
 from finetune.encoding import with_system_prompt
 from finetune.errors import CheckFailed
+from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:

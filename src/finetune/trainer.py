@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -18,18 +16,17 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    TrainerCallback,
     TrainerState,
 )
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.checkpoints import BEST, read_seal, seal, thin_out
-from finetune.config import TrackingConfig, TrainingConfig
+from finetune.callbacks import Keeper, Progress, Stopper
+from finetune.checkpoints import BEST
 from finetune.errors import Diverged, OutOfResource
 from finetune.packing import Collator
-from finetune.progress import Progress
 from finetune.runs import Run
+from finetune.schema import TrackingConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -97,49 +94,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
 
-class Keeper(TrainerCallback):  # type: ignore[misc]
-    """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
-
-    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int) -> None:
-        self.run, self.fingerprint, self.keep = run, fingerprint, keep
-        self.eval_losses: dict[int, float] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = control.should_log = True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        loss = metrics["eval_loss"]
-        self.eval_losses[state.global_step] = loss
-        control.should_save = control.should_save or control.should_training_stop
-        if self.best() is None or loss < self.best()["eval_loss"]:  # type: ignore[index]
-            partial = self.run.checkpoints / f"{BEST}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            kwargs["model"].save_pretrained(partial, save_embedding_layers=False)
-            seal(partial, {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint})
-            shutil.rmtree(self.run.checkpoints / BEST, ignore_errors=True)
-            partial.rename(self.run.checkpoints / BEST)
-
-    def best(self) -> dict[str, Any] | None:
-        """The facts of the best adapter so far, checked; None before the first evaluation."""
-        folder = self.run.checkpoints / BEST
-        return read_seal(folder) if folder.is_dir() else None
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
-        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        seal(folder, {**facts, "fingerprint": self.fingerprint})
-        thin_out(self.run.checkpoints, self.keep)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry) + "\n")
-        gradient = logs.get("grad_norm")
-        if gradient is not None and not math.isfinite(gradient):
-            raise Diverged(f"step {state.global_step}: the gradient is not finite; lower training.learning_rate")
-
-
 def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str | None]:
     """What to hand to transformers as report_to, and a sentence where wandb must stay offline; sets its variables."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
@@ -172,7 +126,7 @@ def _wandb_offline_reason() -> str | None:
 
 
 def arguments(
-    training: TrainingConfig, run: Run, report_to: list[str], use_cpu: bool, pin_memory: bool, first: bool
+    training: TrainingConfig, run: Run, report_to: list[str], device: str, pin_memory: bool, first: bool
 ) -> SFTConfig:
     """The config as transformers' and TRL's arguments; `first` is false where a run goes on from a checkpoint."""
     return SFTConfig(
@@ -206,7 +160,7 @@ def arguments(
         greater_is_better=False,
         load_best_model_at_end=False,  # the best adapter is kept by Keeper, also between two saves
         seed=training.seed,
-        use_cpu=use_cpu,
+        use_cpu=device == "cpu",
         dataloader_pin_memory=pin_memory,
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -223,7 +177,6 @@ def make_trainer(
     eval_dataset: Any,
     train_file: str,
     sft: SFTConfig,
-    callbacks: list[TrainerCallback],
 ) -> Trainer:
     """A Trainer whose adapter weights are still the fp32 values that `model` came with."""
     weights = {
@@ -236,7 +189,6 @@ def make_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=callbacks,
     )
     trainer.train_file = train_file
     trainer.remove_callback(PrinterCallback)
@@ -247,25 +199,34 @@ def make_trainer(
 
 
 def train(
-    trainer: Trainer, training: TrainingConfig, keeper: Keeper, progress: Progress, checkpoint: Path | None
+    trainer: Trainer,
+    training: TrainingConfig,
+    keeper: Keeper,
+    stopper: Stopper,
+    progress: Progress,
+    checkpoint: Path | None,
 ) -> Outcome:
-    """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured."""
+    """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
+
+    Raises Stopped after a signal, Diverged, and OutOfResource where the device has no memory left.
+    """
     started = time.monotonic()
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
-    for callback in (stopping, keeper, progress):
+    for callback in (stopping, keeper, stopper, progress):
         trainer.add_callback(callback)
     if checkpoint is None or not _go_on(trainer, stopping, keeper, checkpoint):
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with stopper:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError as error:
             advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
             raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
-    best = keeper.best()
-    assert best is not None  # the last step is always evaluated
+        stopper.leave(trainer.state.global_step)
+    assert keeper.best is not None  # the last step is always evaluated
     step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]
     if training.load_best_model_at_end:
         _load_adapter(trainer.model, keeper.run.checkpoints / BEST)
-        step, eval_loss = best["step"], best["eval_loss"]
+        step, eval_loss = keeper.best["step"], keeper.best["eval_loss"]
     return Outcome(
         steps=trainer.state.global_step,
         train_loss=_mean_loss(trainer.state.log_history),

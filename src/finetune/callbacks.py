@@ -1,0 +1,168 @@
+"""What happens beside the steps: checkpoints sealed, the best adapter kept, metrics written, progress shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from types import FrameType
+from typing import Any, TextIO
+
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from finetune.checkpoints import BEST, read_seal, seal, thin_out
+from finetune.errors import Diverged, Stopped
+from finetune.report import Terminal
+from finetune.runs import Run
+
+
+class Keeper(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
+
+    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int) -> None:
+        self.run, self.fingerprint, self.keep = run, fingerprint, keep
+        self.eval_losses: dict[int, float] = {}
+        folder = run.checkpoints / BEST
+        self.best: dict[str, Any] | None = read_seal(folder) if folder.is_dir() else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        loss = metrics["eval_loss"]
+        self.eval_losses[state.global_step] = loss
+        control.should_save = control.should_save or control.should_training_stop
+        if self.best is None or loss < self.best["eval_loss"]:
+            self.best = {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint}
+            self._keep_best(kwargs["model"], self.best)
+
+    def _keep_best(self, model: PeftModel, facts: dict[str, Any]) -> None:
+        partial = self.run.checkpoints / f"{BEST}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, save_embedding_layers=False)
+        seal(partial, facts)
+        shutil.rmtree(self.run.checkpoints / BEST, ignore_errors=True)
+        partial.rename(self.run.checkpoints / BEST)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
+        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        seal(folder, {**facts, "fingerprint": self.fingerprint})
+        thin_out(self.run.checkpoints, self.keep)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+        gradient = logs.get("grad_norm")
+        if gradient is not None and not math.isfinite(gradient):
+            raise Diverged(f"step {state.global_step}: the gradient is not finite; lower training.learning_rate")
+
+
+class Stopper(TrainerCallback):  # type: ignore[misc]
+    """Within `with`, SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once.
+
+    One that arrives during an evaluation ends it within a batch, and the run goes on from the last checkpoint: a
+    checkpoint of this step would lack the evaluation, and the best adapter could then be another one.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.signal_number: int | None = None
+        self._last_step = False
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, signal_number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            raise SystemExit(128 + signal_number)
+        self.signal_number = signal_number
+        name = signal.Signals(signal_number).name
+        self.terminal.say(f"{name}: stopping after this step, with a checkpoint; once more leaves at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal_number is not None:
+            self._last_step = control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal_number is not None and not self._last_step:
+            self.leave(state.global_step)
+
+    def leave(self, step: int) -> None:
+        """Raise Stopped where a signal came, saying from where the same command goes on."""
+        if self.signal_number is not None:
+            name = signal.Signals(self.signal_number).name
+            goes_on = f"stopped by {name} at step {step}; the same command goes on from the newest checkpoint"
+            raise Stopped(self.signal_number, goes_on)
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """One line that lives on a terminal, plain lines elsewhere: step, loss, tokens/s, time left.
+
+    Counts tokens and seconds of training steps only: evaluation and saves are not in `tokens_per_second`.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.tokens, self.step_seconds, self.tokens_per_second = 0, 0.0, 0.0
+        self._first_step = self._step_started = 0.0
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stream.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", file=self.stream, dynamic_ncols=True
+            )
+        self._first_step = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds += time.monotonic() - self._step_started
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "num_tokens" in logs and self.step_seconds > 0:
+            self.tokens_per_second = logs["num_tokens"] / self.step_seconds
+        parts = []
+        if "loss" in logs:
+            parts = [f"loss {logs['loss']:.3f}", f"{self.tokens_per_second:,.0f} tokens/s"]
+        elif "eval_loss" in logs:
+            parts = [f"eval_loss {logs['eval_loss']:.4f}"]
+        if not parts:
+            return
+        if self._bar is not None:
+            if "loss" in logs:
+                self._bar.set_postfix_str(", ".join(parts))
+            else:
+                tqdm.write(f"step {state.global_step}: {parts[0]}", file=self.stream)
+            return
+        left = self._seconds_left(state)
+        ending = f", {_duration(left)} left" if left is not None and "loss" in logs else ""
+        print(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}{ending}", file=self.stream, flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _seconds_left(self, state: Any) -> float | None:
+        done = state.global_step - self._first_step
+        return None if done <= 0 else self.step_seconds / done * (state.max_steps - state.global_step)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
