@@ -15,7 +15,11 @@ def describe(command: str, packages: tuple[str, ...]) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command,
-        "machine": {"system": platform.platform(terse=True), "cpu_cores": os.cpu_count(), "cpu": cpu_name()},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu_cores": os.cpu_count(),
+            "cpu": cpu_name(),
+        },
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},

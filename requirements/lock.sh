@@ -19,7 +19,8 @@ resolve() {  # resolve NAME PYTHON_PLATFORM ARGUMENT...
 resolve h100 x86_64-manylinux_2_28 --generate-hashes "$@"
 MACOSX_DEPLOYMENT_TARGET=14.0 resolve m4 aarch64-apple-darwin --generate-hashes "$@"
 # One hash would make pip ask for all, and the CPU build's hash is another index's: this lock has none.
-resolve cpu x86_64-manylinux_2_28 "${cpu_torch[@]}" "$@"
+# Asked for anew, or the CUDA build that the shortened pin below also names would be kept.
+resolve cpu x86_64-manylinux_2_28 --upgrade-package torch ${cpu_torch[@]+"${cpu_torch[@]}"} "$@"
 # 2.13.0 also matches 2.13.0+cpu, and an index without the CPU build still installs.
 sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' cpu.lock && rm cpu.lock.bak
 resolve dev x86_64-manylinux_2_28 "$@"

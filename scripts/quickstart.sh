@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained adapter: environment, demo base model, validation, training, base and tuned answers.
+#   scripts/quickstart.sh [ARGUMENT...]      arguments go to the training, for example --fresh
 # No GPU, no account. May be run again: what is there and whole is kept, and a finished run gets a fresh one beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +13,8 @@ echo "validating"
 .venv/bin/python src/train.py --config cpu --dry-run
 
 finished='' unfinished=''
-for folder in adapters/demo-cpu adapters/demo-cpu-[0-9]*; do
+# shellcheck disable=SC2046  # the names hold no spaces
+for folder in adapters/demo-cpu $(printf '%s\n' adapters/demo-cpu-[0-9]* | sort -V); do
   if grep -qs '"status": "complete"' "$folder/manifest.json"; then finished=$folder
   elif [[ -d $folder ]]; then unfinished=$folder; fi
 done
@@ -22,4 +24,4 @@ if [[ -n $finished && -z $unfinished ]]; then
   fresh=(--fresh)
 fi
 echo "training"
-.venv/bin/python src/train.py --config cpu ${fresh[@]+"${fresh[@]}"}
+.venv/bin/python src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"

@@ -9,8 +9,8 @@ scripts/make_venv.sh --dev
 selection=(-m 'not slow')
 if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
 
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/mypy src scripts
+.venv/bin/python -m ruff check .
+.venv/bin/python -m ruff format --check .
+.venv/bin/python -m mypy src scripts
 .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"
 if [[ ${#selection[@]} -gt 0 ]]; then echo "left out: the tests marked slow; scripts/test.sh --slow runs them too"; fi

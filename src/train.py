@@ -10,7 +10,14 @@ from finetune import cli
 from finetune.config import Config, is_local, load, resolve
 from finetune.geometry import read_geometry
 from finetune.plan import make_plan
-from finetune.platforms import PLATFORMS, hardware, peak_memory_gib, prepare_device, read_machine
+from finetune.platforms import (
+    PLATFORMS,
+    hardware,
+    memory_errors_explained,
+    peak_memory_gib,
+    prepare_device,
+    read_machine,
+)
 from finetune.report import Terminal, quiet_libraries
 from finetune.runs import Run, open_run
 
@@ -40,18 +47,20 @@ def main() -> None:
         print_manifest(run, options.json)
         return
 
-    prepared = prepare_data(config, terminal)
-    sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
-    counts = prepared.statistics
-    plan = make_plan(config, counts["train"], counts["validation"], sequences, geometry, machine)
-    terminal.plan(plan)
-    if run is None:
-        if options.json:
+    try:
+        prepared = prepare_data(config, terminal)
+        sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
+        counts = prepared.statistics
+        plan = make_plan(config, counts["train"], counts["validation"], sequences, geometry, machine)
+        terminal.plan(plan)
+        if run is not None:
+            train(config, run, prepared, plan.steps, terminal, options.resume_changed)
+            print_manifest(run, options.json)
+        elif options.json:
             cli.print_json(plan.as_dict())
-        return
-
-    train(config, run, prepared, terminal, options.resume_changed)
-    print_manifest(run, options.json)
+    finally:
+        if run is not None:
+            run.drop_if_unused()
 
 
 def print_manifest(run: Run, wanted: bool) -> None:
@@ -81,7 +90,7 @@ def prepare_data(config: Config, terminal: Terminal) -> Prepared:
     return prepared
 
 
-def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resume_changed: bool) -> None:
+def train(config: Config, run: Run, prepared: Prepared, steps: int, terminal: Terminal, resume_changed: bool) -> None:
     quiet_libraries()
     from finetune import callbacks, export, model, resume, trainer
 
@@ -92,28 +101,29 @@ def train(config: Config, run: Run, prepared: Prepared, terminal: Terminal, resu
     report_to, offline = trainer.tracker_settings(config.tracking, run)
     if offline:
         terminal.decision("tracking", offline)
-    export.write_start(run, config, known)
 
-    with export.recorded(run, known):
+    with memory_errors_explained():
         prepare_device(platform)
         base = model.load_base(config.model, config.quantization, platform.device)
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
+    export.write_start(run, config, known)
+    with export.recorded(run, known), memory_errors_explained():
         made = trainer.make_trainer(
             peft_model,
             tokenizer,
             prepared.train.dataset(prepared.sequences),
             prepared.validation.dataset(None),
             config.dataset.train_file,
-            trainer.arguments(config.training, run, report_to, platform.device, platform.pin_memory, not checkpoint),
+            trainer.arguments(config.training, run, report_to, platform, from_start=checkpoint is None),
         )
         watchers = (
             callbacks.Keeper(run, fingerprint, config.training.save_total_limit),
-            callbacks.Stopper(terminal),
+            callbacks.Stopper(run),
             callbacks.Progress(terminal.stream),
         )
-        outcome = trainer.train(made, config.training, *watchers, checkpoint)
+        outcome = trainer.train(made, config.training, *watchers, steps, checkpoint)
 
         samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
         export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)

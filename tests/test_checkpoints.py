@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checkpoints import newest_whole, read_seal, saved, seal, sha256, thin_out, trusted_best, write_json
+from finetune.checkpoints import (
+    newest_whole,
+    read_seal,
+    replace_best,
+    saved,
+    seal,
+    sha256,
+    thin_out,
+    trusted_best,
+    write_json,
+)
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -313,3 +323,33 @@ def test_a_file_that_was_not_there_when_it_was_sealed_is_told(tmp_path: Path) ->
     (folder / "extra.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^extra\.bin was not there when it was saved$"):
         read_seal(folder)
+
+
+@pytest.mark.parametrize("moment", ["before the first rename", "between the renames", "before the old one is removed"])
+def test_a_kill_while_the_best_adapter_is_replaced_leaves_a_whole_one(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best(tmp_path, {"data": "a"})
+    better = tmp_path / "best.partial"
+    better.mkdir()
+    seal(better, {"step": 9, "eval_loss": 0.5, "fingerprint": {"data": "a"}})
+    calls = {"before the first rename": 1, "between the renames": 2}
+    renames, rename = [], Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        renames.append(target)
+        if len(renames) == calls.get(moment):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        if moment in calls:
+            with pytest.raises(KeyboardInterrupt):
+                replace_best(tmp_path, better)
+        else:
+            replace_best(tmp_path, better)
+            (tmp_path / "best.old").mkdir()
+    assert trusted_best(tmp_path, {"data": "a"}) is None
+    assert read_seal(tmp_path / "best")["step"] == (3 if moment == "before the first rename" else 9)
+    assert names(tmp_path) == ["best"]

@@ -435,3 +435,21 @@ def test_every_missing_required_key_is_named_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(config, "BASE_FILE", bare)
     missing = [key for key in config.REQUIRED if key != "lora.r"]
     assert problems(str(bare)) == tuple(f"{key}: missing; add it to the config file" for key in missing)
+
+
+def test_problems_of_the_file_and_of_each_set_are_told_together(tmp_path: Path, local_model: str) -> None:
+    path = written(tmp_path, "lora:\n  r: 1\n  r: 2\nseed: 1\nseed: 2\n")
+    assert problems(path, local_model, "foo", "lora.lora_alpha=abc") == (
+        "--set foo: wanted dotted.key=value, for example --set training.max_steps=50",
+        "--set lora.lora_alpha=abc  lora.lora_alpha: found 'abc' (text), wanted a whole number",
+        f"{path}:3: duplicate key 'r' (first on line 2); keep one",
+        f"{path}:5: duplicate key 'seed' (first on line 4); keep one",
+    )
+
+
+def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
+    assert problems("cpu", local_model, "training.lr_scheduler_type=constant")[0].endswith(
+        "training.warmup_ratio: 0.03 beside lr_scheduler_type constant, which has no warm-up; set it to 0, "
+        "or lr_scheduler_type: constant_with_warmup"
+    )
+    load("cpu", local_model, "training.lr_scheduler_type=constant", "training.warmup_ratio=0")

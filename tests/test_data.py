@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from finetune import config, data, encoding
 from finetune.chat import IGNORED, Chat, Messages, Reference, load_chat
 from finetune.data import Prepared, prepare
 from finetune.encoding import Encoder, Recipe, Statistics, with_system_prompt
-from finetune.errors import CheckFailed, ConfigError, DataError
+from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
 from finetune.rows import Rows, SplitWriter
 from finetune.schema import DatasetConfig
 
@@ -688,3 +689,31 @@ def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
     counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics
     assert (counts["train"].truncated, counts["validation"].truncated) == (0, 1)
     assert (counts["train"].longest, counts["validation"].longest) == (11, 21)
+
+
+def test_workers_are_the_cores_this_process_may_use_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert data.worker_count() == 3
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
+    assert data.worker_count() == 8
+
+
+def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def submit(self, *arguments: Any) -> None:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Broken)
+    write(case.train, SHORT)
+    with pytest.raises(OutOfResource) as failure:
+        list(encoding.chunks(case.train, RECIPE, 2))
+    assert str(failure.value) == (
+        f"{case.train}: a process that encodes it was killed, probably for want of memory; free some and try again"
+    )

@@ -423,3 +423,17 @@ def test_an_expanded_base_is_verified_before_its_scales_are_gone(
     monkeypatch.setattr(model_module, "verify_base", lambda *arguments: stages.append(arguments[-1]))
     base_model(config, storage="expanded")
     assert stages == ["packed", "expanded"]
+
+
+def test_a_library_that_is_missing_is_told_with_what_to_set(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: Any, **__: Any) -> None:
+        raise ImportError("FlashAttention2 has been toggled on, but it cannot be used\nmore")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", absent)
+    with pytest.raises(CheckFailed) as failure:
+        base_model(config)
+    assert str(failure.value) == (
+        f"model: {config.model.name} needs a library that is not installed: "
+        "FlashAttention2 has been toggled on, but it cannot be used\n"
+        "without flash-attn: --set model.attn_implementation=sdpa"
+    )

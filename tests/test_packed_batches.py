@@ -14,6 +14,7 @@ from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.packing import Collator
+from finetune.platforms import PLATFORMS
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 
@@ -35,7 +36,7 @@ class Case:
                 torch.nn.init.normal_(parameter, std=0.2)
         tokenizer = make_tokenizer(load_chat(None), "right")
         self.collator = Collator(tokenizer)
-        sft = arguments(config.training, Run(folder / "run", False, None), [], "cpu", False, True)
+        sft = arguments(config.training, Run(folder / "run", False, None), [], PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
         self.trainer: Trainer = make_trainer(self.model, tokenizer, rows, rows, str(train_file), sft)
         self.model.train()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from finetune import platforms
+from finetune.errors import CheckFailed, OutOfResource
 from finetune.platforms import PLATFORMS, Machine, choose, memory_available_gib, read_machine
 
 H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.1, 1007.6, 950.0)
@@ -161,3 +162,42 @@ def test_free_memory_is_at_most_what_the_container_allows(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     machine = read_machine()
     assert (machine.memory_gib, machine.memory_free_gib) == (16.0, free_gib)
+
+
+@pytest.mark.parametrize(("name", "label"), [("h100", "NVIDIA GPU"), ("m4", "Apple silicon")])
+def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
+    name: str, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(CheckFailed) as failure:
+        platforms.prepare_device(PLATFORMS[name])
+    assert str(failure.value) == (
+        f"device: this config is for {label} ({name}), and torch {torch.__version__} sees none; "
+        "try --config cpu, or --dry-run, which needs no device"
+    )
+    platforms.prepare_device(PLATFORMS["cpu"])
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "MPS backend out of memory (MPS allocated: 18.0 GB)",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to",
+    ],
+)
+def test_too_little_memory_on_any_device_is_told_with_what_to_lower(found: str) -> None:
+    with pytest.raises(OutOfResource) as failure, platforms.memory_errors_explained():
+        raise RuntimeError(f"{found}\nand more")
+    assert str(failure.value) == (
+        f"out of memory: {found}\n"
+        "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
+    )
+
+
+def test_any_other_error_of_the_device_is_passed_on() -> None:
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"), platforms.memory_errors_explained():
+        raise RuntimeError("shape mismatch")

@@ -232,3 +232,17 @@ def test_the_lock_is_free_once_its_process_has_ended(
     run = opened()
     assert run.folder == settings.run_folder
     assert (run.folder / "lock").read_text(encoding="utf-8").startswith(f"pid {os.getpid()} on ")
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(opened: Callable[..., Run]) -> None:
+    run = opened()
+    run.drop_if_unused()
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("written", ["manifest.json", "checkpoints/checkpoint-2"])
+def test_a_run_that_wrote_anything_keeps_its_folder(opened: Callable[..., Run], written: str) -> None:
+    run = opened()
+    (run.folder / written).touch()
+    run.drop_if_unused()
+    assert (run.folder / written).exists()

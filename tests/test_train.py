@@ -191,7 +191,7 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert manifest["config_sha256"] == config.sha256()
     path = finished.command.train_file
     assert manifest["data"] == {"train": {"path": str(path), "sha256": sha256(path), "rows": 60}}
-    assert manifest["base_model"] == {"name": str(finished.command.base), "revision": None}
+    assert manifest["base_model"] == {"name": finished.command.base.name, "revision": None}
     assert set(VERSIONED) < set(manifest["versions"])
     assert manifest["adapter_sha256"] == sha256(finished.folder / "adapter_model.safetensors")
     assert (manifest["steps"], manifest["stopped_early"], manifest["samples"]) == (STEPS, False, [])
@@ -400,6 +400,16 @@ class Interrupted:
     code: int
     lines: list[str]
 
+    @property
+    def step(self) -> int:
+        """Where it stopped: 3, or 4 where this process was slow to send the signal."""
+        step = max(int(name.rpartition("-")[2]) for name in self.checkpoints() if name != "best")
+        assert step in (3, 4)
+        return step
+
+    def checkpoints(self) -> list[str]:
+        return names(self.command.output / "run-2" / "checkpoints")
+
 
 @pytest.fixture(scope="session")
 def interrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
@@ -427,12 +437,14 @@ def test_fresh_makes_a_run_beside_the_finished_one_and_leaves_that_alone(
 def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Interrupted) -> None:
     folder = interrupted.command.output / "run-2"
     assert interrupted.code == 130
-    assert interrupted.lines[-1] == "stopped by SIGINT at step 3; the same command goes on from the newest checkpoint"
-    assert "SIGINT: stopping after this step, with a checkpoint; once more leaves at once" in interrupted.lines
+    assert interrupted.lines[-1] == (
+        f"stopped by SIGINT at step {interrupted.step}; the same command goes on from checkpoint-{interrupted.step}"
+    )
+    assert "SIGINT: stopping as soon as the step is done; once more leaves at once" in interrupted.lines
     assert not [line for line in interrupted.lines if "Traceback" in line]
     assert read_manifest(folder)["status"] == "interrupted"
     assert names(folder) == ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl"]
-    assert names(folder / "checkpoints") == ["best", "checkpoint-2", "checkpoint-3"]
+    assert names(folder / "checkpoints") == ["best", "checkpoint-2", f"checkpoint-{interrupted.step}"]
 
 
 def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_an_uninterrupted_run(
@@ -441,9 +453,13 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
     command = interrupted.command.elsewhere(tmp_path / "output")
     done = command()
     assert done.returncode == 0, done.stderr
-    assert "resume: from checkpoint-3, the newest checkpoint that is whole" in done.stdout.splitlines()
+    assert (
+        f"resume: from checkpoint-{interrupted.step}, the newest checkpoint that is whole" in done.stdout.splitlines()
+    )
     adapter = command.output / "run-2" / "adapter_model.safetensors"
     assert sha256(adapter) == sha256(finished.folder / "adapter_model.safetensors")
+    logged = (command.output / "run-2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in logged] == [entry["step"] for entry in finished.metrics]
 
 
 def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_an_uninterrupted_run(
@@ -451,18 +467,18 @@ def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_a
 ) -> None:
     command = interrupted.command.elsewhere(tmp_path / "output")
     folder = command.output / "run-2"
-    flip_a_byte(folder / "checkpoints" / "checkpoint-3" / "optimizer.pt")
+    flip_a_byte(folder / "checkpoints" / f"checkpoint-{interrupted.step}" / "optimizer.pt")
     done = command()
     assert done.returncode == 0, done.stderr
-    damage = "optimizer.pt is not what was saved (sha256 differs)"
+    damage, newest = "optimizer.pt is not what was saved (sha256 differs)", f"checkpoint-{interrupted.step}"
     for said in (
-        f"warning: checkpoint-3 is not whole ({damage}); set aside as damaged-checkpoint-3.1",
+        f"warning: {newest} is not whole ({damage}); set aside as damaged-{newest}.1",
         "resume: from checkpoint-2, the newest checkpoint that is whole",
     ):
         assert said in done.stdout.splitlines()
     steps = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
     assert steps == [f"step {step}/6" for step in (3, 4, 4, 5, 6, 6)]
-    assert (folder / "checkpoints" / "damaged-checkpoint-3.1" / "optimizer.pt").is_file()
+    assert (folder / "checkpoints" / f"damaged-{newest}.1" / "optimizer.pt").is_file()
     assert sha256(folder / "adapter_model.safetensors") == sha256(finished.folder / "adapter_model.safetensors")
     manifest = read_manifest(folder)
     assert manifest["status"] == "complete"
@@ -477,11 +493,11 @@ def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
     done = command("--set", "training.learning_rate=3e-4", "--set", "training.logging_steps=2")
     assert done.returncode == 2
     assert done.stderr == (
-        "config: 2 problems\n"
-        "  changed since checkpoint-3: config.training.learning_rate: 0.001 -> 0.0003\n"
-        "  --fresh starts a new run, --resume-changed goes on all the same\n"
+        "config: 1 problem\n"
+        f"  changed since checkpoint-{interrupted.step}: config.training.learning_rate: 0.001 -> 0.0003\n"
+        "--fresh starts a new run, --resume-changed goes on all the same\n"
     )
-    assert "checkpoint-3" in names(command.output / "run-2" / "checkpoints")
+    assert names(command.output / "run-2" / "checkpoints") == interrupted.checkpoints()  # nothing was set aside
 
 
 def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp_path: Path) -> None:
@@ -490,9 +506,9 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert "warning: going on although changed: config.training.learning_rate: 0.001 -> 0.0003" in said
-    assert "resume: from checkpoint-3, the newest checkpoint that is whole" in said
+    assert f"resume: from checkpoint-{interrupted.step}, the newest checkpoint that is whole" in said
     steps = [line.split(":")[0] for line in said if line.startswith("step ")]
-    assert steps == [f"step {step}/6" for step in (4, 4, 5, 6, 6)]
+    assert steps == [f"step {step}/6" for step in (4, 4, 5, 6, 6) if step > interrupted.step]
     assert read_manifest(command.output / "run-2")["status"] == "complete"
 
 
@@ -511,7 +527,33 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused(interrupted: Inter
     assert done.returncode == 3
     assert done.stderr == f"no checkpoint in {checkpoints} is whole; --fresh starts a new run\n"
     damage = "adapter_model.safetensors is not what was saved (sha256 differs)"
-    for step in (3, 2):
+    for step in (interrupted.step, 2):
         aside = f"damaged-checkpoint-{step}.1"
         assert f"warning: checkpoint-{step} is not whole ({damage}); set aside as {aside}" in done.stdout.splitlines()
         assert (checkpoints / aside / "adapter_model.safetensors").is_file()
+
+
+# --- what cannot be had
+
+
+def test_an_output_folder_that_cannot_be_made_is_exit_2(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for options in (["--dry-run"], []):
+        done = finished.command("--set", f"output.dir={tmp_path}/file/runs", *options)
+        assert done.returncode == 2
+        assert re.fullmatch(
+            rf"config: 1 problem\n  output\.dir: {tmp_path}/file/runs/\S+: Not a directory; "
+            r"set it to a folder that can be written\n",
+            done.stderr,
+        )
+
+
+def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Finished, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(finished.command.base / "config.json", base)
+    command = Command(base, finished.command.train_file, tmp_path / "output")
+    done = command()
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"model: {base} cannot be loaded: ")
+    assert names(tmp_path / "output") == [".cache"]

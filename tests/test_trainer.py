@@ -28,7 +28,7 @@ from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.errors import Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
-from finetune.report import Terminal
+from finetune.platforms import PLATFORMS
 from finetune.runs import Run
 from finetune.schema import TrackingConfig
 from finetune.trainer import Outcome, Trainer, arguments, make_trainer, tracker_settings, train
@@ -72,7 +72,7 @@ class Case:
         model = add_lora(base, config.lora, config.training.seed)
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
-        sft = arguments(config.training, self.run, [], "cpu", False, first)
+        sft = arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
         return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft)
 
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
@@ -81,8 +81,9 @@ class Case:
         trainer = self.trainer(*settings, first=checkpoint is None)
         stream = StringIO()
         keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit)
-        stopper = Stopper(Terminal(stream=stream))
-        outcome = train(trainer, config.training, keeper, stopper, Progress(stream), checkpoint)
+        steps = trainer.args.max_steps
+        watchers = keeper, Stopper(self.run), Progress(stream)
+        outcome = train(trainer, config.training, *watchers, steps, checkpoint)
         return outcome, trainer.model, stream.getvalue()
 
     def checkpoints(self) -> list[str]:
@@ -443,50 +444,56 @@ def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pyte
 
 
 @pytest.fixture
-def stopper() -> Iterator[tuple[Stopper, StringIO]]:
-    stream = StringIO()
-    stopper = Stopper(Terminal(stream=stream))
+def stopper(tmp_path: Path) -> Iterator[Stopper]:
+    stopper = Stopper(Run(tmp_path, False, None))
     with stopper:
-        yield stopper, stream
+        yield stopper
 
 
-def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(stopper: tuple[Stopper, StringIO]) -> None:
-    callback, stream = stopper
+SAID = "SIGTERM: stopping as soon as the step is done; once more leaves at once\n"
+
+
+def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(
+    stopper: Stopper, capfd: pytest.CaptureFixture[str]
+) -> None:
     control = TrainerControl()
-    callback.on_step_end(None, TrainerState(global_step=3), control)
+    stopper.on_step_end(None, TrainerState(global_step=3), control)
     assert (control.should_save, control.should_training_stop) == (False, False)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert stream.getvalue() == "SIGTERM: stopping after this step, with a checkpoint; once more leaves at once\n"
-    callback.on_step_end(None, TrainerState(global_step=4), control)
+    assert capfd.readouterr() == ("", SAID)
+    stopper.on_step_end(None, TrainerState(global_step=4), control)
     assert (control.should_save, control.should_training_stop) == (True, True)
-    callback.on_prediction_step(None, TrainerState(global_step=4), control)  # that step's evaluation is finished first
+    stopper.on_prediction_step(None, TrainerState(global_step=4), control)  # that step's evaluation is finished first
+    (stopper.run.checkpoints / "checkpoint-4").mkdir(parents=True)
     with pytest.raises(Stopped) as stopped:
-        callback.leave(4)
+        stopper.leave(4)
     assert (stopped.value.exit_code, str(stopped.value)) == (
         143,
-        "stopped by SIGTERM at step 4; the same command goes on from the newest checkpoint",
+        "stopped by SIGTERM at step 4; the same command goes on from checkpoint-4",
     )
 
 
-def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: tuple[Stopper, StringIO]) -> None:
-    callback, _ = stopper
-    callback.on_prediction_step(None, TrainerState(global_step=4), TrainerControl())
+def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: Stopper) -> None:
+    stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(Stopped) as stopped:
-        callback.on_prediction_step(None, TrainerState(global_step=4), TrainerControl())
-    assert stopped.value.exit_code == 130
+        stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
+    assert (stopped.value.exit_code, str(stopped.value)) == (
+        130,
+        "stopped by SIGINT at step 0; the same command starts again (no checkpoint yet)",
+    )
 
 
-def test_a_second_signal_leaves_at_once(stopper: tuple[Stopper, StringIO]) -> None:
-    assert stopper[0].signal_number is None
+def test_a_second_signal_leaves_at_once(stopper: Stopper) -> None:
+    assert stopper.signal_number is None
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         os.kill(os.getpid(), signal.SIGINT)
     assert left.value.code == 130
 
 
-def test_after_the_training_signals_do_what_they_did_before() -> None:
+def test_after_the_training_signals_do_what_they_did_before(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Stopper(Terminal(stream=StringIO())):
+    with Stopper(Run(tmp_path, False, None)):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before

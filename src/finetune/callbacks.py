@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -14,9 +15,8 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.checkpoints import BEST, read_seal, seal, thin_out
+from finetune.checkpoints import BEST, read_seal, replace_best, saved, seal, thin_out, write_text
 from finetune.errors import Diverged, Stopped
-from finetune.report import Terminal
 from finetune.runs import Run
 
 
@@ -28,6 +28,13 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         self.eval_losses: dict[int, float] = {}
         folder = run.checkpoints / BEST
         self.best: dict[str, Any] | None = read_seal(folder) if folder.is_dir() else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Steps after the checkpoint are done again, so what they logged goes.
+        metrics = self.run.folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+        done = [line for line in lines if line.endswith("\n") and 0 < state.global_step >= json.loads(line)["step"]]
+        write_text(metrics, "".join(done))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -46,8 +53,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial, save_embedding_layers=False)
         seal(partial, facts)
-        shutil.rmtree(self.run.checkpoints / BEST, ignore_errors=True)
-        partial.rename(self.run.checkpoints / BEST)
+        replace_best(self.run.checkpoints, partial)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
@@ -56,6 +62,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         thin_out(self.run.checkpoints, self.keep)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            return  # transformers' closing summary, of this invocation only
         entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
         with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
@@ -71,8 +79,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
     checkpoint of this step would lack the evaluation, and the best adapter could then be another one.
     """
 
-    def __init__(self, terminal: Terminal) -> None:
-        self.terminal = terminal
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.signal_number: int | None = None
         self._last_step = False
 
@@ -87,8 +95,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         if self.signal_number is not None:
             raise SystemExit(128 + signal_number)
         self.signal_number = signal_number
-        name = signal.Signals(signal_number).name
-        self.terminal.say(f"{name}: stopping after this step, with a checkpoint; once more leaves at once")
+        text = f"{signal.Signals(signal_number).name}: stopping as soon as the step is done; once more leaves at once\n"
+        os.write(2, text.encode())  # not print: a handler may run in the middle of one
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.signal_number is not None:
@@ -102,8 +110,9 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         """Raise Stopped where a signal came, saying from where the same command goes on."""
         if self.signal_number is not None:
             name = signal.Signals(self.signal_number).name
-            goes_on = f"stopped by {name} at step {step}; the same command goes on from the newest checkpoint"
-            raise Stopped(self.signal_number, goes_on)
+            checkpoints = saved(self.run.checkpoints)
+            goes_on = f"goes on from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
+            raise Stopped(self.signal_number, f"stopped by {name} at step {step}; the same command {goes_on}")
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -114,7 +123,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.tokens, self.step_seconds, self.tokens_per_second = 0, 0.0, 0.0
+        self.step_seconds, self.tokens_per_second = 0.0, 0.0
         self._first_step = self._step_started = 0.0
         self._bar: tqdm[Any] | None = None
 

@@ -14,15 +14,19 @@ BEST = "best"
 ASIDE = "damaged-"
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all: another name, fsync, rename."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as readable JSON, written whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256(path: Path) -> str:
@@ -89,9 +93,23 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def replace_best(checkpoints: Path, whole: Path) -> None:
+    """Put the sealed folder `whole` in the place of the best adapter; at every moment one of the two is there."""
+    best, old = checkpoints / BEST, checkpoints / f"{BEST}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if best.is_dir():
+        best.rename(old)
+    whole.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def trusted_best(checkpoints: Path, fingerprint: dict[str, Any]) -> str | None:
     """Keep the best adapter so far only where it is whole and of this very run; else set it aside and say why."""
     folder = checkpoints / BEST
+    for name in (f"{BEST}.partial", f"{BEST}.old"):  # what a kill inside replace_best leaves
+        if not folder.is_dir() and _is_whole(checkpoints / name):
+            (checkpoints / name).rename(folder)
+        shutil.rmtree(checkpoints / name, ignore_errors=True)
     if not folder.is_dir():
         return None
     try:
@@ -99,6 +117,14 @@ def trusted_best(checkpoints: Path, fingerprint: dict[str, Any]) -> str | None:
     except (ValueError, OSError) as error:
         reason = str(error)
     return reason and f"the best adapter so far is not used ({reason}); set aside as {set_aside(folder).name}"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_seal(folder)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def set_aside(folder: Path) -> Path:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ BASE_FILE = ROOT / "configs" / "training_config.yaml"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
 
-# What a config file must bring, whatever else has defaults.
+# What no run can do without; the base brings them all, unless somebody broke it.
 REQUIRED = (
     "model.name",
     "model.max_seq_length",
@@ -117,13 +118,20 @@ def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]
     that the platform cannot honour.
     """
     path, reason = config_file(choice)
-    base, places = yaml_source.read(BASE_FILE)
-    above, above_places = yaml_source.read(path)
-    set_values, set_places = yaml_source.override(settings)
-    merged = yaml_source.deep_merge(yaml_source.deep_merge(base, above), set_values)
+    merged, places = yaml_source.read(BASE_FILE)
+    unread: list[str] = []
+    sources = [partial(yaml_source.read, path), *(partial(yaml_source.override, [setting]) for setting in settings)]
+    for source in sources:
+        try:
+            values, value_places = source()
+        except ConfigError as error:
+            unread += error.problems
+            continue
+        merged = yaml_source.deep_merge(merged, values)
+        places |= value_places
     sections = {name for name, value in merged.items() if isinstance(value, dict)}
     yaml_source.validate_required_fields(merged, (path for path in REQUIRED if path.split(".")[0] in sections))
-    problems = typed.Problems({**places, **above_places, **set_places})
+    problems = typed.Problems(places, unread)
     everywhere = typed.paths(Config)
     config = typed.build(Config, merged, "", problems, everywhere)
     if not problems.found:
@@ -137,7 +145,7 @@ def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]
 
 def _by_line(problem: str) -> list[str | int]:
     # Digits as numbers, so that line 9 comes before line 10.
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]+)", problem))]
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]{1,18})", problem))]
 
 
 def _with_run_name(config: Config, path: Path) -> Config:
@@ -211,6 +219,9 @@ def _schedule(config: Config, problems: typed.Problems) -> None:
         problems.add(
             "training.save_steps", f"{text}, so saved steps would have no eval_loss to rank by; set it to {nearest}"
         )
+    if training.lr_scheduler_type == "constant" and training.warmup_ratio > 0:
+        text = f"{training.warmup_ratio:g} beside lr_scheduler_type constant, which has no warm-up"
+        problems.add("training.warmup_ratio", f"{text}; set it to 0, or lr_scheduler_type: constant_with_warmup")
     if training.max_steps == 0:
         problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
 

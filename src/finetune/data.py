@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 
 from finetune.chat import Chat, load_chat
-from finetune.checkpoints import write_json
+from finetune.checkpoints import sha256, write_json
 from finetune.config import DEFAULT_VALIDATION_FILE, resolve
 from finetune.encoding import Recipe, Statistics, chunks
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.jsonl import open_lines
 from finetune.packing import pack
 from finetune.rows import Rows, SplitWriter
+from finetune.runs import make_folder
 from finetune.schema import DatasetConfig
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
+MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
     """
     train_path, validation_path, split_reason = _files(dataset)
     paths = {"train": train_path} | ({"validation": validation_path} if validation_path else {})
-    files = {name: {"path": str(path), "sha256": _sha256(path)} for name, path in paths.items()}
+    files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in paths.items()}
     chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
     key = _cache_key(files, recipe, dataset, chat)
     folder = cache / key
@@ -86,11 +88,6 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
     raise ConfigError(f"dataset.validation_file: {validation}: not there; set a file that is, or null for a split")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
     """Content, template, tokenizer, length and this code: whatever decides a token is in the key."""
     here = Path(__file__).parent
@@ -112,7 +109,7 @@ def _write_cache(
     """Fill `folder`, whole or not at all."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a killed process may have had this id
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         writers = {name: SplitWriter(partial / f"{name}.arrow") for name in ("train", "validation")}
         file_rows = {name: _read_file(name, paths, recipe, dataset, writers, workers) for name in paths}
@@ -142,7 +139,7 @@ def _read_file(
     """Stream one file into the writers; returns how many of its rows were written."""
     path = paths[name]
     if workers is None:
-        workers = (os.cpu_count() or 1) if path.stat().st_size >= PARALLEL_FROM_BYTES else 0
+        workers = worker_count() if path.stat().st_size >= PARALLEL_FROM_BYTES else 0
     held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
     statistics = writers[name].statistics
     rows = 0
@@ -158,6 +155,12 @@ def _read_file(
         rows += len(chunk.lengths)
     statistics.dropped_bad = len(statistics.bad)
     return rows
+
+
+def worker_count() -> int:
+    """Processes to encode with: the cores this process may use, at most MOST_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) -> None:

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.chat import IGNORED, Messages, Reference, load_chat, truncate
+from finetune.errors import OutOfResource
 from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
 
 CHUNK_LINES = 256
@@ -161,12 +163,16 @@ def chunks(path: Path, recipe: Recipe, workers: int) -> Iterator[Chunk]:
         context = get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
             running: deque[Future[Chunk]] = deque()
-            for batch in batches:
-                running.append(pool.submit(_work, batch))
-                if len(running) >= 2 * workers:
+            try:
+                for batch in batches:
+                    running.append(pool.submit(_work, batch))
+                    if len(running) >= 2 * workers:
+                        yield running.popleft().result()
+                while running:
                     yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            except BrokenProcessPool:
+                killed = "a process that encodes it was killed, probably for want of memory; free some and try again"
+                raise OutOfResource(f"{path}: {killed}") from None
 
 
 _encoder: Encoder

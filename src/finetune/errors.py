@@ -10,14 +10,18 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The command line or a config file is wrong. `problems` holds one line a problem, all of them at once."""
+    """The command line or a config file is wrong. `problems` holds one line a problem, all of them at once.
+
+    `advice`, where there is some for all of them, is the last line.
+    """
 
     exit_code = 2
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, advice: str = "") -> None:
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"config: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        lines = [f"config: {count}", *(f"  {problem}" for problem in problems), *([advice] if advice else [])]
+        super().__init__("\n".join(lines))
 
 
 class CheckFailed(UserError):

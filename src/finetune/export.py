@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import yaml_source
 from finetune.checkpoints import sha256, write_json
-from finetune.config import ROOT, Config
+from finetune.config import ROOT, Config, is_local, resolve
 from finetune.data import Prepared
 from finetune.errors import Stopped
 from finetune.runs import Run
@@ -48,16 +47,20 @@ def git_commit() -> str | None:
         return None
 
 
+# Keys that change no token and no weight, or that the token hashes stand for.
+FREE_TO_CHANGE = {
+    "training": ("logging_steps", "per_device_eval_batch_size", "save_total_limit"),
+    "dataset": ("sample_prompts", "train_file", "validation_file", "certificate"),
+}
+
+
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What must be equal for a checkpoint to go on: config (but names and reporting), tokens, tokenizer, versions."""
+    """What must be equal for a checkpoint to go on: config (but FREE_TO_CHANGE), tokens, tokenizer, versions."""
     tree = config.as_dict()
-    for section, key in (
-        ("tracking", None),
-        ("output", None),
-        ("dataset", "sample_prompts"),
-        ("training", "logging_steps"),
-    ):
-        tree.pop(section) if key is None else tree[section].pop(key)
+    del tree["tracking"], tree["output"]
+    for section, keys in FREE_TO_CHANGE.items():
+        for key in keys:
+            del tree[section][key]
     tokens = prepared.tokens | {"tokenizer": prepared.chat.fingerprint}
     return {"config": tree, "tokens": tokens, "versions": versions()}
 
@@ -80,6 +83,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "rows": {
             name: {
                 "certified": counts.certified,
+                "longest": counts.longest,
                 "truncated": counts.truncated,
                 "dropped_long": counts.dropped_long,
                 "dropped_bad": [{"line": line, "found": text} for line, text in counts.bad],
@@ -87,11 +91,18 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
             }
             for name, counts in statistics.items()
         },
-        "base_model": {"name": config.model.name, "revision": config.model.revision},
+        "base_model": base_model(config),
         "versions": versions(),
         "hardware": hardware,
         "git_commit": git_commit(),
     }
+
+
+def base_model(config: Config) -> dict[str, str | None]:
+    """Hub id and revision; of a local folder only its name, since its path means nothing elsewhere."""
+    if is_local(config.model.name):
+        return {"name": resolve(config.model.name).name, "revision": None}
+    return {"name": config.model.name, "revision": config.model.revision}
 
 
 def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
@@ -154,14 +165,13 @@ def write_adapter(
 
 def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:
     """README.md in the Hub's format."""
-    local = Path(config.model.name).name
-    base = config.model.name if config.model.revision else local
+    base = known["base_model"]["name"]
     metadata = {
         "library_name": "peft",
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["qlora", "lora", "mistral"],
-        **({"base_model": base} if config.model.revision else {}),
+        **({} if is_local(config.model.name) else {"base_model": base}),
     }
     before = "" if outcome.first_eval_loss is None else f" (before training: {outcome.first_eval_loss:.4f})"
     rows = {name: tokens["rows"] for name, tokens in known["tokens"].items()}

@@ -113,17 +113,17 @@ def _check_message(index: int, message: Any) -> None:
         raise BadRow(f"{where} has content that is {_kind(content)}, wanted text")
     if not content.strip():
         raise BadRow(f"{where} ({message['role']}) is empty")
-    if any("\ud800" <= character <= "\udfff" for character in content) if not content.isascii() else False:
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
         raise BadRow(f"{where} holds half of a surrogate pair (\\ud800-\\udfff), which is no text")
 
 
 def _check_order(roles: list[str]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    for index, role in enumerate(turns, 1 + len(roles) - len(turns)):
-        wanted = "assistant" if (index - 1 - len(roles) + len(turns)) % 2 else "user"
+    start = 1 if roles[0] == "system" else 0
+    for turn, role in enumerate(roles[start:]):
+        wanted = "assistant" if turn % 2 else "user"
         if role != wanted:
-            raise BadRow(f"message {index} is from {role}, wanted {wanted}")
-    if not turns or turns[-1] != "assistant":
+            raise BadRow(f"message {start + turn + 1} is from {role}, wanted {wanted}")
+    if roles[-1] != "assistant":
         raise BadRow(f"ends with {roles[-1]}, wanted an assistant message last")
 
 

@@ -66,6 +66,10 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
         )
     except OSError as error:
         raise CheckFailed(_no_weights(model.name, error)) from None
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        advice = "without flash-attn: --set model.attn_implementation=sdpa"
+        raise CheckFailed(f"model: {model.name} needs a library that is not installed: {first}\n{advice}") from None
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:

@@ -9,11 +9,15 @@ import platform as host
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from finetune.errors import CheckFailed, OutOfResource
 
 GIB = 2**30
 
@@ -138,12 +142,31 @@ def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
 
 
 def prepare_device(platform: Platform) -> None:
-    """What torch must be told before the first kernel runs."""
-    if platform.name == "h100":
-        import torch
+    """See that torch has the device, and tell it what it must know before the first kernel runs.
 
+    Raises CheckFailed where the config is for a device that is not here.
+    """
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not present[platform.device]:
+        found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
+        raise CheckFailed(f"device: {found}; try --config cpu, or --dry-run, which needs no device")
+    if platform.name == "h100":
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def memory_errors_explained() -> Iterator[None]:
+    """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+            raise
+        advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
+        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
 
 
 def peak_memory_gib(platform: Platform) -> float:

@@ -20,21 +20,20 @@ def find(run: Run, fingerprint: dict[str, Any], accept_changes: bool, terminal: 
     `accept_changes` is false.
     """
     folder, notes = newest_whole(run.checkpoints)
-    if note := trusted_best(run.checkpoints, fingerprint):
-        notes.append(note)
-    for note in notes:
-        terminal.warn(note)
-    if folder is None:
-        if any(run.checkpoints.glob(f"{ASIDE}checkpoint-*")):
-            raise CheckFailed(f"no checkpoint in {run.checkpoints} is whole; --fresh starts a new run")
-        return None
-    changes = list(differences(read_seal(folder)["fingerprint"], fingerprint))
-    if changes and not accept_changes:
+    for sentence in notes:
+        terminal.warn(sentence)
+    if folder is None and any(run.checkpoints.glob(f"{ASIDE}checkpoint-*")):
+        raise CheckFailed(f"no checkpoint in {run.checkpoints} is whole; --fresh starts a new run")
+    changes = list(differences(read_seal(folder)["fingerprint"], fingerprint)) if folder else []
+    if folder and changes and not accept_changes:
         advice = "--fresh starts a new run, --resume-changed goes on all the same"
-        raise ConfigError(*(f"changed since {folder.name}: {change}" for change in changes), advice)
+        raise ConfigError(*(f"changed since {folder.name}: {change}" for change in changes), advice=advice)
     for change in changes:
         terminal.warn(f"going on although changed: {change}")
-    terminal.decision("resume", f"from {folder.name}, the newest checkpoint that is whole")
+    if note := trusted_best(run.checkpoints, fingerprint):  # not before: a refused command changes nothing
+        terminal.warn(note)
+    if folder:
+        terminal.decision("resume", f"from {folder.name}, the newest checkpoint that is whole")
     return folder
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.config import Config
-from finetune.errors import OutOfResource
+from finetune.errors import ConfigError, OutOfResource
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Run:
         """Where checkpoints lie."""
         return self.folder / "checkpoints"
 
+    def drop_if_unused(self) -> None:
+        """Remove the folder where nothing was written but the lock: a command that was stopped while loading."""
+        if not self.finished and not (self.folder / "manifest.json").exists() and not any(self.checkpoints.iterdir()):
+            shutil.rmtree(self.folder)
+
 
 def open_run(config: Config, fresh: bool) -> Run:
     """The run that this config's command means, its folder made and locked.
@@ -50,8 +57,20 @@ def open_run(config: Config, fresh: bool) -> Run:
         return Run(existing[-1], True, None)
     else:
         folder = unfinished[-1] if unfinished else config.run_folder
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "checkpoints")
     return Run(folder, False, _lock(folder))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder below output.dir. Raises ConfigError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(f"output.dir: {folder}: {error.strerror}; set it to a folder that can be written") from None
 
 
 def _taken(first: Path) -> list[Path]:

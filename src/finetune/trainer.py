@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -23,8 +24,9 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import BEST
-from finetune.errors import Diverged, OutOfResource
+from finetune.errors import Diverged
 from finetune.packing import Collator
+from finetune.platforms import Platform
 from finetune.runs import Run
 from finetune.schema import TrackingConfig, TrainingConfig
 
@@ -118,17 +120,19 @@ def _wandb_offline_reason() -> str | None:
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     if not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
         return "no WANDB_API_KEY"
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=5).close()
-    except OSError as error:
-        return f"api.wandb.ai does not answer: {error}"
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname, port), timeout=5).close()
+    except (OSError, ValueError) as error:
+        return f"{server.hostname} does not answer: {error}"
     return None
 
 
 def arguments(
-    training: TrainingConfig, run: Run, report_to: list[str], device: str, pin_memory: bool, first: bool
+    training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, from_start: bool
 ) -> SFTConfig:
-    """The config as transformers' and TRL's arguments; `first` is false where a run goes on from a checkpoint."""
+    """The config as transformers' and TRL's arguments; `from_start` is false where a run goes on from a checkpoint."""
     return SFTConfig(
         output_dir=str(run.checkpoints),
         run_name=run.name,
@@ -153,15 +157,15 @@ def arguments(
         logging_nan_inf_filter=False,  # it would show a loss of 0 for one that is not a number
         eval_strategy="steps",
         eval_steps=training.eval_steps,
-        eval_on_start=first,
+        eval_on_start=from_start,
         save_strategy="steps",
         save_steps=training.save_steps,
         metric_for_best_model=training.metric_for_best_model,
         greater_is_better=False,
         load_best_model_at_end=False,  # the best adapter is kept by Keeper, also between two saves
         seed=training.seed,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=pin_memory,
+        use_cpu=platform.device == "cpu",
+        dataloader_pin_memory=platform.pin_memory,
         remove_unused_columns=False,
         disable_tqdm=True,
         max_length=None,  # rows are cut and packed already
@@ -204,23 +208,20 @@ def train(
     keeper: Keeper,
     stopper: Stopper,
     progress: Progress,
+    steps: int,
     checkpoint: Path | None,
 ) -> Outcome:
     """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
 
-    Raises Stopped after a signal, Diverged, and OutOfResource where the device has no memory left.
+    `steps` is how many the plan counts. Raises Stopped after a signal, and Diverged.
     """
     started = time.monotonic()
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
     for callback in (stopping, keeper, stopper, progress):
         trainer.add_callback(callback)
-    if checkpoint is None or not _go_on(trainer, stopping, keeper, checkpoint):
-        try:
-            with stopper:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except torch.OutOfMemoryError as error:
-            advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
-            raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
+    if checkpoint is None or not _go_on(trainer, stopping, keeper, steps, checkpoint):
+        with stopper:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.leave(trainer.state.global_step)
     assert keeper.best is not None  # the last step is always evaluated
     step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]
@@ -239,14 +240,14 @@ def train(
     )
 
 
-def _go_on(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, checkpoint: Path) -> bool:
+def _go_on(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, steps: int, checkpoint: Path) -> bool:
     """Give the callbacks what they knew at `checkpoint`. True where the run had reached its end there already."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     keeper.eval_losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     saved = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
     stopping.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
     patience_over = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
-    if state.global_step < state.max_steps and not patience_over:
+    if state.global_step < steps and not patience_over:
         return False
     trainer.state = state
     _load_adapter(trainer.model, checkpoint)

@@ -25,6 +25,10 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.duplicates: list[tuple[int, str]] = []
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         problem = ""
@@ -58,9 +62,10 @@ class _Loader(yaml.SafeLoader):
                 what = f"{key.value} is no text; quote it" if isinstance(key, yaml.ScalarNode) else "wanted text"
                 raise yaml.MarkedYAMLError(problem=f"key: {what}", problem_mark=key.start_mark)
             if key.value in seen:
-                problem = f"duplicate key {key.value!r} (first on line {seen[key.value]}); keep one"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen[key.value] = line
+                self.duplicates.append(
+                    (line, f"duplicate key {key.value!r} (first on line {seen[key.value]}); keep one")
+                )
+            seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
 
 
@@ -82,7 +87,10 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
                 found = f"found a {node.tag.rsplit(':', 1)[-1]}, wanted a mapping of sections"
                 raise ConfigError(f"{where}:{node.start_mark.line + 1}: {found}")
             places = dict(_places(node, where, ""))
-            return loader.construct_document(node), places
+            tree = loader.construct_document(node)
+            if loader.duplicates:
+                raise ConfigError(*(f"{where}:{line}: {problem}" for line, problem in sorted(loader.duplicates)))
+            return tree, places
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:

@@ -492,6 +492,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     except script.Stop as stop:
         if stop.args[0] != script.NO_RESOURCE:
             raise
+        if "CI" in os.environ:
+            raise  # there it must run
         pytest.skip(f"PyPI is out of reach: {stop.args[1]}")
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(place)}
     command = [sys.executable, str(SCRIPT), "--output", str(place / "model")]

@@ -59,8 +59,8 @@ case "$1 ${{2:-}}" in
   -c*) exec {python} -I -S -c "import sys; sys.version_info = ({version}, 0, 'final', 0); $2" ;;
   --version*) echo "Python {dotted}.0" ;;
   "-m venv")
-    [[ ! -e $0.novenv ]] || exit 1
-    mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    mkdir -p "$3/bin"; cp "$0" "$3/bin/python"
+    [[ ! -e $0.novenv ]] || exit 1 ;;  # like the real one, it leaves half a folder
   "-m pip") [[ ! -e {folder}/nopip ]] || exit 1 ;;
 esac
 """
@@ -75,7 +75,7 @@ class Place:
         self.programs.mkdir()
         shutil.copy(ROOT / "scripts" / "make_venv.sh", self.folder / "scripts")
         shutil.copytree(ROOT / "requirements", self.folder / "requirements")
-        for tool in ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "mv"):
+        for tool in ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "mv", "rm"):
             found = shutil.which(tool)
             assert found is not None
             (self.programs / tool).symlink_to(found)
@@ -173,8 +173,10 @@ def test_without_such_a_python_it_is_exit_2_with_what_to_install(linux: Place, t
 def test_where_python_cannot_make_environments_it_is_exit_2_with_what_to_install(linux: Place) -> None:
     python = linux.python("python3.11", "3.11")
     python.with_name("python3.11.novenv").touch()
-    wanted = "could not make .venv; on Ubuntu: sudo apt install python3-venv, then the same command again\n"
-    assert linux.run() == (2, "making .venv with Python 3.11.0\n", wanted)
+    wanted = "could not make .venv; on Ubuntu: sudo apt install python3.11-venv, then the same command again\n"
+    for _ in ("once", "again"):
+        assert linux.run() == (2, "making .venv with Python 3.11.0\n", wanted)
+        assert not (linux.folder / ".venv").exists()
 
 
 def test_what_is_installed_already_is_left_alone_without_a_word(linux: Place) -> None:
