@@ -199,8 +199,10 @@ def chat_tokenizer(fields: dict[str, Any]) -> Any:
 
 def write_model(gguf_file: Path, folder: Path) -> None:
     """Convert the GGUF into folder; sha256.json, written last, lists the other files."""
+    import transformers
     from gguf import GGUFReader
 
+    transformers.utils.logging.disable_progress_bar()
     reader = GGUFReader(gguf_file)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     config = mistral_config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))

@@ -4,7 +4,7 @@
 # No GPU, no account. May be run again: what is there and whole is kept, and a finished run gets a fresh one beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-echo "quickstart: about 10 minutes the first time, 6 when run again (2 CPU cores, expectation); downloads about 600 MB"
+echo "quickstart: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network); downloads about 500 MB"
 
 scripts/make_venv.sh
 .venv/bin/python scripts/make_demo_model.py

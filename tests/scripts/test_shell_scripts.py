@@ -44,7 +44,7 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 def test_the_first_thing_it_says_is_how_long_it_takes(name: str) -> None:
     lines = (ROOT / "scripts" / f"{name}.sh").read_text(encoding="utf-8").splitlines()
     speaking = [line for line in lines if re.match(r"\s*(?:echo|printf|scripts/|\.venv/)", line)]
-    wanted = rf'echo "{name}: about \d+ minutes the first time, \d+ when run again \(2 CPU cores, expectation\).*"'
+    wanted = rf'echo "{name}: about \d+ minutes the first time, \d+ when run again \(2 CPU cores, fast network\).*"'
     assert re.fullmatch(wanted, speaking[0])
 
 
