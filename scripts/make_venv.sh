@@ -7,6 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { printf '%s\n' "$1" >&2; exit "$2"; }
 
+pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+
 find_python() {  # the first Python 3.11 to 3.13; where PYTHON names one, that one or none
   local candidate candidates=(python3.11 python3.12 python3.13 python3)
   [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
@@ -37,14 +39,14 @@ for wanted in "${locks[@]}"; do
       fail "could not make .venv; on Ubuntu: sudo apt install python$version-venv, then the same command again" 2
     fi
   fi
-  index=()
+  echo "installing $wanted"
   if [[ $wanted == requirements/cpu.lock && -z ${PIP_FIND_LINKS:-} && -z ${PIP_EXTRA_INDEX_URL:-} ]]; then
     # PyPI's torch for Linux brings gigabytes of CUDA; PyTorch's own index has the CPU build of the same version.
-    index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' "$wanted")" ||
+      echo "PyTorch's own index does not answer: the next step takes torch from PyPI, with several GB of CUDA"
   fi
-  echo "installing $wanted"
   options=(); [[ $wanted != "$lock" ]] || options=(${hashes[@]+"${hashes[@]}"})
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} ${options[@]+"${options[@]}"} -r "$wanted" ||
+  pip_install ${options[@]+"${options[@]}"} -r "$wanted" ||
     fail "installing $wanted failed (see above); check the network, then the same command again" 6
   { grep -vsF " $wanted" "$installed" || true; echo "$(cksum <"$wanted") $wanted"; } >"$installed.partial"
   mv "$installed.partial" "$installed"

@@ -14,7 +14,8 @@ import pytest
 from finetune.config import ROOT
 
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
-INDEX = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
+CPU_TORCH = ["--no-deps", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
+CPU_LOCK, DEV_LOCK = ["-r", "requirements/cpu.lock"], ["-r", "requirements/dev.lock"]
 
 
 def test_the_scripts_are_found() -> None:
@@ -61,7 +62,9 @@ case "$1 ${{2:-}}" in
   "-m venv")
     mkdir -p "$3/bin"; cp "$0" "$3/bin/python"
     [[ ! -e $0.novenv ]] || exit 1 ;;  # like the real one, it leaves half a folder
-  "-m pip") [[ ! -e {folder}/nopip ]] || exit 1 ;;
+  "-m pip")
+    [[ ! -e {folder}/nopip ]] || exit 1
+    [[ ! -e {folder}/noindex || $* != *download.pytorch.org* ]] || exit 1 ;;
 esac
 """
 
@@ -182,7 +185,7 @@ def test_where_python_cannot_make_environments_it_is_exit_2_with_what_to_install
 def test_what_is_installed_already_is_left_alone_without_a_word(linux: Place) -> None:
     linux.python("python3.11", "3.11")
     assert linux.run("--dev")[0] == 0
-    assert len(linux.installed()) == 2
+    assert linux.installed() == [CPU_TORCH, CPU_LOCK, DEV_LOCK]
     for arguments in ([], ["--dev"]):
         assert linux.run(*arguments) == (0, "", "")
         assert linux.log.read_text(encoding="utf-8") == ""
@@ -195,14 +198,14 @@ def test_only_the_lock_that_changed_is_installed_again(linux: Place) -> None:
         with (linux.folder / "requirements" / f"{name}.lock").open("a", encoding="utf-8") as lock:
             lock.write("# changed\n")
         assert linux.run("--dev") == (0, f"installing requirements/{name}.lock\n", "")
-        assert [call[-2:] for call in linux.installed()] == [["-r", f"requirements/{name}.lock"]]
+        assert linux.installed()[-1] == ["-r", f"requirements/{name}.lock"]
         assert linux.run("--dev") == (0, "", "")
 
 
 def test_dev_adds_its_lock_to_an_environment_that_is_there(linux: Place) -> None:
     linux.python("python3.11", "3.11")
     linux.run()
-    assert linux.installed() == [[*INDEX, "-r", "requirements/cpu.lock"]]
+    assert linux.installed() == [CPU_TORCH, CPU_LOCK]
     assert linux.run("--dev") == (0, "installing requirements/dev.lock\n", "")
     assert linux.installed() == [["-r", "requirements/dev.lock"]]
 
@@ -227,21 +230,33 @@ def test_an_install_that_fails_is_exit_6_and_is_tried_again(linux: Place) -> Non
 
 
 @pytest.mark.parametrize(
-    ("environment", "options"),
+    ("environment", "first"),
     [
-        ({}, INDEX),
-        ({"PIP_FIND_LINKS": ""}, INDEX),
-        ({"PIP_INDEX_URL": "https://mirror.example/simple"}, INDEX),
+        ({}, [CPU_TORCH]),
+        ({"PIP_FIND_LINKS": ""}, [CPU_TORCH]),
+        ({"PIP_INDEX_URL": "https://mirror.example/simple"}, [CPU_TORCH]),
         ({"PIP_FIND_LINKS": "/wheels"}, []),
         ({"PIP_EXTRA_INDEX_URL": "https://mirror.example/cpu"}, []),
     ],
 )
 def test_on_linux_torch_comes_from_the_cpu_index_unless_wheels_are_at_hand(
-    linux: Place, environment: dict[str, str], options: list[str]
+    linux: Place, environment: dict[str, str], first: list[list[str]]
 ) -> None:
     linux.python("python3.11", "3.11")
     assert linux.run("--dev", **environment)[0] == 0
-    assert linux.installed() == [[*options, "-r", "requirements/cpu.lock"], ["-r", "requirements/dev.lock"]]
+    assert linux.installed() == [*first, CPU_LOCK, DEV_LOCK]
+
+
+def test_where_the_cpu_index_does_not_answer_it_says_what_that_costs_and_goes_on(linux: Place) -> None:
+    linux.python("python3.11", "3.11")
+    (linux.folder / "noindex").touch()
+    assert linux.run() == (
+        0,
+        "making .venv with Python 3.11.0\ninstalling requirements/cpu.lock\n"
+        "PyTorch's own index does not answer: the next step takes torch from PyPI, with several GB of CUDA\n",
+        "",
+    )
+    assert linux.installed() == [CPU_TORCH, CPU_LOCK]
 
 
 def test_on_a_mac_the_macs_lock_is_installed_with_its_hashes(mac: Place) -> None:
@@ -253,12 +268,9 @@ def test_on_a_mac_the_macs_lock_is_installed_with_its_hashes(mac: Place) -> None
 
 def test_it_works_from_any_directory(linux: Place, tmp_path: Path) -> None:
     linux.python("python3.11", "3.11")
-    project, linux.folder = linux.folder, tmp_path
-    link = tmp_path / "scripts"
-    link.symlink_to(project / "scripts")
-    command = [str(linux.programs / "bash"), str(project / "scripts" / "make_venv.sh")]
+    command = [str(linux.programs / "bash"), str(linux.folder / "scripts" / "make_venv.sh")]
     variables = {"PATH": str(linux.programs), "LOG": str(linux.log)}
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (project / ".venv" / "installed").is_file()
+    assert (linux.folder / ".venv" / "installed").is_file()
     assert not (tmp_path / ".venv").exists()
