@@ -497,3 +497,14 @@ def test_after_the_training_signals_do_what_they_did_before(tmp_path: Path) -> N
     with Stopper(Run(tmp_path, False, None)):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_was_ignored_before_the_training_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stopper(Run(tmp_path, False, None)) as stopper:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopper.signal_number is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -84,8 +84,11 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self.signal_number: int | None = None
         self._last_step = False
 
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> Stopper:
+        # What a shell made this process ignore, as it does in the background of a script, stays ignored.
+        heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._take) for number in heard}
+        return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
