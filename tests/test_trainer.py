@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from peft import load_peft_weights
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -410,8 +411,20 @@ def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
     assert wandb_environment() == wandb_variables(nobody, "offline")
 
 
+def test_wandb_with_a_key_that_cannot_be_one_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
+    reason = "WANDB_API_KEY invalid: API key must have 40+ characters, has 5"
+    assert tracker_settings(TRACKING, nobody)[1] == f"wandb is offline ({reason}); later: {later}"
+
+
+def with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a key were set; the real login would keep it for all later tests of this process."""
+    monkeypatch.setattr(wandb, "login", lambda prompt, verify: not prompt and not verify)
+
+
 def test_wandb_with_a_key_but_no_network_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with_a_key(monkeypatch)
     later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
     reason = "api.wandb.ai does not answer: Network is unreachable"
     report_to, offline = tracker_settings(TRACKING, nobody)
@@ -427,7 +440,7 @@ def test_wandb_that_was_set_offline_stays_so_and_is_not_probed(nobody: Run, monk
 
 
 def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with_a_key(monkeypatch)
     probed = []
 
     def answers(address: tuple[str, int], timeout: float) -> Any:

@@ -118,8 +118,11 @@ def _wandb_offline_reason() -> str | None:
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not os.environ.get("WANDB_API_KEY") and not wandb.api.api_key:
-        return "no WANDB_API_KEY"
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            return "no WANDB_API_KEY"
+    except wandb.errors.Error as error:
+        return str(error).rstrip(".")
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     try:
         port = server.port or (80 if server.scheme == "http" else 443)
