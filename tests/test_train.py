@@ -557,3 +557,23 @@ def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Fin
     assert done.returncode == 3
     assert done.stderr.startswith(f"model: {base} cannot be loaded: ")
     assert names(tmp_path / "output") == [".cache"]
+
+
+# --- trackers
+
+
+def test_wandb_without_a_key_asks_nothing_and_logs_offline_beside_tensorboard(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(tmp_path))
+    for key in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delitem(ENVIRONMENT, key, raising=False)
+    command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
+    done = command("--set", "tracking.report_to=wandb", "--set", "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "output" / "run"
+    later = f"wandb sync {folder}/wandb/offline-run-*"
+    assert f"tracking: wandb is offline (no WANDB_API_KEY); later: {later}" in done.stdout.splitlines()
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert len(list(folder.glob("tensorboard/events.out.tfevents.*"))) == 1
+    assert "wandb:" not in done.stdout + done.stderr

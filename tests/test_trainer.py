@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 from peft import load_peft_weights
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
@@ -411,20 +410,19 @@ def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
     assert wandb_environment() == wandb_variables(nobody, "offline")
 
 
-def test_wandb_with_a_key_that_cannot_be_one_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
-    reason = "WANDB_API_KEY invalid: API key must have 40+ characters, has 5"
-    assert tracker_settings(TRACKING, nobody)[1] == f"wandb is offline ({reason}); later: {later}"
-
-
-def with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a key were set; the real login would keep it for all later tests of this process."""
-    monkeypatch.setattr(wandb, "login", lambda prompt, verify: not prompt and not verify)
+def test_a_key_that_wandb_login_has_left_counts(nobody: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "netrc"
+    file.write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n", encoding="utf-8")
+    file.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(file))
+    assert "does not answer" in str(tracker_settings(TRACKING, nobody)[1])
+    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
+    monkeypatch.delenv("WANDB_MODE")
+    assert "no WANDB_API_KEY" in str(tracker_settings(TRACKING, nobody)[1])
 
 
 def test_wandb_with_a_key_but_no_network_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_a_key(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
     reason = "api.wandb.ai does not answer: Network is unreachable"
     report_to, offline = tracker_settings(TRACKING, nobody)
@@ -440,7 +438,7 @@ def test_wandb_that_was_set_offline_stays_so_and_is_not_probed(nobody: Run, monk
 
 
 def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_a_key(monkeypatch)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     probed = []
 
     def answers(address: tuple[str, int], timeout: float) -> Any:

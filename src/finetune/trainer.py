@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import netrc
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -112,24 +114,27 @@ def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str
 
 
 def _wandb_offline_reason() -> str | None:
-    import socket
-
-    import wandb
-
+    """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    try:
-        if not wandb.login(prompt=False, verify=False):
-            return "no WANDB_API_KEY"
-    except wandb.errors.Error as error:
-        return str(error).rstrip(".")
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not any(os.environ.get(key) for key in keys) and not _in_netrc(server.hostname or ""):
+        return "no WANDB_API_KEY"
     try:
         port = server.port or (80 if server.scheme == "http" else 443)
         socket.create_connection((server.hostname, port), timeout=5).close()
     except (OSError, ValueError) as error:
         return f"{server.hostname} does not answer: {error}"
     return None
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether `wandb login` has left a key for `host`."""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def arguments(
