@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -519,3 +520,28 @@ def test_a_signal_that_was_ignored_before_the_training_stays_ignored(tmp_path: P
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Screen(StringIO):
+    """A terminal of unknown size."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_one_line_shows_steps_time_left_loss_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    screen = Screen()
+    progress = Progress(screen)
+    state = TrainerState(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2):
+        progress.on_step_begin(None, state, None)
+        state.global_step = step
+        progress.on_step_end(None, state, None)
+        progress.on_log(None, state, None, {"loss": 3.25, "num_tokens": 100.0})
+    progress.on_log(None, state, None, {"eval_loss": 2.5})
+    progress.on_train_end(None, state, None)
+    last = screen.getvalue().rsplit("\r", 1)[-1]
+    assert re.search(r"50%\|.*\| 2/4 \[\d\d:\d\d<[^,]+, .*loss 3\.250, [\d,]+ tokens/s\]", last)
+    assert "step 2: eval_loss 2.5000\n" in screen.getvalue()

@@ -132,8 +132,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stream.isatty():
+            columns = shutil.get_terminal_size().columns  # 80 where the terminal does not say; tqdm would draw nothing
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", file=self.stream, dynamic_ncols=True
+                total=state.max_steps, initial=state.global_step, unit="step", file=self.stream, ncols=columns
             )
         self._first_step = state.global_step
 

@@ -65,8 +65,9 @@ class Terminal:
 
     def answers(self, samples: Iterable[dict[str, str]]) -> None:
         """The same questions answered by the base and by the tuned model."""
-        self.say()
-        for sample in samples:
+        for number, sample in enumerate(samples):
+            if number == 0:
+                self.say()
             self.say(f"{self.paint('Q', 'bold')}      {clean(sample['prompt'])}")
             for name in ("base", "tuned"):
                 reply = clean(sample[name]) or "(nothing)"
