@@ -6,7 +6,7 @@ import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from peft import PeftModel
@@ -16,9 +16,11 @@ from finetune import yaml_source
 from finetune.checkpoints import sha256, write_json
 from finetune.config import ROOT, Config, is_local, resolve
 from finetune.data import Prepared
-from finetune.errors import Stopped
+from finetune.errors import OutOfResource, Stopped
 from finetune.runs import Run
 from finetune.trainer import Outcome
+
+FULL_DISK_MIB = 1
 
 VERSIONED = (
     "torch",
@@ -113,13 +115,23 @@ def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
 
 @contextmanager
 def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
-    """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already."""
+    """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already.
+
+    Libraries tell a full disk in many ways, so where next to nothing is free, OutOfResource is raised in their place.
+    """
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        write_manifest(run, {"status": "failed", "error": str(error), **known})
+        with suppress(OSError):  # on a full disk the manifest cannot be written either
+            write_manifest(run, {"status": "failed", "error": str(error), **known})
+        free_mib = shutil.disk_usage(run.folder).free / 2**20
+        if free_mib < FULL_DISK_MIB:
+            text = (
+                f"no space left: {run.folder} has {free_mib:.1f} MiB free; free some, then type the same command again"
+            )
+            raise OutOfResource(text) from error
         raise
 
 

@@ -1,0 +1,54 @@
+"""How a run that fails is recorded, and what the card says of a base that lies in a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from finetune.config import MISTRAL, load
+from finetune.errors import Diverged, OutOfResource, Stopped
+from finetune.export import base_model, recorded
+from finetune.runs import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path, False, None)
+
+
+def test_a_failure_is_recorded_with_its_text_and_passed_on(run: Run) -> None:
+    with pytest.raises(Diverged), recorded(run, {"git_commit": "abc"}):
+        raise Diverged("step 3: the loss is not a finite number")
+    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
+    wanted = {"status": "failed", "error": "step 3: the loss is not a finite number", "git_commit": "abc"}
+    assert manifest == wanted
+
+
+def test_a_stop_is_no_failure(run: Run) -> None:
+    with pytest.raises(Stopped), recorded(run, {}):
+        raise Stopped(15, "stopped")
+    assert not (run.folder / "manifest.json").exists()
+
+
+def test_whatever_a_library_says_of_a_full_disk_it_is_exit_6_with_the_free_space(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**18))
+    with pytest.raises(OutOfResource) as full, recorded(run, {}):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+    assert (full.value.exit_code, str(full.value)) == (
+        6,
+        f"no space left: {run.folder} has 0.2 MiB free; free some, then type the same command again",
+    )
+
+
+def test_a_base_in_a_folder_has_no_revision_and_keeps_its_path_to_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "mistral-7b"
+    folder.mkdir()
+    assert base_model(load("h100", [f"model.name={folder}"])[0]) == {"name": "mistral-7b", "revision": None}
+    hub = base_model(load("h100")[0])
+    assert hub == {"name": MISTRAL, "revision": "63a8b081895390a26e140280378bc85ec8bce07a"}
