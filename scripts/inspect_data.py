@@ -72,12 +72,14 @@ def _note(full: int, kept: int | None, config: Config) -> str:
 
 def show(terminal: Terminal, row: dict[str, object]) -> None:
     """One row for people: the pieces in order, those with loss marked."""
+    from finetune.chat import IGNORED
+
     heading = terminal.paint(f"line {row['line']}", "bold")
     terminal.say(f"{heading}: {row['note']}")
     parts = []
     for token, label in zip(row["tokens"], row["labels"], strict=True):  # type: ignore[call-overload]
         text = clean(token).replace("\n", "\\n")
-        if label == -100:
+        if label == IGNORED:
             parts.append(terminal.paint(text, "dim"))
         else:
             parts.append(terminal.paint(text, "green") if terminal.colour else f"^{text}")

@@ -3,7 +3,7 @@
 #   scripts/test.sh [--slow] [PYTEST_ARGUMENT...]      --slow adds the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network)"
+echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation"
 
 scripts/make_venv.sh --dev
 selection=(-m 'not slow')

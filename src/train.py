@@ -12,6 +12,7 @@ from finetune.geometry import read_geometry
 from finetune.plan import make_plan
 from finetune.platforms import (
     PLATFORMS,
+    Machine,
     hardware,
     memory_errors_explained,
     peak_memory_gib,
@@ -54,7 +55,7 @@ def main() -> None:
         plan = make_plan(config, counts["train"], counts["validation"], sequences, geometry, machine)
         terminal.plan(plan)
         if run is not None:
-            train(config, run, prepared, plan.steps, terminal, options.resume_changed)
+            train(config, run, prepared, plan.steps, machine, terminal, options)
             print_manifest(run, options.json)
         elif options.json:
             cli.print_json(plan.as_dict())
@@ -90,14 +91,22 @@ def prepare_data(config: Config, terminal: Terminal) -> Prepared:
     return prepared
 
 
-def train(config: Config, run: Run, prepared: Prepared, steps: int, terminal: Terminal, resume_changed: bool) -> None:
+def train(
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    steps: int,
+    machine: Machine,
+    terminal: Terminal,
+    options: argparse.Namespace,
+) -> None:
     quiet_libraries()
     from finetune import callbacks, export, model, resume, trainer
 
     platform = PLATFORMS[config.platform]
-    known = export.describe(config, prepared, hardware(platform, read_machine()))
+    known = export.describe(config, prepared, hardware(platform, machine))
     fingerprint = export.fingerprint(config, prepared)
-    checkpoint = resume.find(run, fingerprint, resume_changed, terminal)
+    checkpoint = resume.find(run, fingerprint, options.resume_changed, terminal)
     report_to, offline = trainer.tracker_settings(config.tracking, run)
     if offline:
         terminal.decision("tracking", offline)

@@ -91,10 +91,7 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
 def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
     """Content, template, tokenizer, length and this code: whatever decides a token is in the key."""
     here = Path(__file__).parent
-    code = [
-        hashlib.sha256((here / name).read_bytes()).hexdigest()
-        for name in ("chat.py", "jsonl.py", "encoding.py", "rows.py", "data.py")
-    ]
+    code = [sha256(here / f"{name}.py") for name in ("chat", "jsonl", "encoding", "rows", "data")]
     parts = [
         {name: entry["sha256"] for name, entry in files.items()},
         {**asdict(recipe), "tokenizer_folder": chat.fingerprint},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.chat import IGNORED
+
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows to sequences by best-fit decreasing: longest rows first, each into the fullest sequence that still takes it.
@@ -47,7 +49,7 @@ class Collator:
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
         self._flat = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
-        self._padded = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+        self._padded = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         lines = [line for example in examples for line in example.pop("lines")]

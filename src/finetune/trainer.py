@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from finetune.callbacks import Keeper, Progress, Stopper
+from finetune.chat import IGNORED
 from finetune.checkpoints import BEST
 from finetune.errors import Diverged
 from finetune.packing import Collator
@@ -81,7 +82,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.model.eval()
         loss_sum, token_count, rows = 0.0, 0, 0
         for inputs in dataloader:
-            tokens = int((inputs["labels"][:, 1:] != -100).sum())
+            tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
             loss, _, _ = self.prediction_step(self.model, inputs, True, ignore_keys)
             loss_sum += float(loss) * tokens
             token_count += tokens
