@@ -48,7 +48,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """transformers' TrainingArguments' names, and `packing`, `early_stopping_patience` beside them."""
+    """transformers' TrainingArguments' names, and beside them `packing`, `early_stopping_patience` and the time budget."""
 
     num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
     max_steps: Annotated[int, Bounds(least=-1)]
@@ -72,6 +72,8 @@ class TrainingConfig:
     metric_for_best_model: Literal["eval_loss"]
     load_best_model_at_end: bool
     early_stopping_patience: Count | None
+    time_budget_hours: Annotated[float, Bounds(above=0, most=10000)] | None
+    time_budget_partial: bool
     seed: Annotated[int, Bounds(least=0, most=2**32 - 1)]
 
 
