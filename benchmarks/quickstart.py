@@ -1,8 +1,9 @@
-"""Wall time of the quickstart in a fresh clone, the first time and run again, and what it came to.
+"""Wall time of the quickstart in a fresh clone, the first time and run again, what it came to, and its tokens a second.
 
     .venv/bin/python benchmarks/quickstart.py --output benchmarks/results/NAME.json
 
-Clones this repository's HEAD into a temporary folder, so nothing here is touched and nothing here helps.
+Clones this repository's HEAD into a temporary folder, so nothing here is touched and nothing here helps. The plan reads
+the result's `throughput` to say how long a run like this one takes; it is the slower of the two runs.
 """
 
 from __future__ import annotations
@@ -10,14 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from finetune import throughput  # noqa: E402
+from finetune.config import load  # noqa: E402
+from finetune.geometry import read_geometry  # noqa: E402
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -27,10 +36,36 @@ def run_quickstart(clone: Path, log: Path) -> dict[str, Any]:
     with log.open("w", encoding="utf-8") as stream:
         subprocess.run(["./scripts/quickstart.sh"], cwd=clone, stdout=stream, stderr=subprocess.STDOUT, check=True)
     seconds = time.perf_counter() - started
-    newest = max(clone.glob("adapters/*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    manifest = json.loads(newest.read_text(encoding="utf-8"))
+    folder = newest_run(clone)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     names = ("eval_loss_before", "eval_loss", "steps", "tokens_per_second", "peak_memory_gib", "seconds")
-    return {"wall_seconds": round(seconds), "run": {name: manifest[name] for name in names}}
+    run = {name: manifest[name] for name in names}
+    run["eval_tokens_per_second"] = evaluation_speed(folder, manifest["tokens"]["validation"]["total"])
+    return {"wall_seconds": round(seconds), "run": run}
+
+
+def newest_run(clone: Path) -> Path:
+    """The folder of the run that was finished last."""
+    return max(clone.glob("adapters/*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+
+
+def evaluation_speed(folder: Path, tokens: int) -> float | None:
+    """Tokens a second over all evaluations of a run, each of which reads `tokens`; None where none was timed."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [entry["eval_runtime"] for entry in map(json.loads, lines) if "eval_runtime" in entry]
+    return round(tokens * len(seconds) / sum(seconds), 1) if seconds else None
+
+
+def throughput_entry(clone: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the plan may reckon with: the conditions of the run, and the slower speeds of `runs`."""
+    settings = yaml.safe_load((newest_run(clone) / "config.yaml").read_text(encoding="utf-8"))
+    name = f"model.name={clone / settings['model']['name']}"
+    config, _ = load(str(newest_run(clone) / "config.yaml"), [name])
+    entry = vars(throughput.conditions(config, read_geometry(config)))
+    for speed in ("tokens_per_second", "eval_tokens_per_second"):
+        measured = [run[speed] for run in runs if run[speed] is not None]
+        entry[speed] = min(measured, default=None)
+    return entry
 
 
 def main() -> None:
@@ -43,7 +78,9 @@ def main() -> None:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         first = run_quickstart(clone, options.log or Path(folder) / "first.log")
         again = run_quickstart(clone, Path(folder) / "again.log")
-    result = {**describe("benchmarks/quickstart.py", PACKAGES), "first": first, "again": again}
+        entry = throughput_entry(clone, [first["run"], again["run"]])
+    head = describe("benchmarks/quickstart.py", PACKAGES)
+    result = {**head, "first": first, "again": again, "throughput": [entry]}
     print(json.dumps(result, indent=2))
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

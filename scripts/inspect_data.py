@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from finetune import cli
 from finetune.config import Config, is_local, load, resolve
 from finetune.errors import ConfigError, DataError
-from finetune.report import Terminal, clean
+from finetune.report import Terminal
 
 
 def parse() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def line_range(text: str) -> range:
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
     """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
     from finetune.chat import load_chat, truncate
-    from finetune.encoding import with_system_prompt
+    from finetune.encoding import segments, with_system_prompt
     from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
 
     chat = load_chat(resolve(config.model.name) if is_local(config.model.name) else None)
@@ -51,12 +51,13 @@ def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, 
                 raise DataError(f"{path}:{number}: {bad}") from None
             encoded = chat.encode([messages])[0]
             cut = truncate(encoded, config.model.max_seq_length)
+            input_ids, labels, _ = cut or encoded
             yield {
                 "line": number,
-                "input_ids": (cut or encoded).input_ids,
-                "labels": (cut or encoded).labels,
-                "text": chat.tokenizer.decode((cut or encoded).input_ids, skip_special_tokens=False),
-                "tokens": [chat.tokenizer.id_to_token(token) for token in (cut or encoded).input_ids],
+                "input_ids": input_ids,
+                "labels": labels,
+                "text": "".join(text for text, _ in segments(chat, input_ids, labels)),
+                "tokens": [chat.tokenizer.id_to_token(token) for token in input_ids],
                 "note": _note(len(encoded.input_ids), cut and len(cut.input_ids), config),
             }
 
@@ -73,12 +74,13 @@ def _note(full: int, kept: int | None, config: Config) -> str:
 def show(terminal: Terminal, row: dict[str, object]) -> None:
     """One row for people: the pieces in order, those with loss marked."""
     from finetune.chat import IGNORED
+    from finetune.data import one_line
 
     heading = terminal.paint(f"line {row['line']}", "bold")
     terminal.say(f"{heading}: {row['note']}")
     parts = []
     for token, label in zip(row["tokens"], row["labels"], strict=True):  # type: ignore[call-overload]
-        text = clean(token).replace("\n", "\\n")
+        text = one_line(token)
         if label == IGNORED:
             parts.append(terminal.paint(text, "dim"))
         else:

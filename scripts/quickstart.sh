@@ -9,8 +9,7 @@ echo "quickstart: about 5 minutes the first time, 4 when run again (2 CPU cores,
 scripts/make_venv.sh
 .venv/bin/python scripts/make_demo_model.py
 
-echo "validating"
-.venv/bin/python src/train.py --config cpu --dry-run
+.venv/bin/python scripts/validate_environment.py --config cpu
 
 finished='' unfinished=''
 # shellcheck disable=SC2046  # the names hold no spaces

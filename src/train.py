@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING
 
-from finetune import cli
-from finetune.config import Config, is_local, load, resolve
-from finetune.geometry import read_geometry
-from finetune.plan import make_plan
+from finetune import checks, cli
+from finetune.budget import Pace, check_budget, seconds_since_start
+from finetune.checks.check import run as run_checks
+from finetune.checks.preflight import Preflight
+from finetune.config import Config, load
+from finetune.errors import CheckFailed
+from finetune.machine import Machine, read_machine
 from finetune.platforms import (
     PLATFORMS,
-    Machine,
+    capacity_gib,
     hardware,
     memory_errors_explained,
     peak_memory_gib,
     prepare_device,
-    read_machine,
 )
-from finetune.report import Terminal, quiet_libraries
+from finetune.report import Terminal, quiet_libraries, tally
 from finetune.runs import Run, open_run
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
     from finetune.data import Prepared
 
 
@@ -30,6 +36,7 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: what this machine is")
     parser.add_argument("--dry-run", action="store_true", help="check config and data, print the plan, train nothing")
     parser.add_argument("--fresh", action="store_true", help="start a new run folder instead of going on with the last")
+    cli.add_ids(parser, "--skip", "leave out these checks, by id or group")
     parser.add_argument("--resume-changed", action="store_true", help="go on although config or data changed since")
     return parser.parse_args()
 
@@ -37,10 +44,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     terminal = Terminal(options.json)
+    skipped = checks.expand("--skip", options.skip)
 
     config, source = load(options.config, options.set)
     terminal.decision("config", source)
-    geometry, machine = read_geometry(config), read_machine()
+    preflight = Preflight(config, read_machine())
+    preflight.geometry  # noqa: B018  # a base of another shape is told before anything is written
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
@@ -49,46 +58,40 @@ def main() -> None:
         return
 
     try:
-        prepared = prepare_data(config, terminal)
-        sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
-        counts = prepared.statistics
-        plan = make_plan(config, counts["train"], counts["validation"], sequences, geometry, machine)
-        terminal.plan(plan)
+        terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
+        terminal.plan(preflight.plan)
+        make_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
-            train(config, run, prepared, plan.steps, machine, terminal, options)
+            train(config, run, preflight.prepared, preflight.plan.steps, preflight.machine, terminal, options, skipped)
             print_manifest(run, options.json)
         elif options.json:
-            cli.print_json(plan.as_dict())
+            cli.print_json(preflight.plan.as_dict())
     finally:
         if run is not None:
             run.drop_if_unused()
 
 
+def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
+    """What `scripts/validate_environment.py` looks at, too; a dry run looks at data and tokens only."""
+    quiet_libraries()
+    only = ("data", "tokens") if dry_run else ()
+    chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
+    results = list(run_checks(chosen, preflight))
+    for result in results:
+        if result.status == "warn":
+            terminal.check(result)
+    terminal.decision("checks", tally(results))
+    failed = {
+        result.id: f"  {result.id}: {result.detail}\n    {result.fix}" for result in results if result.status == "fail"
+    }
+    if failed:
+        advice = f"mend that, or leave it out: --skip {','.join(failed)}"
+        raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *failed.values(), advice]))
+
+
 def print_manifest(run: Run, wanted: bool) -> None:
     if wanted:
         cli.print_json(json.loads((run.folder / "manifest.json").read_text(encoding="utf-8")))
-
-
-def prepare_data(config: Config, terminal: Terminal) -> Prepared:
-    from finetune.data import prepare
-    from finetune.encoding import Recipe
-
-    recipe = Recipe(
-        tokenizer_folder=str(resolve(config.model.name)) if is_local(config.model.name) else None,
-        system_prompt=config.system_prompt,
-        max_seq_length=config.model.max_seq_length,
-        truncation=config.dataset.truncation,
-        certificate=config.dataset.certificate,
-    )
-    cache = resolve(config.output.dir) / ".cache"
-    prepared = prepare(config.dataset, recipe, config.training.packing, cache)
-    terminal.decision("data", f"{config.dataset.train_file}; {prepared.split_reason}")
-    for name, counts in prepared.statistics.items():
-        if counts.duplicates:
-            terminal.warn(f"{counts.duplicates} {name} rows are copies of another row")
-        if counts.dropped_bad:
-            terminal.warn(f"{counts.dropped_bad} bad {name} rows dropped; the manifest lists them")
-    return prepared
 
 
 def train(
@@ -99,12 +102,13 @@ def train(
     machine: Machine,
     terminal: Terminal,
     options: argparse.Namespace,
+    skipped: frozenset[str],
 ) -> None:
     quiet_libraries()
-    from finetune import callbacks, export, model, resume, trainer
+    from finetune import callbacks, checkpoints, export, model, resume, trainer
 
     platform = PLATFORMS[config.platform]
-    known = export.describe(config, prepared, hardware(platform, machine))
+    known = export.describe(config, prepared, hardware(platform, machine)) | {"skipped_checks": sorted(skipped)}
     fingerprint = export.fingerprint(config, prepared)
     checkpoint = resume.find(run, fingerprint, options.resume_changed, terminal)
     report_to, offline = trainer.tracker_settings(config.tracking, run)
@@ -117,7 +121,15 @@ def train(
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    pace = Pace()
+    if "rehearsal" not in skipped and done < steps:
+        pace = rehearse(config, run, prepared, peft_model, tokenizer, done, terminal)
+    hours = config.training.time_budget_hours
+    budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
+
     export.write_start(run, config, known)
+    export.write_receipt(run, config, prepared)
     with export.recorded(run, known), memory_errors_explained():
         made = trainer.make_trainer(
             peft_model,
@@ -129,7 +141,7 @@ def train(
         )
         watchers = (
             callbacks.Keeper(run, fingerprint, config.training.save_total_limit),
-            callbacks.Stopper(run),
+            callbacks.Stopper(run, budget),
             callbacks.Progress(terminal.stream),
         )
         outcome = trainer.train(made, config.training, *watchers, steps, checkpoint)
@@ -138,6 +150,26 @@ def train(
         export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)
     terminal.answers(samples)
     terminal.finished(run.folder, outcome)
+
+
+def rehearse(
+    config: Config,
+    run: Run,
+    prepared: Prepared,
+    peft_model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    done: int,
+    terminal: Terminal,
+) -> Pace:
+    from finetune import rehearsal
+
+    capacity = capacity_gib(PLATFORMS[config.platform])
+    found = rehearsal.rehearse(peft_model, tokenizer, prepared, config, run.folder / "rehearsal", capacity, done)
+    terminal.decision("rehearsal", found.sentence(datetime.now()))
+    partial = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
+    if partial:
+        terminal.decision("time budget", partial)
+    return found.pace
 
 
 if __name__ == "__main__":

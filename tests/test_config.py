@@ -13,7 +13,7 @@ import yaml
 from finetune import config, typed
 from finetune.config import BASE_FILE, ROOT, Config
 from finetune.errors import ConfigError
-from finetune.platforms import Machine
+from finetune.machine import Machine
 
 MACHINES = {
     "h100": (

@@ -17,10 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune import config, data, encoding
-from finetune.chat import IGNORED, Chat, Messages, Reference, load_chat
-from finetune.data import Prepared, prepare
-from finetune.encoding import Encoder, Recipe, Statistics, with_system_prompt
+from finetune.chat import (
+    CHATML_FORMAT,
+    IGNORED,
+    MISTRAL_FORMAT,
+    Chat,
+    ChatFormat,
+    Messages,
+    Reference,
+    load_chat,
+)
+from finetune.data import Prepared, marked, prepare, preview
+from finetune.encoding import Encoder, Recipe, Statistics, control_tokens, segments, with_system_prompt
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
+from finetune.report import clean
 from finetune.rows import Rows, SplitWriter
 from finetune.schema import DatasetConfig
 
@@ -131,17 +141,23 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "tokens": 44,
         "supervised_tokens": 8,
         "longest": 21,
+        "p50": 11,
+        "p95": 21,
         "truncated": 1,
         "dropped_long": 1,
         "dropped_bad": 2,
         "duplicates": 1,
         "certified": 5,
+        "control_tokens": 0,
+        "first_control_token": None,
+        "normalised_leaks": 0,
+        "first_leak": None,
         "bad": [
-            [4, "not JSON: Expecting value at column 1"],
-            [8, 'found an empty list, wanted an object {"messages": [...]}'],
+            (4, "not JSON: Expecting value at column 1"),
+            (8, 'found an empty list, wanted an object {"messages": [...]}'),
         ],
     }
-    assert asdict(prepared.statistics["validation"]) == asdict(Statistics(1, 11, 2, 11, certified=1))
+    assert prepared.statistics["validation"] == Statistics(1, 11, 2, 11, 11, 11, certified=1)
     assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
     assert lines(prepared.train) == [1, 3, 6, 7]
 
@@ -185,6 +201,168 @@ def test_duplicates_are_rows_with_the_same_messages_whatever_else_the_line_holds
     write(case.train, SHORT, same, TWO_TURNS, SHORT)
     write(case.validation, conversation("Hi", "No"))
     assert case.prepare().statistics["train"].duplicates == 2
+
+
+def test_lengths_are_of_the_kept_rows_before_they_are_cut(case: Case) -> None:
+    write(case.train, *(conversation("Hi", "Yes", *["Hi", "Yes"] * more) for more in range(20)), NO_TURN_FITS)
+    write(case.validation, conversation("Hi", "No"))
+    counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics["train"]
+    lengths = sorted(11 + 10 * more for more in range(20))
+    assert (counts.p50, counts.p95, counts.longest) == (lengths[9], lengths[18], lengths[19])
+    assert (counts.truncated, counts.dropped_long) == (19, 1)
+
+
+@pytest.mark.parametrize("chunk_lines", [1, 256])
+def test_control_tokens_in_messages_are_counted_with_their_first_line(
+    case: Case, monkeypatch: pytest.MonkeyPatch, chunk_lines: int
+) -> None:
+    monkeypatch.setattr(encoding, "CHUNK_LINES", chunk_lines)
+    rows = [conversation("What is </s>?", "An end."), conversation("Hi", "[/INST] is text"), NO_TURN_FITS]
+    write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
+    write(case.validation, conversation("a", "b", system="<s>"))
+    counts = case.prepare().statistics
+    assert (counts["train"].control_tokens, counts["train"].first_control_token) == (2, 3)
+    assert (counts["validation"].control_tokens, counts["validation"].first_control_token) == (1, 1)
+
+
+def test_a_dropped_row_and_the_configs_own_prompt_are_not_counted_for_control_tokens(case: Case) -> None:
+    write(case.train, SHORT, conversation("</s> " * 20, "Hello"))
+    write(case.validation, conversation("Hi", "No"))
+    counts = case.prepare(replace(RECIPE, max_seq_length=20, system_prompt="</s>")).statistics["train"]
+    assert (counts.rows, counts.dropped_long, counts.control_tokens) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "tokens"),
+    [
+        (MISTRAL_FORMAT, ("</s>", "<s>", "<unk>", "[/INST]", "[INST]")),
+        (CHATML_FORMAT, ("<|endoftext|>", "<|im_end|>", "<|im_start|>")),
+    ],
+    ids=["Mistral", "ChatML"],
+)
+def test_the_control_tokens_of_a_format_are_what_it_writes_round_messages(
+    chat_format: ChatFormat, tokens: tuple[str, ...]
+) -> None:
+    assert control_tokens(chat_format) == tokens
+
+
+# --- copies but for whitespace and case
+
+COPIES = {
+    "case": conversation("QUESTION 2", "answer 2"),
+    "whitespace inside": conversation("Question\n\n \t2", "Answer\u00a02"),
+    "a long run of spaces": conversation("Question       2", "Answer 2"),
+    "whitespace outside": conversation("  Question 2\n", "\u3000Answer 2 "),
+    "all of them": conversation(" question\t2", "ANSWER  2\r\n"),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
+def test_a_validation_row_that_is_a_training_row_but_for_whitespace_and_case_is_counted(
+    two_files: Case, copy: Messages
+) -> None:
+    write(two_files.validation, *numbered(2, start=100), "", copy, copy)
+    counts = two_files.prepare().statistics
+    assert (counts["validation"].normalised_leaks, counts["validation"].first_leak) == (2, (3, 4))
+    assert (counts["train"].normalised_leaks, counts["train"].first_leak) == (0, None)
+
+
+OTHERS = {
+    "joined words": conversation("Question2", "Answer 2"),
+    "another order": conversation("Answer 2", "Question 2"),
+    "a system message": conversation("Question 2", "Answer 2", system="Be kind."),
+    "other ends of messages": conversation("Question", "2 Answer 2"),
+    "more turns": conversation("Question 2", "Answer 2", "Question 2", "Answer 2"),
+    "punctuation": conversation("Question 2.", "Answer 2"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_whatever_else_differs_is_no_copy(two_files: Case, other: Messages) -> None:
+    write(two_files.validation, other)
+    assert two_files.prepare().statistics["validation"].normalised_leaks == 0
+
+
+def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
+    write(two_files.train, conversation("Straße", "Ça"), *numbered(3))
+    write(two_files.validation, conversation("STRASSE", "ça"))
+    assert two_files.prepare().statistics["validation"].first_leak == (1, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
+def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
+    slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
+    assert encoding._normalised_digest(conversation(*texts)) == encoding._normalised_digest(slow)
+
+
+def test_copies_within_one_split_are_no_leak(case: Case) -> None:
+    write(case.train, *numbered(5), conversation("question 1", "answer 1"))
+    write(case.validation, *numbered(1, start=50), conversation("question 50", "answer 50"))
+    assert case.prepare().statistics["validation"].normalised_leaks == 0
+
+
+# --- a preview
+
+
+def first_row(case: Case, row: Messages, width: int, recipe: Recipe = RECIPE) -> list[tuple[str, bool]]:
+    write(case.train, row)
+    write(case.validation, conversation("Something", "else"))
+    return preview(case.prepare(replace(recipe, max_seq_length=4096)), width)
+
+
+def test_a_preview_tells_what_carries_loss_by_marks(case: Case) -> None:
+    parts = first_row(case, TWO_TURNS, 200)
+    assert parts == [
+        ("<s> [INST] Hi [/INST]", False),
+        (" Hello</s>", True),
+        (" [INST] Hi [/INST]", False),
+        (" Yes</s>", True),
+    ]
+    assert marked(parts) == "<s> [INST] Hi [/INST]>> Hello</s><< [INST] Hi [/INST]>> Yes</s><<"
+
+
+def test_a_preview_is_of_the_stored_ids_with_the_configs_prompt_and_cut(case: Case) -> None:
+    write(case.train, TWO_TURNS)
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=20, system_prompt="Be kind."))
+    assert marked(preview(prepared, 200)) == "<s> [INST] Be kind.\\n\\nHi [/INST]>> Hello</s><<"
+
+
+def test_a_preview_of_a_long_row_keeps_both_ends_of_each_turn(case: Case) -> None:
+    parts = first_row(case, conversation("Hi " * 100, "Hello " * 100 + "you"), 65)
+    assert marked(parts) == "<s> [INST] H ...  Hi  [/INST]>> Hello Hello ... ello you</s><<"
+
+
+def test_a_preview_of_many_turns_says_that_some_are_left_out(case: Case) -> None:
+    parts = first_row(case, conversation(*["Hi", "Hello"] * 30), 60)
+    assert marked(parts) == "<s> [INST] Hi [/INST]>> Hello</s><< ... "
+
+
+odd_texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip) | st.sampled_from(
+    ["</s>", "<s>", "[INST]", "<unk>", "\x1b[31m", "\ufffd", "\U0001f642", "a\u0301", "\u202e", "\r\n.", "  . "]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.tuples(odd_texts, odd_texts), min_size=1, max_size=5), width=st.integers(50, 120))
+def test_a_preview_of_any_row_fits_its_width_on_one_safe_line(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]], width: int
+) -> None:
+    parts = first_row(Case(tmp_path_factory.mktemp("preview")), conversation(*sum(texts, ())), width)
+    assert sum(len(text) for text, _ in parts) <= width
+    assert {supervised for _, supervised in parts} == {False, True}
+    assert all(character == clean(character) and character != "\n" for text, _ in parts for character in text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.tuples(odd_texts, odd_texts), min_size=1, max_size=4))
+def test_segments_joined_are_the_decoded_row(texts: list[tuple[str, str]]) -> None:
+    chat = the_chat(None)
+    input_ids, labels, _ = chat.encode([conversation(*sum(texts, ()))])[0]
+    found = segments(chat, input_ids, labels)
+    assert "".join(text for text, _ in found) == chat.tokenizer.decode(input_ids, skip_special_tokens=False)
+    assert [supervised for _, supervised in found] == [False, True] * len(texts)
 
 
 # --- bad rows
@@ -457,6 +635,7 @@ def same(first: Prepared, second: Prepared) -> bool:
         and contents(first.validation) == contents(second.validation)
         and (first.statistics, first.sequences, first.files, first.tokens, first.split_reason)
         == (second.statistics, second.sequences, second.files, second.tokens, second.split_reason)
+        and first.whole == second.whole
     )
 
 
@@ -593,6 +772,46 @@ def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch:
     assert same(*prepared)
 
 
+# --- what does not depend on the length
+
+
+def test_whole_rows_are_the_same_whatever_is_cut_or_dropped(case: Case) -> None:
+    write(case.train, *numbered(30), TWO_TURNS, NO_TURN_FITS, conversation("Hi", "No"))
+    recipes = [replace(RECIPE, max_seq_length=length) for length in (4096, 20, 16)]
+    refusing = replace(RECIPE, max_seq_length=20, truncation=False)
+    prepared = [
+        *(case.prepare(recipe, validation_split=0.2) for recipe in recipes),
+        case.prepare(refusing, validation_split=0.2, on_bad_row="drop"),
+    ]
+    assert len({every.statistics["train"].tokens for every in prepared}) > 1
+    assert all(every.whole == prepared[0].whole for every in prepared)
+    assert sum(split["rows"] for split in prepared[0].whole.values()) == 33
+
+
+def test_the_hashes_of_whole_rows_are_of_each_rows_int32_ids_and_labels(case: Case) -> None:
+    rows = [SHORT, TWO_TURNS, NO_TURN_FITS]
+    write(case.train, *rows)
+    write(case.validation, conversation("Hi", "No"))
+    encoded = the_chat(None).encode(rows)
+    whole = case.prepare(replace(RECIPE, max_seq_length=16)).whole["train"]
+    for name, values in (
+        ("input_ids", [row.input_ids for row in encoded]),
+        ("labels", [row.labels for row in encoded]),
+    ):
+        hashes = (hashlib.blake2b(np.array(row, "<i4").tobytes(), digest_size=16).digest() for row in values)
+        assert whole[name] == hashlib.sha256(b"".join(hashes)).hexdigest()
+    assert whole["rows"] == 3
+
+
+def test_the_order_of_rows_is_in_the_hashes_of_ids_and_labels_only(case: Case) -> None:
+    write(case.validation, conversation("Hi", "No"))
+    wholes = []
+    for rows in (numbered(5), numbered(5)[::-1]):
+        write(case.train, *rows)
+        wholes.append(case.prepare().whole["train"])
+    assert [name for name in wholes[0] if wholes[0][name] != wholes[1][name]] == ["input_ids", "labels"]
+
+
 # --- rows
 
 
@@ -610,8 +829,12 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
         chunk = encoding.Chunk(
             np.array([line for line, _ in part], np.int32),
             np.arange(start, start + len(part)).astype(np.uint64),
+            np.arange(start, start + len(part)).astype(np.uint64),
+            np.zeros(len(part), bool),
             np.array([len(row) for _, row in part], np.int32),
             np.array([len(row) for _, row in part], np.int32),
+            np.zeros((len(part), 16), np.uint8),
+            np.zeros((len(part), 16), np.uint8),
             ids,
             np.where(ids % 2, ids, IGNORED).astype(np.int32),
             Statistics(),

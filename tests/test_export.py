@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from finetune.config import MISTRAL, load
+from finetune import receipt
+from finetune.config import MISTRAL, Config, load
+from finetune.data import Prepared, prepare
+from finetune.encoding import Recipe
 from finetune.errors import Diverged, OutOfResource, Stopped
-from finetune.export import base_model, recorded
+from finetune.export import describe, recorded, write_receipt
+from finetune.receipt import base_model
 from finetune.runs import Run
 
 
@@ -52,3 +57,26 @@ def test_a_base_in_a_folder_has_no_revision_and_keeps_its_path_to_itself(tmp_pat
     assert base_model(load("h100", [f"model.name={folder}"])[0]) == {"name": "mistral-7b", "revision": None}
     hub = base_model(load("h100")[0])
     assert hub == {"name": MISTRAL, "revision": "63a8b081895390a26e140280378bc85ec8bce07a"}
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, conversations: Path) -> tuple[Config, Prepared]:
+    config, _ = load("h100", [f"dataset.train_file={conversations}", "dataset.validation_file=null"])
+    recipe = Recipe(None, None, max_seq_length=4096, truncation=True, certificate=False)
+    return config, prepare(config.dataset, recipe, True, tmp_path / "cache")
+
+
+def test_the_receipt_lies_in_the_run_folder_and_can_be_read(run: Run, prepared: tuple[Config, Prepared]) -> None:
+    write_receipt(run, *prepared)
+    assert receipt.read(run.folder / "receipt.json") == receipt.make(*prepared)
+
+
+def test_the_manifest_holds_every_count_of_the_rows(prepared: tuple[Config, Prepared]) -> None:
+    known = describe(*prepared, hardware={})
+    for name, counts in prepared[1].statistics.items():
+        values = asdict(counts)
+        for key, in_manifest in {"rows": "rows", "tokens": "total", "supervised_tokens": "supervised"}.items():
+            assert values.pop(key) == known["tokens"][name][in_manifest]
+        assert values.pop("bad") == known["rows"][name].pop("dropped_bad") == []
+        assert values.pop("dropped_bad") == 0
+        assert known["rows"][name] == values

@@ -17,8 +17,9 @@ from finetune import config
 from finetune.config import ROOT, Config
 from finetune.encoding import Statistics
 from finetune.geometry import MISTRAL_7B
-from finetune.plan import Plan, count_steps, disk_bytes, lora_parameters, make_plan, memory_parts
-from finetune.platforms import GIB, Machine
+from finetune.machine import Machine
+from finetune.plan import Plan, count_steps, disk_bytes, make_plan
+from finetune.throughput import Throughput
 
 H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.126, 1007.6, 950.0)
 LAPTOP = Machine("Linux", "x86_64", (), None, 15.6, 12.0)
@@ -123,115 +124,7 @@ def test_steps_are_those_that_transformers_trainer_takes(
     assert count_steps(schedule(micro_batch, accumulation, epochs, max_steps), sequences) == (an_epoch, steps)
 
 
-# Memory and disk ------------------------------------------------------------------------------------------------------
-
-EMBEDDING = 32_000 * 4096
-LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
-
-
-def test_all_seven_modules_of_mistral_7b_at_rank_16_are_41_943_040_weights() -> None:
-    assert lora_parameters(load(), MISTRAL_7B) == 41_943_040
-    assert lora_parameters(load("lora.r=8"), MISTRAL_7B) == 20_971_520
-    two = "lora.target_modules=[q_proj, v_proj]"
-    assert lora_parameters(load(two), MISTRAL_7B) == 32 * 16 * (4096 + 4096 + 4096 + 1024)
-
-
-def test_mistral_7b_takes_about_4_gb_packed_and_14_and_a_half_expanded() -> None:
-    packed, expanded = (
-        memory_parts(load(f"quantization.storage={storage}"), MISTRAL_7B)["weights"]
-        for storage in ("packed", "expanded")
-    )
-    assert packed * GIB == pytest.approx(4.1e9, rel=0.02)
-    assert expanded * GIB == pytest.approx(14.5e9, rel=0.01)
-    assert expanded == pytest.approx(13.5, rel=0.005)
-    assert expanded * GIB == 2 * (LINEAR + 2 * EMBEDDING)
-
-
-# What is set -> the part that moves, and by what factor where the arithmetic is exact (else only the direction).
-LEVERS = [
-    (["quantization.storage=expanded"], "weights", ">"),
-    (["quantization.bnb_4bit_use_double_quant=false"], "weights", ">"),
-    (["lora.r=32"], "lora_and_optimizer", 2),
-    (["lora.r=8"], "lora_and_optimizer", 0.5),
-    (["training.optim=paged_adamw_8bit"], "lora_and_optimizer", 10 / 16),
-    (["training.optim=adamw_torch"], "lora_and_optimizer", 1),
-    (["training.per_device_train_batch_size=8"], "activations", 2),
-    (["training.per_device_train_batch_size=1"], "activations", 0.25),
-    (["model.max_seq_length=2048"], "activations", 0.5),
-    (["training.gradient_checkpointing=false"], "activations", ">"),
-    (["training.gradient_accumulation_steps=64"], "activations", 1),
-    (["training.per_device_eval_batch_size=64"], "activations", 1),
-]
-
-
-@pytest.mark.parametrize(("settings", "part", "factor"), LEVERS, ids=lambda value: str(value))
-def test_each_lever_moves_its_part_of_the_memory_and_no_other(
-    settings: list[str], part: str, factor: float | str
-) -> None:
-    before, after = memory_parts(load(), MISTRAL_7B), memory_parts(load(*settings), MISTRAL_7B)
-    if isinstance(factor, str):
-        assert after[part] > before[part]
-    else:
-        assert after[part] == pytest.approx(factor * before[part])
-    assert {**after, part: 0} == {**before, part: 0}
-
-
-def test_double_quantisation_saves_about_0_4_bit_a_weight_and_only_where_nf4_is_kept() -> None:
-    double, single = (
-        memory_parts(load(f"quantization.bnb_4bit_use_double_quant={on}"), MISTRAL_7B)["weights"]
-        for on in ("true", "false")
-    )
-    assert (single - double) * GIB * 8 / LINEAR == pytest.approx(0.373, abs=0.001)
-    on, off = (
-        memory_parts(load("quantization.storage=expanded", f"quantization.bnb_4bit_use_double_quant={on}"), MISTRAL_7B)
-        for on in ("true", "false")
-    )
-    assert on == off
-
-
-def test_tied_embeddings_are_counted_once() -> None:
-    tied = dataclasses.replace(MISTRAL_7B, tie_word_embeddings=True)
-    untied_parts, tied_parts = memory_parts(load(), MISTRAL_7B), memory_parts(load(), tied)
-    assert (untied_parts["weights"] - tied_parts["weights"]) * GIB == pytest.approx(2 * EMBEDDING)
-    assert {**tied_parts, "weights": 0} == {**untied_parts, "weights": 0}
-
-
-def test_float32_doubles_what_is_kept_in_the_models_dtype() -> None:
-    wide = load("model.dtype=float32", "quantization.bnb_4bit_compute_dtype=float32", "training.bf16=false")
-    before, after = memory_parts(load(), MISTRAL_7B), memory_parts(wide, MISTRAL_7B)
-    assert after["activations"] == pytest.approx(2 * before["activations"])
-    assert (after["weights"] - before["weights"]) * GIB == pytest.approx(2 * 2 * EMBEDDING)
-    assert after["lora_and_optimizer"] == before["lora_and_optimizer"]  # always fp32
-
-
-def test_without_checkpointing_every_layer_keeps_what_one_keeps_with_it() -> None:
-    on, off = (
-        memory_parts(load(f"training.gradient_checkpointing={on}"), MISTRAL_7B)["activations"]
-        for on in ("true", "false")
-    )
-    layer_inputs = 32 * 4096 * 2 * 4 * 4096 / GIB
-    assert off == pytest.approx(32 * (on - layer_inputs))
-    assert off * GIB == pytest.approx(32 * 257 * 1024 * 4 * 4096)  # 257 KiB a token and layer
-
-
-def test_the_loss_is_scored_in_tiles_so_a_longer_batch_costs_no_more() -> None:
-    short, long, longer = (
-        memory_parts(load("training.per_device_train_batch_size=1", f"model.max_seq_length={length}"), MISTRAL_7B)
-        for length in (512, 1024, 4096)
-    )
-    assert long["loss"] == longer["loss"] == 12 * 1024 * 32_000 / GIB
-    assert short["loss"] == long["loss"] / 2
-
-
-def test_sdpa_on_packed_rows_pays_for_a_mask_that_grows_with_the_square_of_the_tokens() -> None:
-    def mask(*settings: str) -> float | None:
-        return memory_parts(load(*settings), MISTRAL_7B).get("attention_mask")
-
-    sdpa = "model.attn_implementation=sdpa"
-    assert mask() is None
-    assert mask(sdpa, "training.packing=false") is None
-    assert mask(sdpa) == (4 * 4096) ** 2 / GIB
-    assert mask(sdpa, "model.max_seq_length=2048") == (4 * 2048) ** 2 / GIB
+# Disk and memory ------------------------------------------------------------------------------------------------------
 
 
 def test_disk_is_three_checkpoints_and_two_spare_each_three_adapters_large_and_the_cache() -> None:
@@ -287,7 +180,41 @@ def test_without_packing_every_token_computed_is_a_rows_own() -> None:
 def test_the_parts_of_the_memory_add_up_to_the_peak(settings: list[str]) -> None:
     plan = planned(50, *settings)
     assert sum(plan.memory_parts.values()) == pytest.approx(plan.peak_memory_gib, abs=0.01)
-    assert all(size > 0 for size in plan.memory_parts.values())
+    assert all(size >= 0 for size in plan.memory_parts.values())
+
+
+# Hours ----------------------------------------------------------------------------------------------------------------
+
+
+def at_speed(monkeypatch: pytest.MonkeyPatch, evaluation: float | None, *settings: str) -> Plan:
+    """The plan where 1,000 tokens a second were measured, and `evaluation` in evaluations."""
+    speed = Throughput(1000.0, evaluation, "benchmarks/results/here.json", "2 cores of something")
+    monkeypatch.setattr("finetune.plan.find", lambda *_run: speed)
+    return planned(50, *settings)
+
+
+def test_hours_are_the_tokens_of_all_epochs_and_evaluations_at_the_speeds_that_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = at_speed(monkeypatch, 2000.0, "training.eval_steps=2", "training.save_steps=2")
+    assert plan.hours == pytest.approx((3 * 180_000 / 1000 + 7 * 20_000 / 2000) / 3600, abs=1e-4)
+    assert plan.hours_from == "1,000 tokens/s on 2 cores of something, benchmarks/results/here.json"
+
+
+def test_hours_of_a_number_of_steps_are_their_share_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = at_speed(monkeypatch, None, "training.max_steps=2")
+    assert plan.hours == pytest.approx(180_000 / 1000 * 2 / 4 / 3600, abs=1e-4)
+
+
+def test_evaluations_that_nobody_timed_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = at_speed(monkeypatch, None)
+    assert plan.hours == pytest.approx(3 * 180_000 / 1000 / 3600, abs=1e-4)
+    assert plan.hours_from is not None and plan.hours_from.endswith("here.json, evaluations not counted")
+
+
+def test_a_run_like_no_measured_one_has_no_hours() -> None:
+    plan = planned(50, "model.max_seq_length=3000")
+    assert (plan.hours, plan.hours_from) == (None, None)
 
 
 # Problems -------------------------------------------------------------------------------------------------------------
@@ -318,12 +245,19 @@ def test_the_suggested_intervals_load_and_leave_no_problem(steps: int) -> None:
     assert plan.checkpoints == plan.evaluations - 1  # each saved step has its eval_loss
 
 
-def test_more_memory_than_is_free_is_a_problem_with_what_to_lower() -> None:
+def test_more_memory_than_is_free_is_a_problem_with_what_to_type() -> None:
     busy = dataclasses.replace(H100, gpu_free_gib=10.0)
     assert planned(50, "training.max_steps=100", machine=busy).problems == [
-        "13.0 GiB expected, 10.0 GiB free: lower training.per_device_train_batch_size (and raise "
-        "training.gradient_accumulation_steps as much), then model.max_seq_length"
+        "13.4 GiB expected, 10.0 GiB free: --set training.per_device_train_batch_size=2 "
+        "--set training.gradient_accumulation_steps=8 (training.per_device_train_batch_size 4 -> 2, "
+        "training.gradient_accumulation_steps 4 -> 8 keeps the effective batch of 16; 9.0 GiB expected)"
     ]
+
+
+def test_what_is_suggested_for_the_memory_leaves_no_problem() -> None:
+    busy = dataclasses.replace(H100, gpu_free_gib=8.0)
+    (problem,) = planned(50, "training.max_steps=100", machine=busy).problems
+    assert planned(50, "training.max_steps=100", *suggested(problem), machine=busy).problems == []
 
 
 def test_memory_that_nobody_could_read_is_no_problem() -> None:
@@ -335,7 +269,10 @@ def test_several_problems_are_told_at_once() -> None:
     busy = dataclasses.replace(H100, gpu_free_gib=0.0)
     steps, memory = planned(50, machine=busy).problems
     assert steps.startswith("12 steps, but training.eval_steps is 100: ")
-    assert memory.startswith("13.0 GiB expected, 0.0 GiB free: ")
+    assert memory == (
+        "13.4 GiB expected, 0.0 GiB free: not even the smallest batch, checkpointed and packed, fits; it takes a "
+        "larger machine"
+    )
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -362,6 +299,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "hours": (float, type(None)),
     "certificate": dict,
     "problems": list,
+    "hours_from": (str, type(None)),
 }
 
 # Imported before the program: no connection leaves this machine, and whoever tries leaves a trace.
@@ -444,7 +382,7 @@ def test_a_dry_run_needs_neither_network_nor_token_nor_torch_and_leaves_only_its
 def test_a_dry_run_says_the_same_on_a_laptop_as_on_the_h100(
     on_laptop: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = dry_run(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81079'")
+    done = dry_run(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81079, 81559, 550.54.14'")
     assert done.returncode == 0, done.stderr
     here, there = json.loads(on_laptop[1].stdout), json.loads(done.stdout)
     assert (here.pop("memory_available_gib"), there.pop("memory_available_gib")) == (None, 79.18)

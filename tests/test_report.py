@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from finetune.checks.check import Result
 from finetune.plan import Plan
-from finetune.report import COLOURS, Terminal, clean, plan_lines
+from finetune.report import COLOURS, Terminal, clean, plan_lines, tally
 
 PLAN = Plan(
     rows_train=12_345,
@@ -64,7 +65,7 @@ def test_the_plan_is_told_in_nine_rows() -> None:
         ("sequences", "1,020, 95.8% full, 16 a step"),
         ("steps", "1,920 (64 an epoch, 58 of warm-up)"),
         ("", "21 evaluations, 4 checkpoints"),
-        ("memory", "13.0 GiB expected, 79.1 GiB free"),
+        ("memory", "13.0 GiB expected (activations 9.1, weights 3.8), 79.1 GiB free"),
         ("disk", "2.7 GiB"),
         ("time", "3.5 h"),
     ]
@@ -73,14 +74,27 @@ def test_the_plan_is_told_in_nine_rows() -> None:
 def test_what_did_not_happen_or_is_not_known_is_said_so() -> None:
     assert changed(rows_truncated=0)["rows"] == "12,345 to train on, 1,371 held out, 3 dropped"
     assert changed(rows_truncated=0, rows_dropped=0)["rows"] == "12,345 to train on, 1,371 held out"
-    assert changed(memory_available_gib=None)["memory"] == "13.0 GiB expected, not this machine"
+    expected = "13.0 GiB expected (activations 9.1, weights 3.8)"
+    assert changed(memory_available_gib=None)["memory"] == f"{expected}, not this machine"
     assert changed(hours=None)["time"] == "not measured"
     none = {"rows": 0, "mismatches": 0}
     assert changed(certificate=none)["certificate"] == "none (not Mistral's tokenizer, or off)"
 
 
+def test_parts_of_the_memory_that_would_read_nothing_are_left_out() -> None:
+    parts = {"weights": 3.841, "lora": 0.049, "logits": 0.0, "attention_mask": 1.25, "activations": 7.82}
+    row = changed(memory_parts=parts)["memory"]
+    assert row == "13.0 GiB expected (activations 7.8, weights 3.8, attention mask 1.2), 79.1 GiB free"
+    assert changed(memory_parts={"lora": 0.01, "weights": 0.02})["memory"].startswith("13.0 GiB expected (weights 0.0)")
+
+
+def test_the_time_says_who_measured_the_speed_and_short_ones_are_in_minutes() -> None:
+    assert changed(hours_from="2,950 tokens/s on a GPU, a.json")["time"] == "3.5 h at 2,950 tokens/s on a GPU, a.json"
+    assert changed(hours=0.25, hours_from=None)["time"] == "15 min"
+
+
 def test_a_full_gpu_is_not_taken_for_an_unknown_one() -> None:
-    assert changed(memory_available_gib=0.0)["memory"] == "13.0 GiB expected, 0.0 GiB free"
+    assert changed(memory_available_gib=0.0)["memory"].endswith(", 0.0 GiB free")
 
 
 def test_the_plan_and_its_problems_are_one_screen() -> None:
@@ -94,7 +108,7 @@ def test_the_plan_and_its_problems_are_one_screen() -> None:
         "  sequences   1,020, 95.8% full, 16 a step\n"
         "  steps       1,920 (64 an epoch, 58 of warm-up)\n"
         "              21 evaluations, 4 checkpoints\n"
-        "  memory      13.0 GiB expected, 79.1 GiB free\n"
+        "  memory      13.0 GiB expected (activations 9.1, weights 3.8), 79.1 GiB free\n"
         "  disk        2.7 GiB\n"
         "  time        3.5 h\n"
         "warning: too few steps\n"
@@ -154,6 +168,71 @@ def test_colour_is_decided_by_the_stream_that_is_written_to(monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdout", Tty())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert (Terminal().colour, Terminal(json=True).colour) == (True, False)
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def result(id_: str, status: str, detail: str = "found", fix: str = "") -> Result:
+    return Result(id_, status, detail, fix, 0.1)
+
+
+RESULTS = (
+    result("gpu.driver", "pass", "driver 550.90.07"),
+    result("gpu.processes", "warn", "1 other program", "kill 4711"),
+    result("data.rows", "fail", "data: 1 bad row\n  train.jsonl:7: not JSON", "mend it"),
+    result("model.access", "skip", "a local folder needs no Hub"),
+)
+
+
+def checked(stream: io.StringIO, *results: Result) -> str:
+    terminal = Terminal(stream=stream)
+    terminal.header("validate")
+    for one in results:
+        terminal.check(one)
+    return stream.getvalue()
+
+
+def test_checks_stand_under_their_title_each_with_its_status_in_a_word() -> None:
+    assert checked(io.StringIO(), *RESULTS) == (
+        "validate\n"
+        "  pass  gpu.driver               driver 550.90.07\n"
+        "  WARN  gpu.processes            1 other program\n"
+        "                                 -> kill 4711\n"
+        "  FAIL  data.rows                data: 1 bad row\n"
+        "                                   train.jsonl:7: not JSON\n"
+        "                                 -> mend it\n"
+        "  skip  model.access             a local folder needs no Hub\n"
+    )
+
+
+def test_on_a_terminal_the_status_and_the_arrow_have_its_colour() -> None:
+    assert checked(Tty(), *RESULTS[:2], RESULTS[3]) == (
+        "\033[1mvalidate\033[0m\n"
+        "  \033[32mpass\033[0m  gpu.driver               driver 550.90.07\n"
+        "  \033[33mWARN\033[0m  gpu.processes            1 other program\n"
+        "                                 \033[33m-> \033[0mkill 4711\n"
+        "  \033[2mskip\033[0m  model.access             a local folder needs no Hub\n"
+    )
+    assert checked(Tty(), result("a", "fail")).splitlines()[1].startswith("  \033[31mFAIL\033[0m  a ")
+
+
+def test_what_a_check_found_cannot_steer_the_terminal() -> None:
+    assert checked(io.StringIO(), result("a", "warn", "\033[2J", "\033]0;x\a")) == (
+        "validate\n  WARN  a                        \\x1b[2J\n                                 -> \\x1b]0;x\\x07\n"
+    )
+
+
+def test_every_id_leaves_room_before_what_was_found() -> None:
+    from finetune.checks import CHECKS
+
+    lines = checked(io.StringIO(), *(result(check.id, "pass") for check in CHECKS)).splitlines()[1:]
+    assert {line.index(" found") for line in lines} == {32}
+
+
+def test_the_tally_counts_each_status() -> None:
+    assert tally(RESULTS) == "1 passed, 1 warning, 1 failed, 1 skipped"
+    assert tally([]) == "0 passed, 0 warnings, 0 failed, 0 skipped"
 
 
 # The end of a run -----------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_a_finished_run_leaves_these_files_and_no_others(finished: Finished) -> 
         "lock",
         "manifest.json",
         "metrics.jsonl",
+        "receipt.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -163,6 +164,7 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "hardware": dict,
     "git_commit": (str, type(None)),
+    "skipped_checks": list,
     "steps": int,
     "train_loss": float,
     "eval_loss_before": float,
@@ -331,7 +333,7 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
 
 def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     """Libraries' warnings and bars are silenced; what a person reads is what report.py wrote."""
-    begins = ("config: ", "data: ", "plan", "  ", "step ", "done: ")
+    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "done: ")
     lines = finished.done.stderr.splitlines()
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
@@ -356,6 +358,31 @@ def test_the_plan_was_what_happened(finished: Finished) -> None:
     assert plan["warmup_steps"] == rates.index(max(rates))
     share = metrics[-1]["epoch"]
     assert plan["steps_per_epoch"] == pytest.approx(STEPS / share, abs=1)
+
+
+def test_checks_that_are_left_out_are_named_in_the_manifest_and_not_made(finished: Finished, tmp_path: Path) -> None:
+    command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
+    done = command("--skip", "host,rehearsal")
+    assert done.returncode == 0, done.stderr
+    left_out = read_manifest(command.output / "run")["skipped_checks"]
+    assert left_out == ["host.clock", "host.memory", "host.python", "host.system", "host.user", "rehearsal"]
+    assert not [line for line in done.stdout.splitlines() if line.startswith("rehearsal")]
+    assert finished.manifest["skipped_checks"] == []
+
+
+def test_a_check_that_does_not_exist_cannot_be_left_out(finished: Finished, tmp_path: Path) -> None:
+    command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
+    done = command("--skip", "rehersal")
+    text = "config: 1 problem\n  --skip rehersal: no such check; did you mean rehearsal?\n"
+    assert (done.returncode, done.stderr) == (2, f"{text}scripts/validate_environment.py --list names them all\n")
+    assert not command.output.exists()
+
+
+def test_a_dry_run_looks_at_data_and_tokens_only(finished: Finished) -> None:
+    """A base without weights does not stop it; a training it would."""
+    done = finished.command("--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "checks: 8 passed, 0 warnings, 0 failed, 0 skipped"
 
 
 # --- the same command again
@@ -443,7 +470,8 @@ def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Int
     assert "SIGINT: stopping as soon as the step is done; once more leaves at once" in interrupted.lines
     assert not [line for line in interrupted.lines if "Traceback" in line]
     assert read_manifest(folder)["status"] == "interrupted"
-    assert names(folder) == ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl"]
+    left = ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl", "receipt.json"]
+    assert names(folder) == left
     assert names(folder / "checkpoints") == ["best", "checkpoint-2", f"checkpoint-{interrupted.step}"]
 
 
@@ -555,7 +583,12 @@ def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Fin
     command = Command(base, finished.command.train_file, tmp_path / "output")
     done = command()
     assert done.returncode == 3
-    assert done.stderr.startswith(f"model: {base} cannot be loaded: ")
+    assert done.stderr == (
+        "checks: 1 failed\n"
+        f"  model.files: {base}: model.safetensors is missing\n"
+        "    copy the folder again, or --set model.name=mistralai/Mistral-7B-Instruct-v0.2\n"
+        "mend that, or leave it out: --skip model.files\n"
+    )
     assert names(tmp_path / "output") == [".cache"]
 
 

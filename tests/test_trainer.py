@@ -167,6 +167,9 @@ class Adapter:
     def __init__(self, text: str) -> None:
         self.text = text
 
+    def parameters(self) -> list[Any]:
+        return []
+
     def save_pretrained(self, folder: Path, save_embedding_layers: bool) -> None:
         assert save_embedding_layers is False  # PEFT would ask the Hub
         folder.mkdir()

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, TextIO
 
@@ -15,21 +16,30 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.checkpoints import BEST, read_seal, replace_best, saved, seal, thin_out, write_text
-from finetune.errors import Diverged, Stopped
+from finetune.budget import Pace, duration
+from finetune.checkpoints import BEST, read_seal, replace_best, room_for, saved, seal, thin_out, write_text
+from finetune.errors import Diverged, OutOfResource, Stopped
 from finetune.runs import Run
+
+
+def adapter_bytes(model: PeftModel) -> int:
+    """Of the trainable weights in fp32."""
+    return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Keeper(TrainerCallback):  # type: ignore[misc]
     """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
 
-    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int) -> None:
+    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int, save_minutes: float | None = None) -> None:
         self.run, self.fingerprint, self.keep = run, fingerprint, keep
+        self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self._saved = 0.0
         self.eval_losses: dict[int, float] = {}
         folder = run.checkpoints / BEST
         self.best: dict[str, Any] | None = read_seal(folder) if folder.is_dir() else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
         # Steps after the checkpoint are done again, so what they logged goes.
         metrics = self.run.folder / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
@@ -39,6 +49,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = control.should_log = True
+        if time.monotonic() - self._saved >= self.save_seconds:
+            control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         loss = metrics["eval_loss"]
@@ -51,14 +63,16 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def _keep_best(self, model: PeftModel, facts: dict[str, Any]) -> None:
         partial = self.run.checkpoints / f"{BEST}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, save_embedding_layers=False)
-        seal(partial, facts)
-        replace_best(self.run.checkpoints, partial)
+        with room_for(self.run.checkpoints, adapter_bytes(model)):
+            model.save_pretrained(partial, save_embedding_layers=False)
+            seal(partial, facts)
+            replace_best(self.run.checkpoints, partial)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
         folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
         seal(folder, {**facts, "fingerprint": self.fingerprint})
+        self._saved = time.monotonic()
         thin_out(self.run.checkpoints, self.keep)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -70,17 +84,56 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         gradient = logs.get("grad_norm")
         if gradient is not None and not math.isfinite(gradient):
             raise Diverged(f"step {state.global_step}: the gradient is not finite; lower training.learning_rate")
+        if gradient == 0 and logs.get("loss") == 0:
+            raise Diverged(f"step {state.global_step}: loss and gradient are 0, so nothing is learnt; report this run")
+
+
+class TimeBudget(TrainerCallback):  # type: ignore[misc]
+    """Says when one more step, the evaluation it may be due, and a save would not end before the time budget does.
+
+    Each is taken to last as long as the longest so far; `pace` is what the rehearsal measured. `elapsed` gives the
+    seconds of the budget that are over.
+    """
+
+    def __init__(self, hours: float, pace: Pace, elapsed: Callable[[], float]) -> None:
+        self.hours, self._elapsed = hours, elapsed
+        self.used_up = False
+        self._step, self._evaluation, self._save = pace.step, pace.evaluation, pace.save
+        self._last = 0.0
+
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        before, self._last = self._last, self._elapsed()
+        return self._last - before
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._lap()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._evaluation = max(self._evaluation, self._lap())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save = max(self._save, self._lap())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = max(self._step, self._lap())
+        after = state.global_step + 1
+        evaluated = after % state.eval_steps == 0 or after == state.max_steps
+        needed = control.should_evaluate * self._evaluation + control.should_save * self._save
+        needed += self._step + evaluated * self._evaluation + self._save
+        self.used_up = after <= state.max_steps and self._last + needed > 3600 * self.hours
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
-    """Within `with`, SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one at once.
+    """Ends the run after the step at hand, with a checkpoint: at the end of the time budget, and where a signal came.
 
-    One that arrives during an evaluation ends it within a batch, and the run goes on from the last checkpoint: a
-    checkpoint of this step would lack the evaluation, and the best adapter could then be another one.
+    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. One that arrives during an
+    evaluation ends it within a batch, and the run goes on from the last checkpoint: a checkpoint of this step would
+    lack the evaluation, and the best adapter could then be another one.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, budget: TimeBudget | None = None) -> None:
+        self.run, self.budget = run, budget
         self.signal_number: int | None = None
         self._last_step = False
 
@@ -101,8 +154,16 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         text = f"{signal.Signals(signal_number).name}: stopping as soon as the step is done; once more leaves at once\n"
         os.write(2, text.encode())  # not print: a handler may run in the middle of one
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _reason(self) -> tuple[int, str] | None:
+        """(exit code, what ended the run); None where nothing has."""
         if self.signal_number is not None:
+            return 128 + self.signal_number, f"stopped by {signal.Signals(self.signal_number).name}"
+        if self.budget is not None and self.budget.used_up:
+            return OutOfResource.exit_code, f"time budget of {self.budget.hours:g} h used up"
+        return None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._reason() is not None:
             self._last_step = control.should_save = control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,12 +171,13 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             self.leave(state.global_step)
 
     def leave(self, step: int) -> None:
-        """Raise Stopped where a signal came, saying from where the same command goes on."""
-        if self.signal_number is not None:
-            name = signal.Signals(self.signal_number).name
+        """Raise Stopped where something ended the run, saying from where the same command goes on."""
+        reason = self._reason()
+        if reason is not None:
+            exit_code, what = reason
             checkpoints = saved(self.run.checkpoints)
             goes_on = f"goes on from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
-            raise Stopped(self.signal_number, f"stopped by {name} at step {step}; the same command {goes_on}")
+            raise Stopped(exit_code, f"{what} at step {step}; the same command {goes_on}")
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
@@ -163,7 +225,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 tqdm.write(f"step {state.global_step}: {parts[0]}", file=self.stream)
             return
         left = self._seconds_left(state)
-        ending = f", {_duration(left)} left" if left is not None and "loss" in logs else ""
+        ending = f", {duration(left)} left" if left is not None and "loss" in logs else ""
         print(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}{ending}", file=self.stream, flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -173,9 +235,3 @@ class Progress(TrainerCallback):  # type: ignore[misc]
     def _seconds_left(self, state: Any) -> float | None:
         done = state.global_step - self._first_step
         return None if done <= 0 else self.step_seconds / done * (state.max_steps - state.global_step)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

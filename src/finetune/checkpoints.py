@@ -6,8 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from finetune.errors import DiskFull
 
 SEAL = "sha256.json"
 BEST = "best"
@@ -33,6 +39,23 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Write `needed_bytes` below `folder` within the block, or raise DiskFull with path and sizes.
+
+    Looked at before, so that a full disk leaves no half-written file; and after a failure, which libraries tell in many
+    ways (an OSError, torch's RuntimeError, safetensors' own).
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    sizes = f"{folder} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
+    if free_bytes < needed_bytes:
+        raise DiskFull(f"no space left: {sizes}; free some, then type the same command again")
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise DiskFull(f"cannot save: {error} ({sizes}); mend that, then type the same command again") from error
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:

@@ -28,6 +28,11 @@ def parser(description: str, config_help: str | None = None) -> argparse.Argumen
     return made
 
 
+def add_ids(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    """A flag that takes ids of checks, comma between them."""
+    parser.add_argument(flag, metavar="ID,...", type=lambda ids: ids.split(","), default=[], help=text)
+
+
 def print_json(document: Any) -> None:
     """The one JSON document of `--json`."""
     print(json.dumps(document, indent=2, ensure_ascii=False))

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from finetune import typed, yaml_source
 from finetune.errors import ConfigError
-from finetune.platforms import PLATFORMS, choose, read_machine
+from finetune.machine import read_machine
+from finetune.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
     LoraConfig,
@@ -226,6 +227,12 @@ def _schedule(config: Config, problems: typed.Problems) -> None:
         problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
 
 
+def _time_budget(config: Config, problems: typed.Problems) -> None:
+    if config.training.time_budget_partial and config.training.time_budget_hours is None:
+        text = "true has no effect without training.time_budget_hours; set those hours, or this to false"
+        problems.add("training.time_budget_partial", text)
+
+
 def _system_prompt(config: Config, problems: typed.Problems) -> None:
     if config.system_prompt is not None and not config.system_prompt.strip():
         problems.add("system_prompt", "empty; set it to null for none")
@@ -244,6 +251,7 @@ RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
     _quantization,
     _lora_targets,
     _schedule,
+    _time_budget,
     _system_prompt,
     _run_name,
 )

@@ -19,22 +19,29 @@ import numpy as np
 from finetune.chat import Chat, load_chat
 from finetune.checkpoints import sha256, write_json
 from finetune.config import DEFAULT_VALIDATION_FILE, resolve
-from finetune.encoding import Recipe, Statistics, chunks
+from finetune.encoding import Recipe, Statistics, chunks, segments
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.jsonl import open_lines
 from finetune.packing import pack
-from finetune.rows import Rows, SplitWriter
+from finetune.report import clean
+from finetune.rows import Rows, SplitWriter, first_pair
 from finetune.runs import make_folder
 from finetune.schema import DatasetConfig
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
+ELLIPSIS = " ... "
+LEAST_SHOWN = 24  # characters of a segment in a preview, below which it tells nothing
 MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Train and validation rows, ready for the trainer; `files` and `tokens` are what the manifest records of them."""
+    """Train and validation rows, ready for the trainer.
+
+    `files` and `tokens` are what the manifest records of them; `whole` is what the receipt does: `SplitWriter.whole` of
+    each split, which does not depend on the length.
+    """
 
     train: Rows
     validation: Rows
@@ -42,6 +49,7 @@ class Prepared:
     sequences: list[list[int]] | None
     files: dict[str, dict[str, Any]]
     tokens: dict[str, dict[str, str]]
+    whole: dict[str, dict[str, Any]]
     split_reason: str
     chat: Chat
 
@@ -65,10 +73,11 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
     return Prepared(
         train,
         validation,
-        {name: Statistics(**values) for name, values in summary["statistics"].items()},
+        {name: Statistics.from_json(values) for name, values in summary["statistics"].items()},
         pack(train.lengths.tolist(), recipe.max_seq_length) if packing else None,
         {name: {**entry, "rows": summary["file_rows"][name]} for name, entry in files.items()},
         summary["tokens"],
+        summary["whole"],
         split_reason,
         chat,
     )
@@ -114,8 +123,13 @@ def _write_cache(
             _refuse_bad_rows(paths, writers)
         tokens = {name: writer.close() for name, writer in writers.items()}
         _check_splits(writers, paths)
-        statistics = {name: asdict(writer.statistics) for name, writer in writers.items()}
-        write_json(partial / "summary.json", {"statistics": statistics, "file_rows": file_rows, "tokens": tokens})
+        summary = {
+            "statistics": {name: asdict(writer.statistics) for name, writer in writers.items()},
+            "file_rows": file_rows,
+            "tokens": tokens,
+            "whole": {name: writer.whole() for name, writer in writers.items()},
+        }
+        write_json(partial / "summary.json", summary)
         try:
             partial.rename(folder)
         except OSError:
@@ -149,7 +163,7 @@ def _read_file(
         in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
         writers["train"].write(chunk, ~in_validation)
         writers["validation"].write(chunk, in_validation)
-        rows += len(chunk.lengths)
+        rows += int((chunk.lengths > 0).sum())
     statistics.dropped_bad = len(statistics.bad)
     return rows
 
@@ -170,6 +184,40 @@ def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) ->
         raise DataError("\n".join([heading, *bad[:LISTED_PROBLEMS], *more, advice]))
 
 
+def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
+    """The first training row as its stored ids say it: (text, whether it carries loss), in order.
+
+    Text is safe for a terminal, on one line, and `width` characters in all (50 or more). Long segments lose their
+    middle, so that both ends of a turn stay visible; the last of many turns are left out.
+    """
+    _, input_ids, labels = prepared.train.row(0)
+    found = [
+        (one_line(text), supervised)
+        for text, supervised in segments(prepared.chat, input_ids.tolist(), labels.tolist())
+    ]
+    if sum(len(text) for text, _ in found) <= width:
+        return found
+    shown = found[: width // LEAST_SHOWN]
+    left_out = [(ELLIPSIS, False)] if len(shown) < len(found) else []
+    share = (width - len(ELLIPSIS)) // len(shown)
+    return [(_shortened(text, share), supervised) for text, supervised in shown] + left_out
+
+
+def marked(parts: list[tuple[str, bool]]) -> str:
+    """A preview without colour: what carries loss stands between >> and <<."""
+    return "".join(f">>{text}<<" if supervised else text for text, supervised in parts)
+
+
+def one_line(text: str) -> str:
+    """`text` for one line of a terminal."""
+    return clean(text).replace("\n", "\\n")
+
+
+def _shortened(text: str, width: int) -> str:
+    half = (width - len(ELLIPSIS)) // 2
+    return text if len(text) <= width else f"{text[:half]}{ELLIPSIS}{text[-half:]}"
+
+
 def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> None:
     train, validation = writers["train"], writers["validation"]
     if train.statistics.rows == 0:
@@ -180,10 +228,12 @@ def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> No
         where = paths.get("validation", paths["train"])
         advice = "name a dataset.validation_file, add rows, or raise dataset.validation_split"
         raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on); {advice}")
-    shared = np.intersect1d(train.all_digests(), validation.all_digests())
-    if len(shared):
-        line, digest = train.first_line(shared)
-        other, _ = validation.first_line(np.array([digest], np.uint64))
-        count = "1 row stands" if len(shared) == 1 else f"{len(shared)} rows stand"
-        first = f"{paths['train']}:{line} is {paths['validation']}:{other}"
+    pair = first_pair(train, validation, "digests")
+    if pair:
+        shared = len(np.intersect1d(train.kept("digests"), validation.kept("digests")))
+        count = "1 row stands" if shared == 1 else f"{shared} rows stand"
+        first = f"{paths['train']}:{pair[0]} is {paths['validation']}:{pair[1]}"
         raise DataError(f"data: {count} in train and validation both, the first: {first}; remove them from one")
+    leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
+    validation.statistics.normalised_leaks = int(leaks.sum())
+    validation.statistics.first_leak = first_pair(train, validation, "normalised")

@@ -6,22 +6,27 @@ import hashlib
 import json
 import os
 import signal
+from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from finetune.chat import IGNORED, Messages, Reference, load_chat, truncate
+from finetune.chat import IGNORED, Chat, ChatFormat, Encoded, Messages, Reference, load_chat, truncate
 from finetune.errors import OutOfResource
 from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
 
 CHUNK_LINES = 256
+ROW_HASH_BYTES = 16
+FOLDED = bytes(ord(" ") if chr(byte).isspace() else ord(chr(byte).lower()) for byte in range(128)) + bytes(128)
+as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -39,32 +44,57 @@ class Recipe:
 class Statistics:
     """What became of the rows of one file or split; counted here and nowhere else.
 
-    `tokens` and `supervised_tokens` are after truncation; `longest` is the longest kept row's before. `certified`
-    rows were compared with mistral-common. `bad` lists (line, what was wrong). Rows that belong to no split (dropped,
-    bad) count where their file is read: without a validation file, at train.
+    `tokens` and `supervised_tokens` are after truncation; `p50`, `p95` and `longest` are of the kept rows' tokens
+    before. `certified` rows were compared with mistral-common. `control_tokens` rows hold one of the chat format's
+    control tokens as literal text, the first on line `first_control_token`. `normalised_leaks` validation rows are a
+    training row's copies but for whitespace and case, the first with lines (train, validation) `first_leak`. `bad`
+    lists (line, what was wrong). Rows that belong to no split (dropped, bad) count where their file is read: without a
+    validation file, at train.
     """
 
     rows: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
+    p50: int = 0
+    p95: int = 0
     truncated: int = 0
     dropped_long: int = 0
     dropped_bad: int = 0
     duplicates: int = 0
     certified: int = 0
+    control_tokens: int = 0
+    first_control_token: int | None = None
+    normalised_leaks: int = 0
+    first_leak: tuple[int, int] | None = None
     bad: list[tuple[int, str]] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Statistics:
+        """Back from `dataclasses.asdict` through JSON, which has lists for tuples."""
+        pairs = {"bad": [(line, text) for line, text in values["bad"]]}
+        first = values["first_leak"]
+        return cls(**{**values, **pairs, "first_leak": first and (first[0], first[1])})
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The rows of some lines. `lines`, `digests`, `lengths` and `full_lengths` (before truncation): [rows];
-    `input_ids` and `labels`: [tokens], flat. `statistics` holds only what no array tells."""
+    """The good rows of some lines, those too long to keep included.
+
+    [rows]: `lines`, `digests` of the content, `normalised` digests, `literal` (holds a control token as text),
+    `lengths` (0 where dropped) and `full_lengths` (before truncation). [rows, ROW_HASH_BYTES]: `ids_hashes` and
+    `labels_hashes`, of each row before truncation, so that they do not depend on the length. [tokens], flat:
+    `input_ids` and `labels` of what is kept. `statistics` holds only what no array tells.
+    """
 
     lines: np.ndarray
     digests: np.ndarray
+    normalised: np.ndarray
+    literal: np.ndarray
     lengths: np.ndarray
     full_lengths: np.ndarray
+    ids_hashes: np.ndarray
+    labels_hashes: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
     statistics: Statistics
@@ -78,33 +108,43 @@ class Encoder:
         self.recipe = recipe
         self.chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
         self.reference = Reference() if recipe.certificate and self.chat.certifiable else None
+        self.control_tokens = control_tokens(self.chat.format)
 
     def encode(self, lines: list[tuple[int, bytes]]) -> Chunk:
         """Parse, encode, certify and truncate; bad rows are gathered, not raised."""
         statistics = Statistics()
-        rows: list[tuple[int, int, Messages]] = []
+        rows: list[tuple[int, Messages]] = []
         for number, line in lines:
             try:
-                messages = parse_row(line)
+                rows.append((number, parse_row(line)))
             except BadRow as bad:
                 statistics.bad.append((number, str(bad)))
-                continue
-            rows.append((number, _digest(messages), with_system_prompt(messages, self.recipe.system_prompt)))
-        kept, mismatch = [], None
-        for (number, digest, messages), encoded in zip(rows, self.chat.encode([row[2] for row in rows]), strict=True):
+        prompted = [with_system_prompt(messages, self.recipe.system_prompt) for _, messages in rows]
+        lengths, mismatch = [], None
+        encoded_rows = self.chat.encode(prompted)
+        for (number, _), messages, encoded in zip(rows, prompted, encoded_rows, strict=True):
             if self.reference and mismatch is None:
                 mismatch = self._compare(number, messages, encoded.input_ids, encoded.labels)
                 statistics.certified += 1
-            cut = truncate(encoded, self.recipe.max_seq_length)
-            if cut is not encoded and not self.recipe.truncation:
-                long = f"{len(encoded.input_ids)} tokens, model.max_seq_length is {self.recipe.max_seq_length}"
-                statistics.bad.append((number, f"{long}, and dataset.truncation is false"))
-            elif cut is None:
-                statistics.dropped_long += 1
-            else:
-                kept.append((number, digest, len(encoded.input_ids), cut.input_ids, cut.labels))
+            lengths.append(self._kept(number, encoded, statistics))
         statistics.bad.sort()
-        return _chunk(kept, statistics, mismatch)
+        literal = [self._holds_control_token(messages) for _, messages in rows]
+        return _chunk(rows, encoded_rows, lengths, literal, statistics, mismatch)
+
+    def _kept(self, number: int, encoded: Encoded, statistics: Statistics) -> int:
+        """How many tokens of a row are kept, from its start; 0 for none, which is counted."""
+        cut = truncate(encoded, self.recipe.max_seq_length)
+        if cut is not encoded and not self.recipe.truncation:
+            long = f"{len(encoded.input_ids)} tokens, model.max_seq_length is {self.recipe.max_seq_length}"
+            statistics.bad.append((number, f"{long}, and dataset.truncation is false"))
+            return 0
+        if cut is None:
+            statistics.dropped_long += 1
+            return 0
+        return len(cut.input_ids)
+
+    def _holds_control_token(self, messages: Messages) -> bool:
+        return any(token in message["content"] for message in messages for token in self.control_tokens)
 
     def _compare(self, number: int, messages: Messages, input_ids: list[int], labels: list[int]) -> str | None:
         assert self.reference is not None
@@ -125,25 +165,94 @@ def _ids(tokens: list[tuple[int, int]], place: int) -> str:
     )
 
 
+def control_tokens(chat_format: ChatFormat) -> tuple[str, ...]:
+    """What the format writes round messages: its control tokens, and Mistral's [INST], which its tokenizer has as text.
+
+    They are found by writing a conversation without text: roles' names are words, the rest is in brackets.
+    """
+    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    written = {word for piece in chat_format.pieces(turns) for word in piece.text.split() if not word.isalpha()}
+    named = {token for token in (chat_format.bos, chat_format.end, chat_format.pad) if token}
+    return tuple(sorted(written | named))
+
+
 def _chunk(
-    kept: list[tuple[int, int, int, list[int], list[int]]], statistics: Statistics, mismatch: str | None
+    rows: list[tuple[int, Messages]],
+    encoded: list[Encoded],
+    lengths: list[int],
+    literal: list[bool],
+    statistics: Statistics,
+    mismatch: str | None,
 ) -> Chunk:
+    full_lengths = [len(row.input_ids) for row in encoded]
+    input_ids, labels = _flat(row.input_ids for row in encoded), _flat(row.labels for row in encoded)
+    ids_hashes, labels_hashes = _row_hashes(input_ids, full_lengths), _row_hashes(labels, full_lengths)
+    if lengths != full_lengths:
+        whole = np.array(full_lengths)
+        places = np.arange(len(input_ids)) - np.repeat(np.cumsum(whole) - whole, whole)
+        kept = places < np.repeat(lengths, whole)
+        input_ids, labels = input_ids[kept], labels[kept]
     return Chunk(
-        lines=np.array([row[0] for row in kept], np.int32),
-        digests=np.array([row[1] for row in kept], np.uint64),
-        lengths=np.array([len(row[3]) for row in kept], np.int32),
-        full_lengths=np.array([row[2] for row in kept], np.int32),
-        input_ids=np.array([token for row in kept for token in row[3]], np.int32),
-        labels=np.array([label for row in kept for label in row[4]], np.int32),
+        lines=np.array([number for number, _ in rows], np.int32),
+        digests=np.array([_digest(messages) for _, messages in rows], np.uint64),
+        normalised=np.array([_normalised_digest(messages) for _, messages in rows], np.uint64),
+        literal=np.array(literal, bool),
+        lengths=np.array(lengths, np.int32),
+        full_lengths=np.array(full_lengths, np.int32),
+        ids_hashes=ids_hashes,
+        labels_hashes=labels_hashes,
+        input_ids=input_ids,
+        labels=labels,
         statistics=statistics,
         mismatch=mismatch,
     )
 
 
+def _flat(rows: Iterable[list[int]]) -> np.ndarray:
+    values = array("i")  # takes a list in half the time that NumPy does
+    for row in rows:
+        values.fromlist(row)
+    return np.frombuffer(values, np.int32)
+
+
+def _row_hashes(values: np.ndarray, lengths: list[int]) -> np.ndarray:
+    """The hash of each row's int32 values, [rows, ROW_HASH_BYTES] bytes."""
+    data, end, hashes = memoryview(values.tobytes()), 0, []
+    for length in lengths:
+        start, end = end, end + values.itemsize * length
+        hashes.append(hashlib.blake2b(data[start:end], digest_size=ROW_HASH_BYTES).digest())
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, ROW_HASH_BYTES)
+
+
 def _digest(messages: Messages) -> int:
     """64 bits of the content's hash: the same conversation has the same digest in every file, on every machine."""
-    text = json.dumps(messages, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return _hash64(as_json(messages).encode())
+
+
+def _normalised_digest(messages: Messages) -> int:
+    """The same for all conversations that differ only in runs of whitespace, at the ends of messages, or in case."""
+    text = "".join(f" \0{message['role']}\0 {message['content']}" for message in messages)
+    if not text.isascii():
+        return _hash64(" ".join(text.split()).casefold().encode())
+    folded = text.encode().translate(FOLDED)  # comes to the same, faster
+    while b"  " in folded:
+        folded = folded.replace(b"  ", b" ")
+    return _hash64(folded.strip())
+
+
+def _hash64(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def segments(chat: Chat, input_ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:
+    """What a row's ids say, cut wherever loss begins or ends: (text, supervised), in order, control tokens included."""
+    guard = chat.token_id(chat.format.end)  # decoders strip a space at the start, so this stands there
+    runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
+    found = []
+    for supervised, pairs in runs:
+        text = chat.tokenizer.decode([guard, *(token for token, _ in pairs)], skip_special_tokens=False)
+        found.append((text.removeprefix(chat.format.end), supervised))
+    return found
 
 
 def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:

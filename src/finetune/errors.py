@@ -43,14 +43,18 @@ class Diverged(UserError):
 
 
 class OutOfResource(UserError):
-    """Memory, disk or another run's lock stands in the way."""
+    """Memory, disk, the time budget or another run's lock stands in the way."""
 
     exit_code = 6
 
 
-class Stopped(UserError):
-    """A signal ended the run before it was finished."""
+class DiskFull(OutOfResource):
+    """A checkpoint cannot be written; those before it are whole."""
 
-    def __init__(self, signal_number: int, message: str) -> None:
-        self.exit_code = 128 + signal_number
+
+class Stopped(UserError):
+    """The run ended before it was finished, and the same command goes on: after a signal, or at its budget's end."""
+
+    def __init__(self, exit_code: int, message: str) -> None:
+        self.exit_code = exit_code
         super().__init__(message)

@@ -12,11 +12,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import yaml_source
+from finetune import receipt, yaml_source
 from finetune.checkpoints import sha256, write_json
-from finetune.config import ROOT, Config, is_local, resolve
+from finetune.config import ROOT, Config, is_local
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, Stopped
+from finetune.receipt import base_model
 from finetune.runs import Run
 from finetune.trainer import Outcome
 
@@ -51,7 +52,14 @@ def git_commit() -> str | None:
 
 # Keys that change no token and no weight, or that the token hashes stand for.
 FREE_TO_CHANGE = {
-    "training": ("logging_steps", "per_device_eval_batch_size", "save_total_limit"),
+    "training": (
+        "logging_steps",
+        "per_device_eval_batch_size",
+        "save_total_limit",
+        "save_minutes",
+        "time_budget_hours",
+        "time_budget_partial",
+    ),
     "dataset": ("sample_prompts", "train_file", "validation_file", "certificate"),
 }
 
@@ -86,10 +94,16 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
             name: {
                 "certified": counts.certified,
                 "longest": counts.longest,
+                "p50": counts.p50,
+                "p95": counts.p95,
                 "truncated": counts.truncated,
                 "dropped_long": counts.dropped_long,
                 "dropped_bad": [{"line": line, "found": text} for line, text in counts.bad],
                 "duplicates": counts.duplicates,
+                "control_tokens": counts.control_tokens,
+                "first_control_token": counts.first_control_token,
+                "normalised_leaks": counts.normalised_leaks,
+                "first_leak": counts.first_leak,
             }
             for name, counts in statistics.items()
         },
@@ -100,11 +114,9 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
     }
 
 
-def base_model(config: Config) -> dict[str, str | None]:
-    """Hub id and revision; of a local folder only its name, since its path means nothing elsewhere."""
-    if is_local(config.model.name):
-        return {"name": resolve(config.model.name).name, "revision": None}
-    return {"name": config.model.name, "revision": config.model.revision}
+def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
+    """receipt.json, by which another machine can tell whether it is about to train the same thing."""
+    write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
 def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:

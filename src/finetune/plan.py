@@ -9,18 +9,10 @@ from typing import Any, Protocol
 
 from finetune.config import Config
 from finetune.geometry import Geometry
-from finetune.platforms import GIB, PLATFORMS, Machine, memory_available_gib
-
-BYTES = {"bfloat16": 2, "float32": 4}
-
-# Saved activations of one decoder layer that is not checkpointed, per token, in elements for each input and output
-# feature of its seven linear layers: 257 KiB a token for Mistral-7B in bf16 with PEFT's LoRA and dropout, by counting
-# the tensors that autograd keeps. Not measured on a GPU yet.
-LIVE_ELEMENTS_PER_FEATURE = 257 * 1024 / 2 / 81_920
-
-# TRL scores the vocabulary in tiles; 12 bytes a logit are its bf16 value, its fp32 copy and its gradient.
-LOSS_BYTES_PER_LOGIT = 12
-LOSS_TILE_TOKENS = 1024
+from finetune.machine import GIB, Machine
+from finetune.memory import fit, lora_parameters, memory_parts
+from finetune.platforms import PLATFORMS, memory_available_gib
+from finetune.throughput import Throughput, find
 
 
 class RowCounts(Protocol):
@@ -39,8 +31,8 @@ class RowCounts(Protocol):
 class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
-    `hours` is None where nothing has been measured on this platform. `problems` are things to change before a long run,
-    each with what to type.
+    `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
+    where. `problems` are things to change before a long run, each with what to type.
     """
 
     rows_train: int
@@ -64,10 +56,19 @@ class Plan:
     hours: float | None
     certificate: dict[str, int]
     problems: list[str]
+    hours_from: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return dataclasses.asdict(self)
+
+    def schedule_problem(self, eval_steps: int) -> tuple[str, str] | None:
+        """Where no evaluation falls inside the run: what is wrong, and what to type."""
+        if self.steps >= eval_steps:
+            return None
+        every = max(1, self.steps // 5)
+        found = f"{self.steps} steps, but training.eval_steps is {eval_steps}: evaluated only before and after"
+        return found, f"--set training.eval_steps={every} --set training.save_steps={every} evaluates every {every}"
 
 
 def make_plan(
@@ -77,6 +78,7 @@ def make_plan(
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
     parts = memory_parts(config, geometry)
+    speed = find(config, geometry)
     tokens = config.model.max_seq_length * sequences if training.packing else train.tokens
     plan = Plan(
         rows_train=train.rows,
@@ -101,7 +103,26 @@ def make_plan(
         certificate={"rows": train.certified + validation.certified, "mismatches": 0},
         problems=[],
     )
-    return dataclasses.replace(plan, problems=_problems(plan, config))
+    if speed is not None:
+        hours = round(_hours(plan, config, validation.tokens, speed), 4)
+        plan = dataclasses.replace(plan, hours=hours, hours_from=_source(speed))
+    return dataclasses.replace(plan, problems=_problems(plan, config, geometry))
+
+
+def _hours(plan: Plan, config: Config, validation_tokens: int, speed: Throughput) -> float:
+    """Training at the measured speed, and each evaluation at its own where that was measured, else left out."""
+    epochs = config.training.num_train_epochs
+    if config.training.max_steps > 0:
+        epochs = plan.steps / plan.steps_per_epoch
+    seconds = epochs * plan.tokens_train / speed.tokens_per_second
+    if speed.eval_tokens_per_second is not None:
+        seconds += plan.evaluations * validation_tokens / speed.eval_tokens_per_second
+    return seconds / 3600
+
+
+def _source(speed: Throughput) -> str:
+    evaluations = "" if speed.eval_tokens_per_second is not None else ", evaluations not counted"
+    return f"{speed.tokens_per_second:,.0f} tokens/s on {speed.machine}, {speed.file}{evaluations}"
 
 
 def _rounded(gib: float | None) -> float | None:
@@ -117,45 +138,6 @@ def count_steps(config: Config, sequences: int) -> tuple[int, int]:
     return steps_per_epoch, math.ceil(config.training.num_train_epochs * steps_per_epoch)
 
 
-def lora_parameters(config: Config, geometry: Geometry) -> int:
-    """r x (in + out) for each target layer (Hu et al. 2021, section 4.1)."""
-    shapes = geometry.linear_shapes()
-    features = sum(sum(shapes[name]) for name in config.lora.target_modules)
-    return config.lora.r * features * geometry.num_hidden_layers
-
-
-def memory_parts(config: Config, geometry: Geometry) -> dict[str, float]:
-    """Expected peak memory by part, GiB.
-
-    NF4 takes half a byte a weight and one scale per 64 weights: 4 bytes, or with double quantisation 1 byte and 4 more
-    per 256 scales (Dettmers et al. 2023, section 3). LoRA weights, gradients and AdamW's two moments are fp32. With
-    checkpointing, each layer keeps its input and one layer at a time keeps everything.
-    """
-    width = BYTES[config.model.dtype]
-    shapes = geometry.linear_shapes().values()
-    layers, hidden, vocab = geometry.num_hidden_layers, geometry.hidden_size, geometry.vocab_size
-    linear = sum(inputs * outputs for inputs, outputs in shapes) * layers
-    scale_bytes = 1 / 64 + 4 / (64 * 256) if config.quantization.bnb_4bit_use_double_quant else 4 / 64
-    per_weight = 0.5 + scale_bytes if config.quantization.storage == "packed" else width
-    embeddings = vocab * hidden * width * (1 if geometry.tie_word_embeddings else 2)
-    moments = 2 if config.training.optim == "paged_adamw_8bit" else 8
-    tokens = config.training.per_device_train_batch_size * config.model.max_seq_length
-    live_layer = LIVE_ELEMENTS_PER_FEATURE * width * sum(map(sum, shapes)) * tokens
-    inputs = layers * hidden * width * tokens
-    checkpointed = config.training.gradient_checkpointing
-    loss = LOSS_BYTES_PER_LOGIT * min(tokens, LOSS_TILE_TOKENS) * vocab
-    parts = {
-        "weights": linear * per_weight + embeddings,
-        "lora_and_optimizer": lora_parameters(config, geometry) * (4 + 4 + moments),
-        "activations": inputs + live_layer if checkpointed else live_layer * layers,
-        "loss": loss,
-        "workspace": hidden * geometry.intermediate_size * width,
-    }
-    if config.model.attn_implementation == "sdpa" and config.training.packing:
-        parts["attention_mask"] = tokens * tokens  # block-diagonal, one byte a pair of tokens
-    return {name: size / GIB for name, size in parts.items()}
-
-
 def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
     """Checkpoints (adapter and two moments, fp32), the best and the final adapter, and the cache of encoded rows."""
     adapter = 4 * lora_parameters(config, geometry)
@@ -163,18 +145,20 @@ def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
     return kept * 3 * adapter + 2 * adapter + 8 * tokens
 
 
-def _problems(plan: Plan, config: Config) -> list[str]:
+def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
     problems = []
-    if plan.steps < config.training.eval_steps:
-        every = max(1, plan.steps // 5)
-        problems.append(
-            f"{plan.steps} steps, but training.eval_steps is {config.training.eval_steps}: evaluated only before and "
-            f"after; --set training.eval_steps={every} --set training.save_steps={every} evaluates every {every}"
-        )
+    schedule = plan.schedule_problem(config.training.eval_steps)
+    if schedule:
+        problems.append("; ".join(schedule))
     if plan.memory_available_gib is not None and plan.peak_memory_gib > plan.memory_available_gib:
-        problems.append(
-            f"{plan.peak_memory_gib:.1f} GiB expected, {plan.memory_available_gib:.1f} GiB free: lower "
-            "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps as much), then "
-            "model.max_seq_length"
-        )
+        problems.append(_too_large(plan.peak_memory_gib, plan.memory_available_gib, config, geometry))
     return problems
+
+
+def _too_large(peak_gib: float, free_gib: float, config: Config, geometry: Geometry) -> str:
+    """What to type where the expected peak is more than what is free."""
+    found = f"{peak_gib:.1f} GiB expected, {free_gib:.1f} GiB free"
+    smaller = fit(config, geometry, free_gib)
+    if smaller is None:
+        return f"{found}: not even the smallest batch, checkpointed and packed, fits; it takes a larger machine"
+    return f"{found}: {smaller.command} ({smaller.sentence})"

@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import platform as host
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from finetune.errors import CheckFailed, OutOfResource
-
-GIB = 2**30
+from finetune.machine import GIB, Machine, read_machine
 
 
 @dataclass(frozen=True)
@@ -74,62 +70,27 @@ PLATFORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What was read off this machine: OS and architecture as `uname` has them, GPU names, memory in GiB."""
-
-    system: str
-    architecture: str
-    gpus: tuple[str, ...]
-    gpu_free_gib: float | None
-    memory_gib: float
-    memory_free_gib: float
-
-
-def read_machine() -> Machine:
-    """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""
-    gpus, gpu_free_gib = _nvidia_gpus()
-    memory = psutil.virtual_memory()
-    return Machine(
-        host.system(),
-        host.machine(),
-        gpus,
-        gpu_free_gib,
-        memory.total / GIB,
-        min(memory.available, _cgroup_limit()) / GIB,
-    )
-
-
-def _nvidia_gpus() -> tuple[tuple[str, ...], float | None]:
-    """Names of all GPUs and the first one's free memory in GiB; nothing where the driver does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return (), None
-    query = ["nvidia-smi", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
-    except (subprocess.SubprocessError, OSError):
-        return (), None
-    rows = re.findall(r"^(.+), *([0-9]+|\[.+\])$", answer, re.MULTILINE)  # free memory may be [N/A]
-    if not rows:
-        return (), None
-    free_mib = rows[0][1]
-    return tuple(name for name, _ in rows), float(free_mib) / 1024 if free_mib.isdigit() else None
-
-
-def _cgroup_limit() -> float:
-    """Memory limit of this container in bytes, infinite where there is none."""
-    path = Path("/sys/fs/cgroup/memory.max")
-    text = path.read_text().strip() if path.is_file() else "max"
-    return float("inf") if text == "max" else float(text)
-
-
 def choose(machine: Machine) -> tuple[Platform, str]:
     """The platform that fits `machine`, and why, in words for the terminal."""
     if machine.gpus:
         return PLATFORMS["h100"], f"found {machine.gpus[0]}"
     if machine.system == "Darwin" and machine.architecture == "arm64":
         return PLATFORMS["m4"], f"found Apple silicon with {machine.memory_gib:.0f} GiB of unified memory"
+    if machine.translated:
+        return PLATFORMS["cpu"], "found Apple silicon, but this Python is an Intel build under Rosetta"
     return PLATFORMS["cpu"], f"found no NVIDIA driver and no Apple silicon ({machine.system} {machine.architecture})"
+
+
+def accelerator(machine: Machine) -> str:
+    """What `machine` computes on, in words: an H100, another NVIDIA GPU, a Mac's chip, or its CPU only."""
+    if machine.gpus:
+        more = f" (the first of {len(machine.gpus)})" if len(machine.gpus) > 1 else ""
+        what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU, but no H100: hours and memory differ"
+        return f"{machine.gpus[0]}{more}{what}"
+    if machine.system == "Darwin" and machine.architecture == "arm64":
+        what = "" if machine.chip.startswith("Apple M4") else ", Apple silicon, but no M4: hours and memory differ"
+        return f"{machine.chip or 'unknown chip'}{what}"
+    return "none: CPU only"
 
 
 def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
@@ -139,6 +100,42 @@ def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
     if platform.name == "m4" and choose(machine)[0].name != "m4":
         return None
     return machine.memory_free_gib
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What the installed torch can reach. `built_for` is the CUDA version that it was built for, None for none.
+
+    `capability` is the first NVIDIA GPU's compute capability, (9, 0) on an H100; `working_set_gib` is how much of a
+    Mac's unified memory its GPU may use before the system swaps.
+    """
+
+    version: str
+    built_for: str | None = None
+    sees_nvidia: bool = False
+    capability: tuple[int, int] | None = None
+    mps_built: bool = False
+    sees_mps: bool = False
+    working_set_gib: float | None = None
+
+
+def read_torch() -> Torch:
+    """Ask torch. Raises CheckFailed where it cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:  # a broken shared library is an OSError
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckFailed(f"torch cannot be imported: {first}") from None
+    nvidia, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return Torch(
+        version=str(torch.__version__),
+        built_for=torch.version.cuda,
+        sees_nvidia=nvidia,
+        capability=torch.cuda.get_device_capability(0) if nvidia else None,
+        mps_built=torch.backends.mps.is_built(),
+        sees_mps=mps,
+        working_set_gib=torch.mps.recommended_max_memory() / GIB if mps else None,
+    )
 
 
 def prepare_device(platform: Platform) -> None:
@@ -191,3 +188,48 @@ def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
         "system": f"{machine.system} {host.release()}",
         "memory_gib": round(machine.memory_gib, 1),
     }
+
+
+def capacity_gib(platform: Platform) -> float:
+    """Memory that this process may fill where the model lives, GiB: what is free, and what it holds already."""
+    if platform.name == "h100":
+        import torch
+
+        return float((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
+    machine = read_machine()
+    held_gib = psutil.Process().memory_info().rss / GIB
+    return min(machine.memory_free_gib + held_gib, machine.memory_limit_gib or machine.memory_gib)
+
+
+def synchronize(platform: Platform) -> None:
+    """Wait until the device has done all that it was given, so that a clock may be read."""
+    import torch
+
+    torch.get_device_module(platform.device).synchronize()
+
+
+def random_state(platform: Platform) -> Any:
+    """The state of the device's own random numbers, which dropout draws from."""
+    import torch
+
+    return torch.get_rng_state() if platform.name == "cpu" else torch.get_device_module(platform.device).get_rng_state()
+
+
+def set_random_state(platform: Platform, state: Any) -> None:
+    """Put back what `random_state` gave."""
+    import torch
+
+    if platform.name == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(platform.device).set_rng_state(state)
+
+
+def forget_memory(platform: Platform) -> None:
+    """Give unused device memory back, and count the peak from here on where that can be done."""
+    import torch
+
+    if platform.name != "cpu":
+        torch.get_device_module(platform.device).empty_cache()
+    if platform.name == "h100":
+        torch.cuda.reset_peak_memory_stats()

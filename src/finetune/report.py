@@ -8,6 +8,7 @@ import sys
 import textwrap
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -15,8 +16,11 @@ from typing import TYPE_CHECKING, TextIO
 from finetune.plan import Plan
 
 if TYPE_CHECKING:
+    from finetune.checks.check import Result
     from finetune.trainer import Outcome
 
+STATUSES = {"pass": ("pass", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red"), "skip": ("skip", "dim")}
+DETAIL_COLUMN = 33  # where what a check found begins
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
 
@@ -42,6 +46,18 @@ class Terminal:
     def warn(self, text: str) -> None:
         """Something to act on that does not stop the run."""
         self.say(f"{self.paint('warning', 'yellow')}: {text}")
+
+    def header(self, title: str) -> None:
+        """A title over lines that follow."""
+        self.say(self.paint(title, "bold"))
+
+    def check(self, result: Result) -> None:
+        """One check's result: its status in a word, what was found, and what to type where something is wrong."""
+        word, colour = STATUSES[result.status]
+        detail = clean(result.detail).replace("\n", "\n" + " " * DETAIL_COLUMN)
+        self.say(f"  {self.paint(word, colour)}  {result.id:<{DETAIL_COLUMN - 9}} {detail}")
+        if result.fix:
+            self.say(" " * DETAIL_COLUMN + self.paint("-> ", colour) + clean(result.fix))
 
     def plan(self, plan: Plan) -> None:
         """The plan on one screen."""
@@ -98,10 +114,32 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
         ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
-        ("memory", f"{plan.peak_memory_gib:.1f} GiB expected, {available}"),
+        ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
         ("disk", f"{plan.disk_gib:.1f} GiB"),
-        ("time", "not measured" if plan.hours is None else f"{plan.hours:.1f} h"),
+        ("time", time_text(plan)),
     ]
+
+
+def memory_shares(plan: Plan) -> str:
+    """The parts of the peak, largest first; those that would read 0.0 GiB are left out."""
+    parts = sorted(plan.memory_parts.items(), key=lambda part: -part[1])
+    shown = [(name.replace("_", " "), gib) for name, gib in parts if gib >= 0.05] or parts[:1]
+    return ", ".join(f"{name} {gib:.1f}" for name, gib in shown)
+
+
+def time_text(plan: Plan) -> str:
+    """Hours, or minutes where there are fewer than two, and who measured the speed."""
+    if plan.hours is None:
+        return "not measured"
+    text = f"{plan.hours * 60:.0f} min" if plan.hours < 2 else f"{plan.hours:.1f} h"
+    return text if plan.hours_from is None else f"{text} at {plan.hours_from}"
+
+
+def tally(results: Iterable[Result]) -> str:
+    """`34 passed, 1 warning, 0 failed, 6 skipped`."""
+    counts = Counter(result.status for result in results)
+    warnings = counted(counts["warn"], "warning")
+    return f"{counts['pass']} passed, {warnings}, {counts['fail']} failed, {counts['skip']} skipped"
 
 
 def clean(text: str) -> str:

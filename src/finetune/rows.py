@@ -15,21 +15,38 @@ from finetune.encoding import Chunk, Statistics
 if TYPE_CHECKING:
     import datasets
 
+# What `SplitWriter` keeps of each row, by its name in `Chunk`.
+NO_ROWS: dict[str, np.ndarray] = {
+    "lines": np.empty(0, np.int32),
+    "digests": np.empty(0, np.uint64),
+    "normalised": np.empty(0, np.uint64),
+    "full_lengths": np.empty(0, np.int32),
+}
 SCHEMA = pa.schema([("line", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
 class SplitWriter:
-    """Writes one split's rows to an Arrow file and keeps its statistics and hashes of the token stream and labels."""
+    """Writes one split's rows to an Arrow file and keeps its statistics and hashes of the token stream and labels.
+
+    Of each row it keeps a few numbers, by which rows are compared when all are there.
+    """
 
     def __init__(self, path: Path) -> None:
         self.statistics = Statistics()
-        self.lines: list[np.ndarray] = []
-        self.digests: list[np.ndarray] = []
+        self._kept: dict[str, list[np.ndarray]] = {name: [array] for name, array in NO_ROWS.items()}
+        self._dropped_digests = [NO_ROWS["digests"]]
         self._hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
+        self._whole_hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
         self._writer = pa.ipc.new_file(str(path), SCHEMA)
 
-    def write(self, chunk: Chunk, mine: np.ndarray) -> None:
-        """Append the rows of `chunk` that the mask `mine` [rows] selects."""
+    def write(self, chunk: Chunk, split: np.ndarray) -> None:
+        """Append the rows of `chunk` that the mask `split` [rows] selects, but for those too long to keep."""
+        self._whole_hashes["input_ids"].update(chunk.ids_hashes[split].tobytes())
+        self._whole_hashes["labels"].update(chunk.labels_hashes[split].tobytes())
+        mine = split & (chunk.lengths > 0)
+        self._dropped_digests.append(chunk.digests[split & ~mine])
+        for name, arrays in self._kept.items():
+            arrays.append(getattr(chunk, name)[mine])
         tokens = np.repeat(mine, chunk.lengths)
         input_ids, labels, lengths = chunk.input_ids[tokens], chunk.labels[tokens], chunk.lengths[mine]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -39,11 +56,8 @@ class SplitWriter:
             columns.append(pa.ListArray.from_arrays(offsets, pa.array(values)))
         if len(lengths):
             self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-        self.lines.append(chunk.lines[mine])
-        self.digests.append(chunk.digests[mine])
-        full_lengths = chunk.full_lengths[mine]
-        self.statistics.longest = max(self.statistics.longest, int(full_lengths.max(initial=0)))
-        self.statistics.truncated += int((full_lengths > lengths).sum())
+        self._count_control_tokens(chunk.lines[mine & chunk.literal])
+        self.statistics.truncated += int((chunk.full_lengths[mine] > lengths).sum())
         self.statistics.rows += len(lengths)
         self.statistics.tokens += len(input_ids)
         self.statistics.supervised_tokens += int((labels != IGNORED).sum())
@@ -51,18 +65,42 @@ class SplitWriter:
     def close(self) -> dict[str, str]:
         """Finish the file; returns the sha256 of the token stream and of the labels, both int32 in file order."""
         self._writer.close()
-        digests = self.all_digests()
+        digests, lengths = self.kept("digests"), self.kept("full_lengths")
         self.statistics.duplicates = len(digests) - len(np.unique(digests))
+        if len(lengths):
+            quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
+            self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
-    def all_digests(self) -> np.ndarray:
-        """Content digests of the rows written, [rows] uint64."""
-        return np.concatenate([np.empty(0, np.uint64), *self.digests])
+    def whole(self) -> dict[str, Any]:
+        """What does not depend on the length: rows before truncation, those too long to keep included.
 
-    def first_line(self, digests: np.ndarray) -> tuple[int, int]:
-        """(line, digest) of the first row that has one of `digests`."""
-        index = int(np.flatnonzero(np.isin(self.all_digests(), digests))[0])
-        return int(np.concatenate(self.lines)[index]), int(self.all_digests()[index])
+        `rows`, and three sha256: `content` (which conversations, in whatever order), `input_ids` and `labels` (of the
+        hashes of each row, in file order).
+        """
+        digests = np.concatenate([self.kept("digests"), *self._dropped_digests])
+        content = hashlib.sha256(np.sort(digests).astype(">u8").tobytes()).hexdigest()
+        hashes = {name: digest.hexdigest() for name, digest in self._whole_hashes.items()}
+        return {"rows": len(digests), "content": content, **hashes}
+
+    def kept(self, name: str) -> np.ndarray:
+        """One of the numbers that NO_ROWS names, of each row written, [rows]."""
+        return np.concatenate(self._kept[name])
+
+    def _count_control_tokens(self, lines: np.ndarray) -> None:
+        self.statistics.control_tokens += len(lines)
+        if len(lines) and self.statistics.first_control_token is None:
+            self.statistics.first_control_token = int(lines[0])
+
+
+def first_pair(train: SplitWriter, validation: SplitWriter, name: str) -> tuple[int, int] | None:
+    """Lines (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too."""
+    ours, theirs = train.kept(name), validation.kept(name)
+    shared = np.flatnonzero(np.isin(ours, theirs))
+    if not len(shared):
+        return None
+    place = np.flatnonzero(theirs == ours[shared[0]])[0]
+    return int(train.kept("lines")[shared[0]]), int(validation.kept("lines")[place])
 
 
 class Rows:

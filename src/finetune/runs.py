@@ -42,23 +42,45 @@ class Run:
             shutil.rmtree(self.folder)
 
 
-def open_run(config: Config, fresh: bool) -> Run:
-    """The run that this config's command means, its folder made and locked.
+def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
+    """The folder of the run that this config's command means, and whether that run is finished; nothing is written.
 
-    Of run_name, run_name-2, run_name-3, ... it is the newest that is not finished; where all are, the newest, marked
-    so; with `fresh` the next number. Raises OutOfResource where another process holds the lock.
+    Of run_name, run_name-2, run_name-3, ... it is the newest that is not finished; where all are, the newest; with
+    `fresh` the next number.
     """
     taken = _taken(config.run_folder)
     existing = [path for path in taken if path.is_dir()]
     unfinished = [folder for folder in existing if _status(folder) != "complete"]
     if fresh and taken:
-        folder = config.run_folder.with_name(f"{config.run_name}-{_number(config.run_folder, taken[-1]) + 1}")
-    elif existing and not unfinished:
-        return Run(existing[-1], True, None)
-    else:
-        folder = unfinished[-1] if unfinished else config.run_folder
+        return config.run_folder.with_name(f"{config.run_name}-{_number(config.run_folder, taken[-1]) + 1}"), False
+    if existing and not unfinished:
+        return existing[-1], True
+    return (unfinished[-1] if unfinished else config.run_folder), False
+
+
+def open_run(config: Config, fresh: bool) -> Run:
+    """The run of `find_run`, its folder made and locked unless it is finished.
+
+    Raises OutOfResource where another process holds the lock.
+    """
+    folder, finished = find_run(config, fresh)
+    if finished:
+        return Run(folder, True, None)
     make_folder(folder / "checkpoints")
     return Run(folder, False, _lock(folder))
+
+
+def lock_holder(folder: Path) -> str | None:
+    """Who is writing this run folder just now, in the words of its lock; None for nobody."""
+    try:
+        with (folder / "lock").open(encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return stream.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def make_folder(folder: Path) -> None:

@@ -48,7 +48,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """transformers' TrainingArguments' names, and beside them `packing`, `early_stopping_patience` and the time budget."""
+    """transformers' TrainingArguments' names, and `packing`, `early_stopping_patience`, `time_budget_*` beside them."""
 
     num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
     max_steps: Annotated[int, Bounds(least=-1)]
@@ -68,6 +68,7 @@ class TrainingConfig:
     logging_steps: Count
     eval_steps: Count
     save_steps: Count
+    save_minutes: Annotated[float, Bounds(above=0, most=10000)] | None
     save_total_limit: Count
     metric_for_best_model: Literal["eval_loss"]
     load_best_model_at_end: bool

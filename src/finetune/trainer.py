@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import netrc
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -24,14 +21,15 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.callbacks import Keeper, Progress, Stopper
+from finetune.callbacks import Keeper, Progress, Stopper, adapter_bytes
 from finetune.chat import IGNORED
-from finetune.checkpoints import BEST
+from finetune.checkpoints import BEST, room_for
 from finetune.errors import Diverged
 from finetune.packing import Collator
 from finetune.platforms import Platform
 from finetune.runs import Run
 from finetune.schema import TrackingConfig, TrainingConfig
+from finetune.tracking import wandb_offline_reason
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is export.py's; TRL would write one into every checkpoint."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with room_for(Path(self.args.output_dir), 3 * adapter_bytes(self.model)):  # weights and AdamW's two moments
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # transformers would add training_args.bin (a pickle), and PEFT would ask the Hub about embeddings.
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
@@ -107,35 +109,11 @@ def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str
     os.environ["WANDB_PROJECT"] = tracking.project
     os.environ["WANDB_DIR"] = str(run.folder)
     os.environ["WANDB_SILENT"] = "true"
-    reason = _wandb_offline_reason()
+    reason = wandb_offline_reason()
     if reason is None:
         return ["wandb", "tensorboard"], None
     os.environ.setdefault("WANDB_MODE", "offline")  # without it wandb asks a question that nobody answers
     return ["wandb", "tensorboard"], f"wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*"
-
-
-def _wandb_offline_reason() -> str | None:
-    """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
-    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    if not any(os.environ.get(key) for key in keys) and not _in_netrc(server.hostname or ""):
-        return "no WANDB_API_KEY"
-    try:
-        port = server.port or (80 if server.scheme == "http" else 443)
-        socket.create_connection((server.hostname, port), timeout=5).close()
-    except (OSError, ValueError) as error:
-        return f"{server.hostname} does not answer: {error}"
-    return None
-
-
-def _in_netrc(host: str) -> bool:
-    """Whether `wandb login` has left a key for `host`."""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def arguments(
@@ -222,12 +200,13 @@ def train(
 ) -> Outcome:
     """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
 
-    `steps` is how many the plan counts. Raises Stopped after a signal, and Diverged.
+    `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
     """
     started = time.monotonic()
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
-    for callback in (stopping, keeper, stopper, progress):
-        trainer.add_callback(callback)
+    for callback in (stopping, keeper, stopper.budget, stopper, progress):
+        if callback is not None:
+            trainer.add_callback(callback)
     if checkpoint is None or not _go_on(trainer, stopping, keeper, steps, checkpoint):
         with stopper:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

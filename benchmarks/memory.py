@@ -1,0 +1,343 @@
+"""Memory of training, predicted and measured, part by part: random Mistral models through the project's own trainer.
+
+    .venv/bin/python benchmarks/memory.py --output benchmarks/results/NAME.json
+
+Each case is a process of its own that takes two optimizer steps and evaluates. On a CPU the profiler records every
+allocation and release of torch's allocator, so that the running sum is known at every moment; weights, adapter and
+optimizer state are the sizes of their tensors.
+
+    .venv/bin/python benchmarks/memory.py --platform h100 --output benchmarks/results/NAME.json
+
+does the same on an NVIDIA GPU with random weights of Mistral-7B's shape and the settings of
+configs/training_config_h100.yaml, compared with torch.cuda.max_memory_allocated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from finetune.config import Config, load  # noqa: E402
+from finetune.geometry import MISTRAL_7B, Geometry  # noqa: E402
+from finetune.machine import GIB  # noqa: E402
+from finetune.memory import memory_parts, moments  # noqa: E402
+from finetune.platforms import PLATFORMS, peak_memory_gib  # noqa: E402
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the settings it is trained with; `settings` as for `--set`, without their section."""
+
+    name: str
+    geometry: Geometry
+    length: int
+    rows: int
+    checkpointing: bool
+    storage: str
+    packing: bool
+    more: tuple[str, ...] = ()
+
+    def settings(self) -> list[str]:
+        """As `--set` has them."""
+        return [
+            f"model.max_seq_length={self.length}",
+            f"training.per_device_train_batch_size={self.rows}",
+            f"training.per_device_eval_batch_size={self.rows}",
+            "training.gradient_accumulation_steps=2",
+            "training.max_steps=2",
+            "training.eval_steps=2",
+            "training.save_steps=1000",
+            f"training.gradient_checkpointing={str(self.checkpointing).lower()}",
+            f"quantization.storage={self.storage}",
+            f"training.packing={str(self.packing).lower()}",
+            *self.more,
+        ]
+
+
+SMALL = Geometry(256, 704, 4, 4, 2, 8000, False)
+DEEP = Geometry(256, 704, 12, 4, 4, 1000, False)
+WIDE = Geometry(1536, 4096, 2, 12, 4, 1000, False)
+DEMO = Geometry(576, 1536, 30, 9, 3, 49152, True)
+
+CASES = {
+    "cpu": (
+        Case("small", SMALL, 512, 2, False, "packed", True),
+        Case("small, checkpointed", SMALL, 512, 2, True, "packed", True),
+        Case("deep, not packed", DEEP, 256, 4, False, "expanded", False),
+        Case("deep, checkpointed", DEEP, 512, 2, True, "packed", False),
+        Case("wide", WIDE, 512, 1, False, "packed", True),
+        Case("wide, checkpointed", WIDE, 512, 2, True, "expanded", True),
+        Case("wide, long", WIDE, 1024, 1, True, "packed", True),
+        Case("wide, no dropout", WIDE, 512, 2, False, "packed", True, ("lora.lora_dropout=0",)),
+        Case("wide, evaluation", WIDE, 256, 1, True, "packed", True, ("training.per_device_eval_batch_size=4",)),
+        Case("demo", DEMO, 512, 1, False, "packed", True),
+    ),
+    "h100": (
+        Case("as shipped", MISTRAL_7B, 4096, 4, True, "packed", True),
+        Case("expanded", MISTRAL_7B, 4096, 4, True, "expanded", True),
+        Case("not checkpointed", MISTRAL_7B, 2048, 1, False, "packed", True),
+        Case("sdpa", MISTRAL_7B, 2048, 2, True, "packed", True, ("model.attn_implementation=sdpa",)),
+    ),
+}
+
+
+def config_of(case: Case, platform: str, folder: Path) -> Config:
+    """The config of a case whose model lies in `folder`."""
+    return load(platform, [f"model.name={folder}", f"output.dir={folder}", *case.settings()])[0]
+
+
+def make_model(geometry: Geometry, dtype: str, folder: Path) -> None:
+    """Write a random model of that shape."""
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**sizes), dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+
+
+def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
+    """`count` rows of `length` random tokens, half of them supervised; packed ones hold two documents each.
+
+    Rows that are not packed differ by one token in length, so that a batch is padded, as real ones are.
+    """
+    from datasets import Dataset
+
+    rows = []
+    for index in range(count):
+        tokens = length - (0 if packed else index % 2)
+        ids = [(7 * index + 11 * place) % (vocab - 3) + 3 for place in range(tokens)]
+        labels = [-100 if place % 2 else token for place, token in enumerate(ids)]
+        documents = {"seq_lengths": [tokens // 2, tokens - tokens // 2]} if packed else {}
+        rows.append({"input_ids": ids, "labels": labels, "lines": [index], **documents})
+    return Dataset.from_list(rows)
+
+
+def make_trainer(case: Case, config: Config, folder: Path) -> Any:
+    """The project's trainer on the case's model, as src/train.py makes it."""
+    from finetune import model, trainer
+    from finetune.chat import load_chat
+    from finetune.platforms import prepare_device
+    from finetune.runs import Run
+
+    platform = PLATFORMS[config.platform]
+    prepare_device(platform)
+    base = model.load_base(config.model, config.quantization, platform.device)
+    peft_model = model.add_lora(base, config.lora, config.training.seed)
+    run = Run(folder / "run", False, None)
+    arguments = trainer.arguments(config.training, run, [], platform, from_start=True)
+    tokenizer = model.make_tokenizer(load_chat(None), "right")
+    vocab, training = case.geometry.vocab_size, config.training
+    rows = 2 * config.effective_batch_size
+    train_rows = examples(rows, case.length, vocab, case.packing)
+    eval_rows = examples(training.per_device_eval_batch_size, case.length, vocab, False)
+    return trainer.make_trainer(peft_model, tokenizer, train_rows, eval_rows, "train.jsonl", arguments)
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the storages behind `tensors`, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def weight_tensors(model: Any) -> Iterator[Any]:
+    """The base model's tensors: parameters, buffers and NF4's scales."""
+    yield from model.buffers()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        yield parameter.data
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            yield from (value for value in vars(part).values() if hasattr(value, "untyped_storage")) if part else ()
+
+
+def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if hasattr(value, "untyped_storage"))
+
+
+@contextmanager
+def marks(model: Any) -> Iterator[None]:
+    """Leave a mark in the profile where the decoder begins, where the loss begins, and where its gradient is known."""
+    from torch.profiler import record_function
+
+    def mark(name: str) -> None:
+        with record_function(f"mark {name}"):
+            pass
+
+    def begin(module: Any, _arguments: Any) -> None:
+        mark("forward" if module.training else "evaluation")
+
+    def end(module: Any, _arguments: Any, output: Any) -> None:
+        if module.training:
+            mark("loss")
+            output.last_hidden_state.register_hook(lambda _gradient: mark("backward"))
+
+    decoder = model.get_base_model().model
+    hooks = [decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end)]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def timeline(profile: Any) -> list[tuple[str, int]]:
+    """("memory", bytes gained or lost) and ("mark NAME", 0) in the order of time."""
+    events = [
+        (event.start_ns(), "memory" if event.name() == "[memory]" else event.name(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" or event.name().startswith("mark ")
+    ]
+    return [(name, size) for _, name, size in sorted(events, key=lambda event: event[0])]
+
+
+def peaks(events: list[tuple[str, int]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each stretch between two marks, by the mark it begins with: (largest running sum, sum at its beginning)."""
+    total, stretch = 0, "start"
+    most: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for name, size in events:
+        if name == "memory":
+            total += size
+        else:
+            stretch = name.removeprefix("mark ")
+            first[stretch] = max(first.get(stretch, 0), total)
+        most[stretch] = max(most.get(stretch, 0), total)
+    return most, first
+
+
+def measure_cpu(trainer: Any) -> dict[str, float]:
+    """Train, and say in GiB: the parts that are tensors one can name, what is kept at `loss`, and the three peaks."""
+    import torch
+
+    frozen = tensor_bytes(weight_tensors(trainer.model))
+    adapter = tensor_bytes(parameter.data for parameter in trainer.model.parameters() if parameter.requires_grad)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with marks(trainer.model), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        trainer.train()
+    most, first = peaks(timeline(profile))
+    optimizer = tensor_bytes(optimizer_tensors(trainer.optimizer))
+    sizes = {
+        "weights": frozen,
+        "lora": 2 * adapter,  # and their gradients
+        "optimizer": optimizer,
+        "activations": first["loss"] - optimizer - adapter,
+        "logits": most["loss"] - first["loss"],
+        **{name: most[name] + frozen + adapter for name in ("loss", "backward", "evaluation")},
+    }
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def measure_gpu(trainer: Any) -> dict[str, float]:
+    """Train, and say in GiB what was allocated at most; paged optimizer state is not in it."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    return {"peak": peak_memory_gib(PLATFORMS["h100"])}
+
+
+def predict(config: Config, geometry: Geometry) -> dict[str, float]:
+    """What memory.py says to each number that is measured, GiB; without `program`, which no tensor is."""
+    if config.platform == "h100":
+        parts = memory_parts(config, geometry)
+        return {"peak": sum(parts.values()) - parts["optimizer"] * config.training.optim.startswith("paged")}
+    found = moments(config, geometry)
+    loss = found["loss"]
+    named = {name: loss[name] for name in ("weights", "lora", "optimizer", "logits")}
+    named["activations"] = loss["activations"] + loss.get("attention_mask", 0)
+    return named | {name: sum(parts.values()) - parts["program"] for name, parts in found.items()}
+
+
+def resident_gib() -> float:
+    """Of this process."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / GIB)
+
+
+def run_case(case: Case, platform: str, folder: Path) -> dict[str, Any]:
+    """In the child process: train the model in `folder`, and give predicted beside measured."""
+    from finetune.report import quiet_libraries
+
+    quiet_libraries()
+    config = config_of(case, platform, folder)
+    trainer = make_trainer(case, config, folder)
+    program = resident_gib() - tensor_bytes(weight_tensors(trainer.model)) / GIB
+    measured = (measure_gpu if platform == "h100" else measure_cpu)(trainer)
+    predicted = predict(config, case.geometry)
+    return {
+        "settings": case.settings(),
+        "geometry": vars(case.geometry),
+        "program_gib": round(program, 3),
+        "gib": {name: {"predicted": predicted[name], "measured": measured[name]} for name in measured},
+    }
+
+
+def in_a_process(case: Case, platform: str) -> dict[str, Any]:
+    """One process makes the model, a second trains it, so that the first leaves no trace in the second's memory."""
+    with tempfile.TemporaryDirectory(prefix="memory-") as folder:
+        command = [sys.executable, __file__, "--platform", platform, "--case", case.name, "--folder", folder]
+        for extra in (["--make"], []):
+            done = subprocess.run([*command, *extra], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{case.name} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """One line a number, on stderr: case, what, predicted, measured, error."""
+    for part, gib in result["gib"].items():
+        error = gib["predicted"] / gib["measured"] - 1
+        print(
+            f"{name:<22}{part:<14}{gib['predicted']:>10.4f}{gib['measured']:>10.4f} GiB{error:>+8.1%}", file=sys.stderr
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=CASES, default="cpu")
+    parser.add_argument("--case", help="only the case of that name")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("--output", type=Path, help="also write the result there")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cases = [case for case in CASES[options.platform] if options.case in (None, case.name)]
+    if options.make:
+        dtype = config_of(cases[0], options.platform, options.folder).model.dtype
+        make_model(cases[0].geometry, dtype, options.folder)
+        return
+    if options.folder:
+        print(json.dumps(run_case(cases[0], options.platform, options.folder)))
+        return
+    results = {}
+    for case in cases:
+        results[case.name] = in_a_process(case, options.platform)
+        show(case.name, results[case.name])
+    document = {**describe(f"benchmarks/memory.py --platform {options.platform}", PACKAGES), "memory": results}
+    if options.json:
+        print(json.dumps(document))
+    if options.output:
+        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Which accelerator this machine has, with how much memory, and which config fits it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import cli
+from finetune.errors import CheckFailed
+from finetune.machine import GIB, Machine, read_machine
+from finetune.platforms import Torch, accelerator, choose, read_torch
+from finetune.report import Terminal
+
+
+def bytes_to_gb(size: float) -> float:
+    """Bytes to GiB (2**30 bytes), which every label here calls GiB."""
+    return size / GIB
+
+
+def check_pytorch_import() -> Torch:
+    """What the installed PyTorch reaches: CUDA, MPS, or neither. Raises CheckFailed where it cannot be imported."""
+    return read_torch()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    terminal, machine = Terminal(options.json), read_machine()
+    platform, reason = choose(machine)
+    terminal.decision("accelerator", accelerator(machine))
+    for line in memory_lines(machine):
+        terminal.say(f"  {line}")
+    terminal.decision("config", f"configs/training_config_{platform.name}.yaml ({reason})")
+    try:
+        torch = check_pytorch_import()
+    except CheckFailed as error:
+        raise CheckFailed(f"{error}; scripts/make_venv.sh installs it") from None
+    terminal.decision("PyTorch", torch_line(torch))
+    if options.json:
+        cli.print_json(document(machine, platform.name, torch))
+
+
+def memory_lines(machine: Machine) -> list[str]:
+    """What memory there is, in GiB: the GPU's own, or the machine's."""
+    if machine.gpu_memory_gib is not None and machine.gpu_free_gib is not None:
+        return [f"{machine.gpu_memory_gib:.1f} GiB on it, {machine.gpu_free_gib:.1f} free"]
+    kind = "unified memory" if machine.system == "Darwin" and machine.architecture == "arm64" else "memory"
+    return [f"{machine.memory_gib:.1f} GiB of {kind}, {machine.memory_free_gib:.1f} free"]
+
+
+def torch_line(torch: Torch) -> str:
+    """What PyTorch reaches, in words."""
+    if torch.sees_mps:
+        return f"{torch.version} sees the Mac's GPU"
+    if torch.mps_built:
+        return f"{torch.version} is built with MPS and cannot use it"
+    built = "without CUDA" if torch.built_for is None else f"for CUDA {torch.built_for}"
+    return f"{torch.version} {built} sees {'the GPU' if torch.sees_nvidia else 'no GPU'}"
+
+
+def document(machine: Machine, platform: str, torch: Torch) -> dict[str, Any]:
+    """`--json`."""
+    return {
+        "schema_version": 1,
+        "accelerator": accelerator(machine),
+        "config": f"configs/training_config_{platform}.yaml",
+        "machine": dataclasses.asdict(machine),
+        "torch": dataclasses.asdict(torch),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

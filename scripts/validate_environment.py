@@ -1,0 +1,159 @@
+"""Every check that can be made before a training, on this machine, for one config: what was found and what to type."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import checks, cli
+from finetune.checks.check import Check, Result, exit_code, run
+from finetune.checks.libraries import IMPORTED
+from finetune.checks.preflight import Preflight
+from finetune.config import load
+from finetune.machine import read_machine
+from finetune.report import Terminal, quiet_libraries, tally
+
+# Which checks the specification's own functions stand for.
+REMOTE = ("libraries", "gpu.torch", "device.flash_attention")
+M4 = ("libraries", "mac.torch", "device.qlora")
+GPU = ("gpu", "mac", "device")
+
+
+def print_header(title: str) -> None:
+    """A title over the checks that follow."""
+    Terminal().header(title)
+
+
+def print_check(result: Result) -> None:
+    """One check's result, with what to type where something is wrong."""
+    Terminal().check(result)
+
+
+def check_imports_remote() -> bool:
+    """Whether the H100's libraries are here and work: versions, imports, CUDA 12.1 or newer, flash-attn."""
+    return _shown("H100 libraries", "h100", REMOTE)
+
+
+def check_imports_m4() -> bool:
+    """Whether the Mac's libraries are here and work: versions, imports, an MPS that PyTorch can use, NF4 on it."""
+    return _shown("M4 libraries", "m4", M4)
+
+
+def check_gpu(platform: str) -> bool:
+    """Whether the accelerator of `platform` works: flash-attn on h100, MPS on m4."""
+    return _shown("accelerator", platform, GPU)
+
+
+def _shown(title: str, platform: str, only: Iterable[str]) -> bool:
+    print_header(title)
+    results = []
+    for result in run(checks.select(platform, only), Preflight(load(platform)[0], read_machine())):
+        print_check(result)
+        results.append(result)
+    return exit_code(results) == 0
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: what this machine is")
+    cli.add_ids(parser, "--only", "only these checks, by id or group (gpu means each gpu.*)")
+    cli.add_ids(parser, "--skip", "all but these")
+    parser.add_argument("--list", action="store_true", help="name every check and what it looks at, check nothing")
+    parser.add_argument("--deep", action="store_true", help="also load the model and rehearse the largest batches")
+    parser.add_argument("--strict", action="store_true", help="a warning counts as a failure")
+    parser.add_argument("--receipt", metavar="FILE", type=Path, help="compare with another run's receipt.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    quiet_libraries()
+    options = parse()
+    terminal = Terminal(options.json)
+    if options.list:
+        list_checks(terminal, options.json)
+        return
+    checks.expand("--skip", options.skip)  # before anything is read: a typo must not wait
+    config, source = load(options.config, options.set)
+    if options.receipt:
+        read_receipt(options.receipt)
+    else:
+        options.skip.append("receipt")
+    preflight = Preflight(config, read_machine(), options.receipt)
+    chosen = checks.select(config.platform, options.only, options.skip, options.deep)
+    terminal.header(f"validate {source}")
+    results = []
+    for result in run(chosen, preflight):
+        terminal.check(result)
+        results.append(result)
+    code = exit_code(results, options.strict)
+    terminal.say(f"{tally(results)}; {what_follows(results, options)}")
+    if options.json:
+        cli.print_json(document(results, code, preflight))
+    if code:
+        raise SystemExit(code)
+
+
+def read_receipt(path: Path) -> None:
+    """Raise ConfigError now, not after all other checks, where the file is no receipt."""
+    from finetune.receipt import read
+
+    read(path)
+
+
+def list_checks(terminal: Terminal, as_json: bool) -> None:
+    if as_json:
+        cli.print_json([describe(check) for check in checks.CHECKS])
+        return
+    for check in checks.CHECKS:
+        row = describe(check)
+        marks = [",".join(row["platforms"]), row["level"], *(mark for mark in ("network", "deep") if row[mark])]
+        terminal.say(f"{check.id:<24} {check.looks_at} ({'; '.join(marks)})")
+
+
+def describe(check: Check) -> dict[str, Any]:
+    """A row of the registry as JSON has it."""
+    names = ("id", "looks_at", "platforms", "needs", "level", "network", "deep")
+    return {name: getattr(check, name) for name in names}
+
+
+def what_follows(results: list[Result], options: argparse.Namespace) -> str:
+    """The last line's second half: what to type next."""
+    given = "".join(f" {flag} {shlex.quote(text)}" for flag, text in arguments_given(options))
+    bad = [result.id for result in results if result.status == "fail" or (options.strict and result.status == "warn")]
+    if bad:
+        given += f" --receipt {shlex.quote(str(options.receipt))}" if options.receipt else ""
+        return f"mend what is marked, then: scripts/validate_environment.py{given} --only {','.join(bad)}"
+    return f"next: src/train.py{given}"
+
+
+def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The arguments that choose the config, as they were typed."""
+    return [("--config", options.config)] * bool(options.config) + [("--set", setting) for setting in options.set]
+
+
+def document(results: list[Result], code: int, preflight: Preflight) -> dict[str, Any]:
+    """`--json`."""
+    worst = "fail" if code else "warn" if any(result.status == "warn" for result in results) else "pass"
+    versions: dict[str, str | None] = {}
+    for name in IMPORTED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "schema_version": 1,
+        "status": worst,
+        "checks": [result.as_dict() for result in results],
+        "environment": {"machine": dataclasses.asdict(preflight.machine), "versions": versions},
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,58 @@
+"""Every check, in the order in which they are made, and which of them a command means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from finetune.checks import base_model, data, device, gpu, host, libraries, mac, run
+from finetune.checks.check import Check
+from finetune.errors import ConfigError
+from finetune.typed import did_you_mean
+
+CHECKS: tuple[Check, ...] = (
+    *host.CHECKS,
+    *libraries.CHECKS,
+    *base_model.CHECKS,  # before what computes with the model's shape
+    *gpu.CHECKS,
+    *mac.CHECKS,
+    *device.CHECKS,
+    *run.PATHS,  # before the data, which is cached below output.dir
+    *data.CHECKS,
+    *run.CHECKS,
+)
+
+LIST = "scripts/validate_environment.py --list names them all"
+# A training opens its run folder, finds its checkpoint and rehearses itself, so for it these are no checks.
+TRAINING_DOES = ("state.run", "receipt", "rehearsal")
+
+
+def select(platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False) -> tuple[Check, ...]:
+    """The checks of `platform`, or of those the ones named by id or group (`gpu` means each `gpu.*`).
+
+    Raises ConfigError for a name that is neither, and where none is left.
+    """
+    only, skip = expand("--only", only), expand("--skip", skip)
+    chosen = tuple(
+        check
+        for check in CHECKS
+        if platform in check.platforms
+        and (not only or check.id in only)
+        and check.id not in skip
+        and (deep or not check.deep or check.id in only)
+    )
+    if not chosen:
+        raise ConfigError(f"no check is left to make on {platform}", advice=LIST)
+    return chosen
+
+
+def expand(flag: str, names: Iterable[str]) -> frozenset[str]:
+    """Ids, and the ids of each group, that `names` stand for. Raises ConfigError naming those that stand for none."""
+    names = tuple(names)
+    known = [check.id for check in CHECKS]
+    groups = {known_id.split(".")[0]: None for known_id in known}  # in order, each once
+    found = frozenset(known_id for known_id in known for name in names if name in (known_id, known_id.split(".")[0]))
+    unknown = [name for name in names if name not in known and name not in groups]
+    if unknown:
+        problems = (f"{flag} {name}: no such check{did_you_mean(name, [*groups, *known])}" for name in unknown)
+        raise ConfigError(*problems, advice=LIST)
+    return found

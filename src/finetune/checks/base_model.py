@@ -1,0 +1,127 @@
+"""The base model: what the config names, its shape, its files, whether the Hub gives it, and its tokens."""
+
+from __future__ import annotations
+
+import os
+
+from finetune import hub
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.libraries import repair_command
+from finetune.checks.preflight import Preflight
+from finetune.config import MISTRAL
+
+PIN = "set model.revision to the commit in configs/training_config_h100.yaml"
+# What every run's tokens are compared on before its data is: turns, a system text, spaces, code, emoji, control tokens.
+CONVERSATIONS = (
+    ("user", "Why is the sky blue?", "assistant", "Short waves scatter most."),
+    (
+        "system",
+        "Be brief.",
+        "user",
+        "And at dusk?",
+        "assistant",
+        "Red is left.",
+        "user",
+        "Thanks",
+        "assistant",
+        "Any time.",
+    ),
+    ("user", "def f(x):\n                return x  # 16 spaces\n", "assistant", "\tIt returns  x."),
+    ("user", "Ein Kilo Äpfel, 東京 🗼 \u200d zero width", "assistant", "naïve café — “quoted”"),
+    ("user", "Write </s> and [INST] as text, <s> too", "assistant", "</s> [/INST] <s>"),
+    ("user", " leading and trailing ", "assistant", " both "),
+)
+
+
+def _name(preflight: Preflight) -> Finding:
+    model = preflight.config.model
+    if preflight.tokenizer_folder is not None:
+        return passed(f"the folder {model.name}")
+    if model.revision is None:
+        return warned(f"{model.name} at no revision: it may change between two runs", PIN)
+    return passed(f"{model.name} at {model.revision}")
+
+
+def _geometry(preflight: Preflight) -> Finding:
+    found, vocabulary = preflight.geometry, preflight.chat.tokenizer.get_vocab_size()
+    if vocabulary > found.vocab_size:
+        text = f"the tokenizer has {vocabulary:,} tokens, the model {found.vocab_size:,}"
+        return failed(text, "take tokenizer and weights from the same place")
+    return passed(
+        f"{found.num_hidden_layers} layers of {found.hidden_size:,}, {found.vocab_size:,} tokens, "
+        f"LoRA on {len(preflight.config.lora.target_modules)} of {len(found.linear_shapes())} linear layers"
+    )
+
+
+def _files(preflight: Preflight) -> Finding:
+    model, folder = preflight.config.model, preflight.tokenizer_folder
+    if folder is None:
+        cached = hub.cached_folder(model.name, model.revision)
+        if cached is None:
+            return skipped("not in the Hub's cache yet: model.access says whether it can be fetched")
+        wrong = hub.missing_weights(cached)
+        if wrong:
+            return warned(
+                f"in the cache, but {'; '.join(wrong)}: fetched when the run starts", f"hf download {model.name}"
+            )
+        return passed("all in the Hub's cache")
+    wrong = hub.missing_weights(folder)
+    if wrong:
+        return failed(f"{model.name}: {'; '.join(wrong)}", f"copy the folder again, or --set model.name={MISTRAL}")
+    return passed("every safetensors file is there and as long as its header says")
+
+
+def _access(preflight: Preflight) -> Finding:
+    model = preflight.config.model
+    if preflight.tokenizer_folder is not None:
+        return skipped("a local folder needs no Hub")
+    if hub.is_cached(model.name, model.revision):
+        return passed("in the Hub's cache: nothing to fetch")
+    local = "or put its files in a folder: --set model.name=FOLDER"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return failed(
+            "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base", f"unset HF_HUB_OFFLINE; {local}"
+        )
+    status, text = hub.why_not_reachable(model.name, model.revision)
+    where = hub.endpoint()
+    if status == 200:
+        return passed(f"{where} gives it, about 14.5 GB to fetch")
+    if status is None:
+        return failed(f"{where} does not answer: {text}", f"set HTTPS_PROXY or HF_ENDPOINT where you need one; {local}")
+    if status == 401:
+        return failed(f"{where} wants a token (401 {text})", f"export HF_TOKEN=hf_...; {local}")
+    if status == 403:
+        return failed(f"{where} refuses this token (403 {text})", f"accept the terms at {where}/{model.name}; {local}")
+    if status == 404:
+        return failed(f"{where} has no {model.name} at {model.revision} (404 {text})", PIN)
+    return failed(f"{where} answers {status} {text}", f"try again in a while; {local}")
+
+
+def _certificate(preflight: Preflight) -> Finding:
+    from finetune.chat import Reference
+
+    chat = preflight.chat
+    if not chat.certifiable:
+        return skipped("not Mistral's tokenizer: there is no reference to compare with")
+    reference = Reference()
+    for number, flat in enumerate(CONVERSATIONS, 1):
+        messages = [{"role": role, "content": text} for role, text in zip(flat[::2], flat[1::2], strict=True)]
+        encoded = chat.encode([messages])[0]
+        if (encoded.input_ids, encoded.labels) != reference.encode(messages):
+            text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels than mistral-common gives"
+            return failed(text, repair_command(preflight.platform.name))
+    return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
+
+
+CHECKS = (
+    Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
+    Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),
+    Check("model.files", "the weights are there, whole, and safetensors", _files),
+    Check("model.access", "the Hub gives the base to this token, or its cache holds it", _access, network=True),
+    Check(
+        "tokens.certificate",
+        "ids and labels of fixed conversations against mistral-common's",
+        _certificate,
+        needs=("model.geometry",),
+    ),
+)

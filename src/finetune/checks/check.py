@@ -1,0 +1,141 @@
+"""What a check is, and the runner: rows in, results out. Nothing here prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from typing import Any, Literal
+
+from finetune.checks.preflight import Preflight
+from finetune.errors import CheckFailed, ConfigError, DataError, UserError
+from finetune.platforms import PLATFORMS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one look found: `detail` with its number, and for a warning or a failure what to type or edit."""
+
+    status: Literal["pass", "warn", "fail", "skip"]
+    detail: str
+    fix: str = ""
+
+
+def passed(detail: str) -> Finding:
+    """As it should be."""
+    return Finding("pass", detail)
+
+
+def warned(detail: str, fix: str) -> Finding:
+    """Works, and is worth a look before hours are paid."""
+    return Finding("warn", detail, fix)
+
+
+def failed(detail: str, fix: str) -> Finding:
+    """No run may start on this."""
+    return Finding("fail", detail, fix)
+
+
+def skipped(why: str) -> Finding:
+    """Not looked at, and why."""
+    return Finding("skip", why)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the registry.
+
+    `looks_at` is what `--list` and the README say of it; `level` is the worst it may find; `needs` are checks before it
+    without whose success it means nothing. `network`: it may take the 5 s of a probe, so it runs beside the others.
+    `deep`: it loads the model, so only `--deep` runs it.
+    """
+
+    id: str
+    looks_at: str
+    look: Callable[[Preflight], Finding]
+    platforms: tuple[str, ...] = tuple(PLATFORMS)
+    needs: tuple[str, ...] = ()
+    level: Literal["warn", "fail"] = "fail"
+    network: bool = False
+    deep: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finding with its check's id and what it took. `exit_code` is a failure's own, where its kind has one."""
+
+    id: str
+    status: str
+    detail: str
+    fix: str
+    seconds: float
+    exit_code: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` has it."""
+        values = asdict(self)
+        del values["exit_code"]
+        return values
+
+
+def run(checks: Iterable[Check], preflight: Preflight) -> Iterator[Result]:
+    """Each check's result, in the registry's order; a check that crashes is one finding, not the end."""
+    checks = tuple(checks)
+    probes = [check for check in checks if check.network]
+    results: dict[str, Result] = {}
+    with ThreadPoolExecutor(max(1, len(probes))) as pool:
+        running: dict[str, Future[Result]] = {check.id: pool.submit(_result, check, preflight) for check in probes}
+        for check in checks:
+            missing = [name for name in check.needs if name in results and results[name].status in ("fail", "skip")]
+            if check.id in running:
+                result = running[check.id].result()
+            elif missing:
+                result = Result(check.id, "skip", f"needs {missing[0]}", "", 0.0)
+            else:
+                result = _result(check, preflight)
+            results[check.id] = result
+            yield result
+
+
+def _result(check: Check, preflight: Preflight) -> Result:
+    started, own_code = time.perf_counter(), None
+    try:
+        finding = check.look(preflight)
+    except UserError as error:
+        finding, own_code = Finding(check.level, *_told(error)), error.exit_code
+    except Exception as error:  # noqa: BLE001  # a bug in one check must not hide what the others find
+        text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        finding = Finding(
+            check.level, f"this check crashed: {text}", f"report it; --skip {check.id} goes on without it"
+        )
+    if finding.status == "fail" and check.level == "warn":
+        raise AssertionError(f"{check.id} has level warn and found a failure: {finding.detail}")
+    seconds = round(time.perf_counter() - started, 3)
+    return Result(check.id, finding.status, finding.detail, finding.fix, seconds, own_code)
+
+
+def _told(error: UserError) -> tuple[str, str]:
+    """(what was found, what to type): an error's text ends with what to type, on lines of its own or after `; `."""
+    text = str(error)
+    if isinstance(error, ConfigError):
+        text, last = "\n".join(error.problems), text.splitlines()[-1]
+        if not last.startswith("  "):  # advice for all problems
+            return text, last
+    lines = text.splitlines()
+    choices = list(takewhile(lambda line: line.startswith("  "), reversed(lines)))[::-1]
+    if choices:  # the lines at the end are one way out each
+        return "\n".join(lines[: -len(choices)]), ", or ".join(line.strip() for line in choices)
+    found, _, advice = text.rpartition("\n" if "\n" in text else "; ")
+    return (found, advice) if found else (text, "mend that, or set another value with --set")
+
+
+def exit_code(results: Iterable[Result], strict: bool = False) -> int:
+    """0, or 3 where any check but the data's failed, else the data's own code (4 bad, 2 not there)."""
+    bad = [result for result in results if result.status == "fail" or (strict and result.status == "warn")]
+    if not bad:
+        return 0
+    if any(result.id.split(".")[0] != "data" for result in bad):
+        return CheckFailed.exit_code
+    return bad[0].exit_code or DataError.exit_code

@@ -1,0 +1,119 @@
+"""The data: every row good, and what the rows are like."""
+
+from __future__ import annotations
+
+from finetune.checks.check import Check, Finding, passed, warned
+from finetune.checks.preflight import Preflight
+
+MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
+LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
+PREVIEW_WIDTH = 300
+
+
+def _rows(preflight: Preflight) -> Finding:
+    prepared, dataset = preflight.prepared, preflight.config.dataset
+    train, validation = prepared.statistics["train"], prepared.statistics["validation"]
+    found = f"{train.rows:,} to train on, {validation.rows:,} held out ({prepared.split_reason})"
+    bad = train.dropped_bad + validation.dropped_bad
+    if bad:
+        return warned(f"{found}; {bad:,} bad rows left out", "--set dataset.on_bad_row=fail lists them")
+    certified = train.certified + validation.certified
+    return passed(
+        f"{found}; {certified:,} compared with mistral-common" if dataset.certificate and certified else found
+    )
+
+
+def _lengths(preflight: Preflight) -> Finding:
+    train, limit = preflight.prepared.statistics["train"], preflight.config.model.max_seq_length
+    changed = train.truncated + train.dropped_long
+    found = (
+        f"{train.tokens:,} tokens; half the rows have at most {train.p50:,}, 95 % {train.p95:,}, "
+        f"all {train.longest:,}; {train.truncated:,} cut and {train.dropped_long:,} dropped at {limit:,}"
+    )
+    if changed > MOST_CUT * (train.rows + train.dropped_long):
+        # How long dropped rows are is not kept, so what would hold them is not known.
+        longer, keeps = (2 * limit, "more of them") if train.dropped_long else (_round_up(train.p95), "95 % whole")
+        return warned(found, f"--set model.max_seq_length={longer} keeps {keeps}, if memory allows")
+    return passed(found)
+
+
+def _round_up(tokens: int) -> int:
+    """To the next multiple of 256, which kernels like."""
+    return -(-tokens // 256) * 256
+
+
+def _labels(preflight: Preflight) -> Finding:
+    train = preflight.prepared.statistics["train"]
+    share = train.supervised_tokens / train.tokens
+    found = f"{train.supervised_tokens:,} tokens carry loss ({share:.1%}): what the assistant says, and its end"
+    if share < LEAST_SUPERVISED:
+        return warned(found, "shorten the prompts, or put several questions on one document into one conversation")
+    return passed(found)
+
+
+def _duplicates(preflight: Preflight) -> Finding:
+    counts = {name: it.duplicates for name, it in preflight.prepared.statistics.items() if it.duplicates}
+    if counts:
+        found = "copies of other rows: " + ", ".join(f"{count:,} in {name}" for name, count in counts.items())
+        return warned(
+            found, f"sort -u {preflight.config.dataset.train_file} keeps one of each, where they are not meant"
+        )
+    return passed("no row stands twice")
+
+
+def _leakage(preflight: Preflight) -> Finding:
+    validation, dataset = preflight.prepared.statistics["validation"], preflight.config.dataset
+    if validation.first_leak is None:
+        return passed("no validation row is a training row, by text or but for spaces and case")
+    first, other = validation.first_leak
+    where = f"line {first} of {dataset.train_file} is line {other} of "
+    where += preflight.prepared.files.get("validation", preflight.prepared.files["train"])["path"]
+    found = f"{validation.normalised_leaks:,} validation rows are training rows but for spaces and case; {where}"
+    return warned(found, "take them out of one of the two: eval_loss looks better than it is")
+
+
+def _control_tokens(preflight: Preflight) -> Finding:
+    counts, dataset = preflight.prepared.statistics, preflight.config.dataset
+    rows = sum(it.control_tokens for it in counts.values())
+    if rows:
+        name, line = next((name, it.first_control_token) for name, it in counts.items() if it.first_control_token)
+        in_validation_file = name == "validation" and "validation" in preflight.prepared.files
+        file = dataset.validation_file if in_validation_file else dataset.train_file
+        found = f"{rows:,} rows hold the template's own marks as literal text, the first {file}:{line}"
+        return warned(found, f"scripts/inspect_data.py {file} --rows {line}-{line} shows how they are read")
+    return passed("no row holds one of the template's own marks as text")
+
+
+def _preview(preflight: Preflight) -> Finding:
+    from finetune.data import marked, preview
+
+    return passed(f"loss on what stands in >><<: {marked(preview(preflight.prepared, PREVIEW_WIDTH))}")
+
+
+_ROWS = ("data.rows",)
+CHECKS = (
+    Check(
+        "data.rows",
+        "every row can be read, is a conversation, and equals mistral-common's tokens",
+        _rows,
+        needs=("model.geometry", "paths.output"),  # the tokenizer, and where the encoded rows are kept
+    ),
+    Check("data.lengths", "tokens and row lengths; few rows cut or dropped", _lengths, needs=_ROWS, level="warn"),
+    Check("data.labels", "the share of tokens that carry loss", _labels, needs=_ROWS, level="warn"),
+    Check("data.duplicates", "no row stands twice", _duplicates, needs=_ROWS, level="warn"),
+    Check(
+        "data.leakage",
+        "no validation row is a training row but for spaces and case",
+        _leakage,
+        needs=_ROWS,
+        level="warn",
+    ),
+    Check(
+        "data.control_tokens",
+        "no row holds the template's own marks ([INST], </s>) as text",
+        _control_tokens,
+        needs=_ROWS,
+        level="warn",
+    ),
+    Check("data.preview", "one row with what carries loss", _preview, needs=_ROWS, level="warn"),
+)

@@ -1,0 +1,106 @@
+"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, flash-attn."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from finetune.checks.check import Check, Finding, failed, passed, skipped
+from finetune.checks.libraries import repair_command
+from finetune.checks.preflight import Preflight
+
+# Largest distance from the same arithmetic in fp32 that is still rounding. Measured on a CPU: QLoRA step 0 in fp32 and
+# 0.004 in bfloat16, product 0.0035, attention in bfloat16 0.009; attention that leaks between documents: 0.98.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
+OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design: 0.008, measured on a CPU
+BUILD_FLASH_ATTENTION = (
+    "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
+    ".venv/bin/pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2"
+)
+
+
+def _qlora(preflight: Preflight) -> Finding:
+    import torch
+
+    from finetune import trials
+
+    device, dtype = preflight.platform.device, preflight.config.model.dtype
+    lost, (least, most) = trials.nf4_loss(device), trials.NF4_LOSS
+    if not least <= lost <= most:
+        text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
+        return failed(text, repair_command(preflight.platform.name))
+    distance = trials.qlora_step(device, getattr(torch, dtype))
+    text = f"a QLoRA step in {dtype} is {distance:.1e} from fp32"
+    if not distance <= TOLERANCE[dtype]:
+        return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", repair_command(preflight.platform.name))
+    return passed(f"NF4 keeps {1 - lost:.1%} of normal weights; {text}")
+
+
+def _bfloat16(preflight: Preflight) -> Finding:
+    from finetune import trials
+
+    if preflight.config.model.dtype != "bfloat16":
+        return skipped(f"model.dtype is {preflight.config.model.dtype}")
+    distance = trials.bfloat16_product(preflight.platform.device)
+    text = f"a bfloat16 product is {distance:.1e} from fp32"
+    if not distance <= TOLERANCE["bfloat16"]:
+        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", repair_command(preflight.platform.name))
+    return passed(text)
+
+
+def _optimizer(preflight: Preflight) -> Finding:
+    from finetune import trials
+
+    name = preflight.config.training.optim
+    most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
+    distance = trials.optimizer_step(name, preflight.platform.device)
+    text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
+    if not distance <= most:
+        return failed(f"{text}, wanted at most {most:g}", repair_command(preflight.platform.name))
+    return passed(text)
+
+
+def _flash_attention(preflight: Preflight) -> Finding:
+    if preflight.config.model.attn_implementation != "flash_attention_2":
+        return skipped(f"model.attn_implementation is {preflight.config.model.attn_implementation}")
+    without = "or without it: --set model.attn_implementation=sdpa"
+    if importlib.util.find_spec("flash_attn") is None:
+        return failed("flash-attn is not installed", f"{BUILD_FLASH_ATTENTION}  {without}")
+    from finetune import trials
+
+    try:
+        distance = trials.flash_attention(preflight.platform.device)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return failed(f"flash-attn is installed and does not work: {first}", f"{BUILD_FLASH_ATTENTION}  {without}")
+    text = f"flash-attn over two packed documents is {distance:.1e} from attention over each alone"
+    if not distance <= TOLERANCE["bfloat16"]:
+        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", f"{BUILD_FLASH_ATTENTION}  {without}")
+    return passed(text)
+
+
+_WORKING_DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
+
+CHECKS = (
+    Check("device.qlora", "NF4 there and back, and a QLoRA step against fp32", _qlora, needs=_WORKING_DEVICE),
+    Check(
+        "device.bfloat16",
+        "a bfloat16 product against fp32",
+        _bfloat16,
+        platforms=("h100", "m4"),
+        needs=_WORKING_DEVICE,
+    ),
+    Check(
+        "device.optimizer",
+        "the config's optimizer against PyTorch's AdamW on the CPU",
+        _optimizer,
+        platforms=("h100", "m4"),
+        needs=_WORKING_DEVICE,
+    ),
+    Check(
+        "device.flash_attention",
+        "flash-attn, where the config asks for it: forward and backward over packed documents",
+        _flash_attention,
+        platforms=("h100",),
+        needs=_WORKING_DEVICE,
+    ),
+)

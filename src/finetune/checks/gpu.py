@@ -1,0 +1,129 @@
+"""The NVIDIA GPU: driver, CUDA, which GPU it is, its memory, who else is on it, and Triton's compiler."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sysconfig
+from pathlib import Path
+
+from finetune.checks.check import Check, Finding, failed, passed, warned
+from finetune.checks.libraries import install_command
+from finetune.checks.preflight import Preflight
+from finetune.machine import GpuProcess
+from finetune.memory import fit, peak_gib
+
+OLDEST_DRIVER = 525  # the first that runs CUDA 12
+OLDEST_CUDA = (12, 1)
+HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+def _driver(preflight: Preflight) -> Finding:
+    machine = preflight.machine
+    if machine.driver is None:
+        fix = (
+            "docker compose run --rm validate, which asks for the GPU"
+            if machine.container
+            else ("sudo apt install nvidia-driver-570-server, then restart; or --config cpu for the demo")
+        )
+        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", fix)
+    if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
+        fix = "sudo apt install nvidia-driver-570-server, then restart (on the host, not in a container)"
+        return failed(f"driver {machine.driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", fix)
+    return passed(f"driver {machine.driver}")
+
+
+def _cuda(preflight: Preflight) -> Finding:
+    found, fix = preflight.torch, install_command("h100")
+    if found.built_for is None:
+        return failed(f"torch {found.version} is built without CUDA", fix)
+    if tuple(map(int, re.findall(r"\d+", found.built_for)[:2])) < OLDEST_CUDA:
+        return failed(f"torch {found.version} is built for CUDA {found.built_for}, wanted 12.1 or newer", fix)
+    if not found.sees_nvidia:
+        text = f"torch {found.version} for CUDA {found.built_for} sees no GPU beside driver {preflight.machine.driver}"
+        return failed(text, "unset CUDA_VISIBLE_DEVICES; if that is not it, update the driver or restart the machine")
+    return passed(f"torch {found.version} for CUDA {found.built_for} sees the GPU")
+
+
+def _device(preflight: Preflight) -> Finding:
+    machine, capability = preflight.machine, preflight.torch.capability
+    assert capability is not None  # gpu.torch is needed
+    name = machine.gpus[0] if machine.gpus else "an NVIDIA GPU"
+    found = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    if len(machine.gpus) > 1:
+        found += f", the first of {len(machine.gpus)}, and the only one that is used"
+    if capability < AMPERE:
+        return failed(f"{found}; it has no bfloat16", "rent an H100, or another GPU of compute capability 8.0 or more")
+    if capability != HOPPER:
+        return _another_gpu(preflight, found)
+    return passed(found)
+
+
+def _another_gpu(preflight: Preflight, found: str) -> Finding:
+    """A warning that says what would not fit."""
+    config, total_gib = preflight.config, preflight.machine.gpu_memory_gib
+    arches = "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or "
+    arches += "--set model.attn_implementation=sdpa"
+    if total_gib is None or peak_gib(config, preflight.geometry) <= total_gib:
+        return warned(f"{found}; hours and settings here are meant for an H100 (9.0)", arches)
+    smaller = fit(config, preflight.geometry, total_gib)
+    text = f"{found}; {peak_gib(config, preflight.geometry):.1f} GiB expected do not fit its {total_gib:.1f}"
+    return warned(text, f"{smaller.command}; {arches}" if smaller else "rent a GPU with more memory")
+
+
+def _memory(preflight: Preflight) -> Finding:
+    machine, config = preflight.machine, preflight.config
+    expected, free = peak_gib(config, preflight.geometry), machine.gpu_free_gib
+    if free is None:
+        return warned(f"{expected:.1f} GiB expected; this driver does not tell what is free", "nvidia-smi")
+    total = f" of {machine.gpu_memory_gib:.1f}" if machine.gpu_memory_gib else ""
+    found = f"{free:.1f}{total} GiB free, {expected:.1f} expected"
+    if expected <= free:
+        return passed(found)
+    smaller = fit(config, preflight.geometry, free)
+    if machine.gpu_memory_gib is None or expected > machine.gpu_memory_gib:
+        return failed(found, smaller.command if smaller else "rent a GPU with more memory")
+    if machine.gpu_processes:
+        return failed(found, f"end what holds it: {_kill(machine.gpu_processes)}")
+    less = f", or use less: {smaller.command}" if smaller else ""
+    return failed(found, f"end what nvidia-smi, on the host, shows to hold it{less}")
+
+
+def _processes(preflight: Preflight) -> Finding:
+    others = preflight.machine.gpu_processes
+    if not others:
+        return passed("no other program on the GPU")
+    each = (f"{it.pid} {it.name}" + (f" {it.memory_gib:.1f} GiB" if it.memory_gib else "") for it in others)
+    text = f"{len(others)} other program{'s' * (len(others) != 1)} on the GPU: {', '.join(each)}"
+    return warned(text, f"{_kill(others)}, if yours: it takes time and memory from the run")
+
+
+def _kill(processes: tuple[GpuProcess, ...]) -> str:
+    return f"kill {' '.join(str(it.pid) for it in processes)}"
+
+
+def _compiler(preflight: Preflight) -> Finding:
+    found = next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
+    if found is None:
+        return failed("no C compiler, which Triton's kernels need", "sudo apt install build-essential")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        version = sysconfig.get_python_version()
+        return failed("no Python.h, which Triton's kernels need", f"sudo apt install python{version}-dev")
+    return passed(f"{found}, with Python's headers")
+
+
+H100, LINUX = ("h100",), ("host.system",)
+CHECKS = (
+    Check("gpu.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, H100, LINUX),
+    Check(
+        "gpu.torch",
+        "torch is built for CUDA 12.1 or newer and sees the GPU",
+        _cuda,
+        H100,
+        ("gpu.driver", "libraries.imports"),
+    ),
+    Check("gpu.device", "an H100; what would not fit on another GPU", _device, H100, ("gpu.torch", "model.geometry")),
+    Check("gpu.memory", "free memory against the expected peak", _memory, H100, ("gpu.driver", "model.geometry")),
+    Check("gpu.processes", "no other program on the GPU", _processes, H100, ("gpu.driver",), level="warn"),
+    Check("gpu.compiler", "a C compiler and Python's headers, for Triton", _compiler, H100, LINUX),
+)

@@ -1,0 +1,116 @@
+"""The machine itself: operating system, Python, memory, user, clock, and what a container must give."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.preflight import Preflight
+
+MADE = datetime(2026, 11, 1, tzinfo=UTC)  # before this program was: a clock that says less is wrong
+# An expectation: three shards of up to 5 GB are read on the way to the GPU, and the data is prepared beside it.
+LOADING_GIB = 16
+SHM_GIB = 0.25  # Docker gives 0.0625 unless told otherwise
+
+
+def _system(preflight: Preflight) -> Finding:
+    machine, wanted = preflight.machine, preflight.platform.name
+    found = f"{'macOS' if machine.system == 'Darwin' else machine.system} {machine.release} on {machine.architecture}"
+    if wanted == "h100" and machine.system != "Linux":
+        return failed(f"{found}; the h100 config needs Linux", "--config m4 on a Mac, or rent a Linux machine")
+    if wanted == "h100" and machine.architecture != "x86_64":
+        return warned(f"{found}; requirements/h100.lock was resolved for x86_64", "rent an x86_64 machine")
+    if wanted == "m4":
+        return _mac(preflight, found)
+    return passed(found)
+
+
+def _mac(preflight: Preflight, found: str) -> Finding:
+    machine = preflight.machine
+    if machine.translated:
+        again = "rm -r .venv; PYTHON=/opt/homebrew/bin/python3.11 scripts/make_venv.sh"
+        return failed(f"{found}: this Python is an Intel build, run by Rosetta, which has no GPU", again)
+    if machine.system != "Darwin" or machine.architecture != "arm64":
+        return failed(
+            f"{found}; the m4 config needs Apple silicon", "--config cpu for the demo, --config h100 to train"
+        )
+    if int(machine.release.split(".")[0] or 0) < 14:
+        return failed(f"{found}; PyTorch's bfloat16 needs macOS 14", "softwareupdate --install --all")
+    return passed(found)
+
+
+def _python(preflight: Preflight) -> Finding:
+    found = preflight.machine.python
+    if not (3, 11) <= tuple(map(int, found.split(".")[:2])) <= (3, 13):
+        return failed(f"Python {found}, wanted 3.11 to 3.13", "PYTHON=/path/to/python3.11 scripts/make_venv.sh")
+    return passed(f"Python {found}")
+
+
+def _memory(preflight: Preflight) -> Finding:
+    machine = preflight.machine
+    total = machine.memory_gib if machine.memory_limit_gib is None else machine.memory_limit_gib
+    whose = "" if machine.memory_limit_gib is None else " (this container's limit)"
+    found = f"{total:.1f} GiB of memory{whose}, {machine.memory_free_gib:.1f} free"
+    if preflight.platform.name == "h100" and total < LOADING_GIB:
+        fix = "raise mem_limit in compose.yaml" if whose else "rent a machine with more memory"
+        return warned(f"{found}; loading the base is expected to need {LOADING_GIB}", fix)
+    return passed(found)
+
+
+def _user(preflight: Preflight) -> Finding:
+    home = Path(os.environ.get("HOME") or "/nonexistent")
+    fix = "export USER=trainer HOME=/tmp/trainer; mkdir -p $HOME"
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return failed(f"user id {os.getuid()} has no name here, and torch's caches ask for one", fix)
+    if not os.access(home, os.W_OK):
+        return warned(f"{name}, whose HOME {home} cannot be written", fix)
+    return passed(f"{name}, HOME {home}")
+
+
+def _clock(preflight: Preflight) -> Finding:
+    now = datetime.now(UTC)
+    found = f"{now:%Y-%m-%d %H:%M} UTC"
+    if now < MADE:
+        text = f"{found}, before this program was made ({MADE:%Y-%m}): certificates of web servers look invalid"
+        return failed(
+            text,
+            "sudo timedatectl set-ntp true" if preflight.machine.system == "Linux" else "sudo sntp -sS time.apple.com",
+        )
+    return passed(found)
+
+
+def _shm(preflight: Preflight) -> Finding:
+    found = preflight.machine.shm_gib
+    if not preflight.machine.container or found is None:
+        return skipped("not in a container")
+    text = f"{found * 1024:,.0f} MiB of /dev/shm"
+    if found < SHM_GIB:
+        return warned(
+            f"{text}, wanted {SHM_GIB * 1024:.0f}", "docker run --shm-size=1g, or shm_size: 1gb in compose.yaml"
+        )
+    return passed(text)
+
+
+def _init(preflight: Preflight) -> Finding:
+    if not preflight.machine.container:
+        return skipped("not in a container")
+    if preflight.machine.process_1:
+        text = "this program is process 1, which must collect dead processes and gets no default signals"
+        return warned(text, "docker run --init, or init: true in compose.yaml")
+    return passed("process 1 is not this program")
+
+
+CHECKS = (
+    Check("host.system", "operating system and architecture fit the platform; no Rosetta; macOS 14 or later", _system),
+    Check("host.python", "Python 3.11 to 3.13", _python),
+    Check("host.memory", "memory, and this container's limit of it", _memory, level="warn"),
+    Check("host.user", "the user has a name and a writable HOME", _user),
+    Check("host.clock", "the clock is not before this program was made", _clock),
+    Check("container.shm", "/dev/shm is not Docker's small default", _shm, level="warn"),
+    Check("container.init", "an init is process 1", _init, level="warn"),
+)

@@ -1,0 +1,111 @@
+"""The Python libraries: the locked versions are here, they import, and they compute what they should."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from finetune.checks.check import Check, Finding, failed, passed, warned
+from finetune.checks.preflight import Preflight
+from finetune.config import ROOT
+
+# Older than locked is a failure for these, since nothing older was tested; another version of any other is a warning.
+DECISIVE = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "mistral-common",
+)
+IMPORTED = ("torch", "numpy", "tokenizers", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "trl")
+
+
+LISTED = 5  # libraries named in one finding, then a count
+
+
+def lock_file(preflight: Preflight) -> Path:
+    """The lock that this environment was made from; on a Mac the demo runs on the Mac's."""
+    name = (
+        "m4" if preflight.machine.system == "Darwin" and preflight.platform.name == "cpu" else preflight.platform.name
+    )
+    return ROOT / "requirements" / f"{name}.lock"
+
+
+def locked(lock: Path) -> dict[str, Version]:
+    """Name and version of each library that `lock` installs here."""
+    found = {}
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        if "==" in line and line[0].isalnum():
+            requirement = Requirement(line.rstrip("\\ "))
+            if requirement.marker is None or requirement.marker.evaluate():
+                found[requirement.name] = Version(next(iter(requirement.specifier)).version)
+    return found
+
+
+def install_command(platform: str) -> str:
+    """What brings this environment to the lock."""
+    if platform == "h100":
+        return ".venv/bin/pip install --require-hashes -r requirements/h100.lock"
+    return "scripts/make_venv.sh"
+
+
+def repair_command(platform: str) -> str:
+    """What installs everything again where versions are right and something is broken."""
+    if platform == "h100":
+        return ".venv/bin/pip install --force-reinstall --require-hashes -r requirements/h100.lock"
+    return "rm -r .venv; scripts/make_venv.sh"
+
+
+def _versions(preflight: Preflight) -> Finding:
+    lock, fix = lock_file(preflight), install_command(preflight.platform.name)
+    absent: list[str] = []
+    older: list[str] = []
+    other: list[str] = []
+    wanted = locked(lock)
+    for name, version in wanted.items():
+        try:
+            found = Version(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+            continue
+        plain = Version(found.public)  # 2.13.0+cpu is 2.13.0
+        if plain != version:
+            (older if name in DECISIVE and plain < version else other).append(f"{name} {found} (locked: {version})")
+    if absent or older:
+        parts = {"not installed": absent, "older than tested": older}
+        return failed("; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names), fix)
+    if other:
+        return warned(f"not the locked versions: {_listed(other)}", fix)
+    return passed(f"{len(wanted)} libraries as in requirements/{lock.name}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _imports(preflight: Preflight) -> Finding:
+    broken = []
+    for name in IMPORTED:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what broken installations raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            broken.append(f"{name}: {first}")
+    if broken:
+        return failed("cannot be imported: " + "; ".join(broken), repair_command(preflight.platform.name))
+    return passed(f"{', '.join(IMPORTED)} import")
+
+
+CHECKS = (
+    Check("libraries.versions", "installed versions against the platform's lock", _versions, needs=("host.system",)),
+    Check("libraries.imports", "every library imports", _imports),
+)

@@ -1,0 +1,97 @@
+"""The Mac: MPS, chip and unified memory, watermarks, memory pressure, low power mode."""
+
+from __future__ import annotations
+
+import os
+
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.preflight import Preflight
+from finetune.memory import fit, peak_gib
+
+UNIFIED_GIB = 32
+WORKING_SET_SHARE = 0.7  # of unified memory, for a Mac whose torch cannot be asked (22.9 of 32 GB, as reported)
+LOW_WATERMARK = 1.4  # torch's default
+
+
+def _mps(preflight: Preflight) -> Finding:
+    found = preflight.torch
+    if not found.mps_built:
+        return failed(f"torch {found.version} is built without MPS", "rm -r .venv; scripts/make_venv.sh")
+    if not found.sees_mps:
+        text = f"torch {found.version} is built with MPS and cannot use it"
+        return failed(text, "log in to the Mac's own desktop once, update to macOS 14 or later, then try again")
+    return passed(f"torch {found.version} sees the GPU")
+
+
+def _chip(preflight: Preflight) -> Finding:
+    machine = preflight.machine
+    found = f"{machine.chip or 'unknown chip'}, {machine.memory_gib:.0f} GiB of unified memory"
+    if machine.memory_gib < UNIFIED_GIB:
+        smaller = fit(preflight.config, preflight.geometry, machine.memory_gib * WORKING_SET_SHARE)
+        return warned(
+            f"{found}; the m4 config is made for {UNIFIED_GIB}", smaller.command if smaller else "--config cpu"
+        )
+    if not machine.chip.startswith("Apple M4"):
+        return warned(
+            f"{found}; the m4 config is made for an Apple M4", "nothing to change; its notes on hours do not hold"
+        )
+    return passed(found)
+
+
+def _memory(preflight: Preflight) -> Finding:
+    working_set, expected = preflight.torch.working_set_gib, peak_gib(preflight.config, preflight.geometry)
+    assert working_set is not None  # mac.torch is needed
+    found = f"{expected:.1f} GiB expected, {working_set:.1f} is the GPU's working set, beyond which macOS swaps"
+    if expected <= working_set:
+        return passed(found)
+    smaller = fit(preflight.config, preflight.geometry, working_set)
+    fix = smaller.command if smaller else "train on a Mac with more memory, or --config h100"
+    if expected > preflight.machine.memory_gib:
+        return failed(f"{found}; the whole Mac has {preflight.machine.memory_gib:.0f}", fix)
+    return warned(found, fix)
+
+
+def _watermarks(preflight: Preflight) -> Finding:
+    names = ("PYTORCH_MPS_LOW_WATERMARK_RATIO", "PYTORCH_MPS_HIGH_WATERMARK_RATIO")
+    low_text, high_text = (os.environ.get(name) for name in names)
+    fix = f"export {names[0]}=1.0 {names[1]}=1.2"
+    if low_text is None and high_text is None:
+        return skipped("not set: torch's own limits hold")
+    try:
+        low = LOW_WATERMARK if low_text is None else float(low_text)
+        high = None if high_text is None else float(high_text)
+    except ValueError:
+        return failed(f"{names[0]}={low_text} {names[1]}={high_text}: not numbers", fix)
+    if high == 0:
+        return failed(f"{names[1]}={high_text} takes every limit away: the whole Mac may freeze", fix)
+    if high is not None and low > high:
+        return failed(f"the low watermark {low:g} is above the high one {high:g}: torch refuses to start", fix)
+    return passed(f"low {low:g}, high {'default' if high is None else f'{high:g}'}")
+
+
+def _pressure(preflight: Preflight) -> Finding:
+    machine = preflight.machine
+    level = {1: "normal", 2: "high", 4: "critical"}.get(machine.pressure, str(machine.pressure))
+    found = f"memory pressure {level}, {machine.swap_used_gib:.1f} GiB in swap"
+    if machine.pressure > 1:
+        return warned(found, "close the programs that Activity Monitor lists first under Memory, or restart the Mac")
+    return passed(found)
+
+
+def _power(preflight: Preflight) -> Finding:
+    if preflight.machine.low_power:
+        return warned("low power mode is on: the GPU is slower", "sudo pmset -a lowpowermode 0")
+    return passed("low power mode is off")
+
+
+M4, A_MAC = ("m4",), ("host.system",)
+CHECKS = (
+    Check("mac.torch", "torch is built with MPS and can use it", _mps, M4, (*A_MAC, "libraries.imports")),
+    Check("mac.chip", "an M4 with 32 GB", _chip, M4, (*A_MAC, "model.geometry"), level="warn"),
+    Check(
+        "mac.memory", "the GPU's working set against the expected peak", _memory, M4, ("mac.torch", "model.geometry")
+    ),
+    Check("mac.watermarks", "PyTorch's MPS watermark variables", _watermarks, M4, A_MAC),
+    Check("mac.pressure", "memory pressure and swap", _pressure, M4, A_MAC, level="warn"),
+    Check("mac.power", "low power mode is off", _power, M4, A_MAC, level="warn"),
+)

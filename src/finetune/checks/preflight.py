@@ -1,0 +1,78 @@
+"""What checks and plan look at: config, machine and what follows from both, each worked out once, when asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.config import Config, is_local, resolve
+from finetune.geometry import Geometry, read_geometry
+from finetune.machine import Machine
+from finetune.plan import Plan, make_plan
+from finetune.platforms import PLATFORMS, Platform, Torch, read_torch
+
+if TYPE_CHECKING:
+    from finetune.chat import Chat
+    from finetune.data import Prepared
+
+
+class Preflight:
+    """One config on one machine. What cannot be worked out raises its UserError whenever it is asked for.
+
+    `receipt` is the file of another run that this one should be equal to.
+    """
+
+    def __init__(self, config: Config, machine: Machine, receipt: Path | None = None) -> None:
+        self.config, self.machine, self.receipt = config, machine, receipt
+
+    @property
+    def platform(self) -> Platform:
+        """The row of facts that the config was checked against."""
+        return PLATFORMS[self.config.platform]
+
+    @cached_property
+    def torch(self) -> Torch:
+        """What the installed torch reaches."""
+        return read_torch()
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The base model's shape."""
+        return read_geometry(self.config)
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The local base's folder, whose tokenizer is looked at; None for the Hub's, which is known without it."""
+        return resolve(self.config.model.name) if is_local(self.config.model.name) else None
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The base's tokenizer and template."""
+        from finetune.chat import load_chat
+
+        return load_chat(self.tokenizer_folder)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The data, read, checked, split and encoded, or taken from the cache."""
+        from finetune.data import prepare
+        from finetune.encoding import Recipe
+
+        config = self.config
+        recipe = Recipe(
+            tokenizer_folder=str(self.tokenizer_folder) if self.tokenizer_folder else None,
+            system_prompt=config.system_prompt,
+            max_seq_length=config.model.max_seq_length,
+            truncation=config.dataset.truncation,
+            certificate=config.dataset.certificate,
+        )
+        return prepare(config.dataset, recipe, config.training.packing, resolve(config.output.dir) / ".cache")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What the run will cost."""
+        prepared = self.prepared
+        sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
+        counts = prepared.statistics
+        return make_plan(self.config, counts["train"], counts["validation"], sequences, self.geometry, self.machine)

@@ -1,0 +1,226 @@
+"""The run itself: its arithmetic, the folders it writes, where its metrics go, and what its folder already holds."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+from finetune import hub
+from finetune.budget import check_budget
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.preflight import Preflight
+from finetune.config import resolve
+from finetune.machine import GIB
+from finetune.memory import fit, peak_gib
+from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
+from finetune.runs import find_run, lock_holder, make_folder
+from finetune.tracking import NO_KEY, wandb_offline_reason
+
+BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
+
+
+def _steps(preflight: Preflight) -> Finding:
+    plan = preflight.plan
+    found = (
+        f"{plan.steps:,} steps of {plan.effective_batch_size}, {plan.warmup_steps:,} of warm-up, "
+        f"{plan.evaluations:,} evaluations, {plan.checkpoints:,} checkpoints"
+    )
+    problem = plan.schedule_problem(preflight.config.training.eval_steps)
+    return warned(f"{found}; {problem[0]}", problem[1]) if problem else passed(found)
+
+
+def _memory(preflight: Preflight) -> Finding:
+    config, free = preflight.config, preflight.machine.memory_free_gib
+    expected = peak_gib(config, preflight.geometry)
+    found = f"{expected:.1f} GiB expected, {free:.1f} free"
+    if expected <= free:
+        return passed(found)
+    smaller = fit(config, preflight.geometry, free)
+    return failed(found, smaller.command if smaller else "close other programs, or take a machine with more memory")
+
+
+def _hours(preflight: Preflight) -> Finding:
+    training, plan = preflight.config.training, preflight.plan
+    budget = training.time_budget_hours
+    if plan.hours is None:
+        limit = "" if budget is None else f"; the rehearsal will compare with training.time_budget_hours {budget:g}"
+        return skipped(f"not measured on this platform{limit}")
+    found = f"{plan.hours:.1f} h expected"
+    if budget is None or plan.hours <= budget:
+        return passed(found)
+    epochs = math.floor(100 * training.num_train_epochs * budget / plan.hours) / 100  # rounded up it would not fit
+    share = f"--set training.num_train_epochs={epochs:g}"
+    whole = f"--set training.time_budget_hours={plan.hours * 1.1:.1f}"
+    return warned(f"{found}, training.time_budget_hours is {budget:g}", f"{share}, or {whole}")
+
+
+def _write(folder: Path) -> str | None:
+    """Why `folder` cannot be written, by doing: a file in a new subfolder, synced, moved up by a rename."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as made:
+            path = Path(made) / "file"
+            with path.open("wb") as stream:
+                stream.write(b"written")
+                stream.flush()
+                os.fsync(stream.fileno())
+            path.rename(folder / f"{Path(made).name}.moved").unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _output(preflight: Preflight) -> Finding:
+    folder = resolve(preflight.config.output.dir)
+    if reason := _write(folder):
+        return failed(
+            f"{folder} cannot be written: {reason}", f"sudo chown -R $(id -u) {folder}, or --set output.dir=FOLDER"
+        )
+    return passed(f"{folder}: written, synced, renamed")
+
+
+def caches() -> dict[str, Path]:
+    """Folders that libraries write to, by the variable that moves each."""
+    home = Path(os.environ.get("HOME") or "/nonexistent")
+    return {
+        "HF_HOME": Path(
+            os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
+        ),
+        "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "TMPDIR": Path(tempfile.gettempdir()),
+    }
+
+
+def _caches(preflight: Preflight) -> Finding:
+    wrong = {name: reason for name, folder in caches().items() if (reason := _write(folder))}
+    if wrong:
+        each = "; ".join(f"{caches()[name]} cannot be written: {reason}" for name, reason in wrong.items())
+        return failed(each, f"export {' '.join(f'{name}=FOLDER' for name in wrong)}")
+    return passed(", ".join(str(folder) for folder in caches().values()) + " are writable")
+
+
+def _disk(preflight: Preflight) -> Finding:
+    config, folder = preflight.config, resolve(preflight.config.output.dir)
+    make_folder(folder)
+    free_gib, needed_gib = shutil.disk_usage(folder).free / GIB, preflight.plan.disk_gib
+    parts = f"{needed_gib:.2f} for checkpoints, adapter and data"
+    if preflight.tokenizer_folder is None and not hub.is_cached(config.model.name, config.model.revision):
+        cache = _existing(caches()["HF_HOME"])
+        if cache.stat().st_dev == folder.stat().st_dev:
+            needed_gib, parts = needed_gib + BASE_GIB, f"{parts}, {BASE_GIB} for the base"
+        elif shutil.disk_usage(cache).free / GIB < BASE_GIB:
+            found = f"{shutil.disk_usage(cache).free / GIB:.1f} GiB free in {cache}, {BASE_GIB} needed for the base"
+            return failed(found, "free some, or export HF_HOME=FOLDER on another disk")
+    found = f"{free_gib:.1f} GiB free in {folder}, {needed_gib:.2f} needed ({parts})"
+    if free_gib < needed_gib:
+        return failed(found, "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk")
+    return passed(found)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above, or this one, that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _wandb(preflight: Preflight) -> Finding:
+    report_to = preflight.config.tracking.report_to
+    if report_to != "wandb":
+        return skipped(f"tracking.report_to is {report_to}")
+    reason = wandb_offline_reason()
+    if reason is None:
+        return passed("wandb answers, and a key is here")
+    later = "wandb sync adapters/RUN/wandb/offline-run-* sends it later"
+    return warned(
+        f"wandb will be offline: {reason}; TensorBoard files and metrics.jsonl are written",
+        f"{'export WANDB_API_KEY=..., or ' if reason == NO_KEY else ''}{later}",
+    )
+
+
+def _state(preflight: Preflight) -> Finding:
+    from finetune.checkpoints import read_seal, saved
+
+    folder, finished = find_run(preflight.config, fresh=False)
+    if finished:
+        return passed(f"{folder.name} is finished; --fresh would start a new run beside it")
+    if holder := lock_holder(folder):
+        return failed(f"{folder} is being written by {holder}", "wait for it, or stop it with: kill PID; or --fresh")
+    damaged = []
+    for checkpoint in reversed(saved(folder / "checkpoints")):
+        try:
+            seal = read_seal(checkpoint)
+        except (ValueError, OSError) as error:
+            damaged.append(f"{checkpoint.name} is not whole ({error}) and would be set aside")
+            continue
+        return _resume(preflight, "; ".join([f"would go on from {checkpoint.name}", *damaged]), seal["fingerprint"])
+    if damaged:
+        return failed(
+            f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}", "src/train.py --fresh"
+        )
+    return passed(f"would start {folder.name} from step 0")
+
+
+def _resume(preflight: Preflight, found: str, fingerprint: dict[str, object]) -> Finding:
+    from finetune.export import fingerprint as fingerprint_now
+    from finetune.resume import differences
+
+    changes = list(differences(fingerprint, fingerprint_now(preflight.config, preflight.prepared)))
+    if changes:
+        return failed(f"{found}, but changed since: {'; '.join(changes)}", "src/train.py --fresh, or --resume-changed")
+    return warned(found, "src/train.py --fresh starts anew") if "set aside" in found else passed(found)
+
+
+def _receipt(preflight: Preflight) -> Finding:
+    from finetune import receipt
+
+    assert preflight.receipt is not None  # only chosen where there is one
+    ours = receipt.make(preflight.config, preflight.prepared)
+    differ, by_design = receipt.differences(ours, receipt.read(preflight.receipt))
+    apart = f"; by design: {'; '.join(by_design)}" if by_design else ""
+    if differ:
+        return failed(
+            f"not the same training: {'; '.join(differ)}{apart}", "make data and config here what they were there"
+        )
+    return passed(f"the same training as {preflight.receipt}{apart}")
+
+
+def _rehearsal(preflight: Preflight) -> Finding:
+    from finetune import model, rehearsal
+
+    config, platform = preflight.config, preflight.platform
+    folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
+    with memory_errors_explained():
+        prepare_device(platform)
+        base = model.load_base(config.model, config.quantization, platform.device)
+        lora = model.add_lora(base, config.lora, config.training.seed)
+    tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
+    found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity_gib(platform))
+    partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
+    sentence = found.sentence(datetime.now())
+    return passed(f"{sentence}; {partial}" if partial else sentence)
+
+
+_ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)
+PATHS = (
+    Check("paths.output", "output.dir can be written, by doing", _output),
+    Check("paths.caches", "the libraries' caches can be written, by doing", _caches),
+)
+CHECKS = (
+    Check("plan.steps", "steps, warm-up, evaluations and checkpoints", _steps, needs=_ROWS, level="warn"),
+    Check("plan.memory", "free memory against the expected peak", _memory, ("cpu",), _GEOMETRY),
+    Check("plan.hours", "expected hours against training.time_budget_hours", _hours, needs=_ROWS, level="warn"),
+    Check("paths.disk", "free disk against base, checkpoints and adapter", _disk, needs=_ROWS),
+    Check("tracking.wandb", "wandb has a key and answers, or will be offline", _wandb, level="warn", network=True),
+    Check("state.run", "what a start would do: a new run, or go on from which checkpoint", _state, needs=_ROWS),
+    Check("receipt", "with --receipt: this is the training that the receipt is of", _receipt, needs=_ROWS),
+    Check(
+        "rehearsal",
+        "with --deep: the largest batches, an evaluation, a save and a load",
+        _rehearsal,
+        needs=_ROWS,
+        deep=True,
+    ),
+)

@@ -1,0 +1,80 @@
+"""The base's weights without loading them: in a folder, in the Hub's cache, or behind a question to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PROBE_SECONDS = 5
+
+
+def endpoint() -> str:
+    """The Hub's address, or the mirror that HF_ENDPOINT names."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """Where the Hub's cache holds this revision's config.json; None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def is_cached(name: str, revision: str | None) -> bool:
+    """Whether the Hub's cache holds this revision whole, so that nothing has to be fetched."""
+    folder = cached_folder(name, revision)
+    return folder is not None and not missing_weights(folder)
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """What is wrong with a folder's weights, one line a file: absent, cut short, or only pickles."""
+    files = [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"{INDEX} cannot be read"]
+    elif not (folder / SINGLE).is_file() and any(folder.glob("*.bin")):
+        return [f"{SINGLE} is missing, and pickles (*.bin) are never read"]
+    return [problem for name in files if (problem := _wrong(folder / name))]
+
+
+def _wrong(path: Path) -> str | None:
+    """Compare a safetensors file's size with what its header says: 8 bytes of length, a JSON table, the tensors."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            table = json.loads(stream.read(min(header, size)))
+        wanted = 8 + header + max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return f"{path.name} is not a safetensors file"
+    return None if size == wanted else f"{path.name} has {size:,} bytes, its header says {wanted:,}"
+
+
+def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]:
+    """(HTTP status, what the Hub says) when asked for this revision's config.json with this token; 200 is a yes.
+
+    The status is None where nothing answers within PROBE_SECONDS.
+    """
+    from huggingface_hub import get_token
+
+    address = f"{endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/config.json"
+    try:
+        request = Request(address, method="HEAD")
+        if token := get_token():
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
+        with urlopen(request, timeout=PROBE_SECONDS) as answer:
+            return answer.status, "ok"
+    except HTTPError as error:
+        return error.code, error.headers.get("X-Error-Code") or error.reason
+    except (URLError, OSError, ValueError) as error:
+        return None, str(getattr(error, "reason", error))

@@ -1,0 +1,143 @@
+"""What the operating system and the NVIDIA driver say of this machine; read without torch.
+
+All of it lands in one `Machine`, so that whoever decides anything from it can be shown a recorded one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as host
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+GIB = 2**30
+ANSWER_SECONDS = 20
+CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A program that holds memory on an NVIDIA GPU; `memory_gib` is None where the driver does not tell."""
+
+    pid: int
+    name: str
+    memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine. Memory in GiB; OS and architecture as `uname` has them.
+
+    `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first; `memory_limit_gib` is this
+    container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `translated` (this
+    Python is an Intel build under Rosetta), `low_power` and `pressure` (1 normal, 2 warning, 4 critical) are a Mac's.
+    """
+
+    system: str
+    architecture: str
+    gpus: tuple[str, ...]
+    gpu_free_gib: float | None
+    memory_gib: float
+    memory_free_gib: float
+    gpu_memory_gib: float | None = None
+    gpu_processes: tuple[GpuProcess, ...] = ()
+    driver: str | None = None
+    release: str = ""
+    python: str = host.python_version()
+    swap_used_gib: float = 0.0
+    container: bool = False
+    memory_limit_gib: float | None = None
+    shm_gib: float | None = None
+    process_1: bool = False
+    chip: str = ""
+    translated: bool = False
+    low_power: bool = False
+    pressure: int = 1
+
+
+def read_machine() -> Machine:
+    """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""
+    memory = psutil.virtual_memory()
+    limit_gib = _memory_limit_gib()
+    free_gib = memory.available / GIB
+    mac = host.system() == "Darwin"
+    return Machine(
+        system=host.system(),
+        architecture=host.machine(),
+        memory_gib=memory.total / GIB,
+        memory_free_gib=free_gib if limit_gib is None else min(free_gib, limit_gib),
+        release=host.mac_ver()[0] if mac else host.release(),
+        swap_used_gib=psutil.swap_memory().used / GIB,
+        container=Path("/.dockerenv").exists() or Path("/run/.containerenv").exists(),
+        memory_limit_gib=limit_gib,
+        shm_gib=shutil.disk_usage(SHM).total / GIB if SHM.is_dir() else None,
+        process_1=os.getpid() == 1,
+        **_gpu_facts(),
+        **(_mac_facts() if mac else {}),
+    )
+
+
+def _answer(*command: str) -> str:
+    """What a system tool prints; nothing where it is not there, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=True
+        ).stdout.strip()
+    except (subprocess.SubprocessError, OSError):
+        return ""
+
+
+def _gpu_facts() -> dict[str, Any]:
+    """The GPU fields of Machine, from nvidia-smi; memory that it cannot tell ([N/A]) is None."""
+    table = _answer(
+        *("nvidia-smi", "--query-gpu=name,memory.free,memory.total,driver_version", "--format=csv,noheader,nounits")
+    )
+    rows = re.findall(r"^(.+), *([0-9]+|\[.+\]), *([0-9]+|\[.+\]), *([0-9.]+)$", table, re.MULTILINE)
+    if not rows:
+        return {"gpus": (), "gpu_free_gib": None}
+    _, free_mib, total_mib, driver = rows[0]
+    # Only the first GPU is trained on, so only its programs count.
+    apps = _answer(
+        *("nvidia-smi", "--id=0", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    )
+    found = re.findall(r"^([0-9]+), *(.+), *([0-9]+|\[.+\])$", apps, re.MULTILINE)
+    return {
+        "gpus": tuple(row[0] for row in rows),
+        "gpu_free_gib": _mib_to_gib(free_mib),
+        "gpu_memory_gib": _mib_to_gib(total_mib),
+        "gpu_processes": tuple(GpuProcess(int(pid), name, _mib_to_gib(mib)) for pid, name, mib in found),
+        "driver": driver,
+    }
+
+
+def _mib_to_gib(text: str) -> float | None:
+    return float(text) / 1024 if text.isdigit() else None
+
+
+def _memory_limit_gib() -> float | None:
+    """Memory limit of this container, by cgroup 2 or 1; None where there is none."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = CGROUP / name
+        text = path.read_text().strip() if path.is_file() else "max"
+        if text != "max" and float(text) < 2**60:  # cgroup 1 says "none" by a number near 2**63
+            return float(text) / GIB
+    return None
+
+
+def _mac_facts() -> dict[str, Any]:
+    """The Mac's fields of Machine, from sysctl and pmset."""
+    pressure = _answer("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+    return {
+        "chip": _answer("sysctl", "-n", "machdep.cpu.brand_string"),
+        "translated": _answer("sysctl", "-n", "sysctl.proc_translated") == "1",
+        "low_power": bool(re.search(r"lowpowermode\s+1", _answer("pmset", "-g"))),
+        "pressure": int(pressure) if pressure.isdigit() else 1,
+    }

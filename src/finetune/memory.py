@@ -1,0 +1,388 @@
+"""What training takes of memory, part by part, and the smallest change under which it fits. Arithmetic alone.
+
+Counted are the tensors that autograd keeps in transformers' MistralDecoderLayer under PEFT's LoRA, TRL's tiled loss and
+bitsandbytes' NF4. benchmarks/memory.py compares each moment with what torch allocates; measured so far is platform cpu
+in float32, and what is said of bfloat16, flash-attn, CUDA and MPS is counted in the same way but not yet measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from finetune.config import Config
+from finetune.geometry import Geometry
+from finetune.machine import GIB
+
+BYTES = {"bfloat16": 2, "float32": 4}
+PARTS = ("weights", "lora", "optimizer", "activations", "attention_mask", "logits", "workspace", "program")
+ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
+
+# TRL projects 4,096 tokens on 32,768 entries of the vocabulary at a time (TOKEN_CHUNK_SIZE in trl/kernels and
+# _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py, 1.16); its buffer has that width whatever the vocabulary's.
+TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
+
+# float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
+# gradient, target as number, their difference, and a byte for the target as truth value. Forward: transformed, shifted,
+# exponential, and a byte for what stands before the target. Its Triton kernels, on CUDA, work inside the buffer.
+TILE_COPIES_BACKWARD, TILE_COPIES_FORWARD = 7.25, 3.25
+
+# Interpreter and libraries, resident, where the model lives in the machine's own memory; on Linux (least program_gib
+# in benchmarks/results). What is resident beyond the sum are pages of the model's file, which the system can drop, and
+# freed memory that malloc keeps.
+PROGRAM_GIB = {"h100": 0.0, "m4": 0.56, "cpu": 0.56}
+
+# What `fit` may change, and what follows the change in its sentence.
+EFFECTS = {
+    "training.per_device_train_batch_size": ", ",
+    "training.gradient_accumulation_steps": " keeps the effective batch of {batch}; ",
+    "training.per_device_eval_batch_size": "; ",
+    "training.gradient_checkpointing": "; ",
+    "quantization.storage": "; ",
+    "model.max_seq_length": " cuts longer rows; ",
+}
+LEAST_LENGTH = 256  # of max_seq_length: below it, most conversations would lose their answers
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The smallest change under which a run fits: what to hand to `--set`, the peak then expected, and why."""
+
+    settings: tuple[str, ...]
+    peak_gib: float
+    sentence: str
+
+    @property
+    def command(self) -> str:
+        """The settings as they are typed."""
+        return " ".join(f"--set {setting}" for setting in self.settings)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at once: `rows` of `length` tokens, the padding included.
+
+    `packed`: one row of several sequences that must not see each other.
+    """
+
+    rows: int
+    length: int
+    packed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.rows * self.length
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens that a mask has to say something about, and that attention weights are for."""
+        return self.rows * self.length**2
+
+
+def lora_parameters(config: Config, geometry: Geometry) -> int:
+    """r x (in + out) for each target layer (Hu et al. 2021, section 4.1)."""
+    shapes = geometry.linear_shapes()
+    features = sum(sum(shapes[name]) for name in config.lora.target_modules)
+    return config.lora.r * features * geometry.num_hidden_layers
+
+
+def peak_gib(config: Config, geometry: Geometry) -> float:
+    """Expected peak memory of a run, GiB: the sum of `memory_parts`."""
+    return sum(memory_parts(config, geometry).values())
+
+
+def memory_parts(config: Config, geometry: Geometry) -> dict[str, float]:
+    """What is in memory at the moment when most is, by part, GiB; 0 for what is not there at that moment.
+
+    `attention_mask` and `program` are named only where they apply.
+    """
+    return max(moments(config, geometry).values(), key=lambda parts: sum(parts.values()))
+
+
+def moments(config: Config, geometry: Geometry) -> dict[str, dict[str, float]]:
+    """The three moments one of which is the peak, each by part, GiB.
+
+    `loss`: all that the forward pass keeps, and TRL's tile of logits. `backward`: what the forward pass keeps, the last
+    layer's activations also where they are checkpointed, and what its backward needs beside them. `evaluation`: one
+    batch of per_device_eval_batch_size rows padded to max_seq_length; it keeps nothing, and there are no gradients.
+    """
+    sizes = _Sizes(config, geometry)
+    training, evaluation = sizes.training_batch(), sizes.evaluation_batch()
+    layers = geometry.num_hidden_layers
+    whole = 0 if config.training.gradient_checkpointing else layers  # layers of which everything is kept
+    live = max(whole, 1)
+    kept, last = sizes.kept(training, whole), sizes.kept(training, live)
+    found = {
+        "loss": {
+            "activations": kept,
+            "attention_mask": sizes.mask(training, whole),
+            "logits": sizes.logits(training, TILE_COPIES_BACKWARD) + sizes.hidden_gradient(training),
+        },
+        "backward": {
+            "activations": last,
+            "attention_mask": sizes.mask(training, live),
+            "workspace": sizes.backward_workspace(training),
+        },
+        "evaluation": sizes.evaluation(evaluation),
+    }
+    return {name: sizes.named(name, parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of each part for one config and geometry; see `moments`."""
+
+    config: Config
+    geometry: Geometry
+
+    @property
+    def width(self) -> int:
+        return BYTES[self.config.model.dtype]
+
+    @property
+    def lora_width(self) -> int:
+        """Of what LoRA computes with: autocast's bfloat16, else float32 like its weights."""
+        return 2 if self.config.training.bf16 else 4
+
+    @property
+    def packed_weights(self) -> bool:
+        return self.config.quantization.storage == "packed"
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.config.platform == "h100"
+
+    @property
+    def math_attention(self) -> bool:
+        """Whether SDPA keeps the attention weights, in float32, as it does on MPS wherever a gradient is wanted."""
+        return self.config.platform == "m4"
+
+    def training_batch(self) -> Batch:
+        """Packed sequences lie one after the other in a single row."""
+        rows, length = self.config.training.per_device_train_batch_size, self.config.model.max_seq_length
+        return Batch(1, rows * length, packed=True) if self.config.training.packing else Batch(rows, length)
+
+    def evaluation_batch(self) -> Batch:
+        return Batch(self.config.training.per_device_eval_batch_size, self.config.model.max_seq_length)
+
+    def named(self, moment: str, parts: dict[str, float]) -> dict[str, float]:
+        """`parts` and what is there at every moment, GiB, in the order of PARTS."""
+        always = {"weights": self.weights(), "lora": self.lora(moment), "optimizer": self.optimizer()}
+        always["program"] = PROGRAM_GIB[self.config.platform] * GIB
+        sizes = dict.fromkeys(PARTS, 0.0) | parts | always
+        return {name: sizes[name] / GIB for name in PARTS if sizes[name] or name not in ONLY_WHERE_THEY_APPLY}
+
+    def weights(self) -> float:
+        """The frozen base.
+
+        NF4 takes half a byte a weight and one scale per 64 weights: 4 bytes, or with double quantisation 1 byte and 4
+        more per 256 scales (Dettmers et al. 2023, section 3). Embeddings are not quantised.
+        """
+        geometry, double = self.geometry, self.config.quantization.bnb_4bit_use_double_quant
+        linear = sum(inputs * outputs for inputs, outputs in geometry.linear_shapes().values())
+        scale_bytes = 1 / 64 + 4 / (64 * 256) if double else 4 / 64
+        per_weight = 0.5 + scale_bytes if self.packed_weights else self.width
+        embeddings = geometry.vocab_size * geometry.hidden_size * (1 if geometry.tie_word_embeddings else 2)
+        return linear * geometry.num_hidden_layers * per_weight + embeddings * self.width
+
+    def lora(self, moment: str) -> float:
+        """float32 weights, autocast's bfloat16 copy of them, and the gradients of the micro-batches before."""
+        gradients = moment != "evaluation" and self.config.training.gradient_accumulation_steps > 1
+        copy = 2 if self.config.training.bf16 else 0
+        return lora_parameters(self.config, self.geometry) * (4 + copy + (4 if gradients else 0))
+
+    def optimizer(self) -> float:
+        """AdamW's two moments (Loshchilov and Hutter 2019): 4 bytes each, or 1 in the 8-bit optimizer."""
+        moments = 2 if self.config.training.optim == "paged_adamw_8bit" else 8
+        return lora_parameters(self.config, self.geometry) * moments
+
+    def masked(self, batch: Batch) -> bool:
+        """Whether SDPA is given a mask: packed rows lie in one sequence, or several rows are padded to the longest."""
+        return self.config.model.attn_implementation == "sdpa" and (batch.packed or batch.rows > 1)
+
+    def mask(self, batch: Batch, layers: int) -> float:
+        """A byte a pair of tokens, and the same mask in the model's dtype, which each layer keeps for its backward."""
+        if not self.masked(batch):
+            return 0
+        return batch.pairs * (1 + self.width * (1 if self.math_attention else layers))
+
+    def kept(self, batch: Batch, whole: int) -> float:
+        """What the forward pass keeps: everything of `whole` layers; of checkpointed ones, their input.
+
+        Beside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The first
+        layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
+        """
+        hidden, layers = self.geometry.hidden_size, self.geometry.num_hidden_layers
+        ends: float = hidden * (4 + self.width) + 2 * hidden // self.geometry.num_attention_heads * self.width
+        if self.config.training.gradient_checkpointing:
+            ends += layers * hidden * self.width
+        else:
+            ends -= hidden * 4 + self.noise_a_token(("q_proj", "k_proj", "v_proj"))
+        return batch.tokens * (ends + whole * self.kept_a_token(batch)) + whole * self.attention_weights(batch)
+
+    def kept_a_token(self, batch: Batch) -> float:
+        """Bytes a token that one layer keeps for its backward.
+
+        Two norms: their input in float32. Rotary embedding and projections of the frozen base: nothing. MLP: the
+        results of gate_proj, of the activation function, and of up_proj.
+        """
+        hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
+        norms, mlp = 2 * hidden * 4, 3 * intermediate * self.width
+        return norms + self.attention_a_token(batch) + mlp + self.lora_a_token()
+
+    def attention_a_token(self, batch: Batch) -> float:
+        """Queries, keys, values and result; keys and values repeated for every head where there is a mask.
+
+        In float32 and without the result where the attention weights are kept.
+        """
+        hidden = self.geometry.hidden_size
+        keys = self.geometry.linear_shapes()["k_proj"][1]
+        if self.math_attention:
+            return 3 * hidden * 4
+        return (2 * hidden + 2 * (hidden if self.masked(batch) else keys)) * self.width
+
+    def attention_weights(self, batch: Batch) -> float:
+        """SDPA's result of softmax, float32, one a head and pair of tokens, where it keeps it."""
+        return 4 * self.geometry.num_attention_heads * batch.pairs if self.math_attention else 0
+
+    def noise_a_token(self, names: Iterable[str]) -> float:
+        """What dropout keeps before those of `names` that are targets.
+
+        A byte a feature on CUDA; elsewhere its noise, in the dtype of its input, which PEFT makes float32 unless the
+        layer is bitsandbytes' and under autocast.
+        """
+        lora, shapes = self.config.lora, self.geometry.linear_shapes()
+        if lora.lora_dropout == 0:
+            return 0
+        noise = 1 if self.on_cuda else self.lora_width if self.packed_weights else 4
+        return sum(shapes[name][0] for name in names if name in lora.target_modules) * noise
+
+    def lora_a_token(self) -> float:
+        """For each target layer its input, what dropout keeps, and the result of lora_A.
+
+        Without dropout and without a cast, layers that read the same tensor keep it once, and o_proj's is kept anyway.
+        """
+        lora, shapes = self.config.lora, self.geometry.linear_shapes()
+        targets = set(lora.target_modules)
+        reduced = len(targets) * lora.r * self.lora_width
+        if lora.lora_dropout == 0 and (self.packed_weights or self.lora_width == 4):
+            readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+            inputs = sum(shapes[max(group)][0] for group in readers if group & targets)
+        else:
+            inputs = sum(shapes[name][0] for name in targets)
+        return reduced + inputs * self.lora_width + self.noise_a_token(targets)
+
+    def tile_logits(self, batch: Batch, copies: float) -> float:
+        """TRL's tile of logits in the compute dtype, and `copies` of it in float32 where Triton does not run."""
+        tokens = min(batch.tokens, TILE_TOKENS)
+        vocabulary = min(self.geometry.vocab_size, TILE_VOCABULARY)
+        return tokens * (TILE_VOCABULARY * self.width + (0 if self.on_cuda else 4 * copies * vocabulary))
+
+    def logits(self, batch: Batch, copies: float) -> float:
+        """The tile, and a copy of the last hidden states where some tokens are left out of them."""
+        copied = self.on_cuda or batch.rows > 1
+        return self.tile_logits(batch, copies) + copied * batch.tokens * self.geometry.hidden_size * self.width
+
+    def hidden_gradient(self, batch: Batch) -> float:
+        """Gradient of the last hidden states, summed up over the tiles in float32."""
+        return batch.tokens * self.geometry.hidden_size * 4
+
+    def dequantised(self) -> float:
+        """The largest weight, unpacked for one product; with a float32 scale per 64 weights."""
+        hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
+        return hidden * intermediate * (self.width + 4 / 64) if self.packed_weights else 0
+
+    def backward_workspace(self, batch: Batch) -> float:
+        """Beside what the last layer keeps, the largest of three moments of its backward.
+
+        The adapter of down_proj: the gradients of the hidden states and of the adapter's input. down_proj itself: the
+        unpacked weight and two gradients of its input, when what its adapter and the last norm kept is gone. Attention
+        weights: their gradient and that of the scores, when what the MLP kept is gone.
+        """
+        hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
+        adapted = "down_proj" in self.config.lora.target_modules
+        kept = intermediate * self.lora_width + self.noise_a_token(("down_proj",)) if adapted else 0
+        adapter = batch.tokens * (hidden + intermediate) * self.width
+        base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - 4 * hidden) + self.dequantised()
+        attention = 2 * self.attention_weights(batch) - 3 * intermediate * self.width * batch.tokens
+        return max(adapter, base, attention)
+
+    def evaluation(self, batch: Batch) -> dict[str, float]:
+        """By part, the largest of: one layer's MLP, its attention, and the loss.
+
+        MLP: the activation function's result and three of up_proj (the base's, the adapter's and their sum), or the
+        unpacked weight beside two; the residual and the norm's output. Attention: residual, queries, keys and values,
+        repeated, their result.
+        """
+        hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
+        a_feature = batch.tokens * self.width
+        mlp = a_feature * 2 * (hidden + intermediate) + max(2 * intermediate * a_feature, self.dequantised())
+        attention = a_feature * 7 * hidden + 2 * self.attention_weights(batch)
+        logits = self.logits(batch, TILE_COPIES_FORWARD)
+        largest = max(mlp, attention, logits)
+        states = batch.tokens * hidden * self.width
+        return {
+            "activations": states,
+            "attention_mask": self.mask(batch, 1 if largest == attention else 0),
+            **({"logits": largest} if largest == logits else {"workspace": largest}),
+        }
+
+
+def fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> Fit | None:
+    """The smallest change of `config` whose peak is at most `capacity_gib`; None where no change is enough.
+
+    Changes add up in the order of `_changes`, each taken only where it lowers the peak. `measured_gib`, the peak
+    measured with `config` as it is, corrects every prediction by the same factor.
+    """
+    factor = 1.0 if measured_gib is None else measured_gib / peak_gib(config, geometry)
+    changed = config
+    while factor * (peak := peak_gib(changed, geometry)) > capacity_gib:
+        lower = (other for other in _changes(changed) if peak_gib(other, geometry) < peak)
+        following = next(lower, None)
+        if following is None:
+            return None
+        changed = following
+    return _described(config, changed, factor * peak)
+
+
+def _changes(config: Config) -> Iterator[Config]:
+    """What can be changed next, least harmful first: the first two and the fourth leave the result as it is."""
+    training, length = config.training, config.model.max_seq_length
+    rows, evaluated = _divisor_below(training.per_device_train_batch_size), training.per_device_eval_batch_size
+    if rows:
+        steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
+        yield _with(config, "training", per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+    if evaluated > 1:
+        yield _with(config, "training", per_device_eval_batch_size=_divisor_below(evaluated))
+    yield _with(config, "training", gradient_checkpointing=True)
+    yield _with(config, "quantization", storage="packed")
+    if length // 2 >= LEAST_LENGTH:
+        yield _with(config, "model", max_seq_length=length // 2)
+
+
+def _divisor_below(count: int) -> int:
+    """The largest divisor of `count` below it; 0 for 1."""
+    return max((divisor for divisor in range(1, count) if count % divisor == 0), default=0)
+
+
+def _with(config: Config, section: str, **values: object) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def _described(before: Config, after: Config, peak: float) -> Fit:
+    """What differs between the two, as `--set` has it and as a person reads it."""
+    settings, clauses = [], []
+    for path, why in EFFECTS.items():
+        section, key = path.split(".")
+        old, new = (_shown(getattr(getattr(config, section), key)) for config in (before, after))
+        if old != new:
+            settings.append(f"{path}={new}")
+            clauses.append(f"{path} {old} -> {new}{why.format(batch=before.effective_batch_size)}")
+    sentence = "".join(clauses).removesuffix("; ") or "nothing to change"
+    return Fit(tuple(settings), round(peak, 2), f"{sentence}; {peak:.1f} GiB expected")
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,83 @@
+"""A trial on the model that leaves no trace: all is put back, so that what follows computes the same bits."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from bitsandbytes.functional import GlobalPageManager
+from peft import PeftModel
+
+from finetune.platforms import Platform, forget_memory, random_state, set_random_state
+
+
+@contextmanager
+def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
+    """Let the block train `model`, then put back all that a training changes outside of its own trainer.
+
+    That is: the trainable weights, their gradients and whether they have any; attributes and hooks of every module
+    (mode, autocast's and TRL's wrappers around `forward`) and the model's configs; all random states; accelerate's
+    singletons; paged optimizer state, which bitsandbytes would keep; the device's cache and its peak.
+    """
+    parameters = list(model.parameters())
+    trainable = [parameter.requires_grad for parameter in parameters]
+    weights = [parameter.detach().to("cpu", copy=True) if parameter.requires_grad else None for parameter in parameters]
+    attributes = [_Attributes(found) for found in _shared(model)]
+    randoms = random.getstate(), np.random.get_state(), torch.get_rng_state(), random_state(platform)
+    pages = list(GlobalPageManager.get_instance().paged_tensors)
+    gc.freeze()  # the collections below, and accelerate's own, then look at what the block made only
+    try:
+        yield
+    finally:
+        for parameter, needed, weight in zip(parameters, trainable, weights, strict=True):
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+            if weight is not None:
+                parameter.data = weight.to(parameter.device)
+        for attribute in attributes:
+            attribute.put_back()
+        random.setstate(randoms[0])
+        np.random.set_state(randoms[1])
+        torch.set_rng_state(randoms[2])
+        set_random_state(platform, randoms[3])
+        _drop_pages(pages)
+        gc.collect()  # a trainer and its callbacks hold each other, and with them the optimizer's state
+        gc.unfreeze()
+        forget_memory(platform)
+
+
+def _shared(model: PeftModel) -> list[dict[str, Any]]:
+    """The attributes, as dictionaries, of all that a trainer finds and the next one would find again."""
+    base = model.get_base_model()
+    found = [*model.modules(), base.config, base.generation_config]
+    singletons = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    return [*map(vars, found), *singletons]
+
+
+class _Attributes:
+    """A dictionary of attributes as it is now, with the contents of those that are containers themselves."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found, self.before = found, dict(found)
+        self.inside = [(value, value.copy()) for value in found.values() if isinstance(value, dict | set | list)]
+
+    def put_back(self) -> None:
+        """In place: handles of hooks, and others who hold these dictionaries, go on to work."""
+        self.found.clear()
+        self.found.update(self.before)
+        for container, content in self.inside:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _drop_pages(before: list[torch.Tensor]) -> None:
+    manager = GlobalPageManager.get_instance()
+    if len(manager.paged_tensors) > len(before):
+        manager.prefetch_all(to_cpu=True)  # bitsandbytes cannot free them; on the host they are in nobody's way
+        manager.paged_tensors[:] = before

@@ -1,0 +1,161 @@
+"""The handoff receipt: what a run trains, so that another machine can tell whether it is about to train the same thing.
+
+A Mac at 2,048 tokens and an H100 at 4,096 agree on the conversations, their ids and labels before truncation, the
+split, tokenizer, template and the config keys that decide what is learnt. Truncation, packing and how the machine
+computes differ by design, and are told apart. Paths are not compared, contents are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Config, is_local, resolve
+from finetune.data import Prepared, one_line
+from finetune.encoding import Statistics
+from finetune.errors import ConfigError
+from finetune.typed import show
+
+FILE = "receipt.json"
+SCHEMA_VERSION = 1
+
+# Every key of the config must agree, but for these: what each platform chooses for itself,
+BY_DESIGN = (
+    "platform",
+    *(f"model.{key}" for key in ("dtype", "attn_implementation", "max_seq_length")),
+    *(f"quantization.{key}" for key in ("bnb_4bit_compute_dtype", "storage")),
+    *(f"training.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")),
+    *(f"training.{key}" for key in ("per_device_eval_batch_size", "optim", "bf16", "gradient_checkpointing")),
+    *(
+        f"training.{key}" for key in ("packing", "eval_steps", "save_steps", "save_minutes")
+    ),  # sequences differ, so do steps
+    "dataset.truncation",
+)
+# and what changes no weight, or is compared by its content.
+NOT_COMPARED = (
+    *(f"model.{key}" for key in ("name", "revision")),
+    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "time_budget_hours", "time_budget_partial")),
+    *(f"dataset.{key}" for key in ("train_file", "validation_file", "validation_split", "certificate")),
+    "dataset.sample_prompts",
+    *(f"tracking.{key}" for key in ("report_to", "project", "run_name")),
+    "output.dir",
+)
+
+
+def make(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """The receipt of a run with this config over this data, as JSON holds it.
+
+    `must_agree` and `by_design` map what is compared, in words or as a key of the config, to its value.
+    """
+    keys = _flat(config.as_dict())
+    chosen = {key: keys.pop(key) for key in BY_DESIGN}
+    shared = {key: value for key, value in keys.items() if key not in NOT_COMPARED}
+    base = {f"model.{name}": value for name, value in base_model(config).items()}
+    derived = {
+        "effective batch size": config.effective_batch_size,
+        "dataset.validation_split": _split(config, prepared),
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "must_agree": _contents(prepared) | base | derived | shared,
+        "by_design": chosen | _lengths(prepared),
+    }
+
+
+def base_model(config: Config) -> dict[str, str | None]:
+    """Hub id and revision; of a local folder only its name, since its path means nothing elsewhere."""
+    if is_local(config.model.name):
+        return {"name": resolve(config.model.name).name, "revision": None}
+    return {"name": config.model.name, "revision": config.model.revision}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A receipt that `make` made. Raises ConfigError with what is wrong where the file is none."""
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise _refused(path, str(error.strerror)) from None
+    except RecursionError:
+        raise _refused(path, "not JSON (nested too deep)") from None
+    except ValueError as error:
+        raise _refused(path, f"not JSON ({error})") from None
+    if not isinstance(receipt, dict) or "schema_version" not in receipt:
+        raise _refused(path, "no receipt, for it has no schema_version")
+    version = receipt["schema_version"]
+    if version != SCHEMA_VERSION:
+        found = f"schema_version is {show(version)}, wanted {SCHEMA_VERSION}"
+        raise ConfigError(f"--receipt {path}: {found}; make both with the same version of this program")
+    for part in ("must_agree", "by_design"):
+        if not isinstance(receipt.get(part), dict):
+            raise _refused(path, f"{part} is {show(receipt.get(part))}, wanted a section")
+    return receipt
+
+
+def _refused(path: Path, found: str) -> ConfigError:
+    return ConfigError(f"--receipt {path}: {found}; name the {FILE} of a run's folder, copied whole")
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What must agree and does not, and what differs by design: lines `what: theirs -> ours`, hashes shortened."""
+    must_agree, by_design = (_differences(ours[part], theirs[part]) for part in ("must_agree", "by_design"))
+    return must_agree, by_design
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [
+        one_line(f"{what}: {_shown(theirs, what)} -> {_shown(ours, what)}")
+        for what in ours | theirs
+        if what not in ours or what not in theirs or ours[what] != theirs[what]
+    ]
+
+
+def _shown(receipt: dict[str, Any], what: str) -> str:
+    if what not in receipt:
+        return "absent"
+    text = json.dumps(receipt[what], ensure_ascii=False)
+    return text[1:13] if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted path."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _split(config: Config, prepared: Prepared) -> float | str:
+    """Beside a validation file the share has no effect."""
+    return "a validation file" if "validation" in prepared.files else config.dataset.validation_split
+
+
+def _contents(prepared: Prepared) -> dict[str, Any]:
+    compared: dict[str, Any] = {"tokenizer and template": prepared.chat.fingerprint}
+    for name, whole in prepared.whole.items():
+        compared |= {
+            f"{name}: rows": whole["rows"],
+            f"{name}: conversations, in any order": whole["content"],
+            f"{name}: token ids before truncation, in file order": whole["input_ids"],
+            f"{name}: labels before truncation, in file order": whole["labels"],
+        }
+    return compared
+
+
+def _lengths(prepared: Prepared) -> dict[str, Any]:
+    """What truncation and packing made of the rows."""
+    sequences = len(prepared.train.lengths if prepared.sequences is None else prepared.sequences)
+    made = {"train: sequences": sequences}
+    for name, counts in prepared.statistics.items():
+        made |= _after_truncation(name, counts, prepared.whole[name]["rows"])
+    return made
+
+
+def _after_truncation(name: str, counts: Statistics, rows: int) -> dict[str, int]:
+    return {
+        f"{name}: rows cut": counts.truncated,
+        f"{name}: rows dropped as too long": rows - counts.rows,
+        f"{name}: tokens": counts.tokens,
+        f"{name}: tokens with loss": counts.supervised_tokens,
+    }

@@ -1,0 +1,284 @@
+"""The worst batches through the real trainer before a run: does it fit, how fast is it, does a checkpoint load back."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig
+
+from finetune.batches import Load, example_lengths, train_load, validation_load
+from finetune.budget import Pace, Schedule, duration
+from finetune.checkpoints import read_seal, seal
+from finetune.config import Config
+from finetune.data import Prepared
+from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
+from finetune.geometry import read_geometry
+from finetune.memory import fit
+from finetune.memory import peak_gib as predicted_gib
+from finetune.plan import count_steps
+from finetune.platforms import PLATFORMS, Platform, memory_errors_explained, peak_memory_gib, synchronize
+from finetune.putback import put_back
+from finetune.runs import Run, make_folder
+from finetune.trainer import Trainer, arguments, make_trainer
+
+STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was measured, and what it means for the steps that remain.
+
+    `peak_gib` does not hold paged optimizer state, which may move to the host. `pace` is of steps with as many tokens
+    as the run's have on average. `tokens_per_second` counts no padding, no evaluation and no save.
+    """
+
+    peak_gib: float
+    capacity_gib: float
+    pace: Pace
+    tokens_per_second: float
+    schedule: Schedule
+
+    @property
+    def hours(self) -> float:
+        """Of the steps that remain, with their evaluations and saves."""
+        return self.schedule.seconds(self.pace, self.schedule.steps) / 3600
+
+    def sentence(self, now: datetime) -> str:
+        """For the terminal; `now` in local time."""
+        end, step = now + timedelta(hours=self.hours), self.pace.step
+        day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
+        memory = f"peak {self.peak_gib:.1f} of {self.capacity_gib:.1f} GiB"
+        speed = f"{step:.1f} s a step" if step >= 1 else f"{step:.2g} s a step"
+        steps = self.schedule.steps - self.schedule.done
+        count = "1 step" if steps == 1 else f"{steps:,} steps"
+        return f"{memory}, {speed}, {duration(3600 * self.hours)} for {count}, finished about {day}{end:%H:%M}"
+
+
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Times the last step, its evaluation and its save, which it seals; keeps what was saved, to compare.
+
+    With `accumulated`, gradients lie in memory when a step begins, as they do for all micro-batches but a step's first.
+    """
+
+    def __init__(self, platform: Platform, checkpoints: Path, accumulated: bool) -> None:
+        self.platform, self.checkpoints, self.accumulated = platform, checkpoints, accumulated
+        self.micro_batch_seconds = self.optimizer_seconds = self.evaluation_seconds = self.save_seconds = 0.0
+        self.saved: Any = None
+        self._last = 0.0
+
+    def _lap(self) -> float:
+        synchronize(self.platform)
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.requires_grad and self.accumulated:
+                parameter.grad = torch.zeros_like(parameter)
+        self._lap()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batch_seconds = self._lap()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer_seconds = self._lap()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation_seconds = self._lap()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(self.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step})
+        self.save_seconds = self._lap()
+        self.saved = _on_host(_trained(kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]))
+
+
+def rehearse(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prepared: Prepared,
+    config: Config,
+    folder: Path,
+    capacity_gib: float,
+    done: int = 0,
+) -> Rehearsal:
+    """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
+
+    `done` steps of the run are behind it. Raises OutOfResource where memory or disk is not enough, CheckFailed where a
+    checkpoint cannot be saved or does not load back as it was saved, and Diverged.
+    """
+    platform = PLATFORMS[config.platform]
+    lengths = example_lengths(prepared)
+    load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
+    held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
+    stage = _Stage(model, tokenizer, prepared, config, Run(folder, False, None), load, held_out)
+    before = peak_memory_gib(platform)
+    shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it
+    make_folder(folder)
+    try:
+        with _advice_where_memory_ends(config, capacity_gib):
+            watch, peak_gib = stage.train()
+            if peak_gib > capacity_gib and peak_gib > before:  # a higher one of the loading has passed already
+                raise _MemoryEnds(f"peak {peak_gib:.1f} GiB", peak_gib)
+            stage.load_back(watch)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    steps_per_epoch, steps = count_steps(config, len(lengths))
+    step_seconds = watch.micro_batch_seconds / load.worst_tokens * load.tokens / steps_per_epoch
+    step_seconds += watch.optimizer_seconds
+    evaluation_seconds = watch.evaluation_seconds / held_out.worst_tokens * held_out.tokens
+    return Rehearsal(
+        peak_gib=peak_gib,
+        capacity_gib=capacity_gib,
+        pace=Pace(step_seconds, evaluation_seconds, watch.save_seconds),
+        tokens_per_second=float(lengths.sum()) / steps_per_epoch / step_seconds,
+        schedule=Schedule(done, steps, steps_per_epoch, config.training.eval_steps, config.training.save_steps),
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the two trainers of a rehearsal are made of."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    prepared: Prepared
+    config: Config
+    run: Run
+    load: Load
+    held_out: Load
+
+    def train(self) -> tuple[Stopwatch, float]:
+        """Train, evaluate and save; returns what was timed, and the peak in GiB."""
+        platform, training = PLATFORMS[self.config.platform], self.config.training
+        watch = Stopwatch(platform, self.run.checkpoints, training.gradient_accumulation_steps > 1)
+        with put_back(self.model, platform):
+            try:
+                with _memory_ends():
+                    trainer = self._trainer()
+                    trainer.add_callback(watch)
+                    trainer.train()
+            except (Diverged, DiskFull) as error:
+                raise type(error)(f"rehearsal: {error}") from None
+            return watch, peak_memory_gib(platform)
+
+    def load_back(self, watch: Stopwatch) -> None:
+        """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
+        folder = self.run.checkpoints / f"checkpoint-{STEPS}"
+        with put_back(self.model, PLATFORMS[self.config.platform]):
+            try:
+                read_seal(folder)
+            except (ValueError, OSError) as error:
+                raise CheckFailed(f"rehearsal: a checkpoint saved in {self._disk} is damaged: {error}") from None
+            with _memory_ends():
+                trainer = self._trainer()
+                trainer.train(resume_from_checkpoint=str(folder))
+            loaded = _trained(trainer.model, trainer.optimizer, trainer.lr_scheduler)
+            wrong = next((name for name, saved in watch.saved.items() if not _equal(saved, loaded[name])), None)
+        if wrong:
+            raise CheckFailed(f"rehearsal: a checkpoint does not load back as it was saved: {wrong} differ")
+
+    def _trainer(self) -> Trainer:
+        """The run's own trainer, but for these batches, in this order, and STEPS steps with one micro-batch each."""
+        train = self.prepared.train.dataset(self.prepared.sequences).select(self.load.worst * STEPS)
+        held_out = self.prepared.validation.dataset(None).select(self.held_out.worst)
+        return make_trainer(
+            self.model, self.tokenizer, train, held_out, self.config.dataset.train_file, self._arguments()
+        )
+
+    def _arguments(self) -> SFTConfig:
+        training = dataclasses.replace(
+            self.config.training,
+            max_steps=STEPS,
+            per_device_train_batch_size=len(self.load.worst),
+            gradient_accumulation_steps=1,
+            logging_steps=STEPS,
+            eval_steps=STEPS,
+            save_steps=STEPS,
+        )
+        sft = arguments(training, self.run, [], PLATFORMS[self.config.platform], from_start=False)
+        sft.train_sampling_strategy = "sequential"
+        return sft
+
+    @property
+    def _disk(self) -> Path:
+        return self.run.folder.parent
+
+
+def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """What a checkpoint has to bring back, by the name to tell it by."""
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        "the adapter's weights": weights,
+        "the optimizer's states": optimizer.state_dict(),
+        "the learning rate's states": scheduler.state_dict(),
+    }
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy of nested dicts and lists of tensors and plain values, the tensors in host memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: _on_host(value) for name, value in tree.items()}
+    return [_on_host(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _equal(these: Any, those: Any) -> bool:
+    if isinstance(these, torch.Tensor):
+        return torch.equal(these, those.detach().to(these.device))
+    if isinstance(these, dict):
+        return these.keys() == those.keys() and all(_equal(these[name], those[name]) for name in these)
+    if isinstance(these, list):
+        return len(these) == len(those) and all(map(_equal, these, those))
+    return bool(these == those)
+
+
+class _MemoryEnds(Exception):
+    """Memory is not enough: what was found, and the peak in GiB where it is known."""
+
+    def __init__(self, found: str, peak_gib: float | None) -> None:
+        self.found, self.peak_gib = found, peak_gib
+        super().__init__(found)
+
+
+@contextmanager
+def _memory_ends() -> Iterator[None]:
+    """Raise _MemoryEnds where a device, or the host, has no more to give."""
+    try:
+        with memory_errors_explained():
+            yield
+    except DiskFull:
+        raise
+    except OutOfResource as error:
+        raise _MemoryEnds(str(error).splitlines()[0], None) from None
+    except MemoryError:
+        raise _MemoryEnds("out of memory", None) from None
+
+
+@contextmanager
+def _advice_where_memory_ends(config: Config, capacity_gib: float) -> Iterator[None]:
+    """Raise OutOfResource with the smallest change of the config that would fit."""
+    try:
+        yield
+    except _MemoryEnds as end:
+        geometry = read_geometry(config)
+        more_than_there_is = max(predicted_gib(config, geometry), 1.000001 * capacity_gib)
+        change = fit(config, geometry, capacity_gib, end.peak_gib or more_than_there_is)
+        found = f"rehearsal: {end.found}, and there are {capacity_gib:.1f} GiB"
+        if change is None:
+            raise OutOfResource(
+                f"{found}; no change of the config would fit, only a machine with more memory"
+            ) from None
+        raise OutOfResource(f"{found}; what would fit: {change.sentence}\n  {change.command}") from None

@@ -1,0 +1,35 @@
+"""Whether wandb can log online, known before it is started: it would ask a question that nobody answers."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+from urllib.parse import urlsplit
+
+PROBE_SECONDS = 5
+NO_KEY = "no WANDB_API_KEY"
+
+
+def wandb_offline_reason() -> str | None:
+    """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not any(os.environ.get(key) for key in keys) and not _in_netrc(server.hostname or ""):
+        return NO_KEY
+    try:
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname, port), timeout=PROBE_SECONDS).close()
+    except (OSError, ValueError) as error:
+        return f"{server.hostname} does not answer: {error}"
+    return None
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether `wandb login` has left a key for `host`."""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,173 @@
+"""Faults, one at a time, on machines that are otherwise healthy: what is found, what to type, and the exit code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bench import Bench, found
+from faults import FAULTS, Fault
+
+from finetune import checks, rehearsal
+from finetune.checks.check import Result, run
+from finetune.config import ROOT
+from finetune.errors import OutOfResource
+from finetune.platforms import PLATFORMS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_url: str) -> dict[str, list[Result]]:
+    """What is found on each platform where nothing is wrong."""
+    found_there = {}
+    for platform in PLATFORMS:
+        with pytest.MonkeyPatch.context() as patch:
+            there = Bench(platform, tmp_path_factory.mktemp(platform), tiny_mistral, hub_url, patch)
+            found_there[platform] = there.results()
+    return found_there
+
+
+@pytest.mark.parametrize(
+    ("platform", "skipped"),
+    [
+        ("h100", {"model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
+        (
+            "m4",
+            {
+                "container.shm": "not in a container",
+                "container.init": "not in a container",
+                "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched",
+                "mac.watermarks": "not set: torch's own limits hold",
+            },
+        ),
+        (
+            "cpu",
+            {
+                "container.shm": "not in a container",
+                "container.init": "not in a container",
+                "model.access": "a local folder needs no Hub",
+                "tracking.wandb": "tracking.report_to is none",
+            },
+        ),
+    ],
+)
+def test_where_nothing_is_wrong_nothing_is_found(
+    platform: str, skipped: dict[str, str], healthy: dict[str, list[Result]]
+) -> None:
+    assert found(healthy[platform]) == ([], 0)
+    skips = {it.id: it.detail for it in healthy[platform] if it.status == "skip"}
+    skips.pop("plan.hours", None)  # what was measured of speed decides that
+    assert skips == skipped
+
+
+@pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.name.replace(" ", "_"))
+def test_a_fault_is_found_with_what_to_type(planted: Fault, bench: Callable[[str], Bench]) -> None:
+    faulty = bench(planted.platform)
+    planted.plant(faulty)
+    peak = f"{faulty.peak_gib():.1f}" if any("PEAK" in finding[2] for finding in planted.findings) else ""
+    wanted = [(id_, status, detail.replace("PEAK", peak), fix) for id_, status, detail, fix in planted.findings]
+    results = faulty.results()
+    assert found(results) == (wanted, planted.exit_code)
+    waiting = {it.id: it.detail.removeprefix("needs ") for it in results if it.detail.startswith("needs ")}
+    assert set(waiting.values()) <= {id_ for id_, *_ in wanted} | set(waiting)
+
+
+def test_at_least_fifty_faults_have_one_finding_each() -> None:
+    assert sum(len(planted.findings) == 1 for planted in FAULTS) >= 50
+    assert len({planted.name for planted in FAULTS}) == len(FAULTS)
+
+
+def test_every_finding_says_what_to_type_and_not_what_was_found() -> None:
+    for planted in FAULTS:
+        for id_, _, detail, fix in planted.findings:
+            assert fix.strip(), (planted.name, id_)
+            assert fix not in detail, (planted.name, id_)
+            assert detail not in fix, (planted.name, id_)
+
+
+# Checks that no fault in the table is for, and why.
+WITHOUT_A_FAULT = {
+    "data.preview": "it shows a row and judges nothing",
+    "rehearsal": "it trains, only with --deep: see below",
+}
+
+
+def test_every_check_has_a_fault_that_it_finds() -> None:
+    finding = {id_ for planted in FAULTS for id_, *_ in planted.findings}
+    assert {check.id for check in checks.CHECKS} - finding == set(WITHOUT_A_FAULT)
+
+
+def test_a_check_of_level_fail_fails_for_some_fault_and_one_of_level_warn_for_none() -> None:
+    failing = {id_ for planted in FAULTS for id_, status, *_ in planted.findings if status == "fail"}
+    assert failing == {check.id for check in checks.CHECKS if check.level == "fail"} - set(WITHOUT_A_FAULT)
+
+
+def test_every_id_is_there_once_and_needs_only_what_comes_before_it() -> None:
+    ids = [check.id for check in checks.CHECKS]
+    assert len(set(ids)) == len(ids)
+    for place, check in enumerate(checks.CHECKS):
+        assert set(check.needs) <= set(ids[:place]), check.id
+
+
+def test_every_check_stands_in_the_readme_with_what_it_looks_at() -> None:
+    table = re.findall(r"^\| `([a-z0-9_.]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    ids = [check.id for check in checks.CHECKS]
+    assert [name for name in ids if name not in table] == []
+
+
+# With --deep ----------------------------------------------------------------------------------------------------------
+
+
+def rehearsed(bench: Bench) -> Result:
+    [result] = run(checks.select(bench.platform, ["rehearsal"]), bench.preflight())
+    return result
+
+
+def left_behind(bench: Bench) -> list[str]:
+    return [path.name for path in (bench.folder / "adapters").iterdir() if path.name != ".cache"]
+
+
+def test_the_rehearsal_passes_where_nothing_is_wrong_and_leaves_nothing(bench: Callable[[str], Bench]) -> None:
+    healthy = bench("cpu")
+    result = rehearsed(healthy)
+    assert (result.status, result.fix) == ("pass", ""), result.detail
+    assert left_behind(healthy) == []
+
+
+def test_a_rehearsal_that_shows_the_budget_to_be_too_small_fails_with_what_would_do(
+    bench: Callable[[str], Bench],
+) -> None:
+    hurried = bench("cpu")
+    hurried.set("training.time_budget_hours=1.0e-6")
+    result = rehearsed(hurried)
+    assert (result.status, found([result])[1]) == ("fail", 3)
+    assert re.fullmatch(
+        r"time budget: steps 1 to 10 take \d+ s, training.time_budget_hours 1e-06 has 0 s left; what would fit:",
+        result.detail,
+    )
+    assert re.fullmatch(r"--set training.time_budget_hours=0\.\d+", result.fix)
+    assert left_behind(hurried) == []
+
+
+def test_a_rehearsal_that_does_not_fit_fails_with_what_would(bench: Callable[[str], Bench]) -> None:
+    full = bench("cpu")
+
+    def refuses(*_: object) -> None:
+        raise OutOfResource("rehearsal: peak 90.1 GiB, and there are 79.1 GiB\n--set quantization.storage=packed")
+
+    full.patch.setattr(rehearsal, "rehearse", refuses)
+    result = rehearsed(full)
+    assert found([result]) == (
+        [
+            (
+                "rehearsal",
+                "fail",
+                "rehearsal: peak 90.1 GiB, and there are 79.1 GiB",
+                "--set quantization.storage=packed",
+            )
+        ],
+        3,
+    )

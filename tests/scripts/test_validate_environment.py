@@ -1,0 +1,352 @@
+"""The command that makes every check: what it prints, its JSON, its exit codes, and the specification's functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from finetune import checks
+from finetune.checks.check import Check, Result
+from finetune.config import ROOT
+from recorded import LINUX, M4
+
+SCRIPT = ROOT / "scripts" / "validate_environment.py"
+Done = subprocess.CompletedProcess[str]
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a user with a home, without an account, a tracker or a Hub that could be asked."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB_", "PYTORCH_"))}
+    kept.pop("NO_COLOR", None)
+    return {**kept, "HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:1", "USER": "trainer"}
+
+
+@pytest.fixture
+def validate(environment: dict[str, str], tmp_path: Path) -> Command:
+    """Runs the command as a person does, from another folder."""
+
+    def running(*arguments: object, **more: str) -> Done:
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        options: dict[str, Any] = {"cwd": tmp_path, "env": environment | more, "capture_output": True, "text": True}
+        return subprocess.run(command, check=False, **options)
+
+    return running
+
+
+@pytest.fixture
+def case(tiny_mistral: Path, conversations: Path, tmp_path: Path) -> list[str]:
+    """Arguments for a small training of a small model, on which there is nothing to find."""
+    settings = {
+        "model.name": tiny_mistral,
+        "dataset.train_file": conversations,
+        "dataset.validation_split": 0.25,
+        "training.num_train_epochs": 10,
+        "output.dir": tmp_path / "adapters",
+    }
+    return ["--config", "cpu", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
+
+
+def spoil(path: Path) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"messages": []}\n')
+
+
+# Everything -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_is_wrong_it_ends_with_0_and_says_how_to_train(validate: Command, case: list[str]) -> None:
+    done = validate(*case, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert list(document) == ["schema_version", "status", "checks", "environment"]
+    assert (document["schema_version"], document["status"]) == (1, "pass")
+    assert list(document["environment"]) == ["machine", "versions"]
+    assert document["environment"]["versions"].keys() >= {"torch", "transformers", "peft", "trl", "bitsandbytes"}
+    found = {row["id"]: row for row in document["checks"]}
+    assert list(found) == [it.id for it in checks.select("cpu", (), ("receipt",))]
+    assert {row["status"] for row in found.values()} == {"pass", "skip"}
+    assert {tuple(row) for row in found.values()} == {("id", "status", "detail", "fix", "seconds")}
+
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("validate ")
+    assert lines[0].endswith("configs/training_config_cpu.yaml (--config cpu)")
+    assert [line.split()[:2] for line in lines[1:-1]] == [[row["status"], row["id"]] for row in found.values()]
+    counts = [sum(row["status"] == status for row in found.values()) for status in ("pass", "skip")]
+    tally = f"{counts[0]} passed, 0 warnings, 0 failed, {counts[1]} skipped"
+    assert lines[-1] == f"{tally}; next: src/train.py {' '.join(case)}"
+    assert "\033" not in done.stderr
+    assert not (Path(case[-1].removeprefix("output.dir=")) / "demo-cpu").exists()  # looked at, not begun
+
+
+def test_many_things_that_are_wrong_are_all_told_in_one_go(
+    validate: Command, case: list[str], conversations: Path, tmp_path: Path
+) -> None:
+    spoil(conversations)
+    base = tmp_path / "base"
+    shutil.copytree(case[3].removeprefix("model.name="), base)
+    (base / "model.safetensors").unlink()
+    done = validate(*case, "--set", f"model.name={base}", "--skip", "libraries,device", HOME="/dev/null/nobody")
+    assert done.returncode == 3
+    marked = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("  FAIL", "  WARN"))]
+    assert marked == [
+        ["WARN", "host.user"],
+        ["FAIL", "model.files"],
+        ["FAIL", "paths.caches"],
+        ["FAIL", "data.rows"],
+    ]
+    assert done.stdout.splitlines()[-1].endswith(" --only model.files,paths.caches,data.rows")
+
+
+# A part of it ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_and_skip_take_ids_and_groups(validate: Command) -> None:
+    done = validate("--config", "cpu", "--only", "host", "--skip", "host.clock,host.memory,host.system")
+    python = ".".join(map(str, sys.version_info[:3]))
+    lines = done.stdout.splitlines()
+    assert lines[1] == f"  pass  host.python              Python {python}"
+    assert [line.split()[1] for line in lines[1:-1]] == ["host.python", "host.user"]
+    assert lines[-1] == "2 passed, 0 warnings, 0 failed, 0 skipped; next: src/train.py --config cpu"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_bad_row_is_4_with_its_line_and_the_command_to_look_again(
+    validate: Command, case: list[str], conversations: Path
+) -> None:
+    spoil(conversations)
+    done = validate(*case, "--only", "data.rows,data.labels")
+    assert done.stdout.splitlines()[1:] == [
+        "  FAIL  data.rows                data: 1 bad row",
+        f'{" " * 35}{conversations}:41: "messages" is an empty list, wanted a list of messages',
+        "                                 -> Mend them, or leave them out with --set dataset.on_bad_row=drop",
+        "  skip  data.labels              needs data.rows",
+        "0 passed, 0 warnings, 1 failed, 1 skipped; mend what is marked, then: scripts/validate_environment.py "
+        f"{' '.join(case)} --only data.rows",
+    ]
+    assert (done.returncode, done.stderr) == (4, "")
+
+
+def test_data_that_is_not_there_is_2(validate: Command, case: list[str], conversations: Path) -> None:
+    conversations.unlink()
+    done = validate(*case, "--only", "data.rows", "--json")
+    assert done.returncode == 2
+    document = json.loads(done.stdout)
+    assert document["status"] == "fail"
+    [row] = document["checks"]
+    assert row.pop("seconds") >= 0
+    assert row == {
+        "id": "data.rows",
+        "status": "fail",
+        "detail": f"{conversations}: No such file or directory",
+        "fix": "put your JSONL there, or try with --set dataset.train_file=data/sample/train.jsonl",
+    }
+
+
+def test_a_warning_fails_only_with_strict(validate: Command) -> None:
+    done = validate("--config", "cpu", "--only", "host.user", HOME="/dev/null/trainer")
+    assert done.returncode == 0
+    last = done.stdout.splitlines()[-1]
+    assert last == "0 passed, 1 warning, 0 failed, 0 skipped; next: src/train.py --config cpu"
+    done = validate("--config", "cpu", "--only", "host.user", "--strict", "--json", HOME="/dev/null/trainer")
+    assert (done.returncode, json.loads(done.stdout)["status"]) == (3, "fail")
+    again = "mend what is marked, then: scripts/validate_environment.py --config cpu --only host.user"
+    assert done.stderr.splitlines()[-1] == f"0 passed, 1 warning, 0 failed, 0 skipped; {again}"
+
+
+def test_a_setting_with_a_space_is_quoted_where_it_is_to_be_typed_again(validate: Command) -> None:
+    done = validate("--config", "cpu", "--set", "system_prompt=Be brief.", "--only", "host.python")
+    assert done.stdout.splitlines()[-1].endswith("next: src/train.py --config cpu --set 'system_prompt=Be brief.'")
+
+
+# Lists and usage ------------------------------------------------------------------------------------------------------
+
+
+def test_list_names_every_check_and_makes_none(validate: Command) -> None:
+    done = validate("--list")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [check.id for check in checks.CHECKS]
+    assert lines[1] == "host.python              Python 3.11 to 3.13 (h100,m4,cpu; fail)"
+    wandb = next(line for line in lines if line.startswith("tracking.wandb"))
+    assert wandb.endswith("wandb has a key and answers, or will be offline (h100,m4,cpu; warn; network)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_list_is_also_json(validate: Command) -> None:
+    rows = json.loads(validate("--list", "--json").stdout)
+    assert [row["id"] for row in rows] == [check.id for check in checks.CHECKS]
+    assert rows[1] == {
+        "id": "host.python",
+        "looks_at": "Python 3.11 to 3.13",
+        "platforms": ["h100", "m4", "cpu"],
+        "needs": [],
+        "level": "fail",
+        "network": False,
+        "deep": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--only", "gpu.drivr"],
+            "config: 1 problem\n  --only gpu.drivr: no such check; did you mean gpu.driver?\n"
+            "scripts/validate_environment.py --list names them all\n",
+        ),
+        (
+            ["--skip", "gpu", "--skip", "modl"],
+            "config: 1 problem\n  --skip modl: no such check; did you mean model?\n"
+            "scripts/validate_environment.py --list names them all\n",
+        ),
+        (
+            ["--set", "training.learning_rte=1"],
+            "config: 1 problem\n  --set training.learning_rte=1  training.learning_rte: unknown key; "
+            "did you mean training.learning_rate?\n",
+        ),
+        (
+            ["--receipt", "receipt.json"],
+            "config: 1 problem\n  --receipt receipt.json: No such file or directory; "
+            "name the receipt.json of a run's folder, copied whole\n",
+        ),
+    ],
+)
+def test_wrong_usage_is_2_before_anything_is_looked_at(
+    arguments: list[str], told: str, validate: Command, tmp_path: Path
+) -> None:
+    done = validate("--config", "cpu", "--set", f"model.name={tmp_path}", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
+    """What the command writes on a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # how Linux says that the other side has left
+            break
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    return shown.decode()
+
+
+def test_colour_is_for_terminals_that_want_it(environment: dict[str, str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--config",
+        "cpu",
+        "--set",
+        f"model.name={tmp_path}",
+        "--only",
+        "host.python",
+    ]
+    assert "  \033[32mpass\033[0m  host.python" in on_a_terminal(command, environment)
+    assert "\033" not in on_a_terminal(command, environment | {"NO_COLOR": "1"})
+
+
+def test_a_python_without_the_libraries_is_told_in_two_lines() -> None:
+    done = subprocess.run([sys.executable, "-S", SCRIPT, "--list"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        3,
+        "",
+        f"not installed for {sys.executable}: packaging, psutil, yaml\n"
+        "type: scripts/make_venv.sh, then run this with .venv/bin/python\n",
+    )
+
+
+# The specification's functions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("validate_environment", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def made(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Notes which checks are made, by platform; the one called `bad` fails."""
+    noted: dict[str, list[str]] = {"bad": []}
+
+    def run(chosen: Iterable[Check], preflight: Any) -> Iterator[Result]:
+        for check in chosen:
+            noted.setdefault(preflight.config.platform, []).append(check.id)
+            bad = check.id in noted["bad"]
+            yield Result(check.id, "fail" if bad else "pass", "found", "mend it" if bad else "", 0.0)
+
+    monkeypatch.setattr(script, "run", run)
+    return noted
+
+
+LIBRARIES = ["libraries.versions", "libraries.imports"]
+MAC = [check.id for check in checks.CHECKS if check.id.startswith("mac.")]
+GPU = [check.id for check in checks.CHECKS if check.id.startswith("gpu.")]
+DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("call", "platform", "ids"),
+    [
+        (lambda it: it.check_imports_remote(), "h100", [*LIBRARIES, "gpu.torch", "device.flash_attention"]),
+        (lambda it: it.check_imports_m4(), "m4", [*LIBRARIES, "mac.torch", "device.qlora"]),
+        (lambda it: it.check_gpu("h100"), "h100", [*GPU, *DEVICE, "device.flash_attention"]),
+        (lambda it: it.check_gpu("m4"), "m4", [*MAC, *DEVICE]),
+    ],
+)
+def test_the_specifications_functions_are_selections_from_the_registry(
+    call: Callable[[ModuleType], bool], platform: str, ids: list[str], script: ModuleType, made: dict[str, list[str]]
+) -> None:
+    assert call(script) is True
+    assert made == {"bad": [], platform: ids}
+    made["bad"].append(ids[-1])
+    assert call(script) is False
+
+
+def test_they_print_a_header_and_each_check(
+    script: ModuleType, made: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made["bad"].append("device.flash_attention")
+    script.check_imports_remote()
+    assert capsys.readouterr().out == (
+        "H100 libraries\n"
+        "  pass  libraries.versions       found\n"
+        "  pass  libraries.imports        found\n"
+        "  pass  gpu.torch                found\n"
+        "  FAIL  device.flash_attention   found\n"
+        "                                 -> mend it\n"
+    )
+    script.print_header("a title")
+    script.print_check(Result("a", "skip", "not here", "", 0.0))
+    assert capsys.readouterr().out == "a title\n  skip  a                        not here\n"
+
+
+@pytest.mark.parametrize(("machine", "works"), [(M4, True), (LINUX, False)])
+def test_an_accelerator_that_is_not_here_does_not_work(
+    machine: Any, works: bool, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "read_machine", lambda: machine)
+    monkeypatch.setattr(script, "GPU", ("host.system",))
+    assert script.check_gpu("m4") is works

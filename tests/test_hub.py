@@ -1,0 +1,221 @@
+"""The base's weights without loading them: files that are not whole, the Hub's cache, and what the Hub answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune import hub
+from finetune.config import MISTRAL
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+# Weights in a folder --------------------------------------------------------------------------------------------------
+
+
+def shard(path: Path) -> bytes:
+    """A real safetensors file with metadata and two tensors."""
+    save_file({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, path, metadata={"format": "pt"})
+    return path.read_bytes()
+
+
+def test_weights_of_a_real_model_are_whole(tiny_mistral: Path) -> None:
+    assert hub.missing_weights(tiny_mistral) == []
+
+
+def test_each_shard_that_the_index_names_is_looked_at_once(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    weight_map = {f"layer.{number}": names[number % 3] for number in range(9)}
+    (tmp_path / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert hub.missing_weights(tmp_path) == [f"{name} is missing" for name in names]
+    for name in names:
+        shard(tmp_path / name)
+    assert hub.missing_weights(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [-1, -28, 1])
+def test_a_file_of_another_size_than_its_header_says_is_told_with_both(change: int, tmp_path: Path) -> None:
+    path = tmp_path / hub.SINGLE
+    content = shard(path)
+    path.write_bytes(content[:change] if change < 0 else content + b"x")
+    sizes = f"has {len(content) + change:,} bytes, its header says {len(content):,}"
+    assert hub.missing_weights(tmp_path) == [f"{hub.SINGLE} {sizes}"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        b"\0" * 8,
+        b"\xff" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4f",
+        b"<!DOCTYPE html>",
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{}",
+        (8).to_bytes(8, "little") + b'{"a": 1}',
+        (9).to_bytes(8, "little") + b'{"a": {}}',
+        (26).to_bytes(8, "little") + b'{"a":{"data_offsets":[0]}}',
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_and_is_no_crash(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / hub.SINGLE).write_bytes(content)
+    assert hub.missing_weights(tmp_path) == [f"{hub.SINGLE} is not a safetensors file"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": ["a"]}', "\xff"])
+def test_an_index_that_cannot_be_read_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / hub.INDEX).write_bytes(text.encode("latin-1"))
+    assert hub.missing_weights(tmp_path) == [f"{hub.INDEX} cannot be read"]
+
+
+def test_pickles_are_not_weights_but_may_lie_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    assert hub.missing_weights(tmp_path) == [f"{hub.SINGLE} is missing, and pickles (*.bin) are never read"]
+    shard(tmp_path / hub.SINGLE)
+    assert hub.missing_weights(tmp_path) == []
+
+
+# The Hub's cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache would hold REVISION of Mistral; the cache is empty."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path / f"models--{MISTRAL.replace('/', '--')}" / "snapshots" / REVISION
+
+
+def test_a_revision_is_cached_when_its_config_and_all_its_weights_are(snapshot: Path) -> None:
+    assert (hub.cached_folder(MISTRAL, REVISION), hub.is_cached(MISTRAL, REVISION)) == (None, False)
+    snapshot.mkdir(parents=True)
+    assert hub.cached_folder(MISTRAL, REVISION) is None
+    (snapshot / "config.json").touch()
+    assert (hub.cached_folder(MISTRAL, REVISION), hub.is_cached(MISTRAL, REVISION)) == (snapshot, False)
+    shard(snapshot / hub.SINGLE)
+    assert hub.is_cached(MISTRAL, REVISION)
+    assert not hub.is_cached(MISTRAL, REVISION[::-1])
+
+
+def test_a_revision_whose_config_the_hub_did_not_have_is_not_cached(snapshot: Path) -> None:
+    missing = snapshot.parents[1] / ".no_exist" / REVISION
+    missing.mkdir(parents=True)
+    (missing / "config.json").touch()
+    assert hub.cached_folder(MISTRAL, REVISION) is None
+
+
+# What the Hub answers -------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the first part of the path says, and notes who asked for what."""
+
+    asked: list[tuple[str, str, str | None]]
+
+    def do_HEAD(self) -> None:
+        type(self).asked.append((self.command, self.path, self.headers["Authorization"]))
+        kind = self.path.split("/")[1]
+        if kind == "moved":
+            self.send_response(307)
+            self.send_header("Location", self.path.replace("/moved/", "/200/"))
+        else:
+            self.send_response(int(kind))
+        if kind == "403":
+            self.send_header("X-Error-Code", "GatedRepo")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    Hub.asked = []
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "text"),
+    [
+        ("200", 200, "ok"),
+        ("moved", 200, "ok"),
+        ("401", 401, "Unauthorized"),
+        ("403", 403, "GatedRepo"),
+        ("404", 404, "Not Found"),
+        ("429", 429, "Too Many Requests"),
+        ("503", 503, "Service Unavailable"),
+    ],
+)
+def test_the_hubs_answer_is_its_status_and_its_own_word_for_it(
+    kind: str, status: int, text: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/{kind}/")
+    assert hub.why_not_reachable(MISTRAL, REVISION) == (status, text)
+
+
+@pytest.mark.parametrize(
+    ("revision", "asked_for"),
+    [(REVISION, REVISION), (None, "main"), ("refs/pr/1", "refs%2Fpr%2F1")],
+)
+def test_one_small_file_of_the_revision_is_asked_for_without_a_token_where_there_is_none(
+    revision: str | None, asked_for: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/200")
+    hub.why_not_reachable(MISTRAL, revision)
+    assert Hub.asked == [("HEAD", f"/200/{MISTRAL}/resolve/{asked_for}/config.json", None)]
+
+
+def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/moved")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.why_not_reachable(MISTRAL, REVISION)
+    assert [authorization for _, _, authorization in Hub.asked] == ["Bearer hf_secret", None]
+
+
+def test_a_hub_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
+    started = time.perf_counter()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert hub.why_not_reachable(MISTRAL, REVISION) == (None, "timed out")
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [("http://127.0.0.1:1", "refused"), ("no-scheme", "unknown url type"), ("http://[::1", "Invalid IPv6 URL")],
+)
+def test_an_address_that_leads_nowhere_is_told_with_the_systems_reason(
+    endpoint: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    status, text = hub.why_not_reachable(MISTRAL, REVISION)
+    assert status is None
+    assert reason in text
+
+
+def test_without_a_mirror_it_is_the_hub_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, ""):
+        monkeypatch.delenv("HF_ENDPOINT", raising=False)
+        if value is not None:
+            monkeypatch.setenv("HF_ENDPOINT", value)
+        assert hub.endpoint() == "https://huggingface.co"

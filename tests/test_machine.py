@@ -1,0 +1,260 @@
+"""What is read of a machine: from nvidia-smi, sysctl and pmset with recorded answers, cgroup files and /dev/shm."""
+
+from __future__ import annotations
+
+import platform
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from finetune import machine
+from finetune.machine import GpuProcess, Machine, read_machine
+from finetune.platforms import choose
+
+Tool = Callable[[str, str], None]
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """Puts a program with this shell script on a PATH that holds nothing else."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name: str, script: str) -> None:
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    return make
+
+
+def says(text: str) -> str:
+    """A line of shell that prints `text` as it is."""
+    return f"/bin/cat <<'END'\n{text}\nEND"
+
+
+def nvidia_smi(tool: Tool, gpus: str, apps: str = "") -> None:
+    """An nvidia-smi that knows both questions, word for word, and answers no other."""
+    gpu_question = "--query-gpu=name,memory.free,memory.total,driver_version --format=csv,noheader,nounits"
+    app_question = "--id=0 --query-compute-apps=pid,process_name,used_memory --format=csv,noheader,nounits"
+    tool(
+        "nvidia-smi",
+        f'case "$*" in\n"{gpu_question}") {says(gpus)}\n;;\n"{app_question}") {says(apps)}\n;;\n*) exit 2 ;;\nesac',
+    )
+
+
+# NVIDIA GPUs ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_h100_is_read_from_its_driver_with_who_is_on_it(tool: Tool) -> None:
+    nvidia_smi(
+        tool,
+        "NVIDIA H100 80GB HBM3, 18432, 81559, 550.90.07",
+        "4711, /usr/bin/python3, 62976\n4712, [Not Found], [N/A]\n4713, C:\\a, b.exe, 512",
+    )
+    found = read_machine()
+    assert (found.gpus, found.driver) == (("NVIDIA H100 80GB HBM3",), "550.90.07")
+    assert (found.gpu_free_gib, found.gpu_memory_gib) == (18.0, 81559 / 1024)
+    assert found.gpu_processes == (
+        GpuProcess(4711, "/usr/bin/python3", 61.5),
+        GpuProcess(4712, "[Not Found]", None),
+        GpuProcess(4713, "C:\\a, b.exe", 0.5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "gpus", "free_gib", "total_gib", "driver"),
+    [
+        (
+            "NVIDIA A100-SXM4-40GB, 40336, 40960, 535.183.01\nTesla T4, 15102, 15360, 535.183.01",
+            ("NVIDIA A100-SXM4-40GB", "Tesla T4"),
+            40336 / 1024,
+            40.0,
+            "535.183.01",
+        ),
+        ("NVIDIA GH200 480GB, [N/A], [N/A], 550.54.15", ("NVIDIA GH200 480GB",), None, None, "550.54.15"),
+        ("NVIDIA GB10, [Not Supported], 98304, 580.65", ("NVIDIA GB10",), None, 96.0, "580.65"),
+        ("NVIDIA H100, NVL, 94000, 95830, 550.90", ("NVIDIA H100, NVL",), 94000 / 1024, 95830 / 1024, "550.90"),
+        ("", (), None, None, None),
+        ("No devices were found", (), None, None, None),
+        ("Failed to initialize NVML: Driver/library version mismatch", (), None, None, None),
+        ("GPU access blocked by the operating system", (), None, None, None),
+        (",\n,,,\n, , , ", (), None, None, None),
+    ],
+)
+def test_gpus_are_what_nvidia_smi_prints_and_nothing_else(
+    tool: Tool,
+    answer: str,
+    gpus: tuple[str, ...],
+    free_gib: float | None,
+    total_gib: float | None,
+    driver: str | None,
+) -> None:
+    nvidia_smi(tool, answer)
+    found = read_machine()
+    assert (found.gpus, found.gpu_free_gib, found.gpu_memory_gib) == (gpus, free_gib, total_gib)
+    assert (found.driver, found.gpu_processes) == (driver, ())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "exit 9",
+        "echo 'NVIDIA H100 80GB HBM3, 18432, 81559, 550.90.07'; exit 1",
+        "printf '\\377\\376 broken\\n'",
+        "kill -9 $$",
+        "exec /bin/sleep 60",
+    ],
+)
+def test_a_driver_that_does_not_answer_is_no_gpu(tool: Tool, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ANSWER_SECONDS", 0.2)
+    tool("nvidia-smi", script)
+    assert (read_machine().gpus, read_machine().driver) == ((), None)
+
+
+@pytest.mark.parametrize("content", ["not a program", "#!/nowhere/sh\n"])
+def test_a_file_that_cannot_be_started_is_no_gpu(content: str, tool: Tool, tmp_path: Path) -> None:
+    tool("nvidia-smi", "")
+    (tmp_path / "bin" / "nvidia-smi").write_bytes(content.encode() if content[0] == "#" else b"\x7fELF not a program")
+    assert read_machine().gpus == ()
+
+
+@pytest.mark.usefixtures("tool")
+def test_without_nvidia_smi_there_is_no_gpu_and_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    assert read_machine().gpus == ()
+
+
+# Memory and container -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cgroup folder, on a machine with 16 GiB of which 12 are free."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    memory = SimpleNamespace(total=16 * 2**30, available=12 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path / "cgroup")
+    (tmp_path / "cgroup" / "memory").mkdir(parents=True)
+    return tmp_path / "cgroup"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "limit_gib", "free_gib"),
+    [
+        ("memory.max", "4294967296\n", 4.0, 4.0),
+        ("memory.max", "1099511627776\n", 1024.0, 12.0),
+        ("memory.max", "max\n", None, 12.0),
+        ("memory/memory.limit_in_bytes", "8589934592\n", 8.0, 8.0),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", None, 12.0),  # cgroup 1's word for none
+    ],
+)
+def test_free_memory_is_at_most_what_the_container_allows(
+    file: str, content: str, limit_gib: float | None, free_gib: float, cgroup: Path
+) -> None:
+    (cgroup / file).write_text(content, encoding="utf-8")
+    found = read_machine()
+    assert (found.memory_gib, found.memory_limit_gib, found.memory_free_gib) == (16.0, limit_gib, free_gib)
+
+
+@pytest.mark.usefixtures("cgroup")
+def test_without_cgroup_files_there_is_no_limit() -> None:
+    found = read_machine()
+    assert (found.memory_gib, found.memory_limit_gib, found.memory_free_gib) == (16.0, None, 12.0)
+
+
+@pytest.mark.usefixtures("tool")
+def test_shared_memory_is_as_large_as_its_file_system_or_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SHM", tmp_path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26 * (path == tmp_path)))
+    assert read_machine().shm_gib == 0.0625
+    monkeypatch.setattr(machine, "SHM", tmp_path / "nowhere")
+    assert read_machine().shm_gib is None
+
+
+@pytest.mark.usefixtures("tool")
+@pytest.mark.parametrize(("pid", "process_1"), [(1, True), (4711, False)])
+def test_a_program_knows_whether_it_is_process_1(pid: int, process_1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "getpid", lambda: pid)
+    assert read_machine().process_1 == process_1
+
+
+# Macs -----------------------------------------------------------------------------------------------------------------
+
+SYSCTL = """case "$*" in
+"-n machdep.cpu.brand_string") echo "{chip}" ;;
+"-n sysctl.proc_translated") echo {translated} ;;
+"-n kern.memorystatus_vm_pressure_level") echo {pressure} ;;
+*) exit 1 ;;
+esac"""
+PMSET = """System-wide power settings:
+Currently in use:
+ standby              1
+ lowpowermode         {low_power}
+ sleep                1 (sleep prevented by powerd)"""
+
+
+@pytest.fixture
+def mac(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
+    """Reads a Mac whose sysctl and pmset give these answers."""
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+
+    def reading(architecture: str = "arm64", low_power: int = 0, **answers: object) -> Machine:
+        monkeypatch.setattr(platform, "machine", lambda: architecture)
+        tool("sysctl", SYSCTL.format(**{"chip": "Apple M4", "translated": 0, "pressure": 1, **answers}))
+        tool("pmset", f'[ "$*" = -g ] && {says(PMSET.format(low_power=low_power))}')
+        return read_machine()
+
+    return reading
+
+
+def facts(found: Machine) -> tuple[str, str, bool, bool, int]:
+    return found.release, found.chip, found.translated, found.low_power, found.pressure
+
+
+def test_a_macs_chip_power_and_memory_pressure_are_read(mac: Callable[..., Machine]) -> None:
+    assert facts(mac()) == ("15.1", "Apple M4", False, False, 1)
+    assert facts(mac(low_power=1, pressure=4, chip="Apple M2 Max")) == ("15.1", "Apple M2 Max", False, True, 4)
+
+
+def test_an_intel_python_on_apple_silicon_is_known_as_such(mac: Callable[..., Machine]) -> None:
+    found = mac("x86_64", translated=1)
+    assert found.translated
+    reason = "found Apple silicon, but this Python is an Intel build under Rosetta"
+    assert (choose(found)[0].name, choose(found)[1]) == ("cpu", reason)
+
+
+def test_an_intel_mac_does_not_know_the_question_about_rosetta(mac: Callable[..., Machine], tool: Tool) -> None:
+    mac("x86_64")
+    tool("sysctl", 'echo "sysctl: unknown oid" >&2; exit 1')
+    assert facts(read_machine()) == ("15.1", "", False, False, 1)
+
+
+@pytest.mark.usefixtures("tool")
+def test_a_mac_whose_tools_are_not_on_the_path_is_still_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    found = read_machine()
+    assert (found.system, found.architecture, found.chip) == ("Darwin", "arm64", "")
+    assert choose(found)[0].name == "m4"
+
+
+def test_a_memory_pressure_that_is_no_number_is_taken_for_none(mac: Callable[..., Machine]) -> None:
+    assert mac(pressure="unknown").pressure == 1
+
+
+def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-45-generic")
+    tool("sysctl", "echo 1")
+    tool("pmset", "echo lowpowermode 1")
+    assert facts(read_machine()) == ("6.8.0-45-generic", "", False, False, 1)

@@ -1,0 +1,314 @@
+"""The memory model: counted tensor by tensor, compared with what torch allocates, and the smallest change that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from finetune import config
+from finetune.config import ROOT, Config
+from finetune.geometry import MISTRAL_7B, Geometry
+from finetune.machine import GIB
+from finetune.memory import PARTS, Fit, fit, lora_parameters, memory_parts, moments, peak_gib
+
+EMBEDDING = 32_000 * 4096
+LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+BOUND = 0.02  # of what is measured; the README says so
+
+
+def load(*settings: str, platform: str = "h100") -> Config:
+    return config.load(platform, settings)[0]
+
+
+def at(moment: str, *settings: str, platform: str = "h100") -> dict[str, float]:
+    """The parts of one moment of Mistral-7B's training, GiB."""
+    return moments(load(*settings, platform=platform), MISTRAL_7B)[moment]
+
+
+# Against measurement --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    """Two small models trained for two steps in processes of their own, their allocations recorded."""
+    results = {}
+    for case in ("small", "wide, evaluation"):
+        command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--case", case, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        results |= json.loads(done.stdout)["memory"]
+    return results
+
+
+def predicted(case: str) -> dict[str, dict[str, float]]:
+    """The moments of a case of benchmarks/memory.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    (found,) = [row for row in benchmark.CASES["cpu"] if row.name == case]
+    return moments(benchmark.config_of(found, "cpu", ROOT / "tests"), found.geometry)
+
+
+def errors(measured: dict[str, Any], dropped: str = "program") -> list[float]:
+    """Relative errors of each case's three moments, without `program`, which is no tensor, and without `dropped`."""
+    found = []
+    for case, result in measured.items():
+        for moment, parts in predicted(case).items():
+            kept = sum(gib for name, gib in parts.items() if name not in ("program", dropped))
+            found.append(abs(kept / result["gib"][moment]["measured"] - 1))
+    return found
+
+
+def test_each_moment_of_every_shipped_measurement_is_predicted_within_two_per_cent() -> None:
+    shipped = sorted((ROOT / "benchmarks" / "results").glob("*-memory-*.json"))
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in shipped]
+    cases = [case for document in documents for case in document["memory"].values() if "loss" in case["gib"]]
+    assert len(cases) >= 10
+    for case in cases:
+        found = moments(load(f"model.name={ROOT}", *case["settings"], platform="cpu"), Geometry(**case["geometry"]))
+        for moment, parts in found.items():
+            tensors = sum(parts.values()) - parts["program"]
+            assert tensors == pytest.approx(case["gib"][moment]["measured"], rel=BOUND), (case["settings"], moment)
+
+
+@pytest.mark.slow
+def test_each_moment_of_a_training_is_predicted_within_two_per_cent_of_what_torch_allocates(
+    measured: dict[str, Any],
+) -> None:
+    assert max(errors(measured)) < BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "program"])
+def test_no_part_of_the_memory_can_be_left_out(measured: dict[str, Any], part: str) -> None:
+    assert max(errors(measured, dropped=part)) > BOUND
+
+
+# The parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_seven_modules_of_mistral_7b_at_rank_16_are_41_943_040_weights() -> None:
+    assert lora_parameters(load(), MISTRAL_7B) == 41_943_040
+    assert lora_parameters(load("lora.r=8"), MISTRAL_7B) == 20_971_520
+    two = "lora.target_modules=[q_proj, v_proj]"
+    assert lora_parameters(load(two), MISTRAL_7B) == 32 * 16 * (4096 + 4096 + 4096 + 1024)
+
+
+def test_mistral_7b_takes_about_4_gb_packed_and_14_and_a_half_expanded() -> None:
+    packed, expanded = (at("loss", f"quantization.storage={storage}")["weights"] for storage in ("packed", "expanded"))
+    assert packed * GIB == pytest.approx(4.1e9, rel=0.02)
+    assert expanded * GIB == pytest.approx(14.5e9, rel=0.01)
+    assert expanded * GIB == 2 * (LINEAR + 2 * EMBEDDING)
+
+
+# What is set -> the part that moves, and by what factor where the arithmetic is exact (else only the direction).
+LEVERS = [
+    ("loss", ["quantization.storage=expanded"], "weights", ">"),
+    ("loss", ["quantization.bnb_4bit_use_double_quant=false"], "weights", ">"),
+    ("loss", ["training.optim=paged_adamw_8bit"], "optimizer", 2 / 8),
+    ("loss", ["training.optim=adamw_torch"], "optimizer", 1),
+    ("loss", ["training.gradient_accumulation_steps=1"], "lora", 6 / 10),  # no gradients of micro-batches before
+    ("loss", ["training.gradient_checkpointing=false"], "activations", ">"),
+    ("loss", ["training.gradient_accumulation_steps=64"], "activations", 1),
+    ("loss", ["training.per_device_eval_batch_size=64"], "activations", 1),
+    ("evaluation", ["training.per_device_train_batch_size=8"], "workspace", 1),
+    ("backward", ["lora.lora_dropout=0"], "activations", "<"),
+]
+
+
+@pytest.mark.parametrize(("moment", "settings", "part", "factor"), LEVERS, ids=lambda value: str(value))
+def test_each_lever_moves_its_part_of_the_memory_and_no_other(
+    moment: str, settings: list[str], part: str, factor: float | str
+) -> None:
+    before, after = at(moment), at(moment, *settings)
+    if isinstance(factor, str):
+        assert after[part] > before[part] if factor == ">" else after[part] < before[part]
+    else:
+        assert after[part] == pytest.approx(factor * before[part])
+    assert {**after, part: 0} == {**before, part: 0}
+
+
+def test_adapter_and_optimizer_grow_with_the_rank() -> None:
+    before, after = at("loss"), at("loss", "lora.r=32")
+    assert (after["lora"], after["optimizer"]) == pytest.approx((2 * before["lora"], 2 * before["optimizer"]))
+
+
+def test_activations_grow_with_the_tokens_of_a_micro_batch() -> None:
+    before = at("backward")["activations"]
+    assert at("backward", "training.per_device_train_batch_size=8")["activations"] == pytest.approx(2 * before)
+    assert at("backward", "model.max_seq_length=2048")["activations"] == pytest.approx(before / 2)
+
+
+def test_double_quantisation_saves_about_0_4_bit_a_weight_and_only_where_nf4_is_kept() -> None:
+    double, single = (at("loss", f"quantization.bnb_4bit_use_double_quant={on}")["weights"] for on in ("true", "false"))
+    assert (single - double) * GIB * 8 / LINEAR == pytest.approx(0.373, abs=0.001)
+    expanded = "quantization.storage=expanded"
+    on, off = (at("loss", expanded, f"quantization.bnb_4bit_use_double_quant={on}") for on in ("true", "false"))
+    assert on == off
+
+
+def test_tied_embeddings_are_counted_once() -> None:
+    tied = dataclasses.replace(MISTRAL_7B, tie_word_embeddings=True)
+    two, one = (moments(load(), geometry)["loss"] for geometry in (MISTRAL_7B, tied))
+    assert (two["weights"] - one["weights"]) * GIB == pytest.approx(2 * EMBEDDING)
+    assert {**two, "weights": 0} == {**one, "weights": 0}
+
+
+def test_a_layer_of_mistral_7b_in_bfloat16_keeps_250_kib_a_token_on_an_h100() -> None:
+    one, two = (
+        moments(
+            load("training.gradient_checkpointing=false"), dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers)
+        )
+        for layers in (1, 2)
+    )
+    bytes_a_token = (two["loss"]["activations"] - one["loss"]["activations"]) * GIB / (4 * 4096)
+    # norms 2 x 4h; q, k, v, result 2(2h + 2k); MLP 3 x 2i; dropout 3 bytes for each of 6h + i; lora_A 7 x 2r
+    assert bytes_a_token == 8 * 4096 + 4 * (4096 + 1024) + 6 * 14336 + 3 * (6 * 4096 + 14336) + 14 * 16
+
+
+def test_a_layer_keeps_more_on_mps_where_attention_and_dropout_are_in_float32() -> None:
+    one, two = (
+        moments(
+            load("training.gradient_checkpointing=false", platform="m4"),
+            dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers),
+        )["loss"]["activations"]
+        for layers in (1, 2)
+    )
+    # norms 2 x 4h; q, k, v 3 x 4h; MLP 3 x 2i; dropout 4 + 2 bytes for each of 6h + i; lora_A 7 x 2r
+    layer = 8 * 4096 + 12 * 4096 + 6 * 14336 + 6 * (6 * 4096 + 14336) + 14 * 16
+    assert (two - one) * GIB == 2048 * layer + 4 * 32 * 2048**2  # and the attention weights
+
+
+def test_with_checkpointing_a_layer_keeps_its_input_until_its_backward() -> None:
+    parts, last = at("loss"), at("backward")
+    tokens, ends = 4 * 4096, 4096 * 6 + 2 * 128 * 2
+    assert parts["activations"] * GIB == tokens * (32 * 4096 * 2 + ends)
+    assert last["activations"] * GIB == tokens * (32 * 4096 * 2 + ends + 256_224)
+
+
+def test_triton_scores_logits_inside_its_tile_and_torch_in_seven_float32_copies() -> None:
+    tile = 4096 * 32768 * 2
+    states = 4 * 4096 * 4096 * (2 + 4)  # the supervised ones, and their gradient in float32
+    assert at("loss")["logits"] * GIB == tile + states
+    short = 2048 * (32768 * 2 + 7.25 * 4 * 32000) + 2048 * 4096 * 4
+    assert at("loss", platform="m4")["logits"] * GIB == short
+
+
+def test_sdpa_pays_for_a_mask_of_all_pairs_of_tokens_where_rows_are_packed_or_padded() -> None:
+    sdpa = "model.attn_implementation=sdpa"
+    pairs = (4 * 4096) ** 2 / GIB
+    assert "attention_mask" not in at("backward")
+    assert at("loss", sdpa)["attention_mask"] == pairs  # a byte each; the checkpointed layers keep none
+    assert at("backward", sdpa)["attention_mask"] == 3 * pairs  # and one in bfloat16
+    assert at("backward", sdpa, "training.gradient_checkpointing=false")["attention_mask"] == 65 * pairs
+    assert at("backward", sdpa, "training.packing=false")["attention_mask"] == pytest.approx(3 * pairs / 4)
+    alone = "training.per_device_train_batch_size=1"
+    assert "attention_mask" not in at("backward", sdpa, alone, "training.packing=false")
+
+
+def test_mps_keeps_the_attention_weights_in_float32() -> None:
+    short, long = (at("backward", f"model.max_seq_length={length}", platform="m4") for length in (1024, 2048))
+    weights = 4 * 32 * (2048**2 - 2 * 1024**2)  # what grows with the square
+    assert (long["activations"] - 2 * short["activations"]) * GIB == pytest.approx(weights)
+
+
+def test_the_interpreter_counts_where_memory_is_the_machines_own() -> None:
+    assert "program" not in at("loss")
+    assert at("loss", platform="m4")["program"] == 0.56
+
+
+def test_the_peak_is_the_largest_moment_and_all_its_parts_are_named() -> None:
+    for settings in ([], ["training.gradient_checkpointing=false"], ["training.per_device_eval_batch_size=64"]):
+        found = load(*settings)
+        sums = {name: sum(parts.values()) for name, parts in moments(found, MISTRAL_7B).items()}
+        assert peak_gib(found, MISTRAL_7B) == max(sums.values())
+        assert list(memory_parts(found, MISTRAL_7B)) == [
+            *("weights", "lora", "optimizer", "activations", "logits", "workspace")
+        ]
+
+
+def test_a_large_evaluation_batch_is_the_peak() -> None:
+    found = moments(load("training.per_device_eval_batch_size=64"), MISTRAL_7B)
+    assert max(found, key=lambda name: sum(found[name].values())) == "evaluation"
+
+
+# What fits ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fits_is_left_as_it_is() -> None:
+    assert fit(load(), MISTRAL_7B, 80) == Fit((), 13.4, "nothing to change; 13.4 GiB expected")
+
+
+def test_fewer_rows_at_once_and_more_accumulation_come_first() -> None:
+    found = fit(load("training.gradient_checkpointing=false"), MISTRAL_7B, 80)
+    assert found == Fit(
+        ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=8"),
+        67.51,
+        "training.per_device_train_batch_size 4 -> 2, training.gradient_accumulation_steps 4 -> 8 keeps the effective "
+        "batch of 16; 67.5 GiB expected",
+    )
+    assert found.command == (
+        "--set training.per_device_train_batch_size=2 --set training.gradient_accumulation_steps=8"
+    )
+
+
+def test_changes_add_up_in_their_order_until_the_run_fits() -> None:
+    wasteful = load(
+        "training.gradient_checkpointing=false",
+        "quantization.storage=expanded",
+        "training.per_device_train_batch_size=6",
+    )
+    found = fit(wasteful, MISTRAL_7B, 5.8)
+    assert found is not None
+    assert found.settings == (
+        "training.per_device_train_batch_size=1",
+        "training.gradient_accumulation_steps=24",
+        "training.gradient_checkpointing=true",
+        "quantization.storage=packed",
+        "model.max_seq_length=2048",
+    )
+    assert found.sentence == (
+        "training.per_device_train_batch_size 6 -> 1, training.gradient_accumulation_steps 4 -> 24 keeps the effective "
+        "batch of 24; training.gradient_checkpointing false -> true; "
+        "quantization.storage expanded -> packed; model.max_seq_length 4096 -> 2048 cuts longer rows; "
+        "5.7 GiB expected"
+    )
+
+
+@pytest.mark.parametrize("capacity", [6, 8, 10, 13, 20, 40, 60])
+@pytest.mark.parametrize("platform", ["h100", "m4"])
+def test_what_is_suggested_loads_fits_and_keeps_the_effective_batch(platform: str, capacity: float) -> None:
+    before = load("training.gradient_checkpointing=false", platform=platform)
+    found = fit(before, MISTRAL_7B, capacity)
+    assert found is not None
+    after = load("training.gradient_checkpointing=false", *found.settings, platform=platform)
+    assert round(peak_gib(after, MISTRAL_7B), 2) == found.peak_gib <= capacity
+    assert after.effective_batch_size == before.effective_batch_size
+
+
+def test_an_evaluation_that_is_too_large_gets_fewer_rows_and_training_stays() -> None:
+    found = fit(load("training.per_device_eval_batch_size=64"), MISTRAL_7B, 17)
+    assert found is not None
+    assert found.settings == ("training.per_device_eval_batch_size=16",)
+
+
+def test_a_measured_peak_corrects_what_is_expected() -> None:
+    wanted = load("training.per_device_eval_batch_size=64")
+    expected = peak_gib(wanted, MISTRAL_7B)
+    found = fit(wanted, MISTRAL_7B, 17, measured_gib=0.65 * expected)
+    assert found is not None
+    assert found.settings == ("training.per_device_eval_batch_size=32",)
+    half = peak_gib(load("training.per_device_eval_batch_size=32"), MISTRAL_7B)
+    assert found.peak_gib == round(0.65 * half, 2)
+
+
+def test_nothing_fits_in_less_than_the_weights() -> None:
+    assert fit(load(), MISTRAL_7B, 4) is None
