@@ -11,11 +11,11 @@ from finetune import checks, cli
 from finetune.budget import Pace, check_budget, seconds_since_start
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
-from finetune.config import Config, load
+from finetune.config import load
 from finetune.errors import CheckFailed
-from finetune.machine import Machine, read_machine
+from finetune.machine import read_machine
+from finetune.memory import what_would_fit
 from finetune.platforms import (
-    PLATFORMS,
     capacity_gib,
     hardware,
     memory_errors_explained,
@@ -28,8 +28,6 @@ from finetune.runs import Run, open_run
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
-
-    from finetune.data import Prepared
 
 
 def parse() -> argparse.Namespace:
@@ -58,17 +56,21 @@ def main() -> None:
         return
 
     try:
+        if run and run.died:
+            terminal.warn(
+                f"the start before this one ({run.died}) ended without a word: killed, perhaps for its memory"
+            )
         terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
         terminal.plan(preflight.plan)
         make_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
-            train(config, run, preflight.prepared, preflight.plan.steps, preflight.machine, terminal, options, skipped)
+            train(preflight, run, skipped, options.resume_changed, terminal)
             print_manifest(run, options.json)
         elif options.json:
             cli.print_json(preflight.plan.as_dict())
     finally:
         if run is not None:
-            run.drop_if_unused()
+            run.close()
 
 
 def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
@@ -94,43 +96,34 @@ def print_manifest(run: Run, wanted: bool) -> None:
         cli.print_json(json.loads((run.folder / "manifest.json").read_text(encoding="utf-8")))
 
 
-def train(
-    config: Config,
-    run: Run,
-    prepared: Prepared,
-    steps: int,
-    machine: Machine,
-    terminal: Terminal,
-    options: argparse.Namespace,
-    skipped: frozenset[str],
-) -> None:
-    quiet_libraries()
-    from finetune import callbacks, checkpoints, export, model, resume, trainer
+def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
+    from finetune import callbacks, checkpoints, export, model, resume, trackers, trainer
 
-    platform = PLATFORMS[config.platform]
-    known = export.describe(config, prepared, hardware(platform, machine)) | {"skipped_checks": sorted(skipped)}
+    config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
+    known = export.describe(config, prepared, hardware(platform, preflight.machine))
+    known["skipped_checks"] = sorted(skipped)
     fingerprint = export.fingerprint(config, prepared)
-    checkpoint = resume.find(run, fingerprint, options.resume_changed, terminal)
-    report_to, offline = trainer.tracker_settings(config.tracking, run)
-    if offline:
-        terminal.decision("tracking", offline)
+    checkpoint = resume.find(run, fingerprint, resume_changed, terminal)
+    report_to, wandb = trackers.make_trackers(config.tracking, run, terminal)
 
-    with memory_errors_explained():
-        prepare_device(platform)
+    prepare_device(platform)
+    capacity = capacity_gib(platform)
+    with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
         base = model.load_base(config.model, config.quantization, platform.device)
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
     pace = Pace()
-    if "rehearsal" not in skipped and done < steps:
-        pace = rehearse(config, run, prepared, peft_model, tokenizer, done, terminal)
+    if "rehearsal" not in skipped and done < preflight.plan.steps:
+        pace = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
     export.write_start(run, config, known)
     export.write_receipt(run, config, prepared)
-    with export.recorded(run, known), memory_errors_explained():
+    out_of_memory = memory_errors_explained(what_would_fit(config, preflight.geometry, capacity))
+    with export.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,
@@ -139,23 +132,26 @@ def train(
             config.dataset.train_file,
             trainer.arguments(config.training, run, report_to, platform, from_start=checkpoint is None),
         )
+        if wandb:
+            made.add_callback(wandb)
         watchers = (
-            callbacks.Keeper(run, fingerprint, config.training.save_total_limit),
+            callbacks.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes),
             callbacks.Stopper(run, budget),
             callbacks.Progress(terminal.stream),
         )
-        outcome = trainer.train(made, config.training, *watchers, steps, checkpoint)
+        outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint)
 
         samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
         export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)
     terminal.answers(samples)
     terminal.finished(run.folder, outcome)
+    if wandb and wandb.offline:
+        terminal.say(f"  {wandb.later()}")
 
 
 def rehearse(
-    config: Config,
+    preflight: Preflight,
     run: Run,
-    prepared: Prepared,
     peft_model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     done: int,
@@ -163,8 +159,9 @@ def rehearse(
 ) -> Pace:
     from finetune import rehearsal
 
-    capacity = capacity_gib(PLATFORMS[config.platform])
-    found = rehearsal.rehearse(peft_model, tokenizer, prepared, config, run.folder / "rehearsal", capacity, done)
+    config, folder = preflight.config, run.folder / "rehearsal"
+    capacity = capacity_gib(preflight.platform)
+    found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity, done)
     terminal.decision("rehearsal", found.sentence(datetime.now()))
     partial = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
     if partial:

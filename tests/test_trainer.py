@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import re
 import signal
-import socket
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +28,7 @@ from finetune.errors import Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.runs import Run
-from finetune.schema import TrackingConfig
-from finetune.trainer import Outcome, Trainer, arguments, make_trainer, tracker_settings, train
+from finetune.trainer import Outcome, Trainer, arguments, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -357,102 +353,6 @@ def test_the_first_loss_that_is_not_finite_names_the_rows_of_its_batch(case: Cas
 def test_an_evaluation_that_is_not_finite_says_so(case: Case) -> None:
     with pytest.raises(Diverged, match=r"the loss is not a finite number on the validation rows; "):
         case.trainer(change=infinite).evaluate()
-
-
-# --- trackers
-
-TRACKING = TrackingConfig("wandb", "my-project", "my-run")
-KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
-
-
-@pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """A run of somebody without an account, a network or a keyboard; the environment is put back afterwards."""
-    for key in KEYS:
-        monkeypatch.setenv(key, "")  # remembered even where it is not set
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-
-    def asked(*_args: object) -> None:
-        raise AssertionError("a prompt")
-
-    def no_network(*_args: object, **_kwargs: object) -> None:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(builtins, "input", asked)
-    monkeypatch.setattr("getpass.getpass", asked)
-    monkeypatch.setattr(socket, "create_connection", no_network)
-    return Run(tmp_path / "run", False, None)
-
-
-def wandb_environment() -> dict[str, str | None]:
-    return {key: os.environ.get(key) for key in KEYS[1:5]}
-
-
-def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
-    assert tracker_settings(replace(TRACKING, report_to="none"), nobody) == ([], None)
-    assert set(wandb_environment().values()) == {None}
-
-
-def test_tensorboard_writes_into_the_run(nobody: Run) -> None:
-    assert tracker_settings(replace(TRACKING, report_to="tensorboard"), nobody) == (["tensorboard"], None)
-    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(nobody.folder / "tensorboard")
-    assert set(wandb_environment().values()) == {None}
-
-
-def wandb_variables(run: Run, mode: str | None) -> dict[str, str | None]:
-    directory = str(run.folder)
-    return {"WANDB_MODE": mode, "WANDB_PROJECT": "my-project", "WANDB_DIR": directory, "WANDB_SILENT": "true"}
-
-
-def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
-    report_to, offline = tracker_settings(TRACKING, nobody)
-    assert report_to == ["wandb", "tensorboard"]
-    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
-    assert offline == f"wandb is offline (no WANDB_API_KEY); later: {later}"
-    assert wandb_environment() == wandb_variables(nobody, "offline")
-
-
-def test_a_key_that_wandb_login_has_left_counts(nobody: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "netrc"
-    file.write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n", encoding="utf-8")
-    file.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(file))
-    assert "does not answer" in str(tracker_settings(TRACKING, nobody)[1])
-    monkeypatch.setenv("WANDB_BASE_URL", "https://other.example")
-    monkeypatch.delenv("WANDB_MODE")
-    assert "no WANDB_API_KEY" in str(tracker_settings(TRACKING, nobody)[1])
-
-
-def test_wandb_with_a_key_but_no_network_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
-    reason = "api.wandb.ai does not answer: Network is unreachable"
-    report_to, offline = tracker_settings(TRACKING, nobody)
-    assert (report_to, offline) == (["wandb", "tensorboard"], f"wandb is offline ({reason}); later: {later}")
-    assert wandb_environment() == wandb_variables(nobody, "offline")
-
-
-def test_wandb_that_was_set_offline_stays_so_and_is_not_probed(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    later = f"wandb sync {nobody.folder}/wandb/offline-run-*"
-    assert tracker_settings(TRACKING, nobody)[1] == f"wandb is offline (WANDB_MODE=offline); later: {later}"
-
-
-def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    probed = []
-
-    def answers(address: tuple[str, int], timeout: float) -> Any:
-        probed.append((address, timeout))
-        return StringIO()
-
-    monkeypatch.setattr(socket, "create_connection", answers)
-    assert tracker_settings(TRACKING, nobody) == (["wandb", "tensorboard"], None)
-    assert wandb_environment() == wandb_variables(nobody, None)
-    assert probed == [(("api.wandb.ai", 443), 5)]
 
 
 # --- signals

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import bitsandbytes
@@ -192,3 +193,24 @@ def test_without_flash_attn_it_is_an_import_error(monkeypatch: pytest.MonkeyPatc
     install_flash_attn(monkeypatch, None)
     with pytest.raises(ImportError):
         trials.flash_attention("cpu")
+
+
+# The device -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        trials.nf4_loss,
+        trials.bfloat16_product,
+        trials.flash_attention,
+        *(partial(trials.optimizer_step, name) for name in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")),
+    ],
+)
+def test_a_trial_computes_on_the_device_that_is_named(
+    trial: Callable[[str], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_flash_attn(monkeypatch, by_document)
+    trial("cpu")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # a device that holds no numbers
+        trial("meta")

@@ -24,7 +24,7 @@ from finetune.runs import Run
 
 def adapter_bytes(model: PeftModel) -> int:
     """Of the trainable weights in fp32."""
-    return 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * sum(int(parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Keeper(TrainerCallback):  # type: ignore[misc]

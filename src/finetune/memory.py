@@ -347,6 +347,18 @@ def fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: f
     return _described(config, changed, factor * peak)
 
 
+def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> str:
+    """The smallest change that fits as sentence and command, for a run whose memory has ended, or that none does.
+
+    Without a measured peak it is taken to be a little more than there is.
+    """
+    more_than_there_is = max(peak_gib(config, geometry), 1.000001 * capacity_gib)
+    change = fit(config, geometry, capacity_gib, measured_gib or more_than_there_is)
+    if change is None:
+        return "no change of the config would fit, only a machine with more memory"
+    return f"what would fit: {change.sentence}\n  {change.command}"
+
+
 def _changes(config: Config) -> Iterator[Config]:
     """What can be changed next, least harmful first: the first two and the fourth leave the result as it is."""
     training, length = config.training, config.model.max_seq_length

@@ -155,14 +155,13 @@ def prepare_device(platform: Platform) -> None:
 
 
 @contextmanager
-def memory_errors_explained() -> Iterator[None]:
-    """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with what to lower."""
+def memory_errors_explained(advice: str) -> Iterator[None]:
+    """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with `advice`."""
     try:
         yield
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
             raise
-        advice = "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much"
         raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
 
 

@@ -36,7 +36,8 @@ BY_DESIGN = (
 # and what changes no weight, or is compared by its content.
 NOT_COMPARED = (
     *(f"model.{key}" for key in ("name", "revision")),
-    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "time_budget_hours", "time_budget_partial")),
+    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "save_minutes")),
+    *(f"training.time_budget_{key}" for key in ("hours", "partial")),
     *(f"dataset.{key}" for key in ("train_file", "validation_file", "validation_split", "certificate")),
     "dataset.sample_prompts",
     *(f"tracking.{key}" for key in ("report_to", "project", "run_name")),

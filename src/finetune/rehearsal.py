@@ -24,8 +24,7 @@ from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.geometry import read_geometry
-from finetune.memory import fit
-from finetune.memory import peak_gib as predicted_gib
+from finetune.memory import what_would_fit
 from finetune.plan import count_steps
 from finetune.platforms import PLATFORMS, Platform, memory_errors_explained, peak_memory_gib, synchronize
 from finetune.putback import put_back
@@ -257,7 +256,7 @@ class _MemoryEnds(Exception):
 def _memory_ends() -> Iterator[None]:
     """Raise _MemoryEnds where a device, or the host, has no more to give."""
     try:
-        with memory_errors_explained():
+        with memory_errors_explained(""):
             yield
     except DiskFull:
         raise
@@ -273,12 +272,5 @@ def _advice_where_memory_ends(config: Config, capacity_gib: float) -> Iterator[N
     try:
         yield
     except _MemoryEnds as end:
-        geometry = read_geometry(config)
-        more_than_there_is = max(predicted_gib(config, geometry), 1.000001 * capacity_gib)
-        change = fit(config, geometry, capacity_gib, end.peak_gib or more_than_there_is)
-        found = f"rehearsal: {end.found}, and there are {capacity_gib:.1f} GiB"
-        if change is None:
-            raise OutOfResource(
-                f"{found}; no change of the config would fit, only a machine with more memory"
-            ) from None
-        raise OutOfResource(f"{found}; what would fit: {change.sentence}\n  {change.command}") from None
+        advice = what_would_fit(config, read_geometry(config), capacity_gib, end.peak_gib)
+        raise OutOfResource(f"rehearsal: {end.found}, and there are {capacity_gib:.1f} GiB; {advice}") from None

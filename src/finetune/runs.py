@@ -20,11 +20,15 @@ from finetune.errors import ConfigError, OutOfResource
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder. `finished` when its manifest says complete; `lock` is held as long as this process lives."""
+    """One run's folder. `finished` when its manifest says complete; `lock` is held as long as this process lives.
+
+    `died` names the start before this one where it ended without a word, as a killed one does.
+    """
 
     folder: Path
     finished: bool
     lock: TextIO | None
+    died: str | None = None
 
     @property
     def name(self) -> str:
@@ -40,6 +44,12 @@ class Run:
         """Remove the folder where nothing was written but the lock: a command that was stopped while loading."""
         if not self.finished and not (self.folder / "manifest.json").exists() and not any(self.checkpoints.iterdir()):
             shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """End this start in order: from here on the lock names nobody."""
+        if self.lock is not None:
+            self.lock.truncate(0)
+        self.drop_if_unused()
 
 
 def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
@@ -67,7 +77,8 @@ def open_run(config: Config, fresh: bool) -> Run:
     if finished:
         return Run(folder, True, None)
     make_folder(folder / "checkpoints")
-    return Run(folder, False, _lock(folder))
+    lock, died = _lock(folder)
+    return Run(folder, False, lock, died)
 
 
 def lock_holder(folder: Path) -> str | None:
@@ -117,7 +128,8 @@ def _status(folder: Path) -> str | None:
     return str(manifest.get("status")) if isinstance(manifest, dict) else None
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock(folder: Path) -> tuple[TextIO, str | None]:
+    """The lock, and who held it last where that start did not end in order."""
     stream = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,8 +139,9 @@ def _lock(folder: Path) -> TextIO:
         stream.close()
         raise OutOfResource(f"{folder} is being written by {holder}; wait for it, or stop it with: kill PID") from None
     stream.seek(0)
-    stream.truncate()
+    died = stream.read().strip() or None
+    stream.truncate(0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     stream.write(f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n")
     stream.flush()
-    return stream
+    return stream, died

@@ -23,6 +23,7 @@ def make_trackers(tracking: TrackingConfig, run: Run, terminal: Terminal) -> tup
     os.environ["WANDB_PROJECT"] = tracking.project
     os.environ["WANDB_DIR"] = str(run.folder)
     os.environ["WANDB_SILENT"] = "true"
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait 20 s for a server that does not answer
     reason = wandb_offline_reason()
     if reason is not None:
         os.environ.setdefault("WANDB_MODE", "offline")  # before wandb is imported: it would ask a question
@@ -64,14 +65,13 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         """Join this run on the server, or start one offline where the server does not let us in time."""
         import wandb
 
-        common = {"project": os.environ["WANDB_PROJECT"], "name": self.run.name}
         try:
             settings = wandb.Settings(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
-            wandb.init(**common, id=self._id(), resume="allow", settings=settings)
+            wandb.init(name=self.run.name, id=self._id(), resume="allow", settings=settings)
         except wandb.errors.Error as error:
             self.offline = str(error).splitlines()[0]
             self.terminal.decision("tracking", self.later())
-            wandb.init(**common, mode="offline")
+            wandb.init(name=self.run.name, mode="offline")
 
     def _id(self) -> str:
         """wandb's name of this run, the same after each resume."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ from finetune.errors import Diverged
 from finetune.packing import Collator
 from finetune.platforms import Platform
 from finetune.runs import Run
-from finetune.schema import TrackingConfig, TrainingConfig
-from finetune.tracking import wandb_offline_reason
+from finetune.schema import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -99,21 +97,6 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # transformers would add training_args.bin (a pickle), and PEFT would ask the Hub about embeddings.
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
-
-
-def tracker_settings(tracking: TrackingConfig, run: Run) -> tuple[list[str], str | None]:
-    """What to hand to transformers as report_to, and a sentence where wandb must stay offline; sets its variables."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
-    if tracking.report_to != "wandb":
-        return ([] if tracking.report_to == "none" else ["tensorboard"]), None
-    os.environ["WANDB_PROJECT"] = tracking.project
-    os.environ["WANDB_DIR"] = str(run.folder)
-    os.environ["WANDB_SILENT"] = "true"
-    reason = wandb_offline_reason()
-    if reason is None:
-        return ["wandb", "tensorboard"], None
-    os.environ.setdefault("WANDB_MODE", "offline")  # without it wandb asks a question that nobody answers
-    return ["wandb", "tensorboard"], f"wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*"
 
 
 def arguments(

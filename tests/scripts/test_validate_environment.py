@@ -207,7 +207,7 @@ def test_list_is_also_json(validate: Command) -> None:
             "scripts/validate_environment.py --list names them all\n",
         ),
         (
-            ["--skip", "gpu", "--skip", "modl"],
+            ["--skip", "gpu", "--skip", "modl", "--set", "training.learning_rte=1"],  # told first
             "config: 1 problem\n  --skip modl: no such check; did you mean model?\n"
             "scripts/validate_environment.py --list names them all\n",
         ),

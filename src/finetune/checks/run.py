@@ -15,7 +15,7 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.preflight import Preflight
 from finetune.config import resolve
 from finetune.machine import GIB
-from finetune.memory import fit, peak_gib
+from finetune.memory import fit, peak_gib, what_would_fit
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
 from finetune.tracking import NO_KEY, wandb_offline_reason
@@ -192,12 +192,13 @@ def _rehearsal(preflight: Preflight) -> Finding:
 
     config, platform = preflight.config, preflight.platform
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
-    with memory_errors_explained():
-        prepare_device(platform)
+    prepare_device(platform)
+    capacity = capacity_gib(platform)
+    with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
         base = model.load_base(config.model, config.quantization, platform.device)
         lora = model.add_lora(base, config.lora, config.training.seed)
     tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
-    found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity_gib(platform))
+    found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     sentence = found.sentence(datetime.now())
     return passed(f"{sentence}; {partial}" if partial else sentence)

@@ -1,0 +1,61 @@
+"""One warm program and one run that nothing happens to, for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import COUNTS, Command, Warm, result
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    if sys.platform != "linux":
+        pytest.skip("a forked training needs Linux")
+    program = Warm()
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 short conversations, each different."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(40):
+            question = {"role": "user", "content": f"What comes after {number}?"}
+            text = f"After {number} " + "and then " * (number % 4) + "comes the next."
+            stream.write(json.dumps({"messages": [question, {"role": "assistant", "content": text}]}) + "\n")
+    return path
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing happened to: its command, its result, its points and its seconds without imports."""
+
+    command: Command
+    result: dict[str, Any]
+    points: list[list[str]]
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def whole(warm: Warm, tiny_mistral: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    command = Command(tiny_mistral, rows, folder / "output")
+    ended = warm(command, notes=folder / "points")
+    assert ended.code == 0, ended.text
+    points = [json.loads(line) for line in (folder / "points").read_text().splitlines()]
+    return Whole(command, result(command), points, ended.seconds)
+
+
+def pytest_sessionfinish() -> None:
+    """scripts/nightly.py reads what was counted."""
+    if path := os.environ.get("NIGHTLY"):
+        Path(path).write_text(json.dumps(COUNTS), encoding="utf-8")
