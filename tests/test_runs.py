@@ -234,6 +234,19 @@ def test_the_lock_is_free_once_its_process_has_ended(
     assert (run.folder / "lock").read_text(encoding="utf-8").startswith(f"pid {os.getpid()} on ")
 
 
+def test_a_start_that_was_killed_is_named_to_the_next_one_and_an_orderly_end_is_not(
+    holder: subprocess.Popen[str], opened: Callable[..., Run]
+) -> None:
+    holder.kill()
+    holder.communicate(timeout=20)
+    after_a_kill = opened()
+    assert after_a_kill.died is not None
+    assert re.fullmatch(rf"pid {holder.pid} on \S+, started [0-9-]+ [0-9:]+", after_a_kill.died)
+    (after_a_kill.folder / "manifest.json").touch()
+    after_a_kill.close()
+    assert opened().died is None
+
+
 def test_a_run_that_wrote_nothing_leaves_no_folder(opened: Callable[..., Run]) -> None:
     run = opened()
     run.drop_if_unused()

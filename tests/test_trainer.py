@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
@@ -24,7 +25,7 @@ from finetune.checkpoints import read_seal, saved
 from finetune.config import Config, load
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
-from finetune.errors import Diverged, Stopped
+from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.runs import Run
@@ -77,7 +78,7 @@ class Case:
         config = self.config(*settings)
         trainer = self.trainer(*settings, first=checkpoint is None)
         stream = StringIO()
-        keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit)
+        keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
         watchers = keeper, Stopper(self.run), Progress(stream)
         outcome = train(trainer, config.training, *watchers, steps, checkpoint)
@@ -246,7 +247,50 @@ def test_a_gradient_that_is_not_finite_ends_the_run_after_it_is_logged(keeper: K
     assert (keeper.run.folder / "metrics.jsonl").read_text().startswith('{"step": 7, "time": ')
 
 
+def test_a_loss_and_gradient_of_zero_end_the_run_since_nothing_is_learnt(keeper: Keeper) -> None:
+    state = SimpleNamespace(global_step=7)
+    keeper.on_log(None, state, None, {"loss": 0.0, "grad_norm": 0.5})
+    keeper.on_log(None, state, None, {"loss": 0.5, "grad_norm": 0.0})
+    with pytest.raises(Diverged) as failure:
+        keeper.on_log(None, state, None, {"loss": 0.0, "grad_norm": 0.0})
+    assert str(failure.value) == "step 7: loss and gradient are 0, so nothing is learnt; report this run"
+
+
+def test_a_disk_too_small_for_the_best_adapter_keeps_the_one_before(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(keeper, 0, 3.0)
+    usage = SimpleNamespace(free=-1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(DiskFull, match=r"^no space left: "):
+        evaluated(keeper, 100, 2.0)
+    assert read_seal(keeper.run.checkpoints / "best")["step"] == 0
+
+
 # --- whole trainings
+
+
+BETWEEN = ("training.eval_steps=4", "training.save_steps=4", "lora.lora_dropout=0.2")
+
+
+def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
+    case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    _, whole, _ = case.train(*BETWEEN, "training.save_minutes=0.00001", "training.save_total_limit=10")
+    assert case.checkpoints() == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    assert read_seal(case.run.checkpoints / "checkpoint-3")["eval_loss"] is None
+    later = Case(tiny_mistral, conversations, tmp_path / "later", tokenizer)
+    for name in ("checkpoint-3", "best"):
+        shutil.copytree(case.run.checkpoints / name, later.run.checkpoints / name)
+    checkpoint = later.run.checkpoints / "checkpoint-3"
+    _, model, _ = later.train(*BETWEEN, checkpoint=checkpoint)
+    assert same(adapter_weights(model), adapter_weights(whole))
+    assert later.checkpoints() == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_without_a_clock_saves_come_at_their_steps_only(case: Case) -> None:
+    case.train(*BETWEEN, "training.save_minutes=null")
+    assert case.checkpoints() == ["checkpoint-4"]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> dict[int, dict[str, torch.Tensor]]:

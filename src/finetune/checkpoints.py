@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -159,16 +160,19 @@ def set_aside(folder: Path) -> Path:
 
 
 def thin_out(checkpoints: Path, keep: int) -> None:
-    """Remove all sealed checkpoints but the `keep` best by eval_loss and the newest."""
-    losses = {}
+    """Remove all sealed checkpoints but the `keep` best by eval_loss and the newest.
+
+    Those without one, saved between two evaluations, come after those that have one, the newest first.
+    """
+    ranks = {}
     for folder in saved(checkpoints):
         try:
             loss = _facts(folder).get("eval_loss")
         except ValueError:
             continue
-        losses[folder] = float("inf") if loss is None else loss
-    best = sorted(losses, key=lambda folder: (losses[folder], step_of(folder)))[:keep]
-    for folder in list(losses)[:-1]:
+        ranks[folder] = (math.inf, -step_of(folder)) if loss is None else (loss, step_of(folder))
+    best = sorted(ranks, key=lambda folder: ranks[folder])[:keep]
+    for folder in list(ranks)[:-1]:
         if folder not in best:
             (folder / SEAL).unlink()  # first, so that a half-removed folder is never taken for whole
             shutil.rmtree(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import COUNTS, Command, Warm, result
+from harness import COUNTS, Command, Warm, names, result
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +53,16 @@ def whole(warm: Warm, tiny_mistral: Path, rows: Path, tmp_path_factory: pytest.T
     assert ended.code == 0, ended.text
     points = [json.loads(line) for line in (folder / "points").read_text().splitlines()]
     return Whole(command, result(command), points, ended.seconds)
+
+
+@pytest.fixture(scope="session")
+def stopped(warm: Warm, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """A run killed right after its second save: checkpoint-2, checkpoint-4 and a best adapter, all whole."""
+    command = whole.command.at(tmp_path_factory.mktemp("stopped") / "output")
+    sealed = ["rename", *(f"run/checkpoints/checkpoint-4/{name}" for name in ("sha256.json.partial", "sha256.json"))]
+    assert warm(command, point=whole.points.index(sealed) + 2).code < 0
+    assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
+    return command
 
 
 def pytest_sessionfinish() -> None:

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Whole
 from harness import COUNTS, NIGHTLY, Command, Warm, differences
+
+from conftest import Whole
 
 SEEDS = 50 if NIGHTLY else 8
 SPREAD = 8

@@ -1,0 +1,211 @@
+"""Whatever byte of a checkpoint or of the best adapter is not what was saved: it is set aside, and the run ends right."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Whole
+from harness import COUNTS, NIGHTLY, Command, Warm, differences, names
+
+from finetune.checkpoints import SEAL, read_seal
+from finetune.errors import CheckFailed
+from finetune.report import Terminal
+from finetune.resume import find
+from finetune.runs import Run
+
+FLIPS = 400 if NIGHTLY else 20  # bytes flipped in each file, spread over it
+CHANGED = "is not what was saved (sha256 differs)"
+Damage = Callable[[Path], None]
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def append_a_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def flip(place: int) -> Damage:
+    def flip_a_bit(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+
+    return flip_a_bit
+
+
+def damages(path: Path) -> Iterator[tuple[str, Damage]]:
+    """(what is said of it, the damage), for a file that a seal names."""
+    for damage in (cut_in_half, empty, append_a_byte):
+        yield CHANGED, damage
+    yield "is missing", remove
+    size = path.stat().st_size
+    for place in sorted({number * (size - 1) // FLIPS for number in range(FLIPS + 1)}):
+        yield CHANGED, flip(place)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+
+
+class Copy:
+    """A copy of the stopped run's checkpoints, of which one file is damaged and made whole again."""
+
+    def __init__(self, stopped: Command, folder: Path) -> None:
+        self.source, self.run = stopped.checkpoints, Run(folder / "run", False, None)
+        self.fingerprint = read_seal(stopped.checkpoints / "checkpoint-4")["fingerprint"]
+        self.run.folder.mkdir()
+        shutil.copytree(self.source, self.run.checkpoints)
+
+    def found(self, damaged: Path) -> tuple[str | None, list[str]]:
+        """The checkpoint that a start would go on from, and what it says first; then all is made whole again."""
+        said = io.StringIO()
+        try:
+            folder = find(self.run, self.fingerprint, False, Terminal(False, said))
+        finally:
+            shutil.rmtree(self.run.checkpoints)
+            shutil.copytree(self.source, self.run.checkpoints)
+        COUNTS["damaged"] += 1
+        COUNTS["used"] += folder == damaged
+        return folder and folder.name, said.getvalue().splitlines()
+
+
+@pytest.fixture
+def copy(stopped: Command, tmp_path: Path) -> Copy:
+    return Copy(stopped, tmp_path)
+
+
+def test_damage_in_any_file_of_a_checkpoint_sets_it_aside_and_the_one_before_it_is_used(copy: Copy) -> None:
+    folder = copy.run.checkpoints / "checkpoint-4"
+    assert len(files(folder)) == 7
+    wrong = []
+    for name in files(folder):
+        for text, damage in damages(folder / name):
+            damage(folder / name)
+            answer = copy.found(folder)
+            aside = f"warning: checkpoint-4 is not whole ({name} {text}); set aside as damaged-checkpoint-4.1"
+            goes_on = "resume: from checkpoint-2, the newest checkpoint that is whole"
+            if answer != ("checkpoint-2", [aside, goes_on]):
+                wrong.append((name, damage.__name__, answer))
+    assert wrong == []
+
+
+def test_damage_in_any_file_of_the_best_adapter_sets_it_aside(copy: Copy) -> None:
+    folder = copy.run.checkpoints / "best"
+    assert files(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    wrong = []
+    for name in files(folder):
+        for text, damage in damages(folder / name):
+            damage(folder / name)
+            answer = copy.found(folder)[1]
+            aside = f"warning: the best adapter so far is not used ({name} {text}); set aside as damaged-best.1"
+            if aside not in answer:
+                wrong.append((name, damage.__name__, answer))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", ["checkpoint-4", "best"])
+def test_a_seal_with_any_byte_changed_says_the_same_or_is_refused(copy: Copy, name: str) -> None:
+    """The facts in it decide too: an eval_loss that changed would make another adapter the best."""
+    seal = copy.run.checkpoints / name / SEAL
+    content, facts = seal.read_bytes(), read_seal(seal.parent)
+    believed = []
+    for place in range(len(content)):
+        for bit in (0, 3):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            seal.write_bytes(changed)
+            COUNTS["damaged"] += 1
+            try:
+                if read_seal(seal.parent) != facts:
+                    believed.append(bytes(changed[max(0, place - 30) : place + 10]))
+            except ValueError:
+                continue
+    COUNTS["used"] += len(believed)
+    assert believed == []
+
+
+def test_where_a_checkpoint_lost_its_seal_or_gained_a_file_the_one_before_it_is_used(copy: Copy) -> None:
+    folder = copy.run.checkpoints / "checkpoint-4"
+    (folder / SEAL).unlink()
+    reason = f"no {SEAL}: its save was not finished"
+    said = f"warning: checkpoint-4 is not whole ({reason}); set aside as damaged-checkpoint-4.1"
+    assert copy.found(folder)[1][0] == said
+    (folder / "more.bin").write_bytes(b"")
+    reason = "more.bin was not there when it was saved"
+    said = f"warning: checkpoint-4 is not whole ({reason}); set aside as damaged-checkpoint-4.1"
+    assert copy.found(folder)[1][0] == said
+
+
+def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_deleted(copy: Copy) -> None:
+    for step in (2, 4):
+        flip(100)(copy.run.checkpoints / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(CheckFailed) as refused:
+        find(copy.run, copy.fingerprint, False, Terminal(False, io.StringIO()))
+    assert str(refused.value) == f"no checkpoint in {copy.run.checkpoints} is whole; --fresh starts a new run"
+    assert names(copy.run.checkpoints) == {"best", "damaged-checkpoint-2.1", "damaged-checkpoint-4.1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint-4/rng_state.pth", remove),
+        ("checkpoint-4/scheduler.pt", cut_in_half),
+        ("checkpoint-4/adapter_model.safetensors", flip(5000)),
+    ],
+    ids=["generator state removed", "scheduler cut in half", "one bit of the adapter"],
+)
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_bits_of_one_without(
+    warm: Warm, whole: Whole, stopped: Command, tmp_path: Path, name: str, damage: Damage
+) -> None:
+    command = stopped.elsewhere(tmp_path / "output")
+    damage(command.checkpoints / name)
+    ended = warm(command)
+    assert ended.code == 0, ended.text
+    assert "resume: from checkpoint-2, the newest checkpoint that is whole" in ended.text.splitlines()
+    assert differences(command, whole.result) == []
+
+
+# --- the best adapter, where a later one is worse
+
+
+WORSE = ("training.learning_rate=1.0", "training.early_stopping_patience=null")
+
+
+@pytest.fixture(scope="module")
+def worsening(warm: Warm, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """A finished run whose best adapter is not its last."""
+    command = whole.command.at(tmp_path_factory.mktemp("worse") / "output", *WORSE)
+    ended = warm(command)
+    assert ended.code == 0, ended.text
+    return command
+
+
+def test_a_damaged_best_adapter_does_not_make_a_worse_one_the_result(
+    warm: Warm, worsening: Command, tmp_path: Path
+) -> None:
+    from harness import result
+
+    wanted = result(worsening)
+    best = wanted["manifest"]["best_step"]
+    assert best < 4, [entry.get("eval_loss") for entry in wanted["metrics"]]
+    command = worsening.elsewhere(tmp_path / "output")
+    shutil.rmtree(command.checkpoints / "checkpoint-6")
+    (command.folder / "manifest.json").write_text('{"status": "interrupted"}', encoding="utf-8")
+    cut_in_half(command.checkpoints / "best" / "adapter_model.safetensors")
+    ended = warm(command)
+    assert ended.code != 0 or differences(command, wanted) == [], ended.text
