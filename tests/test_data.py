@@ -496,14 +496,15 @@ def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None
 @pytest.mark.parametrize("text", ["", "\n \n\r\n\t\n"], ids=["empty", "blank"])
 def test_a_train_file_without_rows_is_a_data_error(case: Case, text: str) -> None:
     case.train.write_text(text)
-    assert case.failure(DataError) == f"data: {case.train} leaves no row to train on"
+    assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
 
 
 def test_rows_that_are_all_too_long_are_a_data_error_that_says_so(case: Case) -> None:
     write(case.train, NO_TURN_FITS, NO_TURN_FITS)
     write(case.validation, SHORT)
     assert case.failure(DataError, replace(RECIPE, max_seq_length=16)) == (
-        f"data: {case.train} leaves no row to train on; 2 were longer than model.max_seq_length"
+        f"data: {case.train} leaves no row to train on (2 were longer than model.max_seq_length); "
+        "raise model.max_seq_length"
     )
 
 

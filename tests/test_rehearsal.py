@@ -355,7 +355,7 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float | None]]:
         asked.append((capacity_gib, measured_gib))
         return memory.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
 
-    monkeypatch.setattr(rehearsal, "fit", fit)
+    monkeypatch.setattr(memory, "fit", fit)
     return asked
 
 
@@ -372,7 +372,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
     monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: next(peaks))
-    monkeypatch.setattr(rehearsal, "fit", lambda *_: None)
+    monkeypatch.setattr(memory, "fit", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
         "no change of the config would fit, only a machine with more memory"

@@ -15,7 +15,8 @@ KEY = "k" * 40
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Somebody without an account, whose wandb server would be a port where nothing listens."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", *proxies):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
@@ -100,3 +101,20 @@ def test_an_address_that_is_none_is_a_reason_and_no_crash(address: str, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", address)
     assert "does not answer: " in str(wandb_offline_reason())
+
+
+def test_where_a_proxy_leads_to_the_server_the_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    asked = []
+
+    def answers(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_connection", answers)
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    assert wandb_offline_reason() is None
+    monkeypatch.setenv("no_proxy", "wandb.example")
+    assert wandb_offline_reason() is None
+    assert asked == [("proxy.example", 3128), ("wandb.example", 443)]

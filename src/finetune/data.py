@@ -222,8 +222,9 @@ def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> No
     train, validation = writers["train"], writers["validation"]
     if train.statistics.rows == 0:
         dropped = train.statistics.dropped_long
-        why = f"; {dropped} were longer than model.max_seq_length" if dropped else ""
-        raise DataError(f"data: {paths['train']} leaves no row to train on{why}")
+        why = f" ({dropped} were longer than model.max_seq_length)" if dropped else ""
+        advice = "raise model.max_seq_length" if dropped else "add rows"
+        raise DataError(f"data: {paths['train']} leaves no row to train on{why}; {advice}")
     if validation.statistics.rows == 0:
         where = paths.get("validation", paths["train"])
         advice = "name a dataset.validation_file, add rows, or raise dataset.validation_split"

@@ -6,6 +6,7 @@ import netrc
 import os
 import socket
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 PROBE_SECONDS = 5
 NO_KEY = "no WANDB_API_KEY"
@@ -19,11 +20,13 @@ def wandb_offline_reason() -> str | None:
     keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     if not any(os.environ.get(key) for key in keys) and not _in_netrc(server.hostname or ""):
         return NO_KEY
+    proxy = None if proxy_bypass(server.hostname or "") else getproxies().get(server.scheme)
+    nearest = urlsplit(proxy) if proxy else server
     try:
-        port = server.port or (80 if server.scheme == "http" else 443)
-        socket.create_connection((server.hostname, port), timeout=PROBE_SECONDS).close()
+        port = nearest.port or (80 if nearest.scheme == "http" else 443)
+        socket.create_connection((nearest.hostname, port), timeout=PROBE_SECONDS).close()
     except (OSError, ValueError) as error:
-        return f"{server.hostname} does not answer: {error}"
+        return f"{nearest.hostname} does not answer: {error}"
     return None
 
 

@@ -595,7 +595,7 @@ FAULTS = (
     # The run
     fault("fewer steps than eval_steps", "cpu", lambda b: b.set("training.eval_steps=100", "training.save_steps=100"),
           warn("plan.steps",
-               "10 steps of 2, 1 of warm-up, 2 evaluations, 1 checkpoints; 10 steps, but training.eval_steps is "
+               "10 steps of 2, 1 of warm-up, evaluations 2, checkpoints 1; 10 steps, but training.eval_steps is "
                "100: evaluated only before and after",
                "--set training.eval_steps=2 --set training.save_steps=2 evaluates every 2")),
     fault("a run larger than this machine's free memory", "cpu", lambda b: b.has(memory_free_gib=1.4),

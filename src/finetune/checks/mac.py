@@ -64,7 +64,7 @@ def _watermarks(preflight: Preflight) -> Finding:
         return failed(f"{names[0]}={low_text} {names[1]}={high_text}: not numbers", fix)
     if high == 0:
         return failed(f"{names[1]}={high_text} takes every limit away: the whole Mac may freeze", fix)
-    if high is not None and low > high:
+    if high is not None and not low <= high:
         return failed(f"the low watermark {low:g} is above the high one {high:g}: torch refuses to start", fix)
     return passed(f"low {low:g}, high {'default' if high is None else f'{high:g}'}")
 

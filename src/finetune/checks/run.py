@@ -27,7 +27,7 @@ def _steps(preflight: Preflight) -> Finding:
     plan = preflight.plan
     found = (
         f"{plan.steps:,} steps of {plan.effective_batch_size}, {plan.warmup_steps:,} of warm-up, "
-        f"{plan.evaluations:,} evaluations, {plan.checkpoints:,} checkpoints"
+        f"evaluations {plan.evaluations:,}, checkpoints {plan.checkpoints:,}"
     )
     problem = plan.schedule_problem(preflight.config.training.eval_steps)
     return warned(f"{found}; {problem[0]}", problem[1]) if problem else passed(found)
