@@ -28,9 +28,7 @@ BY_DESIGN = (
     *(f"quantization.{key}" for key in ("bnb_4bit_compute_dtype", "storage")),
     *(f"training.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")),
     *(f"training.{key}" for key in ("per_device_eval_batch_size", "optim", "bf16", "gradient_checkpointing")),
-    *(
-        f"training.{key}" for key in ("packing", "eval_steps", "save_steps", "save_minutes")
-    ),  # sequences differ, so do steps
+    *(f"training.{key}" for key in ("packing", "eval_steps", "save_steps")),  # sequences differ, so do steps
     "dataset.truncation",
 )
 # and what changes no weight, or is compared by its content.
