@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
+from finetune.checks.libraries import install_command
 from finetune.errors import CheckFailed
 from finetune.machine import GIB, Machine, read_machine
 from finetune.platforms import Torch, accelerator, choose, read_torch
@@ -44,7 +45,7 @@ def main() -> None:
     try:
         torch = check_pytorch_import()
     except CheckFailed as error:
-        raise CheckFailed(f"{error}; scripts/make_venv.sh installs it") from None
+        raise CheckFailed(f"{error}; type: {install_command(platform.name)}") from None
     terminal.decision("PyTorch", torch_line(torch))
     if options.json:
         cli.print_json(document(machine, platform.name, torch))

@@ -18,7 +18,7 @@ from finetune.checks.check import Check, Result, exit_code, run
 from finetune.checks.libraries import IMPORTED
 from finetune.checks.preflight import Preflight
 from finetune.config import load
-from finetune.machine import read_machine
+from finetune.machine import PYTHON, read_machine
 from finetune.report import Terminal, quiet_libraries, tally
 
 # Which checks the specification's own functions stand for.
@@ -129,8 +129,8 @@ def what_follows(results: list[Result], options: argparse.Namespace) -> str:
     bad = [result.id for result in results if result.status == "fail" or (options.strict and result.status == "warn")]
     if bad:
         given += f" --receipt {shlex.quote(str(options.receipt))}" if options.receipt else ""
-        return f"mend what is marked, then: scripts/validate_environment.py{given} --only {','.join(bad)}"
-    return f"next: src/train.py{given}"
+        return f"mend what is marked, then: {PYTHON} scripts/validate_environment.py{given} --only {','.join(bad)}"
+    return f"next: {PYTHON} src/train.py{given}"
 
 
 def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -113,9 +113,10 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
-    done = checkpoints.step_of(checkpoint) if checkpoint else 0
     pace = Pace()
-    if "rehearsal" not in skipped and done < preflight.plan.steps:
+    over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
+    if "rehearsal" not in skipped and not over:
+        done = checkpoints.step_of(checkpoint) if checkpoint else 0
         pace = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)

@@ -152,6 +152,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "first_control_token": None,
         "normalised_leaks": 0,
         "first_leak": None,
+        "copies": [6],
         "bad": [
             (4, "not JSON: Expecting value at column 1"),
             (8, 'found an empty list, wanted an object {"messages": [...]}'),

@@ -24,6 +24,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def make(name: str, script: str) -> None:
         path = folder / name
@@ -38,10 +39,14 @@ def says(text: str) -> str:
     return f"/bin/cat <<'END'\n{text}\nEND"
 
 
-def nvidia_smi(tool: Tool, gpus: str, apps: str = "") -> None:
+def nvidia_smi(tool: Tool, gpus: str, apps: str = "", asked: int = 0, mig: str = "[N/A]") -> None:
     """An nvidia-smi that knows both questions, word for word, and answers no other."""
-    gpu_question = "--query-gpu=name,memory.free,memory.total,driver_version --format=csv,noheader,nounits"
-    app_question = "--id=0 --query-compute-apps=pid,process_name,used_memory --format=csv,noheader,nounits"
+    fields = "name,memory.free,memory.total,driver_version,uuid,mig.mode.current"
+    gpu_question = f"--query-gpu={fields} --format=csv,noheader,nounits"
+    gpus = "\n".join(f"{line}, GPU-{number}abc, {mig}" for number, line in enumerate(gpus.splitlines()))
+    app_question = (
+        f"--id=GPU-{asked}abc --query-compute-apps=pid,process_name,used_memory --format=csv,noheader,nounits"
+    )
     tool(
         "nvidia-smi",
         f'case "$*" in\n"{gpu_question}") {says(gpus)}\n;;\n"{app_question}") {says(apps)}\n;;\n*) exit 2 ;;\nesac',
@@ -99,6 +104,50 @@ def test_gpus_are_what_nvidia_smi_prints_and_nothing_else(
     found = read_machine()
     assert (found.gpus, found.gpu_free_gib, found.gpu_memory_gib) == (gpus, free_gib, total_gib)
     assert (found.driver, found.gpu_processes) == (driver, ())
+
+
+FOUR = "\n".join(f"NVIDIA H100 80GB HBM3, {free}000, 81559, 550.90" for free in (10, 20, 30, 40))
+
+
+@pytest.mark.parametrize(
+    ("visible", "free_mib", "count", "asked"),
+    [
+        ("2", 30000, 1, 2),
+        ("3,1", 40000, 2, 3),
+        ("GPU-1a", 20000, 1, 1),
+        (" 1 , 0 ", 20000, 2, 1),
+        ("0,9,1", 10000, 1, 0),  # CUDA takes those before the first that is none
+    ],
+)
+def test_only_gpus_that_cuda_visible_devices_leaves_count_in_its_order(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch, visible: str, free_mib: int, count: int, asked: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvidia_smi(tool, FOUR, "4711, python, 1024", asked)
+    found = read_machine()
+    assert (found.gpu_free_gib, len(found.gpus)) == (free_mib / 1024, count)
+    assert found.gpu_processes == (GpuProcess(4711, "python", 1.0),)
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "9", "GPU-f"])
+def test_where_cuda_visible_devices_leaves_none_the_driver_is_still_there(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvidia_smi(tool, FOUR)
+    found = read_machine()
+    assert (found.gpus, found.gpu_free_gib, found.driver) == ((), None, "550.90")
+
+
+@pytest.mark.parametrize("visible", [None, "0", "MIG-5c89852c-d268-c3f3-1b07-005d5ae1dc3f"])
+def test_a_gpu_in_instances_does_not_tell_the_memory_of_one(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvidia_smi(tool, "NVIDIA H100 80GB HBM3, 81000, 81559, 550.90", mig="Enabled")
+    found = read_machine()
+    assert (found.gpus, found.gpu_free_gib, found.gpu_memory_gib) == (("NVIDIA H100 80GB HBM3",), None, None)
 
 
 @pytest.mark.parametrize(

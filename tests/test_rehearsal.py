@@ -274,22 +274,14 @@ def test_whatever_the_block_does_to_parameters_and_gradients_is_undone_also_wher
 
 
 def test_paged_optimizer_state_does_not_stay_in_bitsandbytes_list(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is moved: bitsandbytes ends the process where its library cannot."""
     manager = GlobalPageManager.get_instance()
-    moved: list[tuple[bool, int]] = []
-
-    def prefetch_all(self: GlobalPageManager, to_cpu: bool) -> None:
-        moved.append((to_cpu, len(self.paged_tensors)))
-
-    monkeypatch.setattr(GlobalPageManager, "prefetch_all", prefetch_all)
+    monkeypatch.setattr(GlobalPageManager, "prefetch_all", lambda *_, **__: pytest.fail("moved"))
     earlier = torch.zeros(1)
     monkeypatch.setattr(manager, "paged_tensors", [earlier])
     with put_back(loaded(case.config()), CPU):
         manager.paged_tensors.append(torch.zeros(2))
     assert [id(tensor) for tensor in manager.paged_tensors] == [id(earlier)]
-    assert moved == [(True, 2)]
-    with put_back(loaded(case.config()), CPU):
-        pass
-    assert moved == [(True, 2)]  # nothing was made, nothing moved
 
 
 @pytest.mark.parametrize("name", ["h100", "m4"])

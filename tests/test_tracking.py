@@ -108,7 +108,7 @@ def test_where_a_proxy_leads_to_the_server_the_proxy_is_asked(monkeypatch: pytes
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
     asked = []
 
-    def answers(address: tuple[str, int], timeout: float) -> socket.socket:
+    def answers(address: tuple[str, int], **_timeout: float) -> socket.socket:
         asked.append(address)
         return socket.socket()
 

@@ -21,6 +21,7 @@ import yaml
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.config import ROOT, load
+from finetune.machine import PYTHON
 
 STEPS = 6
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")
@@ -374,7 +375,10 @@ def test_a_check_that_does_not_exist_cannot_be_left_out(finished: Finished, tmp_
     command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
     done = command("--skip", "rehersal")
     text = "config: 1 problem\n  --skip rehersal: no such check; did you mean rehearsal?\n"
-    assert (done.returncode, done.stderr) == (2, f"{text}scripts/validate_environment.py --list names them all\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"{text}{PYTHON} scripts/validate_environment.py --list names them all\n",
+    )
     assert not command.output.exists()
 
 

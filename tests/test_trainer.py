@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import load_peft_weights
-from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.callbacks import Keeper, Progress, Stopper
@@ -153,6 +153,15 @@ def test_making_a_trainer_leaves_the_adapter_weights_as_they_were_in_fp32(case: 
     after = adapter_weights(case.trainer().model)
     assert {value.dtype for value in after.values()} == {torch.float32}
     assert same(fresh, after)
+
+
+def test_only_one_gpu_is_used_however_many_are_in_sight(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def eight(self: TrainingArguments) -> torch.device:
+        self._n_gpu = 8
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(eight))
+    assert arguments(case.config().training, case.run, [], PLATFORMS["cpu"], True).n_gpu == 1
 
 
 # --- the keeper

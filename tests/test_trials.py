@@ -212,5 +212,5 @@ def test_a_trial_computes_on_the_device_that_is_named(
 ) -> None:
     install_flash_attn(monkeypatch, by_document)
     trial("cpu")
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):  # a device that holds no numbers
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|cget_managed_ptr"):  # no numbers, no pages
         trial("meta")

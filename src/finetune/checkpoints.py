@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,9 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        of_a_file = re.search("PytorchStreamWriter|inline_container|unexpected pos", str(error))
+        if isinstance(error, RuntimeError) and not of_a_file:
+            raise  # a device's, no disk's
         raise DiskFull(f"cannot save: {error} ({sizes}); mend that, then type the same command again") from error
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from finetune import typed, yaml_source
 from finetune.errors import ConfigError
-from finetune.machine import read_machine
+from finetune.machine import ROOT, read_machine
 from finetune.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
@@ -30,7 +30,6 @@ from finetune.schema import (
     TrainingConfig,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE_FILE = ROOT / "configs" / "training_config.yaml"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"

@@ -47,9 +47,9 @@ class Statistics:
     `tokens` and `supervised_tokens` are after truncation; `p50`, `p95` and `longest` are of the kept rows' tokens
     before. `certified` rows were compared with mistral-common. `control_tokens` rows hold one of the chat format's
     control tokens as literal text, the first on line `first_control_token`. `normalised_leaks` validation rows are a
-    training row's copies but for whitespace and case, the first with lines (train, validation) `first_leak`. `bad`
-    lists (line, what was wrong). Rows that belong to no split (dropped, bad) count where their file is read: without a
-    validation file, at train.
+    training row's copies but for whitespace and case, the first with lines (train, validation) `first_leak`. `copies`
+    names the first lines of the `duplicates`, `bad` lists (line, what was wrong). Rows that belong to no split
+    (dropped, bad) count where their file is read: without a validation file, at train.
     """
 
     rows: int = 0
@@ -67,6 +67,7 @@ class Statistics:
     first_control_token: int | None = None
     normalised_leaks: int = 0
     first_leak: tuple[int, int] | None = None
+    copies: list[int] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
 
     @classmethod

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import receipt, yaml_source
 from finetune.checkpoints import sha256, write_json
-from finetune.config import ROOT, Config, is_local
+from finetune.config import Config, is_local
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, Stopped
+from finetune.machine import ROOT
 from finetune.receipt import base_model
 from finetune.runs import Run
 from finetune.trainer import Outcome
@@ -104,6 +105,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
                 "first_control_token": counts.first_control_token,
                 "normalised_leaks": counts.normalised_leaks,
                 "first_leak": counts.first_leak,
+                "copies": counts.copies,
             }
             for name, counts in statistics.items()
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
@@ -60,6 +61,13 @@ def _wrong(path: Path) -> str | None:
     return None if size == wanted else f"{path.name} has {size:,} bytes, its header says {wanted:,}"
 
 
+def _certificates() -> ssl.SSLContext:
+    """Those that the Hub's own client trusts: a Python from python.org brings none of its own on a Mac."""
+    import certifi
+
+    return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
+
+
 def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]:
     """(HTTP status, what the Hub says) when asked for this revision's config.json with this token; 200 is a yes.
 
@@ -72,7 +80,7 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
         request = Request(address, method="HEAD")
         if token := get_token():
             request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urlopen(request, timeout=PROBE_SECONDS) as answer:
+        with urlopen(request, timeout=PROBE_SECONDS, context=_certificates()) as answer:
             return answer.status, "ok"
     except HTTPError as error:
         return error.code, error.headers.get("X-Error-Code") or error.reason

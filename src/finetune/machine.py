@@ -10,6 +10,7 @@ import platform as host
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 import psutil
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+_interpreter = Path(sys.executable)
+# This interpreter as it is typed in the project's root, for messages that say what to type.
+PYTHON = str(_interpreter.relative_to(ROOT) if _interpreter.is_relative_to(ROOT) else _interpreter)
 ANSWER_SECONDS = 20
 CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
 
@@ -96,18 +101,24 @@ def _answer(*command: str) -> str:
 
 
 def _gpu_facts() -> dict[str, Any]:
-    """The GPU fields of Machine, from nvidia-smi; memory that it cannot tell ([N/A]) is None."""
-    table = _answer(
-        *("nvidia-smi", "--query-gpu=name,memory.free,memory.total,driver_version", "--format=csv,noheader,nounits")
-    )
-    rows = re.findall(r"^(.+), *([0-9]+|\[.+\]), *([0-9]+|\[.+\]), *([0-9.]+)$", table, re.MULTILINE)
+    """The GPU fields of Machine, from nvidia-smi; memory that it cannot tell ([N/A]) is None.
+
+    A GPU split into instances (MIG) tells the memory of the whole, which no instance has, so that is None too.
+    """
+    fields = "name,memory.free,memory.total,driver_version,uuid,mig.mode.current"
+    table = _answer("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    row = r"^(.+), *([0-9]+|\[.+\]), *([0-9]+|\[.+\]), *([0-9.]+), *(GPU-[0-9a-f-]+), *(.+)$"
+    found = re.findall(row, table, re.MULTILINE)
+    driver = found[0][3] if found else None
+    rows = _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not rows:
-        return {"gpus": (), "gpu_free_gib": None}
-    _, free_mib, total_mib, driver = rows[0]
+        return {"gpus": (), "gpu_free_gib": None, "driver": driver}
+    _, free_mib, total_mib, _, uuid, mig = rows[0]
+    if mig == "Enabled":
+        free_mib = total_mib = "[N/A]"
     # Only the first GPU is trained on, so only its programs count.
-    apps = _answer(
-        *("nvidia-smi", "--id=0", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-    )
+    fields = "pid,process_name,used_memory"
+    apps = _answer("nvidia-smi", f"--id={uuid}", f"--query-compute-apps={fields}", "--format=csv,noheader,nounits")
     found = re.findall(r"^([0-9]+), *(.+), *([0-9]+|\[.+\])$", apps, re.MULTILINE)
     return {
         "gpus": tuple(row[0] for row in rows),
@@ -116,6 +127,21 @@ def _gpu_facts() -> dict[str, Any]:
         "gpu_processes": tuple(GpuProcess(int(pid), name, _mib_to_gib(mib)) for pid, name, mib in found),
         "driver": driver,
     }
+
+
+def _visible(rows: list[tuple[str, ...]], variable: str | None) -> list[tuple[str, ...]]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; as for CUDA, the first name that is none ends it."""
+    if variable is None:
+        return rows
+    chosen: list[tuple[str, ...]] = []
+    for name in map(str.strip, variable.split(",")):
+        named = [row for index, row in enumerate(rows) if name == str(index) or (name and row[4].startswith(name))]
+        if name.startswith("MIG-"):  # one of some GPU's instances: which GPU's is not told
+            named = [row for row in rows if row[5] == "Enabled"]
+        if not named:
+            break
+        chosen.append(named[0])
+    return chosen
 
 
 def _mib_to_gib(text: str) -> float | None:

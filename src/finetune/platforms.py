@@ -160,13 +160,19 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+        if not re.search(
+            "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE
+        ):
             raise
         raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
 
 
 def peak_memory_gib(platform: Platform) -> float:
-    """Most memory this process has held where the model lives, in GiB: allocated on a GPU, resident elsewhere."""
+    """Most memory this process has held where the model lives, in GiB: allocated on an NVIDIA GPU, resident on a CPU.
+
+    A Mac's driver tells only what is allocated now; since torch keeps what it has once had, until `forget_memory`, that
+    is the most so far.
+    """
     import resource
     import sys
 
@@ -174,6 +180,10 @@ def peak_memory_gib(platform: Platform) -> float:
         import torch
 
         return float(torch.cuda.max_memory_allocated() / GIB)
+    if platform.name == "m4":
+        import torch
+
+        return float(torch.mps.driver_allocated_memory() / GIB)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
 
@@ -190,12 +200,20 @@ def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
 
 
 def capacity_gib(platform: Platform) -> float:
-    """Memory that this process may fill where the model lives, GiB: what is free, and what it holds already."""
+    """Memory that this process may fill where the model lives, GiB: what is free, and what it holds already.
+
+    On a Mac at most the GPU's working set, beyond which the system swaps.
+    """
     if platform.name == "h100":
         import torch
 
         return float((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
     machine = read_machine()
+    if platform.name == "m4":
+        import torch
+
+        held_gib = torch.mps.driver_allocated_memory() / GIB
+        return float(min(machine.memory_free_gib + held_gib, torch.mps.recommended_max_memory() / GIB))
     held_gib = psutil.Process().memory_info().rss / GIB
     return min(machine.memory_free_gib + held_gib, machine.memory_limit_gib or machine.memory_gib)
 

@@ -46,7 +46,7 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
         np.random.set_state(randoms[1])
         torch.set_rng_state(randoms[2])
         set_random_state(platform, randoms[3])
-        _drop_pages(pages)
+        GlobalPageManager.get_instance().paged_tensors[:] = pages  # it would keep the state of this optimizer
         gc.collect()  # a trainer and its callbacks hold each other, and with them the optimizer's state
         gc.unfreeze()
         forget_memory(platform)
@@ -74,10 +74,3 @@ class _Attributes:
         for container, content in self.inside:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _drop_pages(before: list[torch.Tensor]) -> None:
-    manager = GlobalPageManager.get_instance()
-    if len(manager.paged_tensors) > len(before):
-        manager.prefetch_all(to_cpu=True)  # bitsandbytes cannot free them; on the host they are in nobody's way
-        manager.paged_tensors[:] = before

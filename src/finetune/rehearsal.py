@@ -26,7 +26,7 @@ from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.geometry import read_geometry
 from finetune.memory import what_would_fit
 from finetune.plan import count_steps
-from finetune.platforms import PLATFORMS, Platform, memory_errors_explained, peak_memory_gib, synchronize
+from finetune.platforms import PLATFORMS, Platform, forget_memory, memory_errors_explained, peak_memory_gib, synchronize
 from finetune.putback import put_back
 from finetune.runs import Run, make_folder
 from finetune.trainer import Trainer, arguments, make_trainer
@@ -121,6 +121,7 @@ def rehearse(
     load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
     held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
     stage = _Stage(model, tokenizer, prepared, config, Run(folder, False, None), load, held_out)
+    forget_memory(platform)  # what loading took and gave back is no part of the peak
     before = peak_memory_gib(platform)
     shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it
     make_folder(folder)

@@ -22,6 +22,7 @@ NO_ROWS: dict[str, np.ndarray] = {
     "normalised": np.empty(0, np.uint64),
     "full_lengths": np.empty(0, np.int32),
 }
+MOST_COPIES = 20  # lines of copies that are kept, to be named
 SCHEMA = pa.schema([("line", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
@@ -66,7 +67,9 @@ class SplitWriter:
         """Finish the file; returns the sha256 of the token stream and of the labels, both int32 in file order."""
         self._writer.close()
         digests, lengths = self.kept("digests"), self.kept("full_lengths")
-        self.statistics.duplicates = len(digests) - len(np.unique(digests))
+        firsts = np.unique(digests, return_index=True)[1]
+        copies = np.delete(self.kept("lines"), firsts)
+        self.statistics.duplicates, self.statistics.copies = len(copies), copies[:MOST_COPIES].tolist()
         if len(lengths):
             quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
             self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from finetune import typed
-from finetune.config import ROOT, Config
+from finetune.config import Config
 from finetune.errors import ConfigError
 from finetune.geometry import Geometry
+from finetune.machine import ROOT
 from finetune.schema import Count
 
 RESULTS = ROOT / "benchmarks" / "results"

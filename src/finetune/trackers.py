@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers.integrations import WandbCallback
 
+from finetune.hub import PROBE_SECONDS
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.schema import TrackingConfig
-from finetune.tracking import PROBE_SECONDS, wandb_offline_reason
+from finetune.tracking import wandb_offline_reason
 
 
 def make_trackers(tracking: TrackingConfig, run: Run, terminal: Terminal) -> tuple[list[str], Wandb | None]:

@@ -8,7 +8,8 @@ import socket
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-PROBE_SECONDS = 5
+from finetune.hub import PROBE_SECONDS
+
 NO_KEY = "no WANDB_API_KEY"
 
 

@@ -103,7 +103,7 @@ def arguments(
     training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, from_start: bool
 ) -> SFTConfig:
     """The config as transformers' and TRL's arguments; `from_start` is false where a run goes on from a checkpoint."""
-    return SFTConfig(
+    sft = SFTConfig(
         output_dir=str(run.checkpoints),
         run_name=run.name,
         report_to=report_to,
@@ -142,6 +142,8 @@ def arguments(
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    sft._n_gpu = min(sft.n_gpu, 1)  # with more in sight, transformers would spread each batch over all of them
+    return sft
 
 
 def make_trainer(
@@ -190,7 +192,11 @@ def train(
     for callback in (stopping, keeper, stopper.budget, stopper, progress):
         if callback is not None:
             trainer.add_callback(callback)
-    if checkpoint is None or not _go_on(trainer, stopping, keeper, steps, checkpoint):
+    if checkpoint is not None:
+        _recall(trainer, stopping, keeper, checkpoint)
+    if checkpoint is not None and is_over(training, steps, checkpoint):
+        _load_adapter(trainer.model, checkpoint)
+    else:
         with stopper:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.leave(trainer.state.global_step)
@@ -211,18 +217,22 @@ def train(
     )
 
 
-def _go_on(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, steps: int, checkpoint: Path) -> bool:
-    """Give the callbacks what they knew at `checkpoint`. True where the run had reached its end there already."""
+def is_over(training: TrainingConfig, steps: int, checkpoint: Path) -> bool:
+    """Whether the run had reached its end at `checkpoint`: its last step, or the end of its patience."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= steps or _patience_used(state) >= (training.early_stopping_patience or sys.maxsize)
+
+
+def _patience_used(state: TrainerState) -> int:
+    return int(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"])
+
+
+def _recall(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, checkpoint: Path) -> None:
+    """Give the callbacks what they knew at `checkpoint`."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     keeper.eval_losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-    saved = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]
-    stopping.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
-    patience_over = stopping.early_stopping_patience_counter >= stopping.early_stopping_patience
-    if state.global_step < steps and not patience_over:
-        return False
+    stopping.early_stopping_patience_counter = _patience_used(state)
     trainer.state = state
-    _load_adapter(trainer.model, checkpoint)
-    return True
 
 
 def _load_adapter(model: PeftModel, folder: Path) -> None:

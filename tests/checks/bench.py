@@ -80,6 +80,8 @@ class Bench:
             self.patch.delenv(name, raising=False)
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", *watermarks(None, None)):
             self.patch.delenv(name, raising=False)
+        for name, value in watermarks("1.0", "1.2").items():
+            self.patch.setenv(name, str(value))
         folders = {"HOME": "home", "HF_HOME": "hf", "TRITON_CACHE_DIR": "triton", "PATH": "bin"}
         for name, folder in folders.items():
             (self.folder / folder).mkdir()

@@ -18,7 +18,7 @@ from bench import Bench, Clock, conversations, watermarks
 from finetune import chat, encoding, hub, receipt, trials
 from finetune.checkpoints import write_json
 from finetune.checks import host, preflight, run
-from finetune.machine import Machine
+from finetune.machine import PYTHON, Machine
 from recorded import (
     A100_40,
     A100_80,
@@ -141,7 +141,9 @@ def ada(bench: Bench, machine: Machine) -> None:
 
 def marks(bench: Bench, low: str | None, high: str | None) -> None:
     for name, value in watermarks(low, high).items():
-        if value is not None:
+        if value is None:
+            bench.patch.delenv(name)
+        else:
             bench.patch.setenv(name, value)
 
 
@@ -217,12 +219,12 @@ def receipt_of_another_training(bench: Bench) -> None:
 
 # What is typed, or said, for more than one of them.
 BUILD = (
-    "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 .venv/bin/pip "
-    "install --no-build-isolation --no-deps flash-attn==2.8.3.post2  or without it: --set "
+    "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
+    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2  or without it: --set "
     "model.attn_implementation=sdpa"
 )
-REINSTALL = ".venv/bin/pip install --force-reinstall --require-hashes -r requirements/h100.lock"
-INSTALL = ".venv/bin/pip install --require-hashes -r requirements/h100.lock"
+REINSTALL = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
+INSTALL = f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
 NEW_VENV = "rm -r .venv; scripts/make_venv.sh"
 COPY = "copy the folder again, or --set model.name=mistralai/Mistral-7B-Instruct-v0.2"
 LOCAL = "or put its files in a folder: --set model.name=FOLDER"
@@ -265,10 +267,10 @@ FAULTS = (
                "--config cpu for the demo, --config h100 to train")),
     fault("Python 3.10", "cpu", lambda b: b.has(python="3.10.12"),
           fail("host.python", "Python 3.10.12, wanted 3.11 to 3.13",
-               "PYTHON=/path/to/python3.11 scripts/make_venv.sh")),
+               "rm -r .venv; PYTHON=/path/to/python3.11 scripts/make_venv.sh")),
     fault("Python 3.14", "cpu", lambda b: b.has(python="3.14.0"),
           fail("host.python", "Python 3.14.0, wanted 3.11 to 3.13",
-               "PYTHON=/path/to/python3.11 scripts/make_venv.sh")),
+               "rm -r .venv; PYTHON=/path/to/python3.11 scripts/make_venv.sh")),
     fault("a container with little memory", "h100", lambda b: b.has(memory_limit_gib=8.0, memory_free_gib=7.5),
           warn("host.memory",
                "8.0 GiB of memory (this container's limit), 7.5 free; loading the base is expected to need 16",
@@ -298,17 +300,17 @@ FAULTS = (
           fail("libraries.versions", "not installed: trl", INSTALL)),
     fault("a library is older than tested", "cpu", lambda b: b.installed.update(transformers="5.22.0"),
           fail("libraries.versions", "older than tested: transformers 5.22.0 (locked: 5.23.0)",
-               "scripts/make_venv.sh")),
+               "rm .venv/installed; scripts/make_venv.sh")),
     fault("a library is newer than tested", "h100", lambda b: b.installed.update(torch="2.11.0+cu130"),
           warn("libraries.versions", "not the locked versions: torch 2.11.0+cu130 (locked: 2.10.0)", INSTALL)),
     fault("another version of a library that decides nothing", "m4",
           lambda b: b.installed.update(tensorboard="2.20.0", wandb="0.32.0"),
           warn("libraries.versions",
                "not the locked versions: tensorboard 2.20.0 (locked: 2.21.0), wandb 0.32.0 (locked: 0.31.0)",
-               "scripts/make_venv.sh")),
+               "rm .venv/installed; scripts/make_venv.sh")),
     fault("many libraries are missing", "cpu", lambda b: [b.installed.pop(name) for name in (*DIRECT, "wandb")],
           fail("libraries.versions", "not installed: accelerate, bitsandbytes, datasets, peft, trl and 1 more",
-               "scripts/make_venv.sh")),
+               "rm .venv/installed; scripts/make_venv.sh")),
     fault("a library cannot be imported", "h100",
           lambda b: b.broken.update(bitsandbytes="libcudart.so.12: cannot open shared object file"),
           fail("libraries.imports",
@@ -362,9 +364,11 @@ FAULTS = (
     fault("an index that cannot be read", "cpu",
           lambda b: (b.own_base() / "model.safetensors.index.json").write_text("{"),
           fail("model.files", "/bench/base: model.safetensors.index.json cannot be read", COPY)),
-    fault("a download that was interrupted", "h100", lambda b: b.cached_base(),
-          warn("model.files", "in the cache, but model.safetensors is missing: fetched when the run starts",
-               "hf download mistralai/Mistral-7B-Instruct-v0.2")),
+    fault("a cached shard that was cut short", "h100",
+          lambda b: (b.cached_base() / "model.safetensors").write_bytes(bytes(8) + b"{}"),
+          fail("model.files", "in the Hub's cache: model.safetensors is not a safetensors file",
+               "hf download mistralai/Mistral-7B-Instruct-v0.2 --revision 63a8b081895390a26e140280378bc85ec8bce07a "
+               "--include '*.safetensors' '*.json' --force-download")),
     fault("the Hub wants a token", "h100", lambda b: b.hub_answers(401),
           fail("model.access", "http://hub/401 wants a token (401 GatedRepo)", f"export HF_TOKEN=hf_...; {LOCAL}")),
     fault("the licence was not accepted", "h100", lambda b: b.hub_answers(403),
@@ -440,7 +444,7 @@ FAULTS = (
           warn("gpu.processes", "1 other program on the GPU: 4711 python 61.5 GiB",
                "kill 4711, if yours: it takes time and memory from the run")),
     fault("other programs fill the GPU", "h100", lambda b: b.has(gpu_processes=BUSY, gpu_free_gib=2.0),
-          fail("gpu.memory", "2.0 of 79.6 GiB free, PEAK expected", "end what holds it: kill 4711 4712"),
+          fail("gpu.memory", "2.0 of 79.6 GiB free, PEAK expected", "end what holds it, where it is yours: kill 4711 4712"),
           warn("gpu.processes", "2 other programs on the GPU: 4711 python 61.5 GiB, 4712 /usr/bin/ollama",
                "kill 4711 4712, if yours: it takes time and memory from the run")),
     fault("no compiler", "h100", lambda b: (b.folder / "bin" / "gcc").unlink(),
@@ -471,6 +475,10 @@ FAULTS = (
           fail("mac.memory",
                "PEAK GiB expected, 22.9 is the GPU's working set, beyond which macOS swaps; the whole Mac has 32",
                "--set quantization.storage=packed --set model.max_seq_length=4096")),
+    fault("no watermarks", "m4", lambda b: marks(b, None, None),
+          warn("mac.watermarks",
+               "not set: torch's memory may grow past what the Mac has before it fails, and the Mac swaps instead",
+               MARKS)),
     fault("a watermark that takes every limit away", "m4", lambda b: marks(b, "0.0", "0.0"),
           fail("mac.watermarks",
                "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 takes every limit away: the whole Mac may freeze",
@@ -491,7 +499,7 @@ FAULTS = (
     fault("NF4 unpacks to zeros", "m4", nf4_gives_zeros,
           fail("device.qlora", "NF4 loses 100.0% of normal weights there and back, wanted 6% to 13%", NEW_VENV)),
     fault("the QLoRA step is wrong", "h100", half_of_every_product,
-          fail("device.qlora", "a QLoRA step in bfloat16 is 1.4e-01 from fp32, wanted at most 0.03", REINSTALL)),
+          fail("device.qlora", "a QLoRA step in bfloat16 is 1.6e-01 from fp32, wanted at most 0.03", REINSTALL)),
     fault("the QLoRA step is wrong on a CPU", "cpu", half_of_every_product,
           fail("device.qlora", "a QLoRA step in float32 is 1.4e-01 from fp32, wanted at most 0.0001", NEW_VENV)),
     fault("bfloat16 is wrong", "m4", lambda b: b.patch.setattr(trials, "bfloat16_product", lambda *_: 0.5),
@@ -519,7 +527,7 @@ FAULTS = (
                "sudo chown -R $(id -u) /bench/train.jsonl/adapters, or --set output.dir=FOLDER")),
     fault("a cache cannot be made", "h100", lambda b: b.patch.setenv("HF_HOME", f"{b.train_file}/hf"),
           fail("paths.caches", "/bench/train.jsonl/hf cannot be written: Not a directory", "export HF_HOME=FOLDER")),
-    fault("two caches cannot be made", "m4",
+    fault("two caches cannot be made", "h100",
           lambda b: [b.patch.setenv(name, f"{b.train_file}/it") for name in ("HF_HOME", "TRITON_CACHE_DIR")],
           fail("paths.caches",
                "/bench/train.jsonl/it cannot be written: Not a directory; /bench/train.jsonl/it cannot be written: "
@@ -579,7 +587,7 @@ FAULTS = (
                "shorten the prompts, or put several questions on one document into one conversation")),
     fault("copies", "cpu", lambda b: b.write_rows(*conversations(), conversations()[0]),
           warn("data.duplicates", "copies of other rows: 1 in train",
-               "sort -u /bench/train.jsonl keeps one of each, where they are not meant")),
+               "where they are not meant: sed -i.bak '41d' /bench/train.jsonl")),
     fault("validation rows differ from training rows in case only", "cpu",
           lambda b: b.write_validation(*shouted(conversations()[3:5])),
           warn("data.leakage",
@@ -590,7 +598,7 @@ FAULTS = (
           lambda b: b.write_rows(*conversations(), [("user", "Write </s>"), ("assistant", "Done.")]),
           warn("data.control_tokens",
                "1 rows hold the template's own marks as literal text, the first /bench/train.jsonl:41",
-               "scripts/inspect_data.py /bench/train.jsonl --rows 41-41 shows how they are read")),
+               f"{PYTHON} scripts/inspect_data.py /bench/train.jsonl --rows 41-41 shows how they are read")),
 
     # The run
     fault("fewer steps than eval_steps", "cpu", lambda b: b.set("training.eval_steps=100", "training.save_steps=100"),
@@ -623,15 +631,15 @@ FAULTS = (
           warn("state.run",
                "would go on from checkpoint-4; checkpoint-8 is not whole (adapter_model.safetensors is not what "
                "was saved (sha256 differs)) and would be set aside",
-               "src/train.py --fresh starts anew")),
+               f"{PYTHON} src/train.py --fresh starts anew")),
     fault("no checkpoint is whole", "cpu", lambda b: damage(b.checkpoint(8)),
           fail("state.run",
                "no checkpoint in /bench/adapters/demo-cpu/checkpoints is whole: checkpoint-8 is not whole "
                "(adapter_model.safetensors is not what was saved (sha256 differs)) and would be set aside",
-               "src/train.py --fresh")),
+               f"{PYTHON} src/train.py --fresh")),
     fault("the config changed since the checkpoint", "cpu", lambda b: (b.checkpoint(8), b.set("lora.r=8")),
           fail("state.run", "would go on from checkpoint-8, but changed since: config.lora.r: 16 -> 8",
-               "src/train.py --fresh, or --resume-changed")),
+               f"{PYTHON} src/train.py --fresh, or --resume-changed")),
     fault("a receipt of another training", "cpu", receipt_of_another_training,
           fail("receipt",
                "not the same training: training.learning_rate: 0.0002 -> 0.001; by design: model.max_seq_length: "

@@ -40,7 +40,6 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_ur
                 "container.shm": "not in a container",
                 "container.init": "not in a container",
                 "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched",
-                "mac.watermarks": "not set: torch's own limits hold",
             },
         ),
         (

@@ -11,6 +11,7 @@ import pytest
 from finetune import checks
 from finetune.checks.check import Check, Finding, Result, exit_code, failed, passed, run, skipped, warned
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource, UserError
+from finetune.machine import PYTHON
 
 NOTHING: Any = None  # a preflight for checks that look at none
 
@@ -238,4 +239,4 @@ def test_a_name_that_means_no_check_is_refused(call: Callable[[], object], probl
     with pytest.raises(ConfigError) as failure:
         call()
     assert failure.value.problems == problems
-    assert str(failure.value).splitlines()[-1] == "scripts/validate_environment.py --list names them all"
+    assert str(failure.value).splitlines()[-1] == f"{PYTHON} scripts/validate_environment.py --list names them all"

@@ -6,12 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import COUNTS, Command, Warm, names, result
+from harness import COUNTS, Command, Warm, Whole, names, result
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +33,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A run that nothing happened to: its command, its result, its points and its seconds without imports."""
-
-    command: Command
-    result: dict[str, Any]
-    points: list[list[str]]
-    seconds: float
-
-
 @pytest.fixture(scope="session")
 def whole(warm: Warm, tiny_mistral: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
@@ -63,6 +51,10 @@ def stopped(warm: Warm, whole: Whole, tmp_path_factory: pytest.TempPathFactory) 
     assert warm(command, point=whole.points.index(sealed) + 2).code < 0
     assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
     return command
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    COUNTS["crashes"] += report.failed and "test_fuzz" in report.nodeid
 
 
 def pytest_sessionfinish() -> None:

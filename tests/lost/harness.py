@@ -35,6 +35,7 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
+PROBE = ".check-"  # a folder with a file of 7 bytes, where the kill came in the check that output.dir can be written
 CHECKPOINTS = {"best", *(f"checkpoint-{step}" for step in (2, 4, 6))}
 
 
@@ -141,6 +142,16 @@ class Warm:
         self.process.wait(timeout=60)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing happened to: its command, its result, its points and its seconds without imports."""
+
+    command: Command
+    result: dict[str, Any]
+    points: list[list[str]]
+    seconds: float
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -173,7 +184,8 @@ def left_over(command: Command) -> set[str]:
     found = names(command.folder) - FILES
     found |= {name for name in names(command.checkpoints) - CHECKPOINTS if not name.startswith("damaged-")}
     found |= {path.name for path in command.output.rglob("*.partial") if "damaged-" not in str(path)}
-    return found | (names(command.output) - {"run", ".cache"})
+    beside = {name for name in names(command.output) if not name.startswith(PROBE)}
+    return found | (beside - {"run", ".cache"})
 
 
 def differences(command: Command, wanted: dict[str, Any]) -> list[str]:

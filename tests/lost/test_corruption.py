@@ -1,4 +1,4 @@
-"""Whatever byte of a checkpoint or of the best adapter is not what was saved: it is set aside, and the run ends right."""
+"""A checkpoint or best adapter of which any byte is not what was saved is set aside, and the run ends right."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, NIGHTLY, Command, Warm, differences, names, result
+from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences, names, result
 
-from conftest import Whole
 from finetune.checkpoints import SEAL, read_seal
 from finetune.errors import CheckFailed
 from finetune.report import Terminal

@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, NIGHTLY, Command, Warm, differences
-
-from conftest import Whole
+from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences
 
 SEEDS = 50 if NIGHTLY else 8
 SPREAD = 8

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Command, Warm
+from harness import Command, Warm, Whole
 
-from conftest import Whole
 from finetune.checkpoints import read_seal, seal
 
 MARK = "c0ffee5ec2e7"

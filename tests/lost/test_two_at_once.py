@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import ENVIRONMENT, ROOT, Command, Warm, differences, names
+from harness import ENVIRONMENT, ROOT, Command, Warm, Whole, differences, names
 
-from conftest import Whole
 from finetune.checkpoints import read_seal
 
 

@@ -39,7 +39,9 @@ class Points:
     def heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         """What Python tells an audit hook, before it does it."""
         if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & (os.O_ACCMODE | os.O_CREAT):
-            self.point("write", Path(os.fsdecode(arguments[0])))
+            path = Path(os.fsdecode(arguments[0]))
+            appends = arguments[2] & os.O_APPEND and path.is_file()
+            self.point("write", path, begins_at=path.stat().st_size if appends else 0)
         elif event in DIR_FD:
             path, descriptor = Path(os.fsdecode(arguments[0])), arguments[DIR_FD[event]]
             if descriptor >= 0:
@@ -49,7 +51,7 @@ class Points:
             elif event != "os.mkdir" or not path.exists():
                 self.point(event.removeprefix("os."), path)
 
-    def point(self, what: str, path: Path, target: Path | None = None) -> None:
+    def point(self, what: str, path: Path, target: Path | None = None, begins_at: int = 0) -> None:
         if not path.is_relative_to(self.folder):
             return
         self.count += 1
@@ -59,14 +61,13 @@ class Points:
         if self.count == self.number:
             if self.how == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            self._cut_short(path)
+            self._cut_short(begins_at)
 
-    def _cut_short(self, path: Path) -> None:
+    def _cut_short(self, begins_at: int) -> None:
         # The kernel ends a process that writes beyond this limit, whatever language it writes in.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        size = path.stat().st_size if path.is_file() else 0
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + BYTES_WRITTEN, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (begins_at + BYTES_WRITTEN, resource.RLIM_INFINITY))
 
     def watch_libraries(self) -> None:
         """The functions through which libraries write files that Python does not hear of."""
@@ -75,8 +76,8 @@ class Points:
         import torch
         from transformers import PreTrainedTokenizerFast
 
-        self._watch(torch, "save", lambda content, path, *_, **__: path)
-        self._watch(safetensors.torch, "serialize_file", lambda content, path, *_, **__: path)
+        self._watch(torch, "save", lambda _, path, *__, **___: path)
+        self._watch(safetensors.torch, "serialize_file", lambda _, path, *__, **___: path)
         self._watch(pyarrow.ipc, "new_file", lambda path, *_, **__: path)
         self._watch(
             PreTrainedTokenizerFast,

@@ -16,7 +16,7 @@ import pytest
 
 from finetune.config import ROOT
 from finetune.errors import CheckFailed
-from finetune.machine import Machine
+from finetune.machine import PYTHON, Machine
 from finetune.platforms import Torch
 from recorded import (
     A100_40,
@@ -223,7 +223,7 @@ def test_a_machine_without_an_accelerator_is_no_error(here: dict[str, str]) -> N
 
 def test_a_broken_torch_is_told_after_what_is_known_without_it(here: dict[str, str], tmp_path: Path) -> None:
     smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\n[ $# = 2 ] && echo 'NVIDIA H100 80GB HBM3, 81000, 81559, 550.90.07'\n")
+    smi.write_text("#!/bin/sh\n[ $# = 2 ] && echo 'NVIDIA H100 80GB HBM3, 81000, 81559, 550.90.07, GPU-1, [N/A]'\n")
     smi.chmod(0o755)
     (tmp_path / "modules" / "torch.py").write_text('raise ImportError("libcudart.so.12: cannot open\\nand more")\n')
     done = run(here)
@@ -232,7 +232,8 @@ def test_a_broken_torch_is_told_after_what_is_known_without_it(here: dict[str, s
         "accelerator: NVIDIA H100 80GB HBM3\n"
         "  79.6 GiB on it, 79.1 free\n"
         "config: configs/training_config_h100.yaml (found NVIDIA H100 80GB HBM3)\n",
-        "torch cannot be imported: libcudart.so.12: cannot open; scripts/make_venv.sh installs it\n",
+        "torch cannot be imported: libcudart.so.12: cannot open; "
+        f"type: {PYTHON} -m pip install --require-hashes -r requirements/h100.lock\n",
     )
 
 

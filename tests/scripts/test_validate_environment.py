@@ -19,6 +19,7 @@ import pytest
 from finetune import checks
 from finetune.checks.check import Check, Result
 from finetune.config import ROOT
+from finetune.machine import PYTHON
 from recorded import LINUX, M4
 
 SCRIPT = ROOT / "scripts" / "validate_environment.py"
@@ -86,7 +87,7 @@ def test_where_nothing_is_wrong_it_ends_with_0_and_says_how_to_train(validate: C
     assert [line.split()[:2] for line in lines[1:-1]] == [[row["status"], row["id"]] for row in found.values()]
     counts = [sum(row["status"] == status for row in found.values()) for status in ("pass", "skip")]
     tally = f"{counts[0]} passed, 0 warnings, 0 failed, {counts[1]} skipped"
-    assert lines[-1] == f"{tally}; next: src/train.py {' '.join(case)}"
+    assert lines[-1] == f"{tally}; next: {PYTHON} src/train.py {' '.join(case)}"
     assert "\033" not in done.stderr
     assert not (Path(case[-1].removeprefix("output.dir=")) / "demo-cpu").exists()  # looked at, not begun
 
@@ -104,10 +105,9 @@ def test_many_things_that_are_wrong_are_all_told_in_one_go(
     assert marked == [
         ["WARN", "host.user"],
         ["FAIL", "model.files"],
-        ["FAIL", "paths.caches"],
         ["FAIL", "data.rows"],
     ]
-    assert done.stdout.splitlines()[-1].endswith(" --only model.files,paths.caches,data.rows")
+    assert done.stdout.splitlines()[-1].endswith(" --only model.files,data.rows")
 
 
 # A part of it ---------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_only_and_skip_take_ids_and_groups(validate: Command) -> None:
     lines = done.stdout.splitlines()
     assert lines[1] == f"  pass  host.python              Python {python}"
     assert [line.split()[1] for line in lines[1:-1]] == ["host.python", "host.user"]
-    assert lines[-1] == "2 passed, 0 warnings, 0 failed, 0 skipped; next: src/train.py --config cpu"
+    assert lines[-1] == f"2 passed, 0 warnings, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config cpu"
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -133,7 +133,8 @@ def test_a_bad_row_is_4_with_its_line_and_the_command_to_look_again(
         f'{" " * 35}{conversations}:41: "messages" is an empty list, wanted a list of messages',
         "                                 -> Mend them, or leave them out with --set dataset.on_bad_row=drop",
         "  skip  data.labels              needs data.rows",
-        "0 passed, 0 warnings, 1 failed, 1 skipped; mend what is marked, then: scripts/validate_environment.py "
+        "0 passed, 0 warnings, 1 failed, 1 skipped; mend what is marked, then: "
+        f"{PYTHON} scripts/validate_environment.py "
         f"{' '.join(case)} --only data.rows",
     ]
     assert (done.returncode, done.stderr) == (4, "")
@@ -159,16 +160,18 @@ def test_a_warning_fails_only_with_strict(validate: Command) -> None:
     done = validate("--config", "cpu", "--only", "host.user", HOME="/dev/null/trainer")
     assert done.returncode == 0
     last = done.stdout.splitlines()[-1]
-    assert last == "0 passed, 1 warning, 0 failed, 0 skipped; next: src/train.py --config cpu"
+    assert last == f"0 passed, 1 warning, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config cpu"
     done = validate("--config", "cpu", "--only", "host.user", "--strict", "--json", HOME="/dev/null/trainer")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (3, "fail")
-    again = "mend what is marked, then: scripts/validate_environment.py --config cpu --only host.user"
+    again = f"mend what is marked, then: {PYTHON} scripts/validate_environment.py --config cpu --only host.user"
     assert done.stderr.splitlines()[-1] == f"0 passed, 1 warning, 0 failed, 0 skipped; {again}"
 
 
 def test_a_setting_with_a_space_is_quoted_where_it_is_to_be_typed_again(validate: Command) -> None:
     done = validate("--config", "cpu", "--set", "system_prompt=Be brief.", "--only", "host.python")
-    assert done.stdout.splitlines()[-1].endswith("next: src/train.py --config cpu --set 'system_prompt=Be brief.'")
+    assert done.stdout.splitlines()[-1].endswith(
+        f"next: {PYTHON} src/train.py --config cpu --set 'system_prompt=Be brief.'"
+    )
 
 
 # Lists and usage ------------------------------------------------------------------------------------------------------
@@ -204,12 +207,12 @@ def test_list_is_also_json(validate: Command) -> None:
         (
             ["--only", "gpu.drivr"],
             "config: 1 problem\n  --only gpu.drivr: no such check; did you mean gpu.driver?\n"
-            "scripts/validate_environment.py --list names them all\n",
+            f"{PYTHON} scripts/validate_environment.py --list names them all\n",
         ),
         (
             ["--skip", "gpu", "--skip", "modl", "--set", "training.learning_rte=1"],  # told first
             "config: 1 problem\n  --skip modl: no such check; did you mean model?\n"
-            "scripts/validate_environment.py --list names them all\n",
+            f"{PYTHON} scripts/validate_environment.py --list names them all\n",
         ),
         (
             ["--set", "training.learning_rte=1"],

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from finetune.checks import base_model, data, device, gpu, host, libraries, mac, run
 from finetune.checks.check import Check
 from finetune.errors import ConfigError
+from finetune.machine import PYTHON
 from finetune.typed import did_you_mean
 
 CHECKS: tuple[Check, ...] = (
@@ -21,7 +22,7 @@ CHECKS: tuple[Check, ...] = (
     *run.CHECKS,
 )
 
-LIST = "scripts/validate_environment.py --list names them all"
+LIST = f"{PYTHON} scripts/validate_environment.py --list names them all"
 # A training opens its run folder, finds its checkpoint and rehearses itself, so for it these are no checks.
 TRAINING_DOES = ("state.run", "receipt", "rehearsal")
 

@@ -60,10 +60,11 @@ def _files(preflight: Preflight) -> Finding:
         if cached is None:
             return skipped("not in the Hub's cache yet: model.access says whether it can be fetched")
         wrong = hub.missing_weights(cached)
+        if any(not problem.endswith("is missing") for problem in wrong):  # the Hub's client takes a file for whole
+            again = f"hf download {model.name} --revision {model.revision or 'main'} --include '*.safetensors' '*.json'"
+            return failed(f"in the Hub's cache: {'; '.join(wrong)}", f"{again} --force-download")
         if wrong:
-            return warned(
-                f"in the cache, but {'; '.join(wrong)}: fetched when the run starts", f"hf download {model.name}"
-            )
+            return skipped(f"in the Hub's cache, but {'; '.join(wrong)}: model.access says whether it can be fetched")
         return passed("all in the Hub's cache")
     wrong = hub.missing_weights(folder)
     if wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.checks.check import Check, Finding, passed, warned
 from finetune.checks.preflight import Preflight
+from finetune.machine import PYTHON
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
 LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
@@ -52,13 +53,18 @@ def _labels(preflight: Preflight) -> Finding:
 
 
 def _duplicates(preflight: Preflight) -> Finding:
-    counts = {name: it.duplicates for name, it in preflight.prepared.statistics.items() if it.duplicates}
-    if counts:
-        found = "copies of other rows: " + ", ".join(f"{count:,} in {name}" for name, count in counts.items())
-        return warned(
-            found, f"sort -u {preflight.config.dataset.train_file} keeps one of each, where they are not meant"
-        )
-    return passed("no row stands twice")
+    prepared = preflight.prepared
+    counts = {name: it for name, it in prepared.statistics.items() if it.duplicates}
+    if not counts:
+        return passed("no row stands twice")
+    found = "copies of other rows: " + ", ".join(f"{it.duplicates:,} in {name}" for name, it in counts.items())
+    lines: dict[str, list[int]] = {}
+    for name, it in counts.items():
+        lines.setdefault(prepared.files.get(name, prepared.files["train"])["path"], []).extend(it.copies)
+    commands = (f"sed -i.bak '{';'.join(f'{line}d' for line in found)}' {file}" for file, found in lines.items())
+    shown = sum(map(len, lines.values()))
+    first = "" if shown == sum(it.duplicates for it in counts.values()) else f" removes the first {shown}"
+    return warned(found, f"where they are not meant: {'; '.join(commands)}{first}")
 
 
 def _leakage(preflight: Preflight) -> Finding:
@@ -80,7 +86,7 @@ def _control_tokens(preflight: Preflight) -> Finding:
         in_validation_file = name == "validation" and "validation" in preflight.prepared.files
         file = dataset.validation_file if in_validation_file else dataset.train_file
         found = f"{rows:,} rows hold the template's own marks as literal text, the first {file}:{line}"
-        return warned(found, f"scripts/inspect_data.py {file} --rows {line}-{line} shows how they are read")
+        return warned(found, f"{PYTHON} scripts/inspect_data.py {file} --rows {line}-{line} shows how they are read")
     return passed("no row holds one of the template's own marks as text")
 
 

@@ -7,6 +7,7 @@ import importlib.util
 from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
+from finetune.machine import PYTHON
 
 # Largest distance from the same arithmetic in fp32 that is still rounding. Measured on a CPU: QLoRA step 0 in fp32 and
 # 0.004 in bfloat16, product 0.0035, attention in bfloat16 0.009; attention that leaks between documents: 0.98.
@@ -14,7 +15,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design: 0.008, measured on a CPU
 BUILD_FLASH_ATTENTION = (
     "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
-    ".venv/bin/pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2"
+    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2"
 )
 
 

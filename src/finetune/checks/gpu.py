@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from finetune.checks.check import Check, Finding, failed, passed, warned
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
 from finetune.machine import GpuProcess
@@ -47,7 +47,8 @@ def _cuda(preflight: Preflight) -> Finding:
 
 def _device(preflight: Preflight) -> Finding:
     machine, capability = preflight.machine, preflight.torch.capability
-    assert capability is not None  # gpu.torch is needed
+    if capability is None:
+        return skipped("torch sees no GPU")
     name = machine.gpus[0] if machine.gpus else "an NVIDIA GPU"
     found = f"{name}, compute capability {capability[0]}.{capability[1]}"
     if len(machine.gpus) > 1:
@@ -84,7 +85,7 @@ def _memory(preflight: Preflight) -> Finding:
     if machine.gpu_memory_gib is None or expected > machine.gpu_memory_gib:
         return failed(found, smaller.command if smaller else "rent a GPU with more memory")
     if machine.gpu_processes:
-        return failed(found, f"end what holds it: {_kill(machine.gpu_processes)}")
+        return failed(found, f"end what holds it, where it is yours: {_kill(machine.gpu_processes)}")
     less = f", or use less: {smaller.command}" if smaller else ""
     return failed(found, f"end what nvidia-smi, on the host, shows to hold it{less}")
 

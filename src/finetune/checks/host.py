@@ -45,7 +45,8 @@ def _mac(preflight: Preflight, found: str) -> Finding:
 def _python(preflight: Preflight) -> Finding:
     found = preflight.machine.python
     if not (3, 11) <= tuple(map(int, found.split(".")[:2])) <= (3, 13):
-        return failed(f"Python {found}, wanted 3.11 to 3.13", "PYTHON=/path/to/python3.11 scripts/make_venv.sh")
+        again = "rm -r .venv; PYTHON=/path/to/python3.11 scripts/make_venv.sh"
+        return failed(f"Python {found}, wanted 3.11 to 3.13", again)
     return passed(f"Python {found}")
 
 

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from finetune.checks.check import Check, Finding, failed, passed, warned
 from finetune.checks.preflight import Preflight
-from finetune.config import ROOT
+from finetune.machine import PYTHON, ROOT
 
 # Older than locked is a failure for these, since nothing older was tested; another version of any other is a warning.
 DECISIVE = (
@@ -53,14 +53,14 @@ def locked(lock: Path) -> dict[str, Version]:
 def install_command(platform: str) -> str:
     """What brings this environment to the lock."""
     if platform == "h100":
-        return ".venv/bin/pip install --require-hashes -r requirements/h100.lock"
-    return "scripts/make_venv.sh"
+        return f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
+    return "rm .venv/installed; scripts/make_venv.sh"
 
 
 def repair_command(platform: str) -> str:
     """What installs everything again where versions are right and something is broken."""
     if platform == "h100":
-        return ".venv/bin/pip install --force-reinstall --require-hashes -r requirements/h100.lock"
+        return f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
     return "rm -r .venv; scripts/make_venv.sh"
 
 

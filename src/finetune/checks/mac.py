@@ -40,7 +40,8 @@ def _chip(preflight: Preflight) -> Finding:
 
 def _memory(preflight: Preflight) -> Finding:
     working_set, expected = preflight.torch.working_set_gib, peak_gib(preflight.config, preflight.geometry)
-    assert working_set is not None  # mac.torch is needed
+    if working_set is None:
+        return skipped("torch sees no GPU")
     found = f"{expected:.1f} GiB expected, {working_set:.1f} is the GPU's working set, beyond which macOS swaps"
     if expected <= working_set:
         return passed(found)
@@ -56,7 +57,8 @@ def _watermarks(preflight: Preflight) -> Finding:
     low_text, high_text = (os.environ.get(name) for name in names)
     fix = f"export {names[0]}=1.0 {names[1]}=1.2"
     if low_text is None and high_text is None:
-        return skipped("not set: torch's own limits hold")
+        found = "not set: torch's memory may grow past what the Mac has before it fails, and the Mac swaps instead"
+        return warned(found, fix)
     try:
         low = LOW_WATERMARK if low_text is None else float(low_text)
         high = None if high_text is None else float(high_text)

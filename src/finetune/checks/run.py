@@ -14,7 +14,7 @@ from finetune.budget import check_budget
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
 from finetune.config import resolve
-from finetune.machine import GIB
+from finetune.machine import GIB, PYTHON
 from finetune.memory import fit, peak_gib, what_would_fit
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
@@ -96,11 +96,17 @@ def caches() -> dict[str, Path]:
 
 
 def _caches(preflight: Preflight) -> Finding:
-    wrong = {name: reason for name, folder in caches().items() if (reason := _write(folder))}
+    """Only those that this run will write: a base that is here already may lie where nobody can write."""
+    model, folders = preflight.config.model, caches()
+    if preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
+        del folders["HF_HOME"]
+    if preflight.platform.name != "h100":
+        del folders["TRITON_CACHE_DIR"]
+    wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
     if wrong:
-        each = "; ".join(f"{caches()[name]} cannot be written: {reason}" for name, reason in wrong.items())
+        each = "; ".join(f"{folders[name]} cannot be written: {reason}" for name, reason in wrong.items())
         return failed(each, f"export {' '.join(f'{name}=FOLDER' for name in wrong)}")
-    return passed(", ".join(str(folder) for folder in caches().values()) + " are writable")
+    return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
 
 
 def _disk(preflight: Preflight) -> Finding:
@@ -158,7 +164,8 @@ def _state(preflight: Preflight) -> Finding:
         return _resume(preflight, "; ".join([f"would go on from {checkpoint.name}", *damaged]), seal["fingerprint"])
     if damaged:
         return failed(
-            f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}", "src/train.py --fresh"
+            f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}",
+            f"{PYTHON} src/train.py --fresh",
         )
     return passed(f"would start {folder.name} from step 0")
 
@@ -169,8 +176,10 @@ def _resume(preflight: Preflight, found: str, fingerprint: dict[str, object]) ->
 
     changes = list(differences(fingerprint, fingerprint_now(preflight.config, preflight.prepared)))
     if changes:
-        return failed(f"{found}, but changed since: {'; '.join(changes)}", "src/train.py --fresh, or --resume-changed")
-    return warned(found, "src/train.py --fresh starts anew") if "set aside" in found else passed(found)
+        return failed(
+            f"{found}, but changed since: {'; '.join(changes)}", f"{PYTHON} src/train.py --fresh, or --resume-changed"
+        )
+    return warned(found, f"{PYTHON} src/train.py --fresh starts anew") if "set aside" in found else passed(found)
 
 
 def _receipt(preflight: Preflight) -> Finding:
