@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from finetune.checkpoints import (
     newest_whole,
     read_seal,
     replace_best,
+    room_for,
     saved,
     seal,
     sha256,
@@ -19,6 +22,7 @@ from finetune.checkpoints import (
     trusted_best,
     write_json,
 )
+from finetune.errors import DiskFull
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -353,3 +357,36 @@ def test_a_kill_while_the_best_adapter_is_replaced_leaves_a_whole_one(
     assert trusted_best(tmp_path, {"data": "a"}) is None
     assert read_seal(tmp_path / "best")["step"] == (3 if moment == "before the first rename" else 9)
     assert names(tmp_path) == ["best"]
+
+
+# --- room for a save
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull) as refused, room_for(tmp_path, 2**60):
+        (tmp_path / "written").touch()
+    assert not (tmp_path / "written").exists()
+    text = rf"no space left: {tmp_path} has [0-9.,]+ MiB free, a save takes 1,099,511,627,776.0; "
+    assert re.fullmatch(text + "free some, then type the same command again", str(refused.value))
+    assert refused.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(30, "Read-only file system"),
+        RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+    ],
+)
+def test_a_save_that_fails_on_the_disk_is_told_with_the_sizes(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(DiskFull) as refused, room_for(tmp_path, 2**20):
+        raise error
+    text = rf"cannot save: {re.escape(str(error))} \({tmp_path} has [0-9.,]+ MiB free, a save takes 1.0\); "
+    assert re.fullmatch(text + "mend that, then type the same command again", str(refused.value))
+
+
+def test_a_devices_error_during_a_save_is_no_disks(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access$"), room_for(tmp_path, 1):
+        raise RuntimeError("CUDA error: an illegal memory access")

@@ -11,7 +11,7 @@ import torch
 
 from finetune import platforms
 from finetune.errors import CheckFailed, OutOfResource
-from finetune.machine import Machine
+from finetune.machine import GIB, Machine
 from finetune.platforms import PLATFORMS, Torch, accelerator, choose, memory_available_gib, read_torch
 from recorded import A100_40, EIGHT, GH200, H100, INTEL_MAC, LINUX, LINUX_ARM, M2_32, M4, ROSETTA
 
@@ -171,3 +171,17 @@ def test_too_little_memory_on_any_device_is_told_with_what_to_lower(found: str) 
 def test_any_other_error_of_the_device_is_passed_on() -> None:
     with pytest.raises(RuntimeError, match=r"^shape mismatch$"), platforms.memory_errors_explained("lower it"):
         raise RuntimeError("shape mismatch")
+
+
+# A Mac's memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free_gib", "capacity_gib"), [(20.5, 22.9), (6.0, 20.0), (0.0, 14.0)])
+def test_on_a_mac_memory_is_what_its_driver_gave_and_may_fill_the_working_set(
+    monkeypatch: pytest.MonkeyPatch, free_gib: float, capacity_gib: float
+) -> None:
+    monkeypatch.setattr("torch.mps.driver_allocated_memory", lambda: 14 * GIB)
+    monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 22.9 * GIB)
+    monkeypatch.setattr(platforms, "read_machine", lambda: replace(M4, memory_free_gib=free_gib))
+    assert platforms.capacity_gib(PLATFORMS["m4"]) == pytest.approx(capacity_gib)
+    assert platforms.peak_memory_gib(PLATFORMS["m4"]) == 14.0

@@ -29,7 +29,7 @@ from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.runs import Run
-from finetune.trainer import Outcome, Trainer, arguments, make_trainer, train
+from finetune.trainer import Outcome, Trainer, arguments, is_over, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -295,6 +295,21 @@ def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
     _, model, _ = later.train(*BETWEEN, checkpoint=checkpoint)
     assert same(adapter_weights(model), adapter_weights(whole))
     assert later.checkpoints() == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("step", "waited", "patience", "over"),
+    [(4, 0, 5, False), (10, 0, 5, True), (4, 5, 5, True), (4, 6, 5, True), (4, 4, 5, False), (4, 99, None, False)],
+)
+def test_a_run_is_over_at_its_last_step_or_at_the_end_of_its_patience(
+    case: Case, tmp_path: Path, step: int, waited: int, patience: int | None, over: bool
+) -> None:
+    state = TrainerState(global_step=step, stateful_callbacks={})
+    attributes = {"early_stopping_patience_counter": waited}
+    state.stateful_callbacks = {"EarlyStoppingCallback": {"args": {}, "attributes": attributes}}
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    training = case.config(f"training.early_stopping_patience={'null' if patience is None else patience}").training
+    assert is_over(training, 10, tmp_path) is over
 
 
 def test_without_a_clock_saves_come_at_their_steps_only(case: Case) -> None:
