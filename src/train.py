@@ -13,8 +13,8 @@ from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.config import load
 from finetune.errors import CheckFailed
+from finetune.fitting import what_would_fit
 from finetune.machine import read_machine
-from finetune.memory import what_would_fit
 from finetune.platforms import (
     capacity_gib,
     hardware,

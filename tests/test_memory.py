@@ -13,9 +13,10 @@ import pytest
 
 from finetune import config
 from finetune.config import ROOT, Config
+from finetune.fitting import Fit, fit
 from finetune.geometry import MISTRAL_7B, Geometry
 from finetune.machine import GIB
-from finetune.memory import PARTS, Fit, fit, lora_parameters, memory_parts, moments, peak_gib
+from finetune.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
 
 EMBEDDING = 32_000 * 4096
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)

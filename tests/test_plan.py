@@ -382,7 +382,7 @@ def test_a_dry_run_needs_neither_network_nor_token_nor_torch_and_leaves_only_its
 def test_a_dry_run_says_the_same_on_a_laptop_as_on_the_h100(
     on_laptop: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = dry_run(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81079, 81559, 550.54.14'")
+    done = dry_run(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81079, 81559, 550.54.14, GPU-1, Disabled'")
     assert done.returncode == 0, done.stderr
     here, there = json.loads(on_laptop[1].stdout), json.loads(done.stdout)
     assert (here.pop("memory_available_gib"), there.pop("memory_available_gib")) == (None, 79.18)

@@ -23,7 +23,7 @@ from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import memory, platforms, rehearsal
+from finetune import fitting, platforms, rehearsal
 from finetune.batches import Load, example_lengths, train_load, validation_load
 from finetune.budget import Pace, Schedule
 from finetune.callbacks import Keeper, Progress, Stopper
@@ -343,11 +343,11 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float | None]]:
     """(capacity, measured peak) of each time that a change is asked for; the answer is always the same."""
     asked: list[tuple[float, float | None]] = []
 
-    def fit(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> memory.Fit:
+    def fit(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fitting.Fit:
         asked.append((capacity_gib, measured_gib))
-        return memory.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
+        return fitting.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
 
-    monkeypatch.setattr(memory, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     return asked
 
 
@@ -364,7 +364,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
     monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: next(peaks))
-    monkeypatch.setattr(memory, "fit", lambda *_: None)
+    monkeypatch.setattr(fitting, "fit", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
         "no change of the config would fit, only a machine with more memory"

@@ -1,4 +1,4 @@
-"""What training takes of memory, part by part, and the smallest change under which it fits. Arithmetic alone.
+"""What training takes of memory, part by part. Arithmetic alone.
 
 Counted are the tensors that autograd keeps in transformers' MistralDecoderLayer under PEFT's LoRA, TRL's tiled loss and
 bitsandbytes' NF4. benchmarks/memory.py compares each moment with what torch allocates; measured so far is platform cpu
@@ -7,8 +7,7 @@ in float32, and what is said of bfloat16, flash-attn, CUDA and MPS is counted in
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune.config import Config
@@ -32,31 +31,6 @@ TILE_COPIES_BACKWARD, TILE_COPIES_FORWARD = 7.25, 3.25
 # in benchmarks/results). What is resident beyond the sum are pages of the model's file, which the system can drop, and
 # freed memory that malloc keeps.
 PROGRAM_GIB = {"h100": 0.0, "m4": 0.56, "cpu": 0.56}
-
-# What `fit` may change, and what follows the change in its sentence.
-EFFECTS = {
-    "training.per_device_train_batch_size": ", ",
-    "training.gradient_accumulation_steps": " keeps the effective batch of {batch}; ",
-    "training.per_device_eval_batch_size": "; ",
-    "training.gradient_checkpointing": "; ",
-    "quantization.storage": "; ",
-    "model.max_seq_length": " cuts longer rows; ",
-}
-LEAST_LENGTH = 256  # of max_seq_length: below it, most conversations would lose their answers
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The smallest change under which a run fits: what to hand to `--set`, the peak then expected, and why."""
-
-    settings: tuple[str, ...]
-    peak_gib: float
-    sentence: str
-
-    @property
-    def command(self) -> str:
-        """The settings as they are typed."""
-        return " ".join(f"--set {setting}" for setting in self.settings)
 
 
 @dataclass(frozen=True)
@@ -328,73 +302,3 @@ class _Sizes:
             "attention_mask": self.mask(batch, 1 if largest == attention else 0),
             **({"logits": largest} if largest == logits else {"workspace": largest}),
         }
-
-
-def fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> Fit | None:
-    """The smallest change of `config` whose peak is at most `capacity_gib`; None where no change is enough.
-
-    Changes add up in the order of `_changes`, each taken only where it lowers the peak. `measured_gib`, the peak
-    measured with `config` as it is, corrects every prediction by the same factor.
-    """
-    factor = 1.0 if measured_gib is None else measured_gib / peak_gib(config, geometry)
-    changed = config
-    while factor * (peak := peak_gib(changed, geometry)) > capacity_gib:
-        lower = (other for other in _changes(changed) if peak_gib(other, geometry) < peak)
-        following = next(lower, None)
-        if following is None:
-            return None
-        changed = following
-    return _described(config, changed, factor * peak)
-
-
-def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> str:
-    """The smallest change that fits as sentence and command, for a run whose memory has ended, or that none does.
-
-    Without a measured peak it is taken to be a little more than there is.
-    """
-    more_than_there_is = max(peak_gib(config, geometry), 1.000001 * capacity_gib)
-    change = fit(config, geometry, capacity_gib, measured_gib or more_than_there_is)
-    if change is None:
-        return "no change of the config would fit, only a machine with more memory"
-    return f"what would fit: {change.sentence}\n  {change.command}"
-
-
-def _changes(config: Config) -> Iterator[Config]:
-    """What can be changed next, least harmful first: the first two and the fourth leave the result as it is."""
-    training, length = config.training, config.model.max_seq_length
-    rows, evaluated = _divisor_below(training.per_device_train_batch_size), training.per_device_eval_batch_size
-    if rows:
-        steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
-        yield _with(config, "training", per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
-    if evaluated > 1:
-        yield _with(config, "training", per_device_eval_batch_size=_divisor_below(evaluated))
-    yield _with(config, "training", gradient_checkpointing=True)
-    yield _with(config, "quantization", storage="packed")
-    if length // 2 >= LEAST_LENGTH:
-        yield _with(config, "model", max_seq_length=length // 2)
-
-
-def _divisor_below(count: int) -> int:
-    """The largest divisor of `count` below it; 0 for 1."""
-    return max((divisor for divisor in range(1, count) if count % divisor == 0), default=0)
-
-
-def _with(config: Config, section: str, **values: object) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
-
-
-def _described(before: Config, after: Config, peak: float) -> Fit:
-    """What differs between the two, as `--set` has it and as a person reads it."""
-    settings, clauses = [], []
-    for path, why in EFFECTS.items():
-        section, key = path.split(".")
-        old, new = (_shown(getattr(getattr(config, section), key)) for config in (before, after))
-        if old != new:
-            settings.append(f"{path}={new}")
-            clauses.append(f"{path} {old} -> {new}{why.format(batch=before.effective_batch_size)}")
-    sentence = "".join(clauses).removesuffix("; ") or "nothing to change"
-    return Fit(tuple(settings), round(peak, 2), f"{sentence}; {peak:.1f} GiB expected")
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.config import Config
+from finetune.fitting import fit
 from finetune.geometry import Geometry
 from finetune.machine import GIB, Machine
-from finetune.memory import fit, lora_parameters, memory_parts
+from finetune.memory import lora_parameters, memory_parts
 from finetune.platforms import PLATFORMS, memory_available_gib
 from finetune.throughput import Throughput, find
 

@@ -23,8 +23,8 @@ from finetune.checkpoints import read_seal, seal
 from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
+from finetune.fitting import what_would_fit
 from finetune.geometry import read_geometry
-from finetune.memory import what_would_fit
 from finetune.plan import count_steps
 from finetune.platforms import PLATFORMS, Platform, forget_memory, memory_errors_explained, peak_memory_gib, synchronize
 from finetune.putback import put_back

@@ -6,7 +6,8 @@ import os
 
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
-from finetune.memory import fit, peak_gib
+from finetune.fitting import fit
+from finetune.memory import peak_gib
 
 UNIFIED_GIB = 32
 WORKING_SET_SHARE = 0.7  # of unified memory, for a Mac whose torch cannot be asked (22.9 of 32 GB, as reported)

@@ -14,8 +14,9 @@ from finetune.budget import check_budget
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
 from finetune.config import resolve
+from finetune.fitting import fit, what_would_fit
 from finetune.machine import GIB, PYTHON
-from finetune.memory import fit, peak_gib, what_would_fit
+from finetune.memory import peak_gib
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
 from finetune.tracking import NO_KEY, wandb_offline_reason
