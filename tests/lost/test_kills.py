@@ -45,7 +45,8 @@ def goes_wrong_after(warm: Warm, whole: Whole, command: Command) -> list[str]:
     if done.code != 0:
         return [f"exit {done.code}: {done.text[-300:]}"]
     used = {line.split()[2].rstrip(",") for line in done.text.splitlines() if line.startswith("resume: from ")}
-    lost = [f"{max(sealed)} was there and not used"] if sealed and used != {max(sealed)} else []
+    unused = sealed and used != {max(sealed)} and "is finished; --fresh" not in done.text  # killed after its last file
+    lost = [f"{max(sealed)} was there and not used"] if unused else []
     lost += differences(command, whole.result)
     if not lost:
         shutil.rmtree(command.output)

@@ -9,7 +9,7 @@ from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.machine import PYTHON
 
-# Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py gives
+# Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design; an expectation
