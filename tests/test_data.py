@@ -86,7 +86,7 @@ class Case:
         return prepare(self.dataset(**of_dataset), recipe, packing, self.cache, workers)
 
     def caches(self) -> list[str]:
-        return sorted(path.name for path in self.cache.iterdir()) if self.cache.exists() else []
+        return sorted(path.name for path in self.cache.iterdir() if path.name != "lock") if self.cache.exists() else []
 
     def failure(self, kind: type[Exception], *arguments: Any, **named: Any) -> str:
         with pytest.raises(kind) as caught:

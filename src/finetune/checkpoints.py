@@ -67,7 +67,12 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Mark `folder` as whole: every file's sha256, and `facts` such as step, eval_loss and the run's fingerprint."""
     files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(SEAL, None)
-    write_json(folder / SEAL, {**facts, "files": files})
+    content = {**facts, "files": files}
+    write_json(folder / SEAL, {**content, "sha256": _digest(content)})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
@@ -94,6 +99,8 @@ def _facts(folder: Path) -> dict[str, Any]:
         facts = None
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         raise ValueError(f"{SEAL} cannot be read")
+    if facts.pop("sha256", None) != _digest(facts):
+        raise ValueError(f"{SEAL} is not what was saved (sha256 differs)")
     return facts
 
 

@@ -6,6 +6,7 @@ not grow with the data but for a few numbers a row.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -67,7 +68,11 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
     key = _cache_key(files, recipe, dataset, chat)
     folder = cache / key
     if not (folder / "summary.json").is_file():
-        _write_cache(folder, paths, recipe, dataset, workers)
+        make_folder(cache)
+        with (cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and finds what the first one made
+            if not (folder / "summary.json").is_file():
+                _write_cache(folder, paths, recipe, dataset, workers)
     summary = json.loads((folder / "summary.json").read_text())
     train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
     return Prepared(
@@ -113,8 +118,8 @@ def _write_cache(
     folder: Path, paths: dict[str, Path], recipe: Recipe, dataset: DatasetConfig, workers: int | None
 ) -> None:
     """Fill `folder`, whole or not at all."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have had this id
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # only a killed process can have left it: the lock is ours
     make_folder(partial)
     try:
         writers = {name: SplitWriter(partial / f"{name}.arrow") for name in ("train", "validation")}

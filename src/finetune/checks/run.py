@@ -148,7 +148,7 @@ def _wandb(preflight: Preflight) -> Finding:
 
 
 def _state(preflight: Preflight) -> Finding:
-    from finetune.checkpoints import read_seal, saved
+    from finetune.checkpoints import SEAL, read_seal, saved
 
     folder, finished = find_run(preflight.config, fresh=False)
     if finished:
@@ -163,11 +163,11 @@ def _state(preflight: Preflight) -> Finding:
             damaged.append(f"{checkpoint.name} is not whole ({error}) and would be set aside")
             continue
         return _resume(preflight, "; ".join([f"would go on from {checkpoint.name}", *damaged]), seal["fingerprint"])
-    if damaged:
-        return failed(
-            f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}",
-            f"{PYTHON} src/train.py --fresh",
-        )
+    if any((folder / "checkpoints").glob(f"checkpoint-*/{SEAL}")):
+        found = f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}"
+        return failed(found, f"{PYTHON} src/train.py --fresh")
+    if damaged:  # killed in its first save
+        return passed(f"would start {folder.name} from step 0; {'; '.join(damaged)}")
     return passed(f"would start {folder.name} from step 0")
 
 
