@@ -77,7 +77,7 @@ class Case:
 
     def dataset(self, **values: Any) -> DatasetConfig:
         validation = str(self.validation) if self.validation.exists() else None
-        standard = DatasetConfig(str(self.train), validation, 0.5, True, "right", "fail", False, ())
+        standard = DatasetConfig(str(self.train), validation, 0.5, None, True, "right", "fail", False, ())
         return replace(standard, **values)
 
     def prepare(
@@ -423,6 +423,35 @@ def test_without_a_validation_file_a_share_of_the_rows_is_held_out(case: Case) -
     assert sum(prepared.statistics[name].rows for name in ("train", "validation")) == 40
 
 
+def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_out_of_these(case: Case) -> None:
+    write(case.train, *numbered(30), "", *numbered(10, start=30), "{}")
+    whole, few = case.prepare(validation_split=0.25, on_bad_row="drop"), case.prepare(validation_split=0.25, max_rows=35)
+    for rows, all_rows in ((few.train, whole.train), (few.validation, whole.validation)):
+        assert lines(rows) == [line for line in lines(all_rows) if line <= 36]  # a blank line is no row
+    assert len(lines(few.train) + lines(few.validation)) == few.files["train"]["rows"] == 35
+    assert few.split_reason == (
+        "no validation file: 25% of the rows, chosen by content, are held out; "
+        f"of {case.train} only the first 35 rows are read (dataset.max_rows)"
+    )
+
+
+def test_a_validation_file_stays_whole_however_few_training_rows_are_read(two_files: Case) -> None:
+    prepared = two_files.prepare(max_rows=3)
+    assert (lines(prepared.train), lines(prepared.validation)) == ([1, 2, 3], [1, 2])
+    assert prepared.split_reason == (
+        f"validation rows are those of {two_files.validation}; "
+        f"of {two_files.train} only the first 3 rows are read (dataset.max_rows)"
+    )
+
+
+def test_too_few_rows_for_a_split_are_told_with_the_limit_to_raise(case: Case) -> None:
+    write(case.train, *numbered(40))
+    assert case.failure(DataError, validation_split=0.01, max_rows=3) == (
+        f"data: {case.train} leaves no row for validation (3 to train on); name a dataset.validation_file, "
+        "raise dataset.max_rows above 3, or raise dataset.validation_split"
+    )
+
+
 def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "ROOT", case.folder)
     write(case.train, *numbered(40))
@@ -666,6 +695,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "what a bad row does": ({}, {"on_bad_row": "drop"}),
     "split": ({}, {"validation_split": 0.4}),
     "no validation file": ({}, {"validation_file": None}),
+    "rows read": ({}, {"max_rows": 10}),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -423,6 +424,25 @@ def test_an_expanded_base_is_verified_before_its_scales_are_gone(
     monkeypatch.setattr(model_module, "verify_base", lambda *arguments: stages.append(arguments[-1]))
     base_model(config, storage="expanded")
     assert stages == ["packed", "expanded"]
+
+
+def test_a_packed_layer_is_gone_before_the_next_is_expanded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all packed ones, some 4 GB of a 7B, would lie beside the expanded."""
+    packed: list[weakref.ref[Any]] = []
+    there: list[int] = []
+    dequantize = bitsandbytes.functional.dequantize_4bit
+
+    def verified(base: Any, *arguments: Any) -> None:
+        packed.extend(weakref.ref(it.weight) for it in base.modules() if isinstance(it, bitsandbytes.nn.Linear4bit))
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        there.append(sum(reference() is not None for reference in packed))
+        return dequantize(*arguments)
+
+    monkeypatch.setattr(model_module, "verify_base", verified)
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", watched)
+    base_model(config, storage="expanded")
+    assert there == list(range(14, 0, -1))
 
 
 def test_a_library_that_is_missing_is_told_with_what_to_set(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

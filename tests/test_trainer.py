@@ -19,6 +19,7 @@ from peft import load_peft_weights
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from finetune import trainer as trainer_module
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal, saved
@@ -310,6 +311,62 @@ def test_a_run_is_over_at_its_last_step_or_at_the_end_of_its_patience(
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     training = case.config(f"training.early_stopping_patience={'null' if patience is None else patience}").training
     assert is_over(training, 10, tmp_path) is over
+
+
+class DeviceDropout(torch.nn.Module):
+    """Dropout that draws from random numbers of its own, as on a device whose generator is not the CPU's."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        kept = torch.rand(values.shape, generator=self.generator) > 0.5
+        return values * kept if self.training else values
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
+    """The random numbers of a stand-in for MPS; the model computes on the CPU, its dropout draws from these."""
+    generator = torch.Generator()
+    device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch, "get_device_module", {"mps": device}.__getitem__)
+    monkeypatch.setattr(Trainer, "platform", PLATFORMS["m4"])
+    make = trainer_module.SFTTrainer.__init__
+
+    def with_dropout(self: Any, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        for module in self.model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = DeviceDropout(generator)
+
+    monkeypatch.setattr(trainer_module.SFTTrainer, "__init__", with_dropout)
+    return generator
+
+
+def test_a_resume_goes_on_with_the_devices_own_random_numbers_bit_identically(
+    case: Case, apart: torch.Generator, tiny_mistral: Path, conversations: Path, tmp_path: Path
+) -> None:
+    apart.manual_seed(1)
+    _, whole, _ = case.train(*BETWEEN, "training.save_minutes=0.00001")
+    later = Case(tiny_mistral, conversations, tmp_path / "later", case.tokenizer)
+    for name in ("checkpoint-3", "best"):
+        shutil.copytree(case.run.checkpoints / name, later.run.checkpoints / name)
+    checkpoint = later.run.checkpoints / "checkpoint-3"
+    assert "device_rng.safetensors" in read_seal(checkpoint)["files"]
+    apart.manual_seed(2)  # a new process begins anywhere
+    _, model, _ = later.train(*BETWEEN, checkpoint=checkpoint)
+    assert same(adapter_weights(model), adapter_weights(whole))
+
+
+def test_a_checkpoint_of_another_platform_brings_no_random_numbers_of_this_device(
+    case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    case.train(*BETWEEN, "training.save_minutes=0.00001")
+    checkpoint = case.run.checkpoints / "checkpoint-3"
+    assert not (checkpoint / "device_rng.safetensors").exists()  # the CPU's are in transformers' own file
+    request.getfixturevalue("apart")
+    assert case.train(*BETWEEN, checkpoint=checkpoint)[0].steps == 4
 
 
 def test_without_a_clock_saves_come_at_their_steps_only(case: Case) -> None:

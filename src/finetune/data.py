@@ -62,6 +62,8 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
     CheckFailed (a row's tokens are not mistral-common's).
     """
     train_path, validation_path, split_reason = _files(dataset)
+    if dataset.max_rows is not None:
+        split_reason += f"; of {dataset.train_file} only the first {dataset.max_rows} rows are read (dataset.max_rows)"
     paths = {"train": train_path} | ({"validation": validation_path} if validation_path else {})
     files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in paths.items()}
     chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
@@ -109,7 +111,7 @@ def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: Datase
     parts = [
         {name: entry["sha256"] for name, entry in files.items()},
         {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
-        [dataset.validation_split, dataset.on_bad_row, code],
+        [dataset.validation_split, dataset.max_rows, dataset.on_bad_row, code],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -127,7 +129,7 @@ def _write_cache(
         if dataset.on_bad_row == "fail":
             _refuse_bad_rows(paths, writers)
         tokens = {name: writer.close() for name, writer in writers.items()}
-        _check_splits(writers, paths)
+        _check_splits(writers, paths, dataset.max_rows)
         summary = {
             "statistics": {name: asdict(writer.statistics) for name, writer in writers.items()},
             "file_rows": file_rows,
@@ -159,7 +161,7 @@ def _read_file(
     held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
     statistics = writers[name].statistics
     rows = 0
-    for chunk in chunks(path, recipe, workers):
+    for chunk in chunks(path, recipe, workers, dataset.max_rows if name == "train" else None):
         if chunk.mismatch:
             raise CheckFailed(f"certificate: {path}:{chunk.mismatch}\nReport this row: no run may start on it.")
         for count in ("dropped_long", "certified"):
@@ -223,7 +225,7 @@ def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[:half]}{ELLIPSIS}{text[-half:]}"
 
 
-def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> None:
+def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_rows: int | None) -> None:
     train, validation = writers["train"], writers["validation"]
     if train.statistics.rows == 0:
         dropped = train.statistics.dropped_long
@@ -232,7 +234,8 @@ def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path]) -> No
         raise DataError(f"data: {paths['train']} leaves no row to train on{why}; {advice}")
     if validation.statistics.rows == 0:
         where = paths.get("validation", paths["train"])
-        advice = "name a dataset.validation_file, add rows, or raise dataset.validation_split"
+        more = "add rows" if max_rows is None else f"raise dataset.max_rows above {max_rows}"
+        advice = f"name a dataset.validation_file, {more}, or raise dataset.validation_split"
         raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on); {advice}")
     pair = first_pair(train, validation, "digests")
     if pair:

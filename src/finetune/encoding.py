@@ -263,10 +263,13 @@ def with_system_prompt(messages: Messages, system_prompt: str | None) -> Message
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def chunks(path: Path, recipe: Recipe, workers: int) -> Iterator[Chunk]:
-    """The chunks of a file in its order; `workers` 0 works in this process, else at most 2 chunks a worker wait."""
+def chunks(path: Path, recipe: Recipe, workers: int, max_rows: int | None = None) -> Iterator[Chunk]:
+    """The chunks of a file in its order, of its first `max_rows` rows where that is a number.
+
+    `workers` 0 works in this process, else at most 2 chunks a worker wait.
+    """
     with open_lines(path) as stream:
-        lines = read_lines(stream)
+        lines = islice(read_lines(stream), max_rows)
         batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
         if workers == 0:
             yield from map(Encoder(recipe).encode, batches)

@@ -77,9 +77,27 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             module.support_avx512bf16_for_cpu = False
     verify_base(base, model, quantization, device, "packed")
     if quantization.storage == "expanded":
-        base = base.dequantize(dtype=dtype)
+        _expand(base, dtype)
         verify_base(base, model, quantization, device, "expanded")
     return base
+
+
+def _expand(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Each NF4 layer of `base` as a plain one that holds the same values.
+
+    One layer at a time, so that the peak is one layer above the final size: transformers' `dequantize` holds all packed
+    layers, some 4 GB of a 7B, until the last one is expanded.
+    """
+    packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for name in packed_layers:
+        packed = base.get_submodule(name)
+        plain = torch.nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+        weight = bitsandbytes.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+        plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        plain.bias = packed.bias
+        base.set_submodule(name, plain)
+        del packed.weight  # layer and weight hold each other, and would stay until the next garbage collection
+    base.hf_quantizer.remove_quantization_config(base)
 
 
 def _no_weights(name: str, error: OSError) -> str:

@@ -148,6 +148,10 @@ def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
 
 def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
     problems = []
+    rows = config.dataset.max_rows
+    if rows is not None:
+        found = f"dataset.max_rows is {rows}: of {config.dataset.train_file} only the first {rows} rows are read"
+        problems.append(f"{found}; --set dataset.max_rows=null reads all")
     schedule = plan.schedule_problem(config.training.eval_steps)
     if schedule:
         problems.append("; ".join(schedule))

@@ -38,6 +38,11 @@ class Platform:
         """Whether batches go through page-locked memory, which only an NVIDIA GPU copies from."""
         return self.device == "cuda"
 
+    @property
+    def random_state_apart(self) -> bool:
+        """Whether transformers' rng_state.pth leaves the device's random numbers out; it holds the CPU's and CUDA's."""
+        return self.device == "mps"
+
 
 PLATFORMS = {
     row.name: row

@@ -85,6 +85,7 @@ class DatasetConfig:
     train_file: str
     validation_file: str | None
     validation_split: Annotated[float, Bounds(above=0, most=0.5)]
+    max_rows: Annotated[int, Bounds(least=2)] | None
     truncation: bool
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]

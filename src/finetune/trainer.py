@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
@@ -25,9 +26,11 @@ from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for
 from finetune.errors import Diverged
 from finetune.packing import Collator
-from finetune.platforms import Platform
+from finetune.platforms import PLATFORMS, Platform, random_state, set_random_state
 from finetune.runs import Run
 from finetune.schema import TrainingConfig
+
+DEVICE_RANDOM_STATE = "device_rng.safetensors"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,24 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with room_for(Path(self.args.output_dir), 3 * adapter_bytes(self.model)):  # weights and AdamW's two moments
             super()._save_checkpoint(model, trial)
+
+    @property
+    def platform(self) -> Platform:
+        """The row of the device that this trainer computes on."""
+        return next(row for row in PLATFORMS.values() if row.device == self.args.device.type)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.platform.random_state_apart:
+            save_file({"state": random_state(self.platform)}, Path(output_dir) / DEVICE_RANDOM_STATE)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self.platform.random_state_apart:
+            return
+        path = Path(checkpoint) / DEVICE_RANDOM_STATE
+        if path.is_file():  # a checkpoint of another platform, which --resume-changed goes on from, has none
+            set_random_state(self.platform, load_file(path)["state"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # transformers would add training_args.bin (a pickle), and PEFT would ask the Hub about embeddings.
