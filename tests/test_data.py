@@ -425,7 +425,10 @@ def test_without_a_validation_file_a_share_of_the_rows_is_held_out(case: Case) -
 
 def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_out_of_these(case: Case) -> None:
     write(case.train, *numbered(30), "", *numbered(10, start=30), "{}")
-    whole, few = case.prepare(validation_split=0.25, on_bad_row="drop"), case.prepare(validation_split=0.25, max_rows=35)
+    whole, few = (
+        case.prepare(validation_split=0.25, on_bad_row="drop"),
+        case.prepare(validation_split=0.25, max_rows=35),
+    )
     for rows, all_rows in ((few.train, whole.train), (few.validation, whole.validation)):
         assert lines(rows) == [line for line in lines(all_rows) if line <= 36]  # a blank line is no row
     assert len(lines(few.train) + lines(few.validation)) == few.files["train"]["rows"] == 35

@@ -432,7 +432,7 @@ def test_a_packed_layer_is_gone_before_the_next_is_expanded(config: Config, monk
     there: list[int] = []
     dequantize = bitsandbytes.functional.dequantize_4bit
 
-    def verified(base: Any, *arguments: Any) -> None:
+    def verified(base: Any, *_: Any) -> None:
         packed.extend(weakref.ref(it.weight) for it in base.modules() if isinstance(it, bitsandbytes.nn.Linear4bit))
 
     def watched(*arguments: Any) -> torch.Tensor:

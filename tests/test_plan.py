@@ -265,6 +265,13 @@ def test_memory_that_nobody_could_read_is_no_problem() -> None:
     assert (plan.memory_available_gib, plan.problems) == (None, [])
 
 
+def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
+    assert planned(50, "training.max_steps=100", "dataset.max_rows=40").problems == [
+        "dataset.max_rows is 40: of data/processed/train.jsonl only the first 40 rows are read; "
+        "--set dataset.max_rows=null reads all"
+    ]
+
+
 def test_several_problems_are_told_at_once() -> None:
     busy = dataclasses.replace(H100, gpu_free_gib=0.0)
     steps, memory = planned(50, machine=busy).problems

@@ -193,6 +193,14 @@ def test_another_system_prompt_changes_the_tokens_of_both_splits_but_not_the_con
     assert differences(ours, theirs)[0] == wanted
 
 
+def test_a_local_try_on_the_first_rows_is_not_the_whole_run_and_is_the_same_try_elsewhere(machine: Machine) -> None:
+    theirs, whole = machine.receipt("m4", "dataset.max_rows=3"), machine.receipt("h100")
+    changed = of_split("train", "content", "ids", "labels")
+    wanted = ["train: rows: 3 -> 6", *hashes(whole, theirs, *changed), "dataset.max_rows: 3 -> null"]
+    assert differences(whole, theirs)[0] == wanted
+    assert differences(machine.receipt("h100", "dataset.max_rows=3"), theirs)[0] == []
+
+
 def test_another_share_held_out_gives_its_line_and_those_of_the_rows_that_moved(machine: Machine) -> None:
     write(machine.train, [row(f"Question {number}", f"Answer {number}") for number in range(60)])
     theirs = machine.receipt("m4", "dataset.validation_file=null")

@@ -360,7 +360,7 @@ def test_a_resume_goes_on_with_the_devices_own_random_numbers_bit_identically(
 
 
 def test_a_checkpoint_of_another_platform_brings_no_random_numbers_of_this_device(
-    case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path, request: pytest.FixtureRequest
+    case: Case, request: pytest.FixtureRequest
 ) -> None:
     case.train(*BETWEEN, "training.save_minutes=0.00001")
     checkpoint = case.run.checkpoints / "checkpoint-3"
