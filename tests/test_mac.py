@@ -17,15 +17,19 @@ from finetune.config import ROOT, load
 
 # Where it computes, how large it is, and where things lie. All else is what configs/training_config_m4.yaml says:
 # bfloat16 and autocast, NF4, LoRA, dropout, sdpa, optimizer, schedule, 1 x 16 sequences, checkpointing, packing.
-OVERRIDDEN = ("platform", "model.name", "model.max_seq_length", "training.max_steps", "dataset.train_file")
-ELSEWHERE = ("dataset.validation_file", "tracking.report_to", "tracking.run_name", "output.dir")
+OVERRIDDEN = ("platform", "model.name", "model.max_seq_length", "training.max_steps", "dataset.max_rows")
+ELSEWHERE = ("dataset.train_file", "dataset.validation_file", "tracking.report_to", "tracking.run_name", "output.dir")
 TWICE = """
 import runpy, sys
 path, *arguments = sys.argv[1:]
 sys.path.insert(0, path.removesuffix('/train.py'))
 for storage in ("packed", "expanded"):
     sys.argv = [path, *arguments, "--set", f"quantization.storage={storage}", "--set", f"tracking.run_name={storage}"]
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 
 
@@ -39,6 +43,7 @@ def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "model.max_seq_length": 64,
         "training.max_steps": 2,
         "dataset.train_file": ROOT / "data" / "sample" / "train.jsonl",
+        "dataset.max_rows": 60,
         "dataset.validation_file": "null",
         "tracking.report_to": "none",
         "output.dir": folder,

@@ -184,6 +184,14 @@ def test_what_the_notes_tell_a_person_to_type_is_accepted(name: str, tmp_path: P
         load(platform_file(name), tmp_path, tuple(command))
 
 
+def test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows(tmp_path: Path) -> None:
+    section = (config.ROOT / "README.md").read_text(encoding="utf-8").split("\n## Mac M4\n")[1].split("\n## ")[0]
+    packed, here, there = quoted_settings(section)
+    for name, command in (("m4", packed), ("m4", here), ("h100", there)):
+        load(platform_file(name), tmp_path, tuple(command))
+    assert set(here) & set(there) == set(there) == {"dataset.max_rows=40", "dataset.validation_file=null"}
+
+
 @both_platforms
 def test_every_batch_size_in_the_notes_keeps_sixteen_sequences_a_step(name: str, tmp_path: Path) -> None:
     commands = quoted_settings(platform_file(name).read_text(encoding="utf-8"))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What setup_m4.sh and run_m4.sh share: coloured lines, and which machine is a Mac that can train. Sourced, not called.
+set -euo pipefail
+
+RED='' GREEN='' YELLOW='' NC=''
+if [[ -t 1 && -t 2 && -z ${NO_COLOR:-} ]]; then
+  RED=$'\033[31m' GREEN=$'\033[32m' YELLOW=$'\033[33m' NC=$'\033[0m'
+fi
+
+good() { printf '%s\n' "$GREEN$1$NC"; }
+warn() { printf '%s\n' "$YELLOW$1$NC" >&2; }
+fail() { printf '%s\n' "$RED$1$NC" >&2; exit "$2"; }
+
+need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or later on Apple silicon
+  local system machine version script=scripts/${0##*/}
+  system=$(uname -s) machine=$(uname -m)
+  if [[ $system != Darwin ]]; then
+    fail "$script needs a Mac with Apple silicon, this is $system on $machine; scripts/setup_local.sh finds what fits" 2
+  fi
+  if [[ $machine != arm64 ]]; then
+    # A program under Rosetta is told that the machine is an Intel one; only this says otherwise.
+    if [[ $(sysctl -n sysctl.proc_translated 2>/dev/null || true) == 1 ]]; then
+      fail "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash $script" 2
+    fi
+    fail "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)" 2
+  fi
+  version=$(sw_vers -productVersion)
+  if [[ ${version%%.*} -lt 14 ]]; then
+    fail "macOS $version, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart" 2
+  fi
+}

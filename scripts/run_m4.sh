@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains on this Mac, in the environment of setup_m4.sh; the Mac stays awake until it is done.
+#   scripts/run_m4.sh [ARGUMENT...]      arguments go to src/train.py, for example --dry-run or --set dataset.max_rows=40
+# The exit code is train.py's; the same command again goes on with a run that was stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source scripts/mac.sh
+
+need_apple_silicon
+[[ -x .venv/bin/python ]] || fail "there is no environment yet; type: scripts/setup_m4.sh" 2
+export PATH="$PWD/.venv/bin:$PATH"
+
+# How much PyTorch takes, in shares of the GPU's working set (about 22.9 GB of 32). Beyond it, PyTorch fails with "out of
+# memory"; its own limit, about 36 GB, is more than the whole Mac has: that would swap for hours. Never 0.0: no limit.
+export PYTORCH_MPS_HIGH_WATERMARK_RATIO="${PYTORCH_MPS_HIGH_WATERMARK_RATIO:-1.2}"
+# From here on it gives cached memory back. PyTorch's own value, 1.4, is above the limit, and PyTorch would not start.
+export PYTORCH_MPS_LOW_WATERMARK_RATIO="${PYTORCH_MPS_LOW_WATERMARK_RATIO:-1.0}"
+# An operation that the GPU lacks fails with its name; with this variable it would run on the CPU without a word.
+if [[ ${PYTORCH_ENABLE_MPS_FALLBACK:-0} != 0 ]]; then
+  warn "PYTORCH_ENABLE_MPS_FALLBACK=$PYTORCH_ENABLE_MPS_FALLBACK is not passed on: nothing falls back to the CPU unsaid"
+fi
+unset PYTORCH_ENABLE_MPS_FALLBACK
+
+if command -v pmset >/dev/null; then
+  if [[ $(pmset -g batt || true) == *"'Battery Power'"* ]]; then
+    warn "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in"
+  fi
+  if [[ $(pmset -g || true) =~ lowpowermode[[:space:]]+1 ]]; then
+    warn "low power mode is on, and the GPU is slower for it; type: sudo pmset -a lowpowermode 0"
+  fi
+fi
+
+# It watches this process, which becomes train.py, and is not its parent: signals and exit code need no go-between.
+if command -v caffeinate >/dev/null; then caffeinate -i -s -w $$ </dev/null >/dev/null 2>&1 & fi
+
+exec .venv/bin/python src/train.py --config configs/training_config_m4.yaml "$@"

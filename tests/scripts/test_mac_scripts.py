@@ -1,0 +1,525 @@
+"""setup_m4.sh, run_m4.sh and setup_local.sh among recorded system tools: every branch, word for word."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config import ROOT
+
+SCRIPTS = ("mac.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
+TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "mv", "rm", "sleep")
+
+# Answers as recorded on the machines: by `uname -s` and `-m`, sysctl, sw_vers, pmset.
+MAC = {"system": "Darwin", "machine": "arm64", "translated": "0", "macos": "15.1"}
+ROSETTA = MAC | {"machine": "x86_64", "translated": "1"}
+INTEL = MAC | {"machine": "x86_64", "translated": None}
+LINUX = {"system": "Linux", "machine": "x86_64", "translated": None, "macos": None}
+MAINS = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1234)\t100%; charged; 0:00 remaining present: true"
+BATTERY = (
+    "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1234)\t81%; discharging; 5:02 remaining present: true"
+)
+SETTINGS = "Currently in use:\n standby              1\n lowpowermode         {}\n sleep                1"
+
+# A Python of a Mac: its version and architecture are told, environments are made of copies of it, all else is recorded.
+PYTHON = """\
+#!{bash}
+printf '%s' "${{0##*/}}" >>"$LOG"; printf ' [%s]' "$@" >>"$LOG"; printf '\\n' >>"$LOG"
+case "$1 ${{2:-}}" in
+  -c*) exec {python} -I -S -c "
+import platform, sys
+sys.version_info = ({version}, 0, 'final', 0)
+platform.machine = lambda: '{machine}'
+$2" ;;
+  --version*) echo "Python {dotted}.0" ;;
+  "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+  scripts/validate_environment.py*) echo "the checks"; exit "${{CHECKS:-0}}" ;;
+  src/train.py*)
+    {{ echo "pid $$"; env | grep -E '^(PYTORCH_|PATH=)'; }} >>"$LOG"
+    echo training; exit "${{TRAINED:-0}}" ;;
+esac
+"""
+
+# conda, mamba and micromamba: record, and make an environment of a Python, or fail before or after there is one.
+CONDA = """\
+#!{bash}
+printf '%s (%s)' "${{0##*/}}" "${{CONDA_SUBDIR:-}}" >>"$LOG"; printf ' [%s]' "$@" >>"$LOG"; printf '\\n' >>"$LOG"
+mkdir -p "$5/conda-meta"
+[[ ! -e {folder}/fails-early ]] || exit 1
+mkdir -p "$5/bin"; cp {programs}/conda-python "$5/bin/python"
+[[ ! -e {folder}/fails-late ]] || exit 1
+"""
+
+
+class Place:
+    """A copy of the scripts, and all programs that they may find."""
+
+    def __init__(self, folder: Path, facts: dict[str, str | None]) -> None:
+        self.folder, self.programs, self.log = folder / "the project", folder / "bin", folder / "log"
+        (self.folder / "scripts").mkdir(parents=True)
+        self.programs.mkdir()
+        for name in SCRIPTS:
+            shutil.copy(ROOT / "scripts" / name, self.folder / "scripts")
+        shutil.copytree(ROOT / "requirements", self.folder / "requirements")
+        shutil.copy(ROOT / "environment-m4.yml", self.folder)
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            assert found is not None
+            (self.programs / tool).symlink_to(found)
+        self.program("uname", f"[[ $1 == -s ]] && echo {facts['system']} || echo {facts['machine']}")
+        if facts["system"] == "Darwin":
+            answer = f"echo {facts['translated']}" if facts["translated"] else "echo unknown oid >&2; exit 1"
+            self.program("sysctl", f'[[ "$*" == "-n sysctl.proc_translated" ]] || exit 9\n{answer}')
+            self.program("sw_vers", f'[[ "$*" == -productVersion ]] || exit 9\necho {facts["macos"]}')
+
+    def program(self, name: str, text: str) -> Path:
+        path = self.programs / name
+        path.write_text(f"#!{self.programs}/bash\n{text}\n", encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    def python(self, name: str = "python3.11", version: str = "3.11", machine: str = "arm64") -> Path:
+        path = self.programs / name
+        path.write_text(
+            PYTHON.format(
+                bash=self.programs / "bash",
+                python=sys.executable,
+                version=version.replace(".", ", "),
+                dotted=version,
+                machine=machine,
+            ),
+            encoding="utf-8",
+        )
+        path.chmod(0o755)
+        return path
+
+    def conda(self, name: str, machine: str = "arm64") -> Path:
+        self.python("conda-python", machine=machine)
+        text = CONDA.format(bash=self.programs / "bash", programs=self.programs, folder=self.programs)
+        path = self.programs / name
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    def power(self, battery: str, low: int) -> None:
+        settings = SETTINGS.format(low)
+        self.program("pmset", f'if [[ "$*" == "-g batt" ]]; then echo "{battery}"; else echo "{settings}"; fi')
+
+    def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr; the log holds this call only."""
+        done = subprocess.run(
+            self.command(script, *arguments),
+            cwd=self.folder,
+            env=self.variables(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        return [str(self.programs / "bash"), f"scripts/{script}.sh", *arguments]
+
+    def variables(self, environment: dict[str, str]) -> dict[str, str]:
+        self.log.write_text("", encoding="utf-8")
+        return {"PATH": str(self.programs), "LOG": str(self.log), **environment}
+
+    def on_terminal(self, script: str, **environment: str) -> tuple[int, str]:
+        """Exit code, and what stands on the terminal that both streams go to."""
+        ours, theirs = pty.openpty()
+        variables = self.variables(environment)
+        with os.fdopen(theirs, "wb") as terminal:
+            done = subprocess.run(
+                self.command(script), cwd=self.folder, env=variables, stdout=terminal, stderr=terminal, check=False
+            )
+        text = b""
+        try:
+            while block := os.read(ours, 65536):
+                text += block
+        except OSError:  # Linux's way to say that the other end is closed and all is read
+            pass
+        os.close(ours)
+        return done.returncode, text.decode().replace("\r\n", "\n")
+
+    def logged(self, start: str) -> list[str]:
+        return [line for line in self.log.read_text(encoding="utf-8").splitlines() if line.startswith(start)]
+
+
+@pytest.fixture
+def mac(tmp_path: Path) -> Place:
+    """A Mac with Python 3.11 and nothing else."""
+    place = Place(tmp_path, MAC)
+    place.python()
+    return place
+
+
+@pytest.fixture
+def ready(mac: Place) -> Place:
+    """A Mac that is set up, on mains power."""
+    assert mac.run("setup_m4")[0] == 0
+    mac.power(MAINS, low=0)
+    return mac
+
+
+LOCKED = (
+    "python [-m] [pip] [install] [--quiet] [--disable-pip-version-check] [--require-hashes] [-r] [requirements/m4.lock]"
+)
+CHECKED = "python [scripts/validate_environment.py] [--config] [m4]"
+READY = "the environment is ready in .venv\nthe checks\nnext: scripts/run_m4.sh\n"
+
+
+# Which machine --------------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (
+        LINUX,
+        "scripts/{} needs a Mac with Apple silicon, this is Linux on x86_64; scripts/setup_local.sh finds what fits\n",
+    ),
+    (
+        ROSETTA,
+        "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash scripts/{}\n",
+    ),
+    (
+        INTEL,
+        "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)\n",
+    ),
+    (
+        MAC | {"macos": "13.7.1"},
+        "macOS 13.7.1, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart\n",
+    ),
+]
+
+
+@pytest.mark.parametrize("script", ["setup_m4", "run_m4"])
+@pytest.mark.parametrize(("facts", "text"), REFUSED, ids=["Linux", "Rosetta", "Intel", "macOS 13"])
+def test_a_machine_that_cannot_train_is_exit_2_with_what_to_do(
+    tmp_path: Path, script: str, facts: dict[str, str | None], text: str
+) -> None:
+    place = Place(tmp_path, facts)
+    place.python()
+    assert place.run(script) == (2, "", text.format(f"{script}.sh"))
+    assert place.log.read_text(encoding="utf-8") == ""
+    assert not (place.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", ["14.0", "26.1"])
+def test_macos_14_and_later_are_taken(tmp_path: Path, version: str) -> None:
+    place = Place(tmp_path, MAC | {"macos": version})
+    place.python()
+    assert place.run("setup_m4")[0] == 0
+
+
+# setup_m4.sh ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        (["conda", "mamba", "micromamba"], "conda"),
+        (["mamba", "micromamba"], "mamba"),
+        (["micromamba"], "micromamba"),
+    ],
+)
+def test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock(mac: Place, there: list[str], chosen: str) -> None:
+    for name in there:
+        mac.conda(name)
+    assert mac.run("setup_m4") == (0, f"making .venv with {chosen}\ninstalling requirements/m4.lock\n{READY}", "")
+    prefix = mac.folder / ".venv"
+    wanted = f"{chosen} (osx-arm64) [create] [--yes] [--quiet] [--prefix] [{prefix}] [--override-channels]"
+    lines = mac.log.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == f"{wanted} [--channel] [conda-forge] [python=3.11] [pip]"
+    assert lines[-2:] == [LOCKED, CHECKED]
+    assert not mac.logged("python3.11")
+
+
+@pytest.mark.parametrize("variable", ["CONDA_EXE", "MAMBA_EXE"])
+def test_a_conda_that_is_a_shell_function_is_found_by_its_variable(mac: Place, tmp_path: Path, variable: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    program = mac.conda("micromamba").rename(tmp_path / "elsewhere" / "micromamba")
+    code, out, _ = mac.run("setup_m4", **{variable: str(program)})
+    assert (code, out.splitlines()[0]) == (0, "making .venv with micromamba")
+
+
+def test_without_any_of_them_python_alone_makes_the_environment(mac: Place) -> None:
+    said = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n{READY}"
+    assert mac.run("setup_m4") == (0, said, "")
+    assert mac.log.read_text(encoding="utf-8").splitlines()[-2:] == [LOCKED, CHECKED]
+
+
+def test_a_python_that_is_named_comes_before_conda(mac: Place, tmp_path: Path) -> None:
+    mac.conda("conda")
+    mine = mac.python("mine", "3.13").rename(tmp_path / "mine")
+    code, out, _ = mac.run("setup_m4", PYTHON=str(mine))
+    assert (code, out.splitlines()[0]) == (0, "making .venv with Python 3.13.0")
+
+
+def test_an_intel_python_is_passed_over_for_one_of_apple_silicon(mac: Place) -> None:
+    mac.python("python3.11", "3.11", "x86_64")
+    mac.python("python3.12", "3.12")
+    code, out, _ = mac.run("setup_m4")
+    assert (code, out.splitlines()[0]) == (0, "making .venv with Python 3.12.0")
+
+
+@pytest.mark.parametrize(("version", "machine"), [("3.11", "x86_64"), ("3.10", "arm64"), ("3.14", "arm64")])
+def test_without_conda_and_such_a_python_it_is_exit_2_with_what_to_type(mac: Place, version: str, machine: str) -> None:
+    mac.python("python3.11", version, machine)
+    wanted = (
+        "found no conda, mamba or micromamba, and no Python 3.11 to 3.13 that is built for Apple silicon; "
+        "type: brew install python@3.11, or name one: PYTHON=/path/to/python scripts/setup_m4.sh\n"
+    )
+    assert mac.run("setup_m4") == (2, "", wanted)
+    assert not (mac.folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("there", ["from before", "from an Intel conda"])
+def test_an_environment_of_an_intel_python_is_refused(mac: Place, there: str) -> None:
+    if there == "from before":
+        (mac.folder / ".venv" / "bin").mkdir(parents=True)
+        mac.python("old", machine="x86_64").rename(mac.folder / ".venv" / "bin" / "python")
+    else:
+        mac.conda("conda", machine="x86_64")
+    code, _, err = mac.run("setup_m4")
+    wanted = ".venv holds a Python that is not built for Apple silicon; type: rm -r .venv; scripts/setup_m4.sh\n"
+    assert (code, err) == (2, wanted)
+    assert not any("[pip]" in line for line in mac.logged("python "))
+
+
+@pytest.mark.parametrize("tool", ["conda", "none"])
+def test_a_second_time_nothing_is_made_or_installed(mac: Place, tool: str) -> None:
+    if tool == "conda":
+        mac.conda("conda")
+    assert mac.run("setup_m4")[0] == 0
+    assert mac.run("setup_m4") == (0, READY, "")
+    calls = mac.log.read_text(encoding="utf-8").splitlines()
+    assert calls == ["python [-c] [import platform; print(platform.machine())]", CHECKED]
+
+
+def test_a_lock_that_changed_is_installed_into_what_is_there(mac: Place) -> None:
+    mac.conda("conda")
+    assert mac.run("setup_m4")[0] == 0
+    with (mac.folder / "requirements" / "m4.lock").open("a", encoding="utf-8") as lock:
+        lock.write("# changed\n")
+    assert mac.run("setup_m4") == (0, f"installing requirements/m4.lock\n{READY}", "")
+    assert not mac.logged("conda")
+
+
+@pytest.mark.parametrize("when", ["fails-early", "fails-late"])
+def test_a_conda_that_fails_is_exit_6_and_the_next_try_goes_on(mac: Place, when: str) -> None:
+    mac.conda("conda")
+    (mac.programs / when).touch()
+    wanted = "conda could not make .venv (see above); check the network, then the same command again\n"
+    assert mac.run("setup_m4") == (6, "making .venv with conda\n", wanted)
+    assert (mac.folder / ".venv").exists() == (when == "fails-late")
+    (mac.programs / when).unlink()
+    assert mac.run("setup_m4")[0] == 0
+    assert mac.logged(LOCKED) == [LOCKED]
+
+
+def test_what_the_checks_found_is_the_exit_code_and_the_environment_stands(mac: Place) -> None:
+    out = "making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n"
+    out += "the environment is ready in .venv\nthe checks\n"
+    err = "the environment stands, and the checks found what is still to do before a training (above)\n"
+    assert mac.run("setup_m4", CHECKS="3") == (3, out, err)
+
+
+def test_it_works_from_any_directory(mac: Place, tmp_path: Path) -> None:
+    command = [str(mac.programs / "bash"), str(mac.folder / "scripts" / "setup_m4.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=mac.variables({}), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (mac.folder / ".venv" / "installed").is_file()
+
+
+def test_on_a_terminal_what_is_good_is_green_what_is_left_yellow_and_a_refusal_red(
+    ready: Place, tmp_path: Path
+) -> None:
+    green, yellow, red, end = "\033[32m", "\033[33m", "\033[31m", "\033[0m"
+    stands = "the environment stands, and the checks found what is still to do before a training (above)"
+    wanted = f"{green}the environment is ready in .venv{end}\nthe checks\n{yellow}{stands}{end}\n"
+    assert ready.on_terminal("setup_m4", CHECKS="3") == (3, wanted)
+    plain = re.sub("\033\\[\\d+m", "", wanted)
+    assert ready.on_terminal("setup_m4", CHECKS="3", NO_COLOR="1") == (3, plain)
+    (tmp_path / "intel").mkdir()
+    assert Place(tmp_path / "intel", INTEL).on_terminal("setup_m4") == (2, f"{red}{REFUSED[2][1].strip()}{end}\n")
+
+
+# run_m4.sh ------------------------------------------------------------------------------------------------------------
+
+TRAIN = "python [src/train.py] [--config] [configs/training_config_m4.yaml]"
+
+
+def test_without_an_environment_it_says_what_makes_one(mac: Place) -> None:
+    assert mac.run("run_m4") == (2, "", "there is no environment yet; type: scripts/setup_m4.sh\n")
+
+
+def test_it_trains_with_the_arguments_as_they_were_typed(ready: Place) -> None:
+    arguments = ["--set", "system_prompt=Be  kind", "--set", "dataset.max_rows=40", ""]
+    assert ready.run("run_m4", *arguments) == (0, "training\n", "")
+    given = " [--set] [system_prompt=Be  kind] [--set] [dataset.max_rows=40] []"
+    assert ready.logged("python [src") == [TRAIN + given]
+    assert ready.run("run_m4") == (0, "training\n", "")
+    assert ready.logged("python [src") == [TRAIN]
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5, 6, 130, 143])
+def test_the_exit_code_is_the_trainings(ready: Place, code: int) -> None:
+    assert ready.run("run_m4", TRAINED=str(code)) == (code, "training\n", "")
+
+
+def test_the_limits_of_the_gpus_memory_are_set_the_low_one_below_the_high(ready: Place) -> None:
+    ready.run("run_m4")
+    low, high = "PYTORCH_MPS_LOW_WATERMARK_RATIO", "PYTORCH_MPS_HIGH_WATERMARK_RATIO"
+    assert sorted(ready.logged("PYTORCH_")) == [f"{high}=1.2", f"{low}=1.0"]
+    assert ready.logged("PATH=") == [f"PATH={ready.folder}/.venv/bin:{ready.programs}"]
+    ready.run("run_m4", **{low: "0.8", high: "0.9"})
+    assert sorted(ready.logged("PYTORCH_")) == [f"{high}=0.9", f"{low}=0.8"]  # a person's own stand
+
+
+@pytest.mark.parametrize(("value", "warned"), [("1", True), ("0", False)])
+def test_a_fall_back_to_the_cpu_is_never_passed_on(ready: Place, value: str, warned: bool) -> None:
+    text = "PYTORCH_ENABLE_MPS_FALLBACK=1 is not passed on: nothing falls back to the CPU unsaid\n"
+    assert ready.run("run_m4", PYTORCH_ENABLE_MPS_FALLBACK=value) == (0, "training\n", text if warned else "")
+    assert not ready.logged("PYTORCH_ENABLE_MPS_FALLBACK")
+
+
+ON_BATTERY = (
+    "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in\n"
+)
+LOW_POWER = "low power mode is on, and the GPU is slower for it; type: sudo pmset -a lowpowermode 0\n"
+
+
+@pytest.mark.parametrize(
+    ("battery", "low", "text"),
+    [(MAINS, 0, ""), (BATTERY, 0, ON_BATTERY), (MAINS, 1, LOW_POWER), (BATTERY, 1, ON_BATTERY + LOW_POWER)],
+)
+def test_battery_and_low_power_mode_are_warned_of(ready: Place, battery: str, low: int, text: str) -> None:
+    ready.power(battery, low)
+    assert ready.run("run_m4") == (0, "training\n", text)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_power_tool_that_is_absent_or_fails_stops_nothing(ready: Place, there: bool) -> None:
+    (ready.programs / "pmset").unlink()
+    if there:
+        ready.program("pmset", "exit 1")
+    assert ready.run("run_m4") == (0, "training\n", "")
+
+
+def test_the_mac_is_kept_awake_for_as_long_as_the_training_lives(ready: Place, tmp_path: Path) -> None:
+    said = tmp_path / "caffeinate"
+    ready.program("caffeinate", f'echo "$*" >{said}.partial; echo noise; mv {said}.partial {said}')
+    train = ready.folder / ".venv" / "bin" / "python"
+    text = train.read_text(encoding="utf-8")
+    train.write_text(text.replace("echo training", f"until [[ -e {said} ]]; do sleep 0.01; done; echo training"))
+    assert ready.run("run_m4") == (0, "training\n", "")
+    (pid,) = ready.logged("pid ")
+    assert said.read_text(encoding="utf-8") == f"-i -s -w {pid.removeprefix('pid ')}\n"  # the training's own process
+
+
+# setup_local.sh -------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_mac_it_is_the_macs_setup(mac: Place) -> None:
+    setup = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n{READY}"
+    assert mac.run("setup_local") == (0, f"found macOS: scripts/setup_m4.sh\n{setup}", "")
+    assert mac.run("setup_local", CHECKS="3")[0] == 3
+
+
+def test_on_a_machine_with_an_nvidia_gpu_it_says_where_the_lines_stand(tmp_path: Path) -> None:
+    place = Place(tmp_path, LINUX)
+    place.program("nvidia-smi", "echo 'NVIDIA H100 80GB HBM3'; echo 'NVIDIA H100 80GB HBM3'")
+    wanted = (
+        "found NVIDIA H100 80GB HBM3: this machine is for --config h100\n"
+        "README.md, Run it, has its lines; nothing is installed here by itself, for CUDA and flash-attn are a choice\n"
+    )
+    assert place.run("setup_local") == (0, wanted, "")
+    assert not (place.folder / ".venv").exists()
+    assert "\n## Run it\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("nvidia", ["absent", "broken"])
+def test_on_any_other_linux_it_is_the_environment_of_the_demo(tmp_path: Path, nvidia: str) -> None:
+    place = Place(tmp_path, LINUX)
+    place.python()
+    if nvidia == "broken":
+        place.program("nvidia-smi", "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9")
+    wanted = (
+        "found Linux on x86_64 without an NVIDIA driver: the demo on its CPU\n"
+        "making .venv with Python 3.11.0\ninstalling requirements/cpu.lock\n"
+        "the environment is ready in .venv; next: scripts/quickstart.sh\n"
+    )
+    assert place.run("setup_local") == (0, wanted, "")
+
+
+def test_on_another_system_it_is_exit_2(tmp_path: Path) -> None:
+    place = Place(tmp_path, LINUX | {"system": "MINGW64_NT-10.0"})
+    wanted = "found MINGW64_NT-10.0 on x86_64: this program runs on Linux and macOS; on Windows, in WSL 2\n"
+    assert place.run("setup_local") == (2, "", wanted)
+
+
+# Their form -----------------------------------------------------------------------------------------------------------
+
+# What bash 3.2, the one of macOS, does not know: newer arrays, case changes, tests, redirections and builtins.
+NEWER = (
+    r"declare -[An]|local -[An]|\$\{\w+(\[.\])?(,|\^)|\bmapfile\b|\breadarray\b|\|&|&>>|\[\[ -v |\bcoproc\b|;;?&|%\("
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_for_the_mac_holds_nothing_that_its_old_bash_does_not_know(name: str) -> None:
+    lines = (ROOT / "scripts" / name).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.search(NEWER, line)] == []
+    bare = [line for line in lines if re.search(r'(?<![+:])"\$\{\w+\[@\]\}"', line) and "${" in line]
+    assert {re.findall(r"\$\{(\w+)\[@\]", line)[0] for line in bare} <= {"candidates", "wanted", "locks"}  # never empty
+
+
+# environment-m4.yml ---------------------------------------------------------------------------------------------------
+
+
+def pins(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9][a-z0-9._-]*)==([^ \\\n;]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_the_conda_environment_is_the_locks_python_and_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "environment-m4.yml").read_text(encoding="utf-8"))
+    assert environment == {
+        "name": "mistral-qlora-m4",
+        "channels": ["conda-forge"],
+        "dependencies": ["python=3.11", "pip", {"pip": ["--require-hashes", "-r requirements/m4.lock"]}],
+    }
+    lock_script = (ROOT / "requirements" / "lock.sh").read_text(encoding="utf-8")
+    assert "--python-version 3.11 " in lock_script
+
+
+def test_the_macs_lock_holds_what_is_asked_for_with_hashes_and_no_package_that_needs_cuda() -> None:
+    folder = ROOT / "requirements"
+    locked = pins(folder / "m4.lock")
+    asked = pins(folder / "requirements.in") | pins(folder / "m4.in")
+    assert {name: locked.get(name) for name in asked} == asked
+    text = (folder / "m4.lock").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\S+==\S+ \\\n    --hash=sha256:", text, re.MULTILINE)) == len(locked) > 50
+    cuda = r"nvidia|cuda|cupy|triton|flash.attn|xformers|deepspeed|apex|vllm"
+    assert [name for name in locked if re.search(cuda, name)] == []
+
+
+@pytest.mark.slow
+def test_the_macs_lock_is_what_its_inputs_resolve_to_for_macos_14_on_arm64(tmp_path: Path) -> None:
+    uv = [sys.executable, "-m", "uv"]
+    if subprocess.run([*uv, "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("uv is not installed: pip install uv")
+    folder = Path(shutil.copytree(ROOT / "requirements", tmp_path / "requirements"))
+    before = pins(folder / "m4.lock")
+    command = [*uv, "pip", "compile", "m4.in", "--output-file", "m4.lock", "--quiet", "--generate-hashes"]
+    command += ["--python-version", "3.11", "--python-platform", "aarch64-apple-darwin"]
+    variables = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode and re.search("dns error|error sending request|Failed to fetch|timed out", done.stderr):
+        pytest.skip("the package index does not answer")
+    assert (done.returncode, pins(folder / "m4.lock")) == (0, before), done.stderr
