@@ -19,7 +19,7 @@ need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or late
   fi
   if [[ $machine != arm64 ]]; then
     # A program under Rosetta is told that the machine is an Intel one; only this says otherwise.
-    if [[ $(sysctl -n sysctl.proc_translated 2>/dev/null || true) == 1 ]]; then
+    if [[ $(sysctl -n sysctl.proc_translated 2>/dev/null) == 1 ]]; then
       fail "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash $script" 2
     fi
     fail "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)" 2

@@ -23,10 +23,10 @@ fi
 unset PYTORCH_ENABLE_MPS_FALLBACK
 
 if command -v pmset >/dev/null; then
-  if [[ $(pmset -g batt || true) == *"'Battery Power'"* ]]; then
+  if [[ $(pmset -g batt) == *"'Battery Power'"* ]]; then
     warn "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in"
   fi
-  if [[ $(pmset -g || true) =~ lowpowermode[[:space:]]+1 ]]; then
+  if [[ $(pmset -g) =~ lowpowermode[[:space:]]+1 ]]; then
     warn "low power mode is on, and the GPU is slower for it; type: sudo pmset -a lowpowermode 0"
   fi
 fi

@@ -32,7 +32,7 @@ make_with_conda() {  # Python and pip; the lock is make_venv.sh's, since mamba l
   fi
 }
 
-is_arm_python() { [[ $("$1" -c 'import platform; print(platform.machine())' 2>/dev/null || true) == arm64 ]]; }
+is_arm_python() { [[ $("$1" -c 'import platform; print(platform.machine())' 2>/dev/null) == arm64 ]]; }
 
 find_arm_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3)

@@ -439,8 +439,9 @@ def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_o
 
 
 def test_a_validation_file_stays_whole_however_few_training_rows_are_read(two_files: Case) -> None:
+    write(two_files.validation, *numbered(4, start=100))
     prepared = two_files.prepare(max_rows=3)
-    assert (lines(prepared.train), lines(prepared.validation)) == ([1, 2, 3], [1, 2])
+    assert (lines(prepared.train), lines(prepared.validation)) == ([1, 2, 3], [1, 2, 3, 4])
     assert prepared.split_reason == (
         f"validation rows are those of {two_files.validation}; "
         f"of {two_files.train} only the first 3 rows are read (dataset.max_rows)"

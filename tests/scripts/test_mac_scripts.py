@@ -132,14 +132,13 @@ class Place:
         self.log.write_text("", encoding="utf-8")
         return {"PATH": str(self.programs), "LOG": str(self.log), **environment}
 
-    def on_terminal(self, script: str, **environment: str) -> tuple[int, str]:
-        """Exit code, and what stands on the terminal that both streams go to."""
+    def on_terminal(self, script: str, errors: int | None = None, **environment: str) -> tuple[int, str]:
+        """Exit code, and what stands on the terminal that both streams go to; stderr to `errors` where that is said."""
         ours, theirs = pty.openpty()
         variables = self.variables(environment)
         with os.fdopen(theirs, "wb") as terminal:
-            done = subprocess.run(
-                self.command(script), cwd=self.folder, env=variables, stdout=terminal, stderr=terminal, check=False
-            )
+            streams = {"stdout": terminal, "stderr": terminal if errors is None else errors}
+            done = subprocess.run(self.command(script), cwd=self.folder, env=variables, check=False, **streams)
         text = b""
         try:
             while block := os.read(ours, 65536):
@@ -346,6 +345,8 @@ def test_on_a_terminal_what_is_good_is_green_what_is_left_yellow_and_a_refusal_r
     assert ready.on_terminal("setup_m4", CHECKS="3") == (3, wanted)
     plain = re.sub("\033\\[\\d+m", "", wanted)
     assert ready.on_terminal("setup_m4", CHECKS="3", NO_COLOR="1") == (3, plain)
+    to_a_file = "the environment is ready in .venv\nthe checks\n"
+    assert ready.on_terminal("setup_m4", subprocess.DEVNULL, CHECKS="3") == (3, to_a_file)
     (tmp_path / "intel").mkdir()
     assert Place(tmp_path / "intel", INTEL).on_terminal("setup_m4") == (2, f"{red}{REFUSED[2][1].strip()}{end}\n")
 
