@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What setup_m4.sh and run_m4.sh share: coloured lines, and which machine is a Mac that can train. Sourced, not called.
+# What setup_m4.sh and run_m4.sh share: coloured lines, which Mac can train, the variables of MPS. Sourced, not called.
 set -euo pipefail
 
 RED='' GREEN='' YELLOW='' NC=''
@@ -28,4 +28,17 @@ need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or late
   if [[ ${version%%.*} -lt 14 ]]; then
     fail "macOS $version, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart" 2
   fi
+}
+
+set_mps_variables() {
+  # How much PyTorch takes, in shares of the GPU's working set (about 22.9 GB of 32). Beyond it, PyTorch fails with "out
+  # of memory"; its own limit, about 36 GB, is more than the whole Mac has: it would swap for hours. Never 0.0: no limit.
+  export PYTORCH_MPS_HIGH_WATERMARK_RATIO="${PYTORCH_MPS_HIGH_WATERMARK_RATIO:-1.2}"
+  # From here on it gives cached memory back. PyTorch's own value, 1.4, is above the limit, and PyTorch would not start.
+  export PYTORCH_MPS_LOW_WATERMARK_RATIO="${PYTORCH_MPS_LOW_WATERMARK_RATIO:-1.0}"
+  # An operation that the GPU lacks fails with its name; with this variable it would run on the CPU without a word.
+  if [[ ${PYTORCH_ENABLE_MPS_FALLBACK:-0} != 0 ]]; then
+    warn "PYTORCH_ENABLE_MPS_FALLBACK=$PYTORCH_ENABLE_MPS_FALLBACK is not passed on: nothing falls back to the CPU unsaid"
+  fi
+  unset PYTORCH_ENABLE_MPS_FALLBACK
 }

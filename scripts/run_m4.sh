@@ -11,17 +11,7 @@ need_apple_silicon
 [[ -x .venv/bin/python ]] || fail "there is no environment yet; type: scripts/setup_m4.sh" 2
 export PATH="$PWD/.venv/bin:$PATH"
 
-# How much PyTorch takes, in shares of the GPU's working set (about 22.9 GB of 32). Beyond it, PyTorch fails with "out of
-# memory"; its own limit, about 36 GB, is more than the whole Mac has: that would swap for hours. Never 0.0: no limit.
-export PYTORCH_MPS_HIGH_WATERMARK_RATIO="${PYTORCH_MPS_HIGH_WATERMARK_RATIO:-1.2}"
-# From here on it gives cached memory back. PyTorch's own value, 1.4, is above the limit, and PyTorch would not start.
-export PYTORCH_MPS_LOW_WATERMARK_RATIO="${PYTORCH_MPS_LOW_WATERMARK_RATIO:-1.0}"
-# An operation that the GPU lacks fails with its name; with this variable it would run on the CPU without a word.
-if [[ ${PYTORCH_ENABLE_MPS_FALLBACK:-0} != 0 ]]; then
-  warn "PYTORCH_ENABLE_MPS_FALLBACK=$PYTORCH_ENABLE_MPS_FALLBACK is not passed on: nothing falls back to the CPU unsaid"
-fi
-unset PYTORCH_ENABLE_MPS_FALLBACK
-
+set_mps_variables
 if command -v pmset >/dev/null; then
   if [[ $(pmset -g batt) == *"'Battery Power'"* ]]; then
     warn "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in"

@@ -66,6 +66,7 @@ fi
 scripts/make_venv.sh  # installs the lock; makes .venv where there is none yet, says nothing where all is there
 good "the environment is ready in .venv"
 
+set_mps_variables  # as run_m4.sh does, so that the checks see what a training will
 checks=0
 .venv/bin/python scripts/validate_environment.py --config m4 || checks=$?
 if [[ $checks -ne 0 ]]; then

@@ -41,7 +41,7 @@ platform.machine = lambda: '{machine}'
 $2" ;;
   --version*) echo "Python {dotted}.0" ;;
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  scripts/validate_environment.py*) echo "the checks"; exit "${{CHECKS:-0}}" ;;
+  scripts/validate_environment.py*) env | grep ^PYTORCH_ >"$LOG.env"; echo "the checks"; exit "${{CHECKS:-0}}" ;;
   src/train.py*)
     {{ echo "pid $$"; env | grep -E '^(PYTORCH_|PATH=)'; }} >>"$LOG"
     echo training; exit "${{TRAINED:-0}}" ;;
@@ -327,6 +327,12 @@ def test_what_the_checks_found_is_the_exit_code_and_the_environment_stands(mac: 
     out += "the environment is ready in .venv\nthe checks\n"
     err = "the environment stands, and the checks found what is still to do before a training (above)\n"
     assert mac.run("setup_m4", CHECKS="3") == (3, out, err)
+
+
+def test_the_checks_see_the_limits_that_a_training_will_have(mac: Place) -> None:
+    assert mac.run("setup_m4", PYTORCH_ENABLE_MPS_FALLBACK="0")[0] == 0
+    limits = mac.log.with_name("log.env").read_text(encoding="utf-8").splitlines()
+    assert sorted(limits) == ["PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2", "PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0"]
 
 
 def test_it_works_from_any_directory(mac: Place, tmp_path: Path) -> None:
