@@ -176,7 +176,7 @@ def test_epochs_are_advised_as_they_will_be_counted_rounding_errors_and_all() ->
 def test_a_partial_run_without_a_budget_is_a_config_problem() -> None:
     setting = "training.time_budget_partial=true"
     with pytest.raises(ConfigError) as refused:
-        load("cpu", [setting])
+        load("h100", [setting])
     text = "true has no effect without training.time_budget_hours; set those hours, or this to false"
     assert str(refused.value) == f"config: 1 problem\n  --set {setting}  training.time_budget_partial: {text}"
 

@@ -114,12 +114,12 @@ def test_many_things_that_are_wrong_are_all_told_in_one_go(
 
 
 def test_only_and_skip_take_ids_and_groups(validate: Command) -> None:
-    done = validate("--config", "cpu", "--only", "host", "--skip", "host.clock,host.memory,host.system")
+    done = validate("--config", "h100", "--only", "host", "--skip", "host.clock,host.memory,host.system")
     python = ".".join(map(str, sys.version_info[:3]))
     lines = done.stdout.splitlines()
     assert lines[1] == f"  pass  host.python              Python {python}"
     assert [line.split()[1] for line in lines[1:-1]] == ["host.python", "host.user"]
-    assert lines[-1] == f"2 passed, 0 warnings, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config cpu"
+    assert lines[-1] == f"2 passed, 0 warnings, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config h100"
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -157,20 +157,20 @@ def test_data_that_is_not_there_is_2(validate: Command, case: list[str], convers
 
 
 def test_a_warning_fails_only_with_strict(validate: Command) -> None:
-    done = validate("--config", "cpu", "--only", "host.user", HOME="/dev/null/trainer")
+    done = validate("--config", "h100", "--only", "host.user", HOME="/dev/null/trainer")
     assert done.returncode == 0
     last = done.stdout.splitlines()[-1]
-    assert last == f"0 passed, 1 warning, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config cpu"
-    done = validate("--config", "cpu", "--only", "host.user", "--strict", "--json", HOME="/dev/null/trainer")
+    assert last == f"0 passed, 1 warning, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config h100"
+    done = validate("--config", "h100", "--only", "host.user", "--strict", "--json", HOME="/dev/null/trainer")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (3, "fail")
-    again = f"mend what is marked, then: {PYTHON} scripts/validate_environment.py --config cpu --only host.user"
+    again = f"mend what is marked, then: {PYTHON} scripts/validate_environment.py --config h100 --only host.user"
     assert done.stderr.splitlines()[-1] == f"0 passed, 1 warning, 0 failed, 0 skipped; {again}"
 
 
 def test_a_setting_with_a_space_is_quoted_where_it_is_to_be_typed_again(validate: Command) -> None:
-    done = validate("--config", "cpu", "--set", "system_prompt=Be brief.", "--only", "host.python")
+    done = validate("--config", "h100", "--set", "system_prompt=Be brief.", "--only", "host.python")
     assert done.stdout.splitlines()[-1].endswith(
-        f"next: {PYTHON} src/train.py --config cpu --set 'system_prompt=Be brief.'"
+        f"next: {PYTHON} src/train.py --config h100 --set 'system_prompt=Be brief.'"
     )
 
 
