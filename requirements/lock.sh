@@ -17,6 +17,7 @@ resolve() {  # resolve NAME PYTHON_PLATFORM ARGUMENT...
 }
 
 resolve h100 x86_64-manylinux_2_28 --generate-hashes "$@"
+resolve flash-attn x86_64-manylinux_2_28 --generate-hashes "$@"  # after h100, whose versions it takes
 MACOSX_DEPLOYMENT_TARGET=14.0 resolve m4 aarch64-apple-darwin --generate-hashes "$@"
 # One hash would make pip ask for all, and the CPU build's hash is another index's: this lock has none.
 # Asked for anew, or the CUDA build that the shortened pin below also names would be kept.

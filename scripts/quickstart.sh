@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained adapter: environment, demo base model, validation, training, base and tuned answers.
 #   scripts/quickstart.sh [ARGUMENT...]      arguments go to the training, for example --fresh
+# In the container image, whose environment is made, it only builds the base model, validates and trains.
 # No GPU, no account. May be run again: what is there and whole is kept, and a finished run gets a fresh one beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 echo "quickstart: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network); downloads about 500 MB"
 
-scripts/make_venv.sh
-.venv/bin/python scripts/make_demo_model.py
+python=python
+if [[ -z ${IMAGE_LOCK:-} ]]; then
+  scripts/make_venv.sh
+  python=.venv/bin/python
+fi
+"$python" scripts/make_demo_model.py
 
-.venv/bin/python scripts/validate_environment.py --config cpu
+"$python" scripts/validate_environment.py --config cpu
 
 finished='' unfinished=''
 # shellcheck disable=SC2046  # the names hold no spaces
@@ -23,4 +28,4 @@ if [[ -n $finished && -z $unfinished ]]; then
   fresh=(--fresh)
 fi
 echo "training"
-.venv/bin/python src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"
+"$python" src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"

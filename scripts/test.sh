@@ -12,5 +12,7 @@ if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy src scripts
+.venv/bin/yamllint --strict ./*.yaml ./*.yml configs tests .yamllint.yaml
+.venv/bin/hadolint docker/Dockerfile
 .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"
 if [[ ${#selection[@]} -gt 0 ]]; then echo "left out: the tests marked slow; scripts/test.sh --slow runs them too"; fi

@@ -14,11 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import checks, cli
-from finetune.checks.check import Check, Result, exit_code, run
+from finetune.checks.check import Check, Result, exit_code, run, summary
 from finetune.checks.libraries import IMPORTED
 from finetune.checks.preflight import Preflight
 from finetune.config import load
-from finetune.machine import PYTHON, read_machine
+from finetune.machine import command, read_machine
 from finetune.report import Terminal, quiet_libraries, tally
 
 # Which checks the specification's own functions stand for.
@@ -117,7 +117,7 @@ def list_checks(terminal: Terminal, as_json: bool) -> None:
         terminal.say(f"{check.id:<24} {check.looks_at} ({'; '.join(marks)})")
 
 
-def describe(check: Check) -> dict[str, Any]:
+def describe(check: Check[Preflight]) -> dict[str, Any]:
     """A row of the registry as JSON has it."""
     names = ("id", "looks_at", "platforms", "needs", "level", "network", "deep")
     return {name: getattr(check, name) for name in names}
@@ -129,8 +129,8 @@ def what_follows(results: list[Result], options: argparse.Namespace) -> str:
     bad = [result.id for result in results if result.status == "fail" or (options.strict and result.status == "warn")]
     if bad:
         given += f" --receipt {shlex.quote(str(options.receipt))}" if options.receipt else ""
-        return f"mend what is marked, then: {PYTHON} scripts/validate_environment.py{given} --only {','.join(bad)}"
-    return f"next: {PYTHON} src/train.py{given}"
+        return f"mend what is marked, then: {command('scripts/validate_environment.py')}{given} --only {','.join(bad)}"
+    return f"next: {command('src/train.py')}{given}"
 
 
 def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -140,19 +140,14 @@ def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def document(results: list[Result], code: int, preflight: Preflight) -> dict[str, Any]:
     """`--json`."""
-    worst = "fail" if code else "warn" if any(result.status == "warn" for result in results) else "pass"
     versions: dict[str, str | None] = {}
     for name in IMPORTED:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {
-        "schema_version": 1,
-        "status": worst,
-        "checks": [result.as_dict() for result in results],
-        "environment": {"machine": dataclasses.asdict(preflight.machine), "versions": versions},
-    }
+    environment = {"machine": dataclasses.asdict(preflight.machine), "versions": versions}
+    return {**summary(results, code), "environment": environment}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from finetune.checks.preflight import Preflight
 from finetune.config import load
 from finetune.errors import CheckFailed
 from finetune.fitting import what_would_fit
-from finetune.machine import read_machine
+from finetune.machine import read_machine, shown
 from finetune.platforms import (
     capacity_gib,
     hardware,
@@ -51,7 +51,7 @@ def main() -> None:
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
-        terminal.say(f"{run.folder} is finished; --fresh starts a new run beside it")
+        terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run beside it")
         print_manifest(run, options.json)
         return
 

@@ -13,7 +13,7 @@ import yaml
 from finetune import config, typed
 from finetune.config import BASE_FILE, ROOT, Config
 from finetune.errors import ConfigError
-from finetune.machine import Machine
+from finetune.machine import Machine, command
 
 MACHINES = {
     "h100": (
@@ -227,7 +227,7 @@ def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
 ) -> None:
     monkeypatch.setattr(config, "ROOT", tmp_path)
     path = written(tmp_path, "model:\n  name: models/demo-135m\n")
-    wanted = "models/demo-135m is not there; type: .venv/bin/python scripts/make_demo_model.py"
+    wanted = f"models/demo-135m is not there; type: {command('scripts/make_demo_model.py')}"
     assert problems(path) == (f"{path}:2  model.name: {wanted}",)
     (tmp_path / "models" / "demo-135m").mkdir(parents=True)
     assert load(path).model.name == "models/demo-135m"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,3 +310,31 @@ def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: py
     tool("sysctl", "echo 1")
     tool("pmset", "echo lowpowermode 1")
     assert facts(read_machine()) == ("6.8.0-45-generic", "", False, False, 1)
+
+
+def in_an_image(expression: str) -> str:
+    """What `expression` says in a process that docker/Dockerfile's environment surrounds; IMAGE_LOCK is read once."""
+    code = f"from finetune import hub, machine; from finetune.checks import LIST, device, libraries; print({expression})"
+    environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(machine.ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("expression", "wanted"),
+    [
+        ("LIST", "docker compose run --rm validate --list names them all"),
+        ("machine.command('src/train.py')", "docker compose run --rm train-h100"),
+        ("machine.command('scripts/make_demo_model.py')", "docker compose run --rm demo"),
+        (
+            "machine.command('scripts/inspect_data.py')",
+            "docker compose run --rm --entrypoint python plan scripts/inspect_data.py",
+        ),
+        ("libraries.install_command('cpu')", "docker compose build"),
+        ("libraries.repair_command('h100')", "docker compose build --no-cache"),
+        ("device.BUILD_FLASH_ATTENTION", "docker compose build --build-arg FLASH_ATTN=build"),
+        ("hub.GIVE_TOKEN", "HF_TOKEN_FILE=FILE in .env"),
+    ],
+)
+def test_in_its_image_it_says_what_to_type_outside_of_it(expression: str, wanted: str) -> None:
+    assert in_an_image(expression) == wanted

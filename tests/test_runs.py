@@ -15,8 +15,8 @@ import pytest
 
 from finetune import config
 from finetune.config import ROOT, Config
-from finetune.errors import OutOfResource
-from finetune.runs import Run, open_run
+from finetune.errors import ConfigError, OutOfResource
+from finetune.runs import Run, make_folder, open_run
 
 NAME = "my.run"
 
@@ -68,7 +68,7 @@ def test_the_first_command_makes_and_locks_the_folder(opened: Callable[..., Run]
 def test_the_lock_file_says_who_holds_it(opened: Callable[..., Run]) -> None:
     text = (opened().folder / "lock").read_text(encoding="utf-8")
     who = re.escape(f"pid {os.getpid()} on {socket.gethostname()}")
-    assert re.fullmatch(rf"{who}, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\n", text)
+    assert re.fullmatch(rf"{who}, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\nkill {os.getpid()}\n", text)
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])
@@ -201,7 +201,7 @@ def test_a_run_that_another_process_writes_is_exit_6_and_says_who_it_is(
         open_run(settings, False)
     started = re.escape(f"{settings.run_folder} is being written by pid {holder.pid} on {socket.gethostname()}")
     time = r", started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    assert re.fullmatch(rf"{started}{time}; wait for it, or stop it with: kill PID", str(caught.value))
+    assert re.fullmatch(rf"{started}{time}; wait for it, or stop it with: kill {holder.pid}", str(caught.value))
     assert caught.value.exit_code == 6
     assert (settings.run_folder / "lock").read_text(encoding="utf-8") == before  # the holder's words stay
 
@@ -211,9 +211,7 @@ def test_a_lock_file_that_says_nothing_is_another_process(settings: Config) -> N
     (settings.run_folder / "lock").write_text("", encoding="utf-8")
     with pytest.raises(OutOfResource) as caught:
         open_run(settings, False)
-    assert str(caught.value) == (
-        f"{settings.run_folder} is being written by another process; wait for it, or stop it with: kill PID"
-    )
+    assert str(caught.value) == f"{settings.run_folder} is being written by another process; wait for it"
 
 
 @pytest.mark.usefixtures("holder")
@@ -259,3 +257,13 @@ def test_a_run_that_wrote_anything_keeps_its_folder(opened: Callable[..., Run], 
     (run.folder / written).touch()
     run.drop_if_unused()
     assert (run.folder / written).exists()
+
+
+def test_a_folder_that_belongs_to_another_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as whom tests may run, may write anywhere
+    with pytest.raises(ConfigError) as caught:
+        make_folder(tmp_path / "adapters")
+    assert str(caught.value).endswith(
+        f"output.dir: {tmp_path}/adapters: Permission denied; make it yours (sudo chown -R $(id -u) FOLDER), or set it to "
+        "a folder that can be written"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -16,7 +17,7 @@ KEY = "k" * 40
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Somebody without an account, whose wandb server would be a port where nothing listens."""
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", *proxies):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY_FILE", "NETRC", *proxies):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
@@ -118,3 +119,26 @@ def test_where_a_proxy_leads_to_the_server_the_proxy_is_asked(monkeypatch: pytes
     monkeypatch.setenv("no_proxy", "wandb.example")
     assert wandb_offline_reason() is None
     assert asked == [("proxy.example", 3128), ("wandb.example", 443)]
+
+
+def test_a_key_in_the_file_that_a_container_is_given_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
+    assert str(wandb_offline_reason()).startswith("127.0.0.1 does not answer: ")
+    assert os.environ["WANDB_API_KEY"] == KEY  # where wandb itself looks
+
+
+def test_an_empty_file_is_no_key_and_one_that_is_set_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY_FILE", "/dev/null")  # what compose.yaml gives where .env names none
+    assert wandb_offline_reason() == "no WANDB_API_KEY"
+    (tmp_path / "key").write_text("another", encoding="utf-8")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
+    assert str(wandb_offline_reason()).startswith("127.0.0.1 does not answer: ")
+    assert os.environ["WANDB_API_KEY"] == KEY
+
+
+def test_a_key_file_that_is_not_there_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
+    assert wandb_offline_reason() == f"WANDB_API_KEY_FILE {tmp_path}/key: No such file or directory"

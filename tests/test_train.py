@@ -410,12 +410,12 @@ def test_a_run_that_another_program_writes_is_left_alone(finished: Finished, tmp
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("pid 4711 on here, started 2024-01-01 00:00:00\n")
+        lock.write("pid 4711 on here, started 2024-01-01 00:00:00\nkill 4711\n")
         lock.flush()
         done = command()
     assert done.returncode == 6
     holder = "pid 4711 on here, started 2024-01-01 00:00:00"
-    wanted = f"{tmp_path / 'run'} is being written by {holder}; wait for it, or stop it with: kill PID\n"
+    wanted = f"{tmp_path / 'run'} is being written by {holder}; wait for it, or stop it with: kill 4711\n"
     assert done.stderr == wanted
     assert "manifest.json" not in names(tmp_path / "run")
 

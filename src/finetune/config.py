@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from finetune import typed, yaml_source
 from finetune.errors import ConfigError
-from finetune.machine import ROOT, read_machine
+from finetune.machine import ROOT, command, read_machine
 from finetune.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
@@ -169,7 +169,7 @@ def _base_model(config: Config, problems: typed.Problems) -> None:
     if name == MISTRAL or is_local(name):
         return
     if resolve(name) == ROOT / "models" / "demo-135m":
-        problems.add("model.name", f"{name} is not there; type: .venv/bin/python scripts/make_demo_model.py")
+        problems.add("model.name", f"{name} is not there; type: {command('scripts/make_demo_model.py')}")
     else:
         problems.add("model.name", f"found {typed.show(name)}, wanted {MISTRAL} or a local folder that holds it")
 

@@ -10,8 +10,11 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
+from finetune.machine import advice
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROBE_SECONDS = 5
+GIVE_TOKEN = advice("export HF_TOKEN=hf_...", "HF_TOKEN_FILE=FILE in .env")
 
 
 def endpoint() -> str:

@@ -22,8 +22,31 @@ ROOT = Path(__file__).resolve().parents[2]
 _interpreter = Path(sys.executable)
 # This interpreter as it is typed in the project's root, for messages that say what to type.
 PYTHON = str(_interpreter.relative_to(ROOT) if _interpreter.is_relative_to(ROOT) else _interpreter)
+# Which lock this program's container image was made from, as docker/Dockerfile sets it; None outside of an image.
+IMAGE_LOCK = os.environ.get("IMAGE_LOCK")
+SERVICES = {  # of compose.yaml, by the script that each starts
+    "src/train.py": "train-h100",
+    "scripts/validate_environment.py": "validate",
+    "scripts/make_demo_model.py": "demo",
+}
 ANSWER_SECONDS = 20
 CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
+
+
+def advice(native: str, image: str) -> str:
+    """What to type: `native`, or `image` where this runs in its container, which a person stands outside of."""
+    return native if IMAGE_LOCK is None else image
+
+
+def command(script: str) -> str:
+    """How `script` is started again, to be followed by its arguments."""
+    service = SERVICES.get(script, f"--entrypoint python plan {script}")
+    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
+
+
+def shown(path: Path) -> Path:
+    """`path` as it is typed: relative where it lies in the working directory, which a container mounts elsewhere."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from finetune.chat import Chat, Messages
 from finetune.config import is_local, resolve
 from finetune.encoding import with_system_prompt
 from finetune.errors import CheckFailed
+from finetune.hub import GIVE_TOKEN
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
 
@@ -106,7 +107,7 @@ def _no_weights(name: str, error: OSError) -> str:
         return f"model: {name} cannot be loaded: {first}"
     return (
         f"model: {name} cannot be fetched: {first}\n"
-        f"Accept its terms at https://huggingface.co/{name} once, then set HF_TOKEN; or put its files in a folder "
+        f"Accept its terms at https://huggingface.co/{name} once, then {GIVE_TOKEN}; or put its files in a folder "
         "and type --set model.name=FOLDER"
     )
 

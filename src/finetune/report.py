@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from finetune.machine import shown
 from finetune.plan import Plan
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Terminal:
 
     def finished(self, folder: Path, outcome: Outcome) -> None:
         """Where the results lie and what they came to."""
-        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        folder = shown(folder)
         before = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.4f} -> "
         early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
         result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from finetune.config import Config
 from finetune.errors import ConfigError, OutOfResource
+from finetune.machine import advice, shown
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ def open_run(config: Config, fresh: bool) -> Run:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """Who is writing this run folder just now, in the words of its lock; None for nobody."""
+    """Who is writing this run folder just now, and how to stop it; None for nobody."""
     try:
         with (folder / "lock").open(encoding="utf-8") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return stream.read().strip() or "another process"
+                return _held_by(stream)
     except FileNotFoundError:
         pass
     return None
@@ -99,11 +100,14 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            why = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(why, os.strerror(why))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise ConfigError(f"output.dir: {folder}: {error.strerror}; set it to a folder that can be written") from None
+        take = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
+        problem = f"output.dir: {shown(folder)}: {error.strerror}; {take}set it to a folder that can be written"
+        raise ConfigError(problem) from None
 
 
 def _taken(first: Path) -> list[Path]:
@@ -128,20 +132,27 @@ def _status(folder: Path) -> str | None:
     return str(manifest.get("status")) if isinstance(manifest, dict) else None
 
 
+def _held_by(stream: TextIO) -> str:
+    """Who holds this lock and how to stop it, in the two lines that the holder wrote."""
+    stream.seek(0)
+    who, _, stop = stream.read().strip().partition("\n")
+    return f"{who or 'another process'}; wait for it" + (f", or stop it with: {stop}" if stop else "")
+
+
 def _lock(folder: Path) -> tuple[TextIO, str | None]:
     """The lock, and who held it last where that start did not end in order."""
     stream = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
+        holder = _held_by(stream)
         stream.close()
-        raise OutOfResource(f"{folder} is being written by {holder}; wait for it, or stop it with: kill PID") from None
+        raise OutOfResource(f"{shown(folder)} is being written by {holder}") from None
     stream.seek(0)
-    died = stream.read().strip() or None
+    died = stream.readline().strip() or None
     stream.truncate(0)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    stream.write(f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n")
+    stop = advice(f"kill {os.getpid()}", f"docker stop {socket.gethostname()}")
+    stream.write(f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n{stop}\n")
     stream.flush()
     return stream, died

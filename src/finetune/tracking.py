@@ -5,18 +5,23 @@ from __future__ import annotations
 import netrc
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from finetune.hub import PROBE_SECONDS
 
-NO_KEY = "no WANDB_API_KEY"
+NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
 
 
 def wandb_offline_reason() -> str | None:
     """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    try:
+        _key_from_file()
+    except OSError as error:
+        return f"{KEY_FILE} {error.filename}: {error.strerror}"
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     if not any(os.environ.get(key) for key in keys) and not _in_netrc(server.hostname or ""):
@@ -29,6 +34,13 @@ def wandb_offline_reason() -> str | None:
     except (OSError, ValueError) as error:
         return f"{nearest.hostname} does not answer: {error}"
     return None
+
+
+def _key_from_file() -> None:
+    """Take the key from the file that WANDB_API_KEY_FILE names, as a container is given its secrets."""
+    file = os.environ.get(KEY_FILE)
+    if file and not os.environ.get("WANDB_API_KEY") and (key := Path(file).read_text(encoding="utf-8").strip()):
+        os.environ["WANDB_API_KEY"] = key
 
 
 def _in_netrc(host: str) -> bool:

@@ -626,8 +626,9 @@ FAULTS = (
           warn("tracking.wandb", f"wandb will be offline: WANDB_MODE=offline; {FILES}", SYNC)),
     fault("another process writes the run", "cpu", lambda b: b.locked_run(),
           fail("state.run",
-               "/bench/adapters/demo-cpu is being written by pid 4711 on gpu-1, started 2027-03-01 10:00:00",
-               "wait for it, or stop it with: kill PID; or --fresh")),
+               "/bench/adapters/demo-cpu is being written by pid 4711 on gpu-1, started 2027-03-01 10:00:00; "
+               "wait for it, or stop it with: kill 4711",
+               "--fresh starts another run beside it")),
     fault("the newest checkpoint is damaged", "cpu", lambda b: (b.checkpoint(4), damage(b.checkpoint(8))),
           warn("state.run",
                "would go on from checkpoint-4; checkpoint-8 is not whole (adapter_model.safetensors is not what "

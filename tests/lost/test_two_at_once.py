@@ -30,7 +30,7 @@ def test_of_two_starts_at_once_one_trains_and_the_other_names_it(whole: Whole, t
     assert sorted(process.returncode for process in both) == [0, 6], said
     winner, loser = sorted(both, key=lambda process: process.returncode)
     holder = rf"pid {winner.pid} on \S+, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
-    wanted = rf"{command.folder} is being written by {holder}; wait for it, or stop it with: kill PID\n"
+    wanted = rf"{command.folder} is being written by {holder}; wait for it, or stop it with: kill {winner.pid}\n"
     assert re.fullmatch(wanted, said[loser.pid])
     assert differences(command, whole.result) == []
 
@@ -108,7 +108,7 @@ def test_an_output_folder_that_became_read_only_is_told_and_the_checkpoint_stays
     disk.remount("ro")
     ended = warm(command)
     disk.remount("rw")
-    wanted = f"output.dir: {command.checkpoints}: Permission denied; set it to a folder that can be written"
+    wanted = f"output.dir: {command.checkpoints}: Read-only file system; set it to a folder that can be written"
     assert (ended.code, ended.text.splitlines()[-1].strip()) == (2, wanted)
     assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
     ended = warm(command)

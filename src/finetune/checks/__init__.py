@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from finetune.checks import base_model, data, device, gpu, host, libraries, mac, run
 from finetune.checks.check import Check
+from finetune.checks.preflight import Preflight
 from finetune.errors import ConfigError
-from finetune.machine import PYTHON
+from finetune.machine import command
 from finetune.typed import did_you_mean
 
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Check[Preflight], ...] = (
     *host.CHECKS,
     *libraries.CHECKS,
     *base_model.CHECKS,  # before what computes with the model's shape
@@ -22,12 +23,14 @@ CHECKS: tuple[Check, ...] = (
     *run.CHECKS,
 )
 
-LIST = f"{PYTHON} scripts/validate_environment.py --list names them all"
+LIST = f"{command('scripts/validate_environment.py')} --list names them all"
 # A training opens its run folder, finds its checkpoint and rehearses itself, so for it these are no checks.
 TRAINING_DOES = ("state.run", "receipt", "rehearsal")
 
 
-def select(platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False) -> tuple[Check, ...]:
+def select(
+    platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False
+) -> tuple[Check[Preflight], ...]:
     """The checks of `platform`, or of those the ones named by id or group (`gpu` means each `gpu.*`).
 
     Raises ConfigError for a name that is neither, and where none is left.

@@ -90,7 +90,10 @@ def _access(preflight: Preflight) -> Finding:
     if status is None:
         return failed(f"{where} does not answer: {text}", f"set HTTPS_PROXY or HF_ENDPOINT where you need one; {local}")
     if status == 401:
-        return failed(f"{where} wants a token (401 {text})", f"export HF_TOKEN=hf_...; {local}")
+        return failed(
+            f"{where} wants a token (401 {text})",
+            f"{hub.GIVE_TOKEN}; {local}",
+        )
     if status == 403:
         return failed(f"{where} refuses this token (403 {text})", f"accept the terms at {where}/{model.name}; {local}")
     if status == 404:

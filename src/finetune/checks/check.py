@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from finetune.checks.preflight import Preflight
 from finetune.errors import CheckFailed, ConfigError, DataError, UserError
 from finetune.platforms import PLATFORMS
+
+Facts = TypeVar("Facts")  # what a check looks at: a Preflight, or a Docker host
+CRASHED = "report it; --skip {id} goes on without it"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def skipped(why: str) -> Finding:
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Generic[Facts]):
     """One row of the registry.
 
     `looks_at` is what `--list` and the README say of it; `level` is the worst it may find; `needs` are checks before it
@@ -54,7 +56,7 @@ class Check:
 
     id: str
     looks_at: str
-    look: Callable[[Preflight], Finding]
+    look: Callable[[Facts], Finding]
     platforms: tuple[str, ...] = tuple(PLATFORMS)
     needs: tuple[str, ...] = ()
     level: Literal["warn", "fail"] = "fail"
@@ -80,13 +82,16 @@ class Result:
         return values
 
 
-def run(checks: Iterable[Check], preflight: Preflight) -> Iterator[Result]:
-    """Each check's result, in the registry's order; a check that crashes is one finding, not the end."""
+def run(checks: Iterable[Check[Facts]], facts: Facts, crashed: str = CRASHED) -> Iterator[Result]:
+    """Each check's result, in the registry's order; a check that crashes is one finding, not the end.
+
+    `crashed` is what to type then.
+    """
     checks = tuple(checks)
     probes = [check for check in checks if check.network]
     results: dict[str, Result] = {}
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
-        running: dict[str, Future[Result]] = {check.id: pool.submit(_result, check, preflight) for check in probes}
+        running: dict[str, Future[Result]] = {check.id: pool.submit(_result, check, facts, crashed) for check in probes}
         for check in checks:
             missing = [name for name in check.needs if name in results and results[name].status in ("fail", "skip")]
             if check.id in running:
@@ -94,22 +99,20 @@ def run(checks: Iterable[Check], preflight: Preflight) -> Iterator[Result]:
             elif missing:
                 result = Result(check.id, "skip", f"needs {missing[0]}", "", 0.0)
             else:
-                result = _result(check, preflight)
+                result = _result(check, facts, crashed)
             results[check.id] = result
             yield result
 
 
-def _result(check: Check, preflight: Preflight) -> Result:
+def _result(check: Check[Facts], facts: Facts, crashed: str) -> Result:
     started, own_code = time.perf_counter(), None
     try:
-        finding = check.look(preflight)
+        finding = check.look(facts)
     except UserError as error:
         finding, own_code = Finding(check.level, *_told(error)), error.exit_code
     except Exception as error:  # noqa: BLE001  # a bug in one check must not hide what the others find
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-        finding = Finding(
-            check.level, f"this check crashed: {text}", f"report it; --skip {check.id} goes on without it"
-        )
+        finding = Finding(check.level, f"this check crashed: {text}", crashed.format(id=check.id))
     if finding.status == "fail" and check.level == "warn":
         raise AssertionError(f"{check.id} has level warn and found a failure: {finding.detail}")
     seconds = round(time.perf_counter() - started, 3)
@@ -139,3 +142,10 @@ def exit_code(results: Iterable[Result], strict: bool = False) -> int:
     if any(result.id.split(".")[0] != "data" for result in bad):
         return CheckFailed.exit_code
     return bad[0].exit_code or DataError.exit_code
+
+
+def summary(results: Iterable[Result], code: int) -> dict[str, Any]:
+    """What `--json` has of results; `code` is the exit code that they come to."""
+    results = list(results)
+    worst = "fail" if code else "warn" if any(result.status == "warn" for result in results) else "pass"
+    return {"schema_version": 1, "status": worst, "checks": [result.as_dict() for result in results]}

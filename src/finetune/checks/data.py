@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.checks.check import Check, Finding, passed, warned
 from finetune.checks.preflight import Preflight
-from finetune.machine import PYTHON
+from finetune.machine import command
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
 LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
@@ -86,7 +86,9 @@ def _control_tokens(preflight: Preflight) -> Finding:
         in_validation_file = name == "validation" and "validation" in preflight.prepared.files
         file = dataset.validation_file if in_validation_file else dataset.train_file
         found = f"{rows:,} rows hold the template's own marks as literal text, the first {file}:{line}"
-        return warned(found, f"{PYTHON} scripts/inspect_data.py {file} --rows {line}-{line} shows how they are read")
+        return warned(
+            found, f"{command('scripts/inspect_data.py')} {file} --rows {line}-{line} shows how they are read"
+        )
     return passed("no row holds one of the template's own marks as text")
 
 

@@ -7,15 +7,16 @@ import importlib.util
 from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
-from finetune.machine import PYTHON
+from finetune.machine import PYTHON, advice
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design; an expectation
-BUILD_FLASH_ATTENTION = (
+BUILD_FLASH_ATTENTION = advice(
     "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
-    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2"
+    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2",
+    "docker compose build --build-arg FLASH_ATTN=build",
 )
 
 

@@ -11,7 +11,7 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
 from finetune.fitting import fit
-from finetune.machine import GpuProcess
+from finetune.machine import GpuProcess, advice
 from finetune.memory import peak_gib
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12
@@ -23,7 +23,10 @@ def _driver(preflight: Preflight) -> Finding:
     machine = preflight.machine
     if machine.driver is None:
         fix = (
-            "docker compose run --rm validate, which asks for the GPU"
+            advice(
+                "docker compose run --rm validate, which asks for the GPU",
+                "on the host: .venv/bin/python scripts/check_docker.py",
+            )
             if machine.container
             else ("sudo apt install nvidia-driver-570-server, then restart; or --config cpu for the demo")
         )

@@ -9,9 +9,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from finetune import machine
 from finetune.checks.check import Check, Finding, failed, passed, warned
 from finetune.checks.preflight import Preflight
-from finetune.machine import PYTHON, ROOT
+from finetune.machine import PYTHON, ROOT, advice
 
 # Older than locked is a failure for these, since nothing older was tested; another version of any other is a warning.
 DECISIVE = (
@@ -32,10 +33,10 @@ LISTED = 5  # libraries named in one finding, then a count
 
 
 def lock_file(preflight: Preflight) -> Path:
-    """The lock that this environment was made from; on a Mac the demo runs on the Mac's."""
-    name = (
-        "m4" if preflight.machine.system == "Darwin" and preflight.platform.name == "cpu" else preflight.platform.name
-    )
+    """The lock that this environment was made from; on a Mac the demo runs on the Mac's, in an image on the image's."""
+    name = machine.IMAGE_LOCK or preflight.platform.name
+    if preflight.machine.system == "Darwin" and name == "cpu":
+        name = "m4"
     return ROOT / "requirements" / f"{name}.lock"
 
 
@@ -52,16 +53,18 @@ def locked(lock: Path) -> dict[str, Version]:
 
 def install_command(platform: str) -> str:
     """What brings this environment to the lock."""
+    native = "rm .venv/installed; scripts/make_venv.sh"
     if platform == "h100":
-        return f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
-    return "rm .venv/installed; scripts/make_venv.sh"
+        native = f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
+    return advice(native, "docker compose build")
 
 
 def repair_command(platform: str) -> str:
     """What installs everything again where versions are right and something is broken."""
+    native = "rm -r .venv; scripts/make_venv.sh"
     if platform == "h100":
-        return f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
-    return "rm -r .venv; scripts/make_venv.sh"
+        native = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
+    return advice(native, "docker compose build --no-cache")
 
 
 def _versions(preflight: Preflight) -> Finding:

@@ -15,11 +15,11 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.preflight import Preflight
 from finetune.config import resolve
 from finetune.fitting import fit, what_would_fit
-from finetune.machine import GIB, PYTHON
+from finetune.machine import GIB, advice, command, shown
 from finetune.memory import peak_gib
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
-from finetune.tracking import NO_KEY, wandb_offline_reason
+from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
 
@@ -79,7 +79,8 @@ def _output(preflight: Preflight) -> Finding:
     folder = resolve(preflight.config.output.dir)
     if reason := _write(folder):
         return failed(
-            f"{folder} cannot be written: {reason}", f"sudo chown -R $(id -u) {folder}, or --set output.dir=FOLDER"
+            f"{folder} cannot be written: {reason}",
+            f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER",
         )
     return passed(f"{folder}: written, synced, renamed")
 
@@ -106,7 +107,8 @@ def _caches(preflight: Preflight) -> Finding:
     wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
     if wrong:
         each = "; ".join(f"{folders[name]} cannot be written: {reason}" for name, reason in wrong.items())
-        return failed(each, f"export {' '.join(f'{name}=FOLDER' for name in wrong)}")
+        fresh = "the UID that filled it back into .env, or docker compose down --volumes, which empties it"
+        return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in wrong)}", fresh))
     return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
 
 
@@ -143,7 +145,7 @@ def _wandb(preflight: Preflight) -> Finding:
     later = "wandb sync adapters/RUN/wandb/offline-run-* sends it later"
     return warned(
         f"wandb will be offline: {reason}; TensorBoard files and metrics.jsonl are written",
-        f"{'export WANDB_API_KEY=..., or ' if reason == NO_KEY else ''}{later}",
+        f"{advice('export WANDB_API_KEY=..., or ', f'{KEY_FILE} in .env, or ') if reason == NO_KEY else ''}{later}",
     )
 
 
@@ -154,7 +156,7 @@ def _state(preflight: Preflight) -> Finding:
     if finished:
         return passed(f"{folder.name} is finished; --fresh would start a new run beside it")
     if holder := lock_holder(folder):
-        return failed(f"{folder} is being written by {holder}", "wait for it, or stop it with: kill PID; or --fresh")
+        return failed(f"{folder} is being written by {holder}", "--fresh starts another run beside it")
     damaged = []
     for checkpoint in reversed(saved(folder / "checkpoints")):
         try:
@@ -165,7 +167,7 @@ def _state(preflight: Preflight) -> Finding:
         return _resume(preflight, "; ".join([f"would go on from {checkpoint.name}", *damaged]), seal["fingerprint"])
     if any((folder / "checkpoints").glob(f"checkpoint-*/{SEAL}")):
         found = f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}"
-        return failed(found, f"{PYTHON} src/train.py --fresh")
+        return failed(found, f"{command('src/train.py')} --fresh")
     if damaged:  # killed in its first save
         return passed(f"would start {folder.name} from step 0; {'; '.join(damaged)}")
     return passed(f"would start {folder.name} from step 0")
@@ -178,9 +180,10 @@ def _resume(preflight: Preflight, found: str, fingerprint: dict[str, object]) ->
     changes = list(differences(fingerprint, fingerprint_now(preflight.config, preflight.prepared)))
     if changes:
         return failed(
-            f"{found}, but changed since: {'; '.join(changes)}", f"{PYTHON} src/train.py --fresh, or --resume-changed"
+            f"{found}, but changed since: {'; '.join(changes)}",
+            f"{command('src/train.py')} --fresh, or --resume-changed",
         )
-    return warned(found, f"{PYTHON} src/train.py --fresh starts anew") if "set aside" in found else passed(found)
+    return warned(found, f"{command('src/train.py')} --fresh starts anew") if "set aside" in found else passed(found)
 
 
 def _receipt(preflight: Preflight) -> Finding:

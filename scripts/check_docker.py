@@ -1,0 +1,52 @@
+"""Is this Docker host able to run `docker compose run --rm train-h100`? What was found, and what to type."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import cli
+from finetune.checks.check import exit_code, run, summary
+from finetune.checks.docker import CHECKS
+from finetune.docker_host import DockerHost, Engine, read_docker_host
+from finetune.machine import PYTHON
+from finetune.report import Terminal, tally
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    terminal, host, results = Terminal(options.json), read_docker_host(), []
+    terminal.header("check_docker: this host, for docker compose run --rm train-h100")
+    for result in run(CHECKS, host, crashed="report it"):
+        terminal.check(result)
+        results.append(result)
+    code = exit_code(results)
+    again = f"mend what is marked, then: {PYTHON} scripts/check_docker.py"
+    terminal.say(f"{tally(results)}; {again if code else 'next: docker compose run --rm validate'}")
+    if options.json:
+        cli.print_json({**summary(results, code), "environment": environment(host)})
+    if code:
+        raise SystemExit(code)
+
+
+def environment(host: DockerHost) -> dict[str, Any]:
+    """The machine, and the versions of what was asked; None where it does not answer."""
+    engine = host.engine if isinstance(host.engine, Engine) else None
+    versions = {"engine": engine and engine.version, "api": engine and engine.api}
+    machine = dataclasses.asdict(host.machine)
+    return {"machine": machine, "versions": {**versions, "compose": host.compose, "buildx": host.buildx}}
+
+
+if __name__ == "__main__":
+    cli.run(main)

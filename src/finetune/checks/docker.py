@@ -1,0 +1,283 @@
+"""The Docker host: driver, engine, Compose, the way to the GPU, `.env`, bound folders. No part of the registry."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable
+
+from packaging.version import Version
+
+from finetune.checks import docker_image
+from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.docker_image import BUILD
+from finetune.checks.gpu import OLDEST_DRIVER
+from finetune.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
+from finetune.platforms import accelerator
+
+OLDEST_ENGINE = Version("20.10")  # older ones were not tried
+# Tried was 2.26. The youngest word of compose.yaml and its tests is `!reset`, of 2.18; what lies between is expected.
+OLDEST_COMPOSE = Version("2.20")
+LOCKS = ("h100", "cpu")
+
+KEYS = "/usr/share/keyrings/nvidia-container-toolkit-keyring.gpg"
+NVIDIA = "https://nvidia.github.io/libnvidia-container"
+CONFIGURE = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+# As NVIDIA's installation guide has it for Ubuntu and Debian.
+TOOLKIT = (
+    f"curl -fsSL {NVIDIA}/gpgkey | sudo gpg --dearmor --yes -o {KEYS} && "
+    f"curl -fsSL {NVIDIA}/stable/deb/nvidia-container-toolkit.list | "
+    f"sed 's#deb https://#deb [signed-by={KEYS}] https://#g' | "
+    "sudo tee /etc/apt/sources.list.d/nvidia-container-toolkit.list && "
+    f"sudo apt-get update && sudo apt-get install -y nvidia-container-toolkit && {CONFIGURE}"
+)
+# As Docker's installation guide has it for Ubuntu.
+INSTALL = (
+    "sudo install -m 0755 -d /etc/apt/keyrings && "
+    "sudo curl -fsSL https://download.docker.com/linux/ubuntu/gpg -o /etc/apt/keyrings/docker.asc && "
+    'echo "deb [arch=$(dpkg --print-architecture) signed-by=/etc/apt/keyrings/docker.asc] '
+    'https://download.docker.com/linux/ubuntu $(. /etc/os-release && echo $VERSION_CODENAME) stable" | '
+    "sudo tee /etc/apt/sources.list.d/docker.list && sudo apt-get update && sudo apt-get install -y "
+    "docker-ce docker-ce-cli containerd.io docker-buildx-plugin docker-compose-plugin"
+)
+DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
+MAKE_ENV = "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env"  # as .env.example says
+MEND_ENV = "(echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env"  # the last one counts, all else stays
+
+
+# The machine ----------------------------------------------------------------------------------------------------------
+
+
+def _machine(host: DockerHost) -> Finding:
+    machine = host.machine
+    found = f"{'macOS' if machine.system == 'Darwin' else machine.system} {machine.release} on {machine.architecture}"
+    if machine.system == "Darwin":
+        return failed(f"{found}; a container on a Mac reaches no GPU", "./scripts/setup_m4.sh, which needs no Docker")
+    if machine.system != "Linux":
+        return failed(f"{found}; train-h100 needs Linux", "rent a Linux machine with an H100")
+    if machine.architecture != "x86_64":
+        return warned(f"{found}; requirements/h100.lock was resolved for x86_64", "rent an x86_64 machine")
+    if machine.container:
+        return warned(f"{found}, in a container: folders and driver seen here are its own", "run this on the host")
+    return passed(found)
+
+
+def _driver(host: DockerHost) -> Finding:
+    driver = host.machine.driver
+    if driver is None:
+        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER)
+    if int(driver.split(".")[0]) < OLDEST_DRIVER:
+        return failed(f"driver {driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", DRIVER)
+    return passed(f"driver {driver}")
+
+
+def _device(host: DockerHost) -> Finding:
+    found = accelerator(host.machine)
+    if not host.machine.gpus:
+        return failed(
+            "the driver shows no GPU", "unset CUDA_VISIBLE_DEVICES; if that is not it, sudo dmesg | grep -i nvrm"
+        )
+    if "H100" not in host.machine.gpus[0]:
+        other = "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for"
+        return warned(found, f"{other}; if not: {BUILD} --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0")
+    return passed(found)
+
+
+# Engine and commands --------------------------------------------------------------------------------------------------
+
+
+def _engine(host: DockerHost) -> Finding:
+    engine = host.engine
+    if isinstance(engine, Unreachable):
+        return _no_engine(host, engine)
+    found = f"Docker {engine.version} (API {engine.api}) on {engine.system}"
+    if engine.address:
+        here = "unset DOCKER_HOST; docker context use default; or run this there"
+        return failed(f"{found} at {engine.address}, another machine, which does not see these folders", here)
+    if Version(engine.version) < OLDEST_ENGINE:
+        return failed(f"{found}, wanted {OLDEST_ENGINE} or newer", f"on Ubuntu: {INSTALL}")
+    if engine.rootless:
+        group = "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
+        return warned(f"{found}, rootless, which was not tried: a GPU there needs no-cgroups", group)
+    return passed(found)
+
+
+def _no_engine(host: DockerHost, engine: Unreachable) -> Finding:
+    mac = host.machine.system == "Darwin"
+    if engine.why == "absent":
+        return failed("Docker is not installed", "brew install --cask docker" if mac else f"on Ubuntu: {INSTALL}")
+    if engine.why == "stopped":
+        return failed("Docker's engine does not run", "open -a Docker" if mac else "sudo systemctl start docker")
+    if engine.why == "denied" and host.in_group:
+        return failed(
+            "this session does not know yet that you are in the group docker", "newgrp docker, or log in again"
+        )
+    if engine.why == "denied":
+        return failed(
+            "you may not ask Docker's engine", "sudo usermod -aG docker $USER, then log in again (newgrp docker)"
+        )
+    return failed(
+        f"Docker's engine does not answer: {engine.text}", "docker info; docker context ls; echo $DOCKER_HOST"
+    )
+
+
+def _answering(host: DockerHost) -> Engine:
+    assert isinstance(host.engine, Engine)  # what asks needs docker.engine
+    return host.engine
+
+
+def _compose(host: DockerHost) -> Finding:
+    fix = "on Ubuntu: sudo apt-get install -y docker-compose-plugin, or docker-compose-v2 beside Ubuntu's own docker.io"
+    if host.compose is None:
+        return failed("docker compose does not answer", fix)
+    if Version(host.compose) < OLDEST_COMPOSE:
+        return failed(f"Compose {host.compose}, wanted {OLDEST_COMPOSE} or newer", fix)
+    return passed(f"Compose {host.compose}")
+
+
+def _buildx(host: DockerHost) -> Finding:
+    if host.buildx is None:
+        fix = "on Ubuntu: sudo apt-get install -y docker-buildx-plugin, or docker-buildx beside Ubuntu's own docker.io"
+        return warned("docker buildx does not answer; newer versions of Compose build by it", fix)
+    return passed(f"Buildx {host.buildx}")
+
+
+def _gpu(host: DockerHost) -> Finding:
+    """The engine makes its driver "nvidia" from a hook on its PATH when it starts (moby, daemon/nvidia_linux.go)."""
+    engine = _answering(host)
+    runtime = "nvidia" in engine.runtimes
+    if runtime and host.hook:
+        return passed("runtime nvidia, with its hook")
+    if runtime:
+        text = "runtime nvidia, but no nvidia-container-runtime-hook on this PATH, by which the engine starts a GPU"
+        return warned(text, TOOLKIT)
+    devices = [device for device in engine.cdi_devices if device.startswith("nvidia.com/gpu")]
+    if devices:  # engines with moby#50228 start compose.yaml's GPU by these, older ones by the hook only
+        found = f"no runtime nvidia, but CDI devices: {', '.join(devices)}"
+        return warned(f"{found}; whether this engine starts a GPU by them was not tried", TOOLKIT)
+    if engine.folder.startswith("/var/snap/"):
+        text = "the engine is Ubuntu's snap, which nvidia-ctk does not configure, and has no runtime nvidia"
+        return failed(text, f"sudo snap remove docker (its images and volumes go), then {INSTALL}, then {TOOLKIT}")
+    if "Docker Desktop" in engine.system:
+        text = "Docker Desktop's engine runs in a virtual machine and has no runtime nvidia"
+        return failed(text, f"docker context use default, where an engine is installed; else {INSTALL}, then {TOOLKIT}")
+    if host.hook:
+        return failed(
+            "the toolkit is installed, but the engine has no runtime nvidia: not configured, or not restarted",
+            CONFIGURE,
+        )
+    return failed(
+        'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"', TOOLKIT
+    )
+
+
+# The project ----------------------------------------------------------------------------------------------------------
+
+
+def _env(host: DockerHost) -> Finding:
+    it = host.settings
+    if it.problem:
+        return failed(f".env: {it.problem}", MAKE_ENV)
+    wrong = [f"{name} is {value!r}" for name, value in (("UID", it.uid), ("GID", it.gid)) if not value.isdecimal()]
+    if wrong:
+        return failed(f"{', '.join(wrong)} in .env, wanted numbers", MEND_ENV)
+    if it.lock not in LOCKS:
+        return failed(f"LOCK is {it.lock!r} in .env, wanted {' or '.join(LOCKS)}", "echo LOCK=h100 >> .env")
+    found = f"UID {it.uid}, GID {it.gid}, LOCK {it.lock}"
+    if _rootless(host) and it.uid != "0":
+        return failed(f"{found}; in a rootless engine only 0 is you", "(echo; echo UID=0; echo GID=0) >> .env")
+    adapters = [folder.uid for folder in host.folders if folder.name == "adapters" and is_folder(folder)]
+    if _uid(host) not in (host.user, *adapters):
+        return warned(f"{found}; you are {host.user}, and what a run writes would not be yours", MEND_ENV)
+    return passed(found)
+
+
+def _rootless(host: DockerHost) -> bool:
+    return isinstance(host.engine, Engine) and host.engine.rootless
+
+
+def _remapped(host: DockerHost) -> bool:
+    return isinstance(host.engine, Engine) and host.engine.remapped
+
+
+def _uid(host: DockerHost) -> int:
+    """Who UID is on this machine: in a rootless engine, root is the one who runs it."""
+    return host.user if _rootless(host) else int(host.settings.uid)
+
+
+def _secrets(host: DockerHost) -> Finding:
+    files, loose = host.settings.token_files, host.settings.loose
+    wrong = [name for name, it in files.items() if not _is_file(it)]
+    if wrong:  # told without the path: a token may stand there by mistake
+        found = f"no file lies where {' and '.join(wrong)} in .env says"
+        return failed(found, "hf auth login makes ~/.cache/huggingface/token; mend .env")
+    uid, gid = _uid(host), int(host.settings.gid)
+    closed = [] if _remapped(host) else [it for it in files.values() if not allows(it, uid, gid, 4)]
+    if closed:
+        fix = f"sudo chown {uid} {_names(closed)} && chmod 600 {_names(closed)}"
+        return failed(f"UID {uid} cannot read {_listed(closed)}", fix)
+    if loose:
+        lines = " and ".join(f"{name}_FILE=FILE" for name in loose)
+        fix = f"put it into a file that only you can read, and {lines} into .env"
+        return warned(f"{' and '.join(loose)} set, but no container gets that, only what a file holds", fix)
+    return passed(f"tokens from {', '.join(it.name for it in files.values())}" if files else "no token is given")
+
+
+def _is_file(place: Place) -> bool:
+    return place.mode is not None and (stat.S_ISREG(place.mode) or place.name == "/dev/null")
+
+
+def _binds(host: DockerHost) -> Finding:
+    """Compose is told to refuse folders that are not there; newer ones are reported to make them (compose#13602)."""
+    absent = [folder.name for folder in host.folders if folder.mode is None]
+    if absent:
+        return failed(f"not there: {', '.join(absent)}", f"mkdir -p {' '.join(absent)}")
+    files = [folder.name for folder in host.folders if not is_folder(folder)]
+    if files:
+        return failed(
+            f"not a folder: {', '.join(files)}", f"rm {' '.join(files)} && mkdir {' '.join(files)}, if it may go"
+        )
+    if _remapped(host):
+        return skipped("there; with userns-remap a container's UID is another here, so modes tell nothing")
+    return _modes(host, _uid(host), int(host.settings.gid))
+
+
+def _modes(host: DockerHost, uid: int, gid: int) -> Finding:
+    writable = [folder for folder in host.folders if folder.name.split("/")[0] == "adapters"]
+    closed = [folder for folder in writable if not allows(folder, uid, gid, 7)]
+    if closed:
+        return failed(f"UID {uid}, GID {gid} cannot write {_listed(closed)}", f"sudo chown -R {uid}:{gid} adapters")
+    closed = [folder for folder in host.folders if not allows(folder, uid, gid, 5)]
+    if closed:
+        return failed(f"UID {uid}, GID {gid} cannot read {_listed(closed)}", f"chmod -R a+rX {_names(closed)}")
+    return passed(f"UID {uid} reads {', '.join(BINDS[:-1])} and writes {BINDS[-1]}")
+
+
+def _names(places: Iterable[Place]) -> str:
+    return " ".join(place.name for place in places)
+
+
+def _listed(places: Iterable[Place]) -> str:
+    return ", ".join(f"{it.name} ({stat.filemode(it.mode or 0)} {it.uid}:{it.gid})" for it in places)
+
+
+def _config(host: DockerHost) -> Finding:
+    if host.config_problem:
+        return failed(f"Compose refuses compose.yaml: {host.config_problem}", "docker compose config --quiet")
+    return passed("Compose takes compose.yaml")
+
+
+_HOST, _ENGINE, _ENV = ("docker.host",), ("docker.engine",), ("docker.env",)
+CHECKS: tuple[Check[DockerHost], ...] = (
+    Check("docker.host", "Linux on x86_64, not in a container", _machine),
+    Check("docker.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, needs=_HOST),
+    Check("docker.device", "an H100", _device, needs=("docker.driver",)),
+    Check("docker.engine", f"an engine of this machine answers, {OLDEST_ENGINE} or newer", _engine),
+    Check("docker.compose", f"Compose {OLDEST_COMPOSE} or newer", _compose),
+    Check("docker.buildx", "Buildx answers", _buildx, level="warn"),
+    Check("docker.gpu", "the engine has NVIDIA's runtime or CDI devices", _gpu, needs=(*_HOST, *_ENGINE)),
+    Check("docker.env", ".env has UID, GID and LOCK, and UID is you", _env),
+    Check("docker.secrets", "files with tokens are there, and UID may read them", _secrets, needs=_ENV),
+    Check("docker.binds", "data, configs, models and adapters are there; UID may write adapters", _binds, needs=_ENV),
+    Check("docker.config", "Compose takes compose.yaml", _config, needs=("docker.compose", "docker.env")),
+    *docker_image.CHECKS,
+)

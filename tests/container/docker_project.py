@@ -1,0 +1,70 @@
+"""What the container tests share: the project's copy that an engine has built, and the commands that start it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_GPU = "tests/container/no-gpu.yaml"
+UID = 4711  # has no name in the image, and is nobody here
+TOKEN, KEY = "hf_PlantedTokenNobodyHas", "planted0wandb0key0planted0wandb0key0plan"
+MINUTES = 60.0
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of the project in `folder`, under a Compose project name of its own, so with volumes of its own."""
+
+    folder: Path
+    name: str
+
+    def compose(
+        self, *words: str, no_gpu: bool = True, minutes: float = 10, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`docker compose` in the folder; `no_gpu` adds the override that takes the GPU away."""
+        files = ["--file", "compose.yaml", *(["--file", NO_GPU] if no_gpu else [])]
+        return subprocess.run(
+            ["docker", "compose", *files, *words],
+            cwd=self.folder,
+            env={**os.environ, "COMPOSE_PROJECT_NAME": self.name, **environment},
+            capture_output=True,
+            text=True,
+            timeout=minutes * MINUTES,
+            check=False,
+        )
+
+    def run(
+        self, service: str, *words: str, no_gpu: bool = True, minutes: float = 10
+    ) -> subprocess.CompletedProcess[str]:
+        """`docker compose run --rm SERVICE`, without a terminal."""
+        one_thread = ("--env", "OMP_NUM_THREADS=1")  # small models are no faster with two, and far slower beside others
+        return self.compose("run", "--rm", "-T", *one_thread, service, *words, no_gpu=no_gpu, minutes=minutes)
+
+    def python(self, code: str) -> subprocess.CompletedProcess[str]:
+        """A piece of Python inside of the image, as the training's service is started."""
+        return self.compose("run", "--rm", "-T", "--entrypoint", "python", "train-h100", "-c", code)
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
+
+
+def copied(folder: Path) -> Path:
+    """What git would hand out of this tree, in `folder`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        target = folder / name
+        if (ROOT / name).is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target)
+    return folder

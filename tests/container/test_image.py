@@ -1,0 +1,149 @@
+"""The image: what is in it and what is not, that any user may run it, and that nothing of it can be written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from docker_project import KEY, ROOT, TOKEN, UID, Project
+
+pytestmark = pytest.mark.slow
+IMAGE = "mistral-7b-qlora:cpu"
+LARGEST_GIB = 3.0  # of the CPU's; what is above torch, transformers and the system would be a mistake
+
+
+def docker(*words: str) -> str:
+    return subprocess.run(["docker", *words], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def inspected(project: Project) -> dict[str, object]:
+    assert project.folder.is_dir()  # whose image it is
+    return dict(json.loads(docker("image", "inspect", IMAGE))[0])
+
+
+def test_the_image_says_what_it_is_and_starts_the_training_as_nobody_special(inspected: dict[str, object]) -> None:
+    config = inspected["Config"]
+    assert isinstance(config, dict)
+    assert (config["User"], config["WorkingDir"]) == ("1000:1000", "/app")
+    assert (config["Entrypoint"], config["Cmd"]) == (["python", "src/train.py"], None)
+    labels = {
+        key: text for key, text in config["Labels"].items() if not key.startswith(("com.docker.compose.", "stand-in"))
+    }
+    assert labels == {
+        "org.opencontainers.image.title": "mistral-7b-qlora",
+        "org.opencontainers.image.description": "QLoRA fine-tuning of Mistral-7B-Instruct-v0.2",
+        "org.opencontainers.image.version": "0.1.0",
+        "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.base.name": "docker.io/nvidia/cuda:12.1.1-base-ubuntu22.04",
+        "lock": "cpu",
+        "flash-attn": "skip",
+    }
+    environment = dict(line.split("=", 1) for line in config["Env"])
+    assert environment["PATH"].startswith("/opt/venv/bin:")
+    assert {name: text for name, text in environment.items() if "/cache" in text or name in ("IMAGE_LOCK", "USER")} == {
+        "IMAGE_LOCK": "cpu",
+        "USER": "trainer",
+        "HOME": "/cache/home",
+        "XDG_CACHE_HOME": "/cache/home/.cache",
+        "HF_HOME": "/cache/huggingface",
+        "TRITON_CACHE_DIR": "/cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor",
+    }
+
+
+def test_its_size_is_bounded(inspected: dict[str, object]) -> None:
+    size = int(str(inspected["Size"])) / 2**30
+    print(f"{IMAGE}: {size:.2f} GiB")
+    assert 1.0 < size < LARGEST_GIB
+
+
+def test_it_holds_the_project_and_neither_data_nor_compiler_of_cuda_nor_caches(project: Project) -> None:
+    done = project.compose(
+        "run", "--rm", "-T", "--no-deps", "--entrypoint", "bash", "train-h100", "-c",
+        "ls -A /app; echo; command -v nvcc pytest uv ruff; find /app /opt/venv /opt/python /cache /root -name '*.whl'",
+    )  # fmt: skip
+    project_files, _, found = done.stdout.partition("\n\n")
+    assert project_files.split() == [
+        *("LICENSE", "README.md", "adapters", "configs", "data", "models", "pyproject.toml", "requirements"),
+        *("scripts", "src", "tests"),  # tests: an empty folder, where the build mounts them
+    ]
+    assert found == ""  # neither a tool that only the build needs, nor a wheel
+
+
+def test_triton_and_extensions_find_a_compiler_and_pythons_headers(project: Project) -> None:
+    code = (
+        "import subprocess, sysconfig; include = sysconfig.get_path('include'); "
+        "subprocess.run(['gcc', '-shared', '-fPIC', '-I', include, '-x', 'c', '-', '-o', '/tmp/extension.so'], "
+        "input=b'#include <Python.h>', check=True); print('compiled')"
+    )
+    assert project.python(code).stdout == "compiled\n"
+
+
+def test_any_user_id_has_a_name_and_no_rights_and_is_not_process_1(project: Project) -> None:
+    code = (
+        "import getpass, os, re; status = open('/proc/self/status').read(); "
+        "print(getpass.getuser(), os.getuid(), os.getgid(), os.getpid() != 1, os.environ['HOME'], "
+        "*re.findall(r'(?:CapEff|CapBnd|NoNewPrivs):\\s*(\\S+)', status))"
+    )
+    found = project.python(code).stdout.split()
+    assert found == ["trainer", str(UID), str(UID), "True", "/cache/home", "0" * 16, "0" * 16, "1"]
+
+
+def test_nothing_can_be_written_but_adapters_the_cache_and_tmp(project: Project) -> None:
+    code = """
+import os
+for folder in ("/", "/app", "/app/src", "/app/configs", "/app/data", "/app/models", "/opt/venv", "/run/secrets",
+               "/app/adapters", "/cache", "/cache/home", "/cache/huggingface", "/tmp"):
+    try:
+        open(f"{folder}/.written", "w").close()
+        os.remove(f"{folder}/.written")
+        print(folder)
+    except OSError as error:
+        assert error.errno in (13, 30), error
+"""
+    assert project.python(code).stdout.split() == [
+        "/app/adapters",
+        "/cache",
+        "/cache/home",
+        "/cache/huggingface",
+        "/tmp",
+    ]
+
+
+def test_no_key_stands_in_any_layer_or_word_of_the_image_or_of_a_running_container(project: Project) -> None:
+    marks = (TOKEN.encode(), KEY.encode())
+    said = docker("image", "history", "--no-trunc", IMAGE) + docker("image", "inspect", IMAGE)
+    said += project.compose("config").stdout
+    saved = subprocess.Popen(["docker", "save", IMAGE], stdout=subprocess.PIPE)
+    assert saved.stdout is not None
+    rest = b""
+    while chunk := saved.stdout.read(2**24):
+        assert not any(mark in rest + chunk for mark in marks)
+        rest = chunk[-64:]
+    assert saved.wait() == 0
+    name = f"{project.name}-asleep"
+    project.compose("run", "--rm", "--detach", "--name", name, "--entrypoint", "sleep", "train-h100", "60")
+    said += docker("container", "inspect", name)
+    inside = docker("exec", name, "cat", "/run/secrets/hf_token", "/run/secrets/wandb_api_key")
+    docker("kill", name)
+    assert inside == TOKEN + KEY
+    assert not any(mark.decode() in said for mark in marks)
+
+
+def test_the_libraries_find_both_keys_in_their_files(project: Project) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'src'); import os; from huggingface_hub import get_token; "
+        "from finetune.tracking import wandb_offline_reason; wandb_offline_reason(); "
+        "print(get_token(), os.environ['WANDB_API_KEY'])"
+    )
+    assert project.python(code).stdout.split() == [TOKEN, KEY]
+
+
+def test_what_the_dockerfile_pins_is_what_the_lock_pins() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    lock = (ROOT / "requirements" / "dev.lock").read_text(encoding="utf-8")
+    version = dockerfile.partition("ARG UV_VERSION=")[2].split()[0]
+    assert f"\nuv=={version}\n" in lock
+    assert "# syntax=" not in dockerfile
