@@ -314,7 +314,8 @@ def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: py
 
 def in_an_image(expression: str) -> str:
     """What `expression` says in a process that docker/Dockerfile's environment surrounds; IMAGE_LOCK is read once."""
-    code = f"from finetune import hub, machine; from finetune.checks import LIST, device, libraries; print({expression})"
+    imports = "from finetune import hub, machine; from finetune.checks import LIST, device, libraries"
+    code = f"{imports}; print({expression})"
     environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(machine.ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -281,8 +281,8 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, m
         base_model(replace(config, model=replace(config.model, name=MISTRAL, revision="abc")))
     assert str(failure.value) == (
         f"model: {MISTRAL} cannot be fetched: You are trying to access a gated repo.\n"
-        f"Accept its terms at https://huggingface.co/{MISTRAL} once, then export HF_TOKEN=hf_...; or put its files in a "
-        "folder and type --set model.name=FOLDER"
+        f"Accept its terms at https://huggingface.co/{MISTRAL} once, then export HF_TOKEN=hf_...; or put its files in "
+        "a folder and type --set model.name=FOLDER"
     )
     wanted = {"name": MISTRAL, "revision": "abc", "trust_remote_code": False, "use_safetensors": True}
     assert {key: asked[key] for key in wanted} == wanted

@@ -260,10 +260,10 @@ def test_a_run_that_wrote_anything_keeps_its_folder(opened: Callable[..., Run], 
 
 
 def test_a_folder_that_belongs_to_another_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, as whom tests may run, may write anywhere
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root, as whom tests may run, may write anywhere
     with pytest.raises(ConfigError) as caught:
         make_folder(tmp_path / "adapters")
     assert str(caught.value).endswith(
-        f"output.dir: {tmp_path}/adapters: Permission denied; make it yours (sudo chown -R $(id -u) FOLDER), or set it to "
-        "a folder that can be written"
+        f"output.dir: {tmp_path}/adapters: Permission denied; make it yours (sudo chown -R $(id -u) FOLDER), or set it "
+        "to a folder that can be written"
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from finetune import typed, yaml_source
 from finetune.errors import ConfigError
-from finetune.machine import ROOT, command, read_machine
+from finetune.machine import ROOT, command, read_machine, shown
 from finetune.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
@@ -97,9 +97,9 @@ def config_file(choice: str | None) -> tuple[Path, str]:
     """The file that `--config` names (a path, or a platform's name) and why; without one, the detected platform's."""
     if choice is None:
         platform, reason = choose(read_machine())
-        return ROOT / "configs" / f"training_config_{platform.name}.yaml", reason
+        return shown(ROOT / "configs" / f"training_config_{platform.name}.yaml"), reason
     if choice in PLATFORMS:
-        return ROOT / "configs" / f"training_config_{choice}.yaml", f"--config {choice}"
+        return shown(ROOT / "configs" / f"training_config_{choice}.yaml"), f"--config {choice}"
     path = Path(choice)
     try:
         found = path.is_file()

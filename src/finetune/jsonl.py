@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from finetune.errors import ConfigError
+from finetune.machine import shown
 
 MAX_LINE_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
@@ -24,7 +25,7 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; put your JSONL there{advice}") from None
+        raise ConfigError(f"{shown(path)}: {error.strerror}; put your JSONL there{advice}") from None
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
