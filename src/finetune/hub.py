@@ -14,6 +14,7 @@ from finetune.machine import advice
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROBE_SECONDS = 5
+UNREADABLE = "may not be read by this user"
 GIVE_TOKEN = advice("export HF_TOKEN=hf_...", "HF_TOKEN_FILE=FILE in .env")
 
 
@@ -53,6 +54,8 @@ def _wrong(path: Path) -> str | None:
     """Compare a safetensors file's size with what its header says: 8 bytes of length, a JSON table, the tensors."""
     if not path.is_file():
         return f"{path.name} is missing"
+    if not os.access(path, os.R_OK):
+        return f"{path.name} {UNREADABLE}"
     size = path.stat().st_size
     try:
         with path.open("rb") as stream:

@@ -41,6 +41,8 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     lines = "".join(f"{key}={value}\n" for key, value in {**settings, "UID": UID, "GID": UID}.items())
     (folder / ".env").write_text((folder / ".env.example").read_text(encoding="utf-8") + lines, encoding="utf-8")
     shutil.copytree(tiny_mistral, folder / "models" / "tiny")
+    for path in (folder / "models" / "tiny").iterdir():
+        path.chmod(0o644)
     for path in (*keys.iterdir(), folder / "adapters", folder / "models"):
         os.chown(path, UID, UID)
     done = made.compose("build", minutes=40)

@@ -184,7 +184,7 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
 
     again = project.run(*command)
     assert again.returncode == 0, again.stderr
-    assert saved[-1] in again.stderr
+    assert saved[-1] in again.stdout
     assert adapter(stopped) == adapter(project.adapters / "whole")
 
 
@@ -221,6 +221,19 @@ def test_a_folder_that_is_not_there_is_not_made_by_docker(project: Project) -> N
     assert not made
     assert done.returncode not in (0, 2, 3, 4)
     assert f"bind source path does not exist: {project.folder}/models" in done.stderr
+
+
+def test_weights_that_belong_to_somebody_else_are_told_with_how_to_share_them(project: Project) -> None:
+    weights = project.folder / "models" / "tiny" / "model.safetensors"
+    weights.chmod(0o600)
+    done = project.run("validate", *TINY[:2], "--set", "model.name=models/tiny", "--only", "model.files", "--json")
+    weights.chmod(0o644)
+    assert done.returncode == 3
+    [found] = json.loads(done.stdout)["checks"]
+    assert (found["detail"], found["fix"]) == (
+        "models/tiny: model.safetensors may not be read by this user",
+        "sudo chmod -R a+rX models/tiny",
+    )
 
 
 # --- TensorBoard

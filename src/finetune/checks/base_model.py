@@ -68,7 +68,9 @@ def _files(preflight: Preflight) -> Finding:
         return passed("all in the Hub's cache")
     wrong = hub.missing_weights(folder)
     if wrong:
-        return failed(f"{model.name}: {'; '.join(wrong)}", f"copy the folder again, or --set model.name={MISTRAL}")
+        allow = f"sudo chmod -R a+rX {model.name}"
+        again = allow if hub.UNREADABLE in wrong[0] else f"copy the folder again, or --set model.name={MISTRAL}"
+        return failed(f"{model.name}: {'; '.join(wrong)}", again)
     return passed("every safetensors file is there and as long as its header says")
 
 
