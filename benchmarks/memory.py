@@ -141,7 +141,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     base = model.load_base(config.model, config.quantization, platform.device)
     peft_model = model.add_lora(base, config.lora, config.training.seed)
     run = Run(folder / "run", False, None)
-    arguments = trainer.arguments(config.training, run, [], platform, from_start=True)
+    arguments = trainer.arguments(config.training, run, [], platform, evaluate_first=True)
     tokenizer = model.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
     rows = 2 * config.effective_batch_size

@@ -131,7 +131,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             prepared.train.dataset(prepared.sequences),
             prepared.validation.dataset(None),
             config.dataset.train_file,
-            trainer.arguments(config.training, run, report_to, platform, from_start=checkpoint is None),
+            trainer.arguments(config.training, run, report_to, platform, trainer.evaluates_first(checkpoint)),
         )
         if wandb:
             made.add_callback(wandb)

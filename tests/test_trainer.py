@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -16,11 +18,17 @@ from typing import Any
 import pytest
 import torch
 from peft import load_peft_weights
-from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune import trainer as trainer_module
-from finetune.callbacks import Keeper, Progress, Stopper
+from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal, saved
 from finetune.config import Config, load
@@ -30,7 +38,7 @@ from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.runs import Run
-from finetune.trainer import Outcome, Trainer, arguments, is_over, make_trainer, train
+from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -77,7 +85,7 @@ class Case:
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
         """(outcome, model, what was printed) of a whole training."""
         config = self.config(*settings)
-        trainer = self.trainer(*settings, first=checkpoint is None)
+        trainer = self.trainer(*settings, first=evaluates_first(checkpoint))
         stream = StringIO()
         keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
@@ -241,7 +249,7 @@ def test_a_checkpoint_is_sealed_with_its_loss_and_the_older_ones_thinned_out(kee
         folder = keeper.run.checkpoints / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "optimizer.pt").write_text("moments")
-        keeper.on_save(None, SimpleNamespace(global_step=step), None)
+        keeper.on_save(None, SimpleNamespace(global_step=step), TrainerControl())
     facts = {folder.name: read_seal(folder) for folder in saved(keeper.run.checkpoints)}
     found = {name: (fact["step"], fact["eval_loss"], list(fact["files"])) for name, fact in facts.items()}
     losses = {4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}
@@ -298,16 +306,43 @@ def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
     assert later.checkpoints() == ["checkpoint-3", "checkpoint-4"]
 
 
-@pytest.mark.parametrize(
-    ("step", "waited", "patience", "over"),
-    [(4, 0, 5, False), (10, 0, 5, True), (4, 5, 5, True), (4, 6, 5, True), (4, 4, 5, False), (4, 99, None, False)],
-)
-def test_a_run_is_over_at_its_last_step_or_at_the_end_of_its_patience(
-    case: Case, tmp_path: Path, step: int, waited: int, patience: int | None, over: bool
+def test_seconds_and_speed_are_of_all_starts_of_a_run(
+    case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    state = TrainerState(global_step=step, stateful_callbacks={})
-    attributes = {"early_stopping_patience_counter": waited}
-    state.stateful_callbacks = {"EarlyStoppingCallback": {"args": {}, "attributes": attributes}}
+    whole, _, _ = case.train(*BETWEEN, "training.save_minutes=0.00001", "training.save_total_limit=10")
+    assert whole.tokens_per_second * whole.seconds > (tokens := case.metrics()[-2]["num_tokens"])
+    later = Case(tiny_mistral, conversations, tmp_path / "later", case.tokenizer)
+    for name in ("checkpoint-3", "best"):
+        shutil.copytree(case.run.checkpoints / name, later.run.checkpoints / name)
+    path = later.run.checkpoints / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["stateful_callbacks"]["Sums"]["attributes"] |= {"seconds": 1000.0, "step_seconds": 500.0}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    started = time.monotonic()
+    outcome, _, _ = later.train(*BETWEEN, checkpoint=path.parent)
+    assert 1000 < outcome.seconds < 1000 + time.monotonic() - started
+    assert outcome.tokens_per_second == pytest.approx(tokens / 500, rel=0.01)  # the fourth step takes milliseconds
+    assert later.metrics()[-2]["num_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("step", "due", "waited", "patience", "over"),
+    [
+        (4, False, 0, 5, False),
+        (10, False, 0, 5, True),
+        (10, True, 0, 5, False),
+        (4, False, 5, 5, True),
+        (4, False, 6, 5, True),
+        (4, False, 4, 5, False),
+        (4, False, 99, None, False),
+    ],
+)
+def test_a_run_is_over_at_its_last_step_if_that_is_evaluated_or_at_the_end_of_its_patience(
+    case: Case, tmp_path: Path, step: int, due: bool, waited: int, patience: int | None, over: bool
+) -> None:
+    control, stopping = TrainerControl(should_evaluate=due), EarlyStoppingCallback()
+    stopping.early_stopping_patience_counter = waited
+    state = TrainerState(global_step=step, stateful_callbacks=[control, stopping])
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     training = case.config(f"training.early_stopping_patience={'null' if patience is None else patience}").training
     assert is_over(training, 10, tmp_path) is over
@@ -503,7 +538,8 @@ def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(
     assert capfd.readouterr() == ("", SAID)
     stopper.on_step_end(None, TrainerState(global_step=4), control)
     assert (control.should_save, control.should_training_stop) == (True, True)
-    stopper.on_prediction_step(None, TrainerState(global_step=4), control)  # that step's evaluation is finished first
+    with pytest.raises(EvaluationStopped):
+        stopper.on_prediction_step(None, TrainerState(global_step=4), control)
     (stopper.run.checkpoints / "checkpoint-4").mkdir(parents=True)
     with pytest.raises(Stopped) as stopped:
         stopper.leave(4)
@@ -516,12 +552,113 @@ def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(
 def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: Stopper) -> None:
     stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
     os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(EvaluationStopped):
         stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
+    with pytest.raises(Stopped) as stopped:
+        stopper.leave(0)
     assert (stopped.value.exit_code, str(stopped.value)) == (
         130,
         "stopped by SIGINT at step 0; the same command starts again (no checkpoint yet)",
     )
+
+
+STEPPED = (
+    "training.max_steps=6",
+    "training.eval_steps=2",
+    "training.save_steps=6",
+    "training.logging_steps=4",
+    "training.early_stopping_patience=3",
+    "lora.lora_dropout=0.2",
+)
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM in the first batch of the next evaluation of `step`."""
+    predict = Trainer.prediction_step
+    left = [step]
+
+    def prediction_step(self: Trainer, *arguments: Any, **named: Any) -> Any:
+        if self.state.global_step in left:
+            left.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "prediction_step", prediction_step)
+
+
+def ended(case: Case, outcome: Outcome, model: Any) -> dict[str, Any]:
+    """All of a finished training that a stop must not change; times and speeds are left out."""
+    last = saved(case.run.checkpoints)[-1]
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
+    logged = [
+        {key: entry[key] for key in entry if "time" not in key and "second" not in key} for entry in case.metrics()
+    ]
+    folders = {"last": last, "best": case.run.checkpoints / "best"}
+    files = {
+        name: sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS) for name, folder in folders.items()
+    }
+    return {
+        "files": {f"{name}/{path.name}": path.read_bytes() for name in files for path in files[name]},
+        "metrics": logged,
+        "outcome": dataclasses.replace(outcome, seconds=0, tokens_per_second=0),
+        "step": (state["global_step"], read_seal(last)["eval_loss"]),
+        "weights": {name: value.tolist() for name, value in adapter_weights(model).items()},
+    }
+
+
+WEIGHTS = (".safetensors", ".pt", ".pth")
+
+
+def test_a_signal_in_an_evaluation_saves_its_step_and_the_same_command_makes_it_first_to_the_same_bits(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ended(case, *case.train(*STEPPED)[:2])
+    for step in (2, 6):
+        later = Case(case.base, Path(case.train_file), tmp_path / f"stopped at {step}", case.tokenizer)
+        signalled(monkeypatch, step)
+        with pytest.raises(Stopped) as stopped:
+            later.train(*STEPPED)
+        goes_on = f"the same command goes on from checkpoint-{step}"
+        assert str(stopped.value) == f"stopped by SIGTERM at step {step}; {goes_on}"
+        checkpoint = later.run.checkpoints / f"checkpoint-{step}"
+        assert read_seal(checkpoint)["eval_loss"] is None
+        assert [entry["step"] for entry in later.metrics() if "eval_loss" in entry] == [*range(0, step, 2)]
+        outcome, model, _ = later.train(*STEPPED, checkpoint=checkpoint)
+        assert ended(later, outcome, model) == whole
+        again, model, _ = later.train(*STEPPED, checkpoint=later.run.checkpoints / "checkpoint-6")
+        assert ended(later, again, model) == whole  # where the export was killed
+
+
+def test_a_signal_in_an_evaluation_that_was_due_leaves_it_due(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for checkpoint in (None, case.run.checkpoints / "checkpoint-4"):
+        signalled(monkeypatch, 4)
+        with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+            case.train(*STEPPED, checkpoint=checkpoint)
+    assert case.checkpoints() == ["checkpoint-4"]
+    assert evaluates_first(case.run.checkpoints / "checkpoint-4")
+    case.train(*STEPPED, checkpoint=case.run.checkpoints / "checkpoint-4")
+    assert [entry["step"] for entry in case.metrics() if "eval_loss" in entry] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("step", [2, 5], ids=["the best evaluation", "the one that ends patience"])
+def test_an_evaluation_that_was_due_counts_for_patience(case: Case, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    settings = (*EVERY_STEP, "training.early_stopping_patience=3")
+    scripted(monkeypatch, UNEVEN)
+    evaluation_loop = Trainer.evaluation_loop
+
+    def stopping(self: Trainer, *arguments: Any, **named: Any) -> EvalLoopOutput:
+        if self.state.global_step == step and not case.checkpoints():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise EvaluationStopped
+        return evaluation_loop(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", stopping)
+    with pytest.raises(Stopped):
+        case.train(*settings)
+    checkpoint = case.run.checkpoints / f"checkpoint-{step}"
+    outcome, _, _ = case.train(*settings, checkpoint=checkpoint)
+    assert (outcome.steps, outcome.stopped_early, outcome.best_step, outcome.eval_loss) == (5, True, 2, 5.0)
+    assert read_seal(checkpoint)["eval_loss"] == UNEVEN[step]
 
 
 def test_a_second_signal_leaves_at_once(stopper: Stopper) -> None:

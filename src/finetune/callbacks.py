@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
@@ -43,8 +44,12 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         # Steps after the checkpoint are done again, so what they logged goes.
         metrics = self.run.folder / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
-        done = [line for line in lines if line.endswith("\n") and 0 < state.global_step >= json.loads(line)["step"]]
-        write_text(metrics, "".join(done))
+        write_text(metrics, "".join(line for line in lines if line.endswith("\n") and self._stays(line, state)))
+
+    def _stays(self, line: str, state: Any) -> bool:
+        entry = json.loads(line)
+        made = "eval_loss" not in entry or entry["step"] in self.eval_losses  # else it is made now
+        return made and 0 < state.global_step >= entry["step"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -56,6 +61,9 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         loss = metrics["eval_loss"]
         self.eval_losses[state.global_step] = loss
         control.should_save = control.should_save or control.should_training_stop
+        folder = self._folder(state)
+        if folder.is_dir():  # saved where a signal cut this evaluation short; retention goes by the loss
+            seal(folder, {**read_seal(folder), "eval_loss": loss})
         if self.best is None or loss < self.best["eval_loss"]:
             self.best = {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint}
             self._keep_best(kwargs["model"], self.best)
@@ -70,10 +78,12 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
-        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        seal(folder, {**facts, "fingerprint": self.fingerprint})
+        seal(self._folder(state), {**facts, "fingerprint": self.fingerprint})
         self._saved = time.monotonic()
         thin_out(self.run.checkpoints, self.keep)
+
+    def _folder(self, state: Any) -> Path:
+        return self.run.checkpoints / f"checkpoint-{state.global_step}"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "train_runtime" in logs:
@@ -124,18 +134,20 @@ class TimeBudget(TrainerCallback):  # type: ignore[misc]
         self.used_up = after <= state.max_steps and self._last + needed > 3600 * self.hours
 
 
+class EvaluationStopped(Exception):
+    """A signal came before the evaluation at hand was over."""
+
+
 class Stopper(TrainerCallback):  # type: ignore[misc]
     """Ends the run after the step at hand, with a checkpoint: at the end of the time budget, and where a signal came.
 
-    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. One that arrives during an
-    evaluation ends it within a batch, and the run goes on from the last checkpoint: a checkpoint of this step would
-    lack the evaluation, and the best adapter could then be another one.
+    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. An evaluation ends within a batch of
+    the signal, by EvaluationStopped.
     """
 
     def __init__(self, run: Run, budget: TimeBudget | None = None) -> None:
         self.run, self.budget = run, budget
         self.signal_number: int | None = None
-        self._last_step = False
 
     def __enter__(self) -> Stopper:
         # What a shell made this process ignore, as it does in the background of a script, stays ignored.
@@ -164,11 +176,11 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._reason() is not None:
-            self._last_step = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.signal_number is not None and not self._last_step:
-            self.leave(state.global_step)
+        if self.signal_number is not None:
+            raise EvaluationStopped
 
     def leave(self, step: int) -> None:
         """Raise Stopped where something ended the run, saying from where the same command goes on."""
@@ -183,14 +195,19 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
 class Progress(TrainerCallback):  # type: ignore[misc]
     """One line that lives on a terminal, plain lines elsewhere: step, loss, tokens/s, time left.
 
-    Counts tokens and seconds of training steps only: evaluation and saves are not in `tokens_per_second`.
+    Counts tokens and seconds of the run's training steps only: evaluation and saves are not in `tokens_per_second`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.step_seconds, self.tokens_per_second = 0.0, 0.0
-        self._first_step = self._step_started = 0.0
+        self.step_seconds, self.tokens = 0.0, 0
+        self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
         self._bar: tqdm[Any] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 before the first log."""
+        return self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stream.isatty():
@@ -198,7 +215,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", file=self.stream, ncols=columns
             )
-        self._first_step = state.global_step
+        self._first_step, self._seconds_before = state.global_step, self.step_seconds
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.monotonic()
@@ -209,8 +226,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self._bar.update(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "num_tokens" in logs and self.step_seconds > 0:
-            self.tokens_per_second = logs["num_tokens"] / self.step_seconds
+        self.tokens = int(logs.get("num_tokens", self.tokens))
         parts = []
         if "loss" in logs:
             parts = [f"loss {logs['loss']:.3f}", f"{self.tokens_per_second:,.0f} tokens/s"]
@@ -234,4 +250,5 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def _seconds_left(self, state: Any) -> float | None:
         done = state.global_step - self._first_step
-        return None if done <= 0 else self.step_seconds / done * (state.max_steps - state.global_step)
+        seconds = self.step_seconds - self._seconds_before  # of this start: another may have had another machine
+        return None if done <= 0 else seconds / done * (state.max_steps - state.global_step)

@@ -207,7 +207,7 @@ class _Stage:
             eval_steps=STEPS,
             save_steps=STEPS,
         )
-        sft = arguments(training, self.run, [], PLATFORMS[self.config.platform], from_start=False)
+        sft = arguments(training, self.run, [], PLATFORMS[self.config.platform], evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
 

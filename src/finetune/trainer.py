@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.callbacks import Keeper, Progress, Stopper, adapter_bytes
+from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
 from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for
 from finetune.errors import Diverged
@@ -29,13 +29,14 @@ from finetune.packing import Collator
 from finetune.platforms import PLATFORMS, Platform, random_state, set_random_state
 from finetune.runs import Run
 from finetune.schema import TrainingConfig
+from finetune.sums import Sums
 
 DEVICE_RANDOM_STATE = "device_rng.safetensors"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training came to. Losses are mean nats a supervised token; `seconds` is this invocation's wall time."""
+    """What a training came to, all starts together. Losses are mean nats a supervised token."""
 
     steps: int
     train_loss: float
@@ -51,6 +52,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on rows that are ready; see the methods for what differs."""
 
     train_file = ""
+    _tr_loss: Any = 0.0  # transformers sets these two where a training begins
+    _globalstep_last_logged = 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch."""
@@ -90,6 +93,28 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         metrics = {f"{metric_key_prefix}_loss": loss_sum / token_count}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        # An evaluation changes nothing that is saved with its step, random numbers included. So where a signal cuts it
+        # short, the step is saved with the evaluation due (control.should_evaluate), and a resume makes it first.
+        due = self.control.should_evaluate
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationStopped:
+            if due:
+                self._save_checkpoint(self.model, trial)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise
+        if not due and self.state.global_step > 0:
+            self._determine_best_metric(metrics, trial)  # as after any evaluation but that before the first step
+        return metrics
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers would make one more step where the evaluation that was still due was the run's last.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is export.py's; TRL would write one into every checkpoint."""
 
@@ -121,9 +146,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 def arguments(
-    training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, from_start: bool
+    training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, evaluate_first: bool
 ) -> SFTConfig:
-    """The config as transformers' and TRL's arguments; `from_start` is false where a run goes on from a checkpoint."""
+    """The config as transformers' and TRL's arguments; `evaluate_first` as `evaluates_first` says."""
     sft = SFTConfig(
         output_dir=str(run.checkpoints),
         run_name=run.name,
@@ -148,7 +173,7 @@ def arguments(
         logging_nan_inf_filter=False,  # it would show a loss of 0 for one that is not a number
         eval_strategy="steps",
         eval_steps=training.eval_steps,
-        eval_on_start=from_start,
+        eval_on_start=evaluate_first,
         save_strategy="steps",
         save_steps=training.save_steps,
         metric_for_best_model=training.metric_for_best_model,
@@ -208,17 +233,17 @@ def train(
 
     `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
     """
-    started = time.monotonic()
+    sums = Sums(trainer, progress)
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
-    for callback in (stopping, keeper, stopper.budget, stopper, progress):
+    for callback in (stopping, keeper, stopper.budget, stopper, progress, sums):
         if callback is not None:
             trainer.add_callback(callback)
     if checkpoint is not None:
-        _recall(trainer, stopping, keeper, checkpoint)
+        _recall(trainer, stopping, keeper, sums, checkpoint)
     if checkpoint is not None and is_over(training, steps, checkpoint):
         _load_adapter(trainer.model, checkpoint)
     else:
-        with stopper:
+        with stopper, suppress(EvaluationStopped):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.leave(trainer.state.global_step)
     assert keeper.best is not None  # the last step is always evaluated
@@ -233,26 +258,42 @@ def train(
         eval_loss=eval_loss,
         best_step=step,
         tokens_per_second=progress.tokens_per_second,
-        seconds=time.monotonic() - started,
+        seconds=sums.seconds,
         stopped_early=trainer.state.global_step < trainer.state.max_steps,
     )
 
 
 def is_over(training: TrainingConfig, steps: int, checkpoint: Path) -> bool:
-    """Whether the run had reached its end at `checkpoint`: its last step, or the end of its patience."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    """Whether the run had reached its end at `checkpoint`: its last step, evaluated, or the end of its patience."""
+    state = _state(checkpoint)
+    if _evaluation_due(state):
+        return False
     return state.global_step >= steps or _patience_used(state) >= (training.early_stopping_patience or sys.maxsize)
+
+
+def evaluates_first(checkpoint: Path | None) -> bool:
+    """Whether an evaluation comes before any step: at a run's start, and where a signal cut short the last one."""
+    return checkpoint is None or _evaluation_due(_state(checkpoint))
+
+
+def _evaluation_due(state: TrainerState) -> bool:
+    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"])
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _patience_used(state: TrainerState) -> int:
     return int(state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"])
 
 
-def _recall(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, checkpoint: Path) -> None:
+def _recall(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, sums: Sums, checkpoint: Path) -> None:
     """Give the callbacks what they knew at `checkpoint`."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    state = _state(checkpoint)
     keeper.eval_losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     stopping.early_stopping_patience_counter = _patience_used(state)
+    sums.recall(state)
     trainer.state = state
 
 

@@ -1,0 +1,57 @@
+"""What a run has come to at a checkpoint, so that the start that goes on from it counts on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from finetune.callbacks import Progress
+
+if TYPE_CHECKING:
+    from finetune.trainer import Trainer
+
+
+class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """What each checkpoint carries beside transformers' own state, so that log and manifest tell of the whole run.
+
+    That is wall time, tokens and seconds of steps since the run's start, and the losses since the last log. The time
+    between two starts is in none of them, nor what was lost with a start that was killed.
+    """
+
+    def __init__(self, trainer: Trainer, progress: Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._since_log: dict[str, Any] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all starts."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def state(self) -> dict[str, Any]:
+        """For trainer_state.json."""
+        attributes = {
+            "seconds": self.seconds,
+            "step_seconds": self.progress.step_seconds,
+            "tokens": self.trainer._total_train_tokens,
+            "loss_sum": float(self.trainer._tr_loss),
+            "logged_step": self.trainer._globalstep_last_logged,
+            "metrics": dict(self.trainer._metrics["train"]),
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def recall(self, state: TrainerState) -> None:
+        """Count on from a checkpoint's state."""
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self._seconds_before, self._since_log = saved["seconds"], saved
+        self.progress.step_seconds, self.progress.tokens = saved["step_seconds"], saved["tokens"]
+        self.trainer._total_train_tokens = saved["tokens"]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._since_log is not None:  # not before: transformers begins a training with a sum of 0
+            self.trainer._tr_loss += self._since_log["loss_sum"]
+            self.trainer._globalstep_last_logged = self._since_log["logged_step"]
+            self.trainer._metrics["train"].update(self._since_log["metrics"])
