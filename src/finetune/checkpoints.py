@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers.trainer_pt_utils import safe_globals
 
 from finetune.errors import DiskFull
 
@@ -50,7 +53,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     Looked at before, so that a full disk leaves no half-written file; and after a failure, which libraries tell in many
     ways (an OSError, torch's RuntimeError, safetensors' own).
     """
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = shutil.disk_usage(folder).free  # fails where the folder is gone, which a library would make anew
     sizes = f"{folder} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
     if free_bytes < needed_bytes:
         raise DiskFull(f"no space left: {sizes}; free some, then type the same command again")
@@ -115,12 +118,27 @@ def saved(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+# What torch raises for a file that is not what it writes, or that its weights_only reading refuses.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise ValueError where a file holds Python objects: reading them would run code, and a seal is no signature."""
+    for path in sorted(folder.glob("*.pt*")):
+        try:
+            with safe_globals():  # as transformers reads them; mapped, so no tensor is read here
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UNREADABLE:
+            raise ValueError(f"{path.name} holds more than tensors and plain values") from None
+
+
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that its seal vouches for, and a sentence for each newer one, which is set aside."""
     notes = []
     for folder in reversed(saved(checkpoints)):
         try:
             read_seal(folder)
+            refuse_code(folder)
         except (ValueError, OSError) as error:
             notes.append(f"{folder.name} is not whole ({error}); set aside as {set_aside(folder).name}")
             continue

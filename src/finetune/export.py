@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -131,22 +133,36 @@ def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
 def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
     """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already.
 
-    Libraries tell a full disk in many ways, so where next to nothing is free, OutOfResource is raised in their place.
+    Libraries tell in many ways that a disk is full, read-only or gone, so where nothing more can be written into the
+    run's folder, OutOfResource is raised in their place.
     """
     try:
         yield
     except Stopped:
         raise
     except Exception as error:
-        with suppress(OSError):  # on a full disk the manifest cannot be written either
+        with suppress(OSError):  # there the manifest cannot be written either
             write_manifest(run, {"status": "failed", "error": str(error), **known})
-        free_mib = shutil.disk_usage(run.folder).free / 2**20
-        if free_mib < FULL_DISK_MIB:
-            text = (
-                f"no space left: {run.folder} has {free_mib:.1f} MiB free; free some, then type the same command again"
-            )
-            raise OutOfResource(text) from error
+        if not isinstance(error, OutOfResource):
+            _check_writable(run.folder, error)
         raise
+
+
+def _check_writable(folder: Path, error: Exception) -> None:
+    """Raise OutOfResource from `error` where nothing can be written into `folder`."""
+    advice = "then type the same command again"
+    try:
+        free_mib = shutil.disk_usage(folder).free / 2**20
+    except OSError as gone:
+        raise OutOfResource(f"{folder} is gone ({gone.strerror}); bring it back, {advice}") from error
+    if free_mib < FULL_DISK_MIB:
+        raise OutOfResource(f"no space left: {folder} has {free_mib:.1f} MiB free; free some, {advice}") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as refused:
+        text = f"{folder} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free); mend that, {advice}"
+        raise OutOfResource(text) from error
 
 
 def write_manifest(run: Run, content: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -48,9 +49,10 @@ class Run:
 
     def close(self) -> None:
         """End this start in order: from here on the lock names nobody."""
-        if self.lock is not None:
-            self.lock.truncate(0)
-        self.drop_if_unused()
+        with suppress(OSError):  # a disk that is read-only or gone since has ended this start, which says so
+            if self.lock is not None:
+                self.lock.truncate(0)
+            self.drop_if_unused()
 
 
 def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:

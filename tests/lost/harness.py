@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -19,7 +20,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 STEPS = 6
 PATIENCE = 120.0  # seconds, after which a run that hangs is ended
 NIGHTLY = "NIGHTLY" in os.environ
+PART, PARTS = map(int, os.environ.get("NIGHTLY_PART", "0/1").split("/"))
 COUNTS: Counter[str] = Counter()
+Item = TypeVar("Item")
 
 FILES = {
     "README.md",
@@ -116,12 +119,13 @@ class Warm:
         command: Command,
         *options: str,
         kill_after: float | None = None,
+        number: int = signal.SIGKILL,
         point: int | None = None,
         how: str = "before",
         notes: Path | None = None,
         **environment: str,
     ) -> Ended:
-        """Start `command`; killed after so many seconds, or at the `point`-th point, where one is given."""
+        """Start `command`; killed, or sent another signal, after so many seconds; or killed at the `point`-th point."""
         request = {
             "arguments": [*command.arguments(), *options],
             "environment": environment,
@@ -130,6 +134,7 @@ class Warm:
             "point": point,
             "how": how,
             "seconds": kill_after or PATIENCE,
+            "signal": int(number),
         }
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -150,6 +155,11 @@ class Whole:
     result: dict[str, Any]
     points: list[list[str]]
     seconds: float
+
+
+def share(items: list[Item]) -> list[Item]:
+    """What this process tries of them; scripts/nightly.py starts several."""
+    return items[PART::PARTS]
 
 
 def sha256(path: Path) -> str:

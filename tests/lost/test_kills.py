@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences
+from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences, share
 
 SEEDS = 50 if NIGHTLY else 8
+STOPS = 20 if NIGHTLY else 4
 SPREAD = 8
 
 
@@ -58,7 +61,7 @@ def test_a_run_killed_at_any_point_of_its_files_and_started_again_loses_nothing(
     warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:
     every = moments(whole)
-    chosen = every if NIGHTLY else every[len(every) // 16 :: len(every) // SPREAD]
+    chosen = share(every) if NIGHTLY else every[len(every) // 16 :: len(every) // SPREAD]
     lost = {}
     for number, how in chosen:
         command = whole.command.at(tmp_path / f"{number}-{how}")
@@ -76,7 +79,7 @@ def test_a_run_killed_at_random_moments_and_started_again_each_time_loses_nothin
     warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:
     lost = {}
-    for seed in range(SEEDS):
+    for seed in share(list(range(SEEDS))):
         chance = random.Random(seed)
         command = whole.command.at(tmp_path / str(seed))
         for _ in range(chance.choice((1, 1, 2, 3))):
@@ -86,6 +89,30 @@ def test_a_run_killed_at_random_moments_and_started_again_each_time_loses_nothin
             wrong = differences(command, whole.result)
         else:
             wrong = goes_wrong_after(warm, whole, command)
+        if wrong:
+            lost[seed] = wrong
+    COUNTS["lost"] += len(lost)
+    assert lost == {}
+
+
+STOPPED = re.compile(r"stopped by SIGTERM at step (\d); the same command goes on from checkpoint-(\d)")
+
+
+@pytest.mark.slow
+def test_a_run_stopped_at_random_moments_saves_the_step_it_did_and_started_again_loses_nothing(
+    warm: Warm, whole: Whole, tmp_path: Path
+) -> None:
+    lost = {}
+    for seed in share(list(range(STOPS))):
+        chance = random.Random(1000 + seed)
+        command, wrong = whole.command.at(tmp_path / str(seed)), []
+        for _ in range(chance.choice((1, 2, 3))):
+            ended = warm(command, kill_after=chance.uniform(0, whole.seconds), number=signal.SIGTERM)
+            COUNTS["stops"] += ended.code == 143
+            saved = STOPPED.search(ended.text)
+            if ended.code not in (0, 143, -signal.SIGTERM) or (saved and saved[1] != saved[2]):
+                wrong.append(f"exit {ended.code}: {ended.text[-300:]}")
+        wrong += goes_wrong_after(warm, whole, command)
         if wrong:
             lost[seed] = wrong
     COUNTS["lost"] += len(lost)

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import ENVIRONMENT, ROOT, Command, Warm, Whole, differences, names
+from harness import ENVIRONMENT, NIGHTLY, ROOT, Command, Warm, Whole, differences, names
 
 from finetune.checkpoints import read_seal
 
@@ -35,32 +36,50 @@ def test_of_two_starts_at_once_one_trains_and_the_other_names_it(whole: Whole, t
     assert differences(command, whole.result) == []
 
 
+@dataclass(frozen=True)
 class SmallDisk:
-    """A tmpfs; `resize` takes bytes."""
+    """A tmpfs that is mounted at `folder`, and a second time at `behind`, where it stays when it is gone from there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
+    behind: Path
 
-    def mount(self, *options: str) -> None:
-        line = ["mount", "-t", "tmpfs", *options, "tmpfs", str(self.folder)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    def mount(self, *arguments: str) -> None:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.skip(f"mounting a tmpfs needs root and the right to mount: {done.stderr.strip()}")
 
     def remount(self, options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True)
 
+    def mend(self) -> None:
+        """Undo any of `faults`."""
+        (self.behind / "filler").unlink(missing_ok=True)
+        while self.folder.is_mount():
+            subprocess.run(["umount", str(self.folder)], check=True)
+        self.mount("--bind", str(self.behind), str(self.folder))
+
+    def faults(self) -> dict[str, str]:
+        """What may happen to a disk at any moment, as a shell's line."""
+        return {
+            "full": f"cat /dev/zero > {self.folder}/filler 2> /dev/null || true",
+            # Over itself, since the kernel refuses to make a mount read-only in which a file is open for writing.
+            "read-only": f"mount --bind {self.folder} {self.folder} && mount -o remount,bind,ro {self.folder}",
+            "gone": f"umount --lazy {self.folder}",
+        }
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     if shutil.which("mount") is None or sys.platform != "linux":
         pytest.skip("mounting a tmpfs needs Linux")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = SmallDisk(folder)
-    made.mount("-o", "size=200m")
+    made = SmallDisk(tmp_path / "disk", tmp_path / "behind")
+    made.folder.mkdir()
+    made.behind.mkdir()
+    made.mount("-t", "tmpfs", "-o", "size=200m", "tmpfs", str(made.behind))
+    made.mount("--bind", str(made.behind), str(made.folder))
     yield made
-    subprocess.run(["umount", str(folder)], check=True)
+    made.mend()
+    subprocess.run(["umount", str(made.folder), str(made.behind)], check=True)
 
 
 def free_bytes(folder: Path) -> int:
@@ -113,4 +132,55 @@ def test_an_output_folder_that_became_read_only_is_told_and_the_checkpoint_stays
     assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
     ended = warm(command)
     assert ended.code == 0, ended.text
+    assert differences(command, whole.result) == []
+
+
+ADVICE = "then type the same command again"
+SIZES = r"\S+ has [\d.]+ MiB free, a save takes [\d.]+"
+SAID = {
+    "full": rf"no space left: \S+/run has 0\.0 MiB free; free some, {ADVICE}|(no space left: {SIZES}|cannot save: .+ "
+    rf"\({SIZES}\)); (free some|mend that), {ADVICE}",
+    "read-only": rf"\S+/run can no longer be written: Read-only file system \([\d.]+ MiB free\); mend that, {ADVICE}|"
+    rf"cannot save: .*Read-only file system.* \({SIZES}\); mend that, {ADVICE}",
+    "gone": rf"\S+/run is gone \(No such file or directory\); bring it back, {ADVICE}|"
+    rf"cannot save: .*No such file or directory.*; mend that, {ADVICE}",
+}
+MOMENTS = {
+    "a log": "run/metrics.jsonl",
+    "a checkpoint's optimizer": "run/checkpoints/checkpoint-4/optimizer.pt",
+    "a checkpoint's folder": "run/checkpoints/checkpoint-4",
+    "a seal": "run/checkpoints/checkpoint-4/sha256.json.partial",
+    "the best adapter": "run/checkpoints/best.partial/adapter_model.safetensors",
+    "the best adapter's place": "run/checkpoints/best",
+    "the final adapter": "run/export.partial/adapter_model.safetensors",
+    "the manifest": "run/manifest.json.partial",
+}
+
+
+def last_point(whole: Whole, path: str) -> int:
+    """The number of the last point at which `path` is written; where none is, at which something happens to it."""
+    found = [(what == "write", number) for number, (what, first, *_) in enumerate(whole.points, 1) if first == path]
+    return max(found)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", MOMENTS if NIGHTLY else ["a log", "a checkpoint's optimizer", "a checkpoint's folder"]
+)
+@pytest.mark.parametrize("fault", SAID)
+def test_a_disk_that_fails_in_mid_run_is_exit_6_with_what_to_do_and_the_run_goes_on_when_it_is_mended(
+    warm: Warm, whole: Whole, disk: SmallDisk, fault: str, moment: str
+) -> None:
+    command = whole.command.at(disk.folder / "output")
+    ended = warm(command, point=last_point(whole, MOMENTS[moment]), how=disk.faults()[fault])
+    disk.mend()
+    assert ended.code == 6, ended.text
+    assert "Traceback" not in ended.text
+    assert re.fullmatch(SAID[fault], ended.text.splitlines()[-1]), ended.text
+    sealed = [path.parent for path in command.checkpoints.glob("checkpoint-*/sha256.json")]
+    assert sealed and all(read_seal(folder) for folder in sealed)
+    assert not (command.folder / "adapter_model.safetensors").exists() or moment == "the manifest"
+    ended = warm(command)
+    assert ended.code == 0, ended.text
+    assert f"resume: from {max(sealed).name}, the newest checkpoint that is whole" in ended.text.splitlines()
     assert differences(command, whole.result) == []

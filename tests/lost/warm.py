@@ -13,6 +13,7 @@ import resource
 import runpy
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,8 @@ BYTES_WRITTEN = 10  # of a file that is cut short
 class Points:
     """Counts the points below `folder`, notes them, and ends the process at one of them.
 
-    `how` is "before" what happens there, or "within" the file that is written there. Python tells of what it opens,
+    `how` is "before" what happens there, "within" the file that is written there, or else a shell's line that is run
+    before it, and the process lives on. Python tells of what it opens,
     renames and removes; `watch_libraries` adds the files that are written in Rust and C++.
     """
 
@@ -61,7 +63,10 @@ class Points:
         if self.count == self.number:
             if self.how == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            self._cut_short(begins_at)
+            elif self.how == "within":
+                self._cut_short(begins_at)
+            else:
+                subprocess.run(self.how, shell=True, check=True)
 
     def _cut_short(self, begins_at: int) -> None:
         # The kernel ends a process that writes beyond this limit, whatever language it writes in.
@@ -109,14 +114,14 @@ def become(request: dict[str, Any], output: int) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def attend(child: int, output: int, seconds: float | None) -> dict[str, Any]:
-    """How the child ended and what it said; it is killed when `seconds` are over."""
-    started, text, killed = time.monotonic(), b"", False
+def attend(child: int, output: int, seconds: float, number: int) -> dict[str, Any]:
+    """How the child ended and what it said; signal `number` is sent when `seconds` are over."""
+    started, text, sent = time.monotonic(), b"", False
     while True:
-        left = None if seconds is None or killed else max(0.0, started + seconds - time.monotonic())
+        left = None if sent else max(0.0, started + seconds - time.monotonic())
         if not select.select([output], [], [], left)[0]:
-            os.kill(child, signal.SIGKILL)
-            killed = True
+            os.kill(child, number)
+            sent = True
             continue
         block = os.read(output, 65536)
         if not block:
@@ -151,7 +156,7 @@ def main() -> None:
             become(request, write)
             return
         os.close(write)
-        answers.write(json.dumps(attend(child, read, request["seconds"])) + "\n")
+        answers.write(json.dumps(attend(child, read, request["seconds"], request["signal"])) + "\n")
         answers.flush()
         os.close(read)
 
