@@ -24,4 +24,4 @@ MACOSX_DEPLOYMENT_TARGET=14.0 resolve m4 aarch64-apple-darwin --generate-hashes 
 resolve cpu x86_64-manylinux_2_28 --upgrade-package torch ${cpu_torch[@]+"${cpu_torch[@]}"} "$@"
 # 2.13.0 also matches 2.13.0+cpu, and an index without the CPU build still installs.
 sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' cpu.lock && rm cpu.lock.bak
-resolve dev x86_64-manylinux_2_28 "$@"
+resolve dev x86_64-manylinux_2_28 --no-strip-markers "$@"  # it serves the Mac too

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import io
+import importlib.util
 import json
+import os
+import re
+import subprocess
+import sys
 import tempfile
 import time
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from harness import COUNTS, NIGHTLY, ROOT
+from harness import COUNTS, ENVIRONMENT, HERE, NIGHTLY, ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from inputs import LENGTH, check_config, check_jsonl
 
-from finetune.config import Config, load
+from finetune.config import load
 from finetune.encoding import Encoder, Recipe
 from finetune.errors import ConfigError
-from finetune.jsonl import read_lines
-from finetune.report import clean
 from test_jsonl import damaged
 
 
@@ -74,22 +76,12 @@ def texts(draw: st.DrawFn) -> bytes:
 def test_any_bytes_of_a_config_are_a_config_or_a_config_error_that_prints(content: bytes) -> None:
     COUNTS["inputs"] += 1
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_bytes(content)
-        try:
-            config, _ = load(str(path))
-        except ConfigError as error:
-            assert error.problems
-            said = clean(str(error)).replace("\n", "")
-            assert not [character for character in said if unicodedata.category(character) in ("Cc", "Cs")]
-            return
-    assert isinstance(config, Config)
-    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+        check_config(content, Path(folder) / "config.yaml")
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder(Recipe(None, None, 64, True, True))
+    return Encoder(Recipe(None, None, LENGTH, True, True))
 
 
 lines = st.lists(st.one_of(damaged(), st.binary(max_size=60)), max_size=4).map(b"\n".join)
@@ -99,13 +91,48 @@ lines = st.lists(st.one_of(damaged(), st.binary(max_size=60)), max_size=4).map(b
 @given(content=lines)
 def test_any_bytes_of_jsonl_are_rows_as_mistral_common_has_them_or_bad_rows(encoder: Encoder, content: bytes) -> None:
     COUNTS["inputs"] += 1
-    numbered = list(read_lines(io.BytesIO(content)))
-    chunk = encoder.encode(numbered)
-    assert chunk.mismatch is None
-    assert sorted([*chunk.lines.tolist(), *(line for line, _ in chunk.statistics.bad)]) == [n for n, _ in numbered]
-    assert all(text.isprintable() for _, text in chunk.statistics.bad)
-    assert chunk.lengths.sum() == len(chunk.input_ids) == len(chunk.labels)
-    assert all(0 <= length <= 64 for length in chunk.lengths)
+    check_jsonl(content, encoder)
+
+
+# --- bytes that grow by what they reach
+
+
+SAMPLE = (ROOT / "data" / "sample" / "train.jsonl").read_bytes().splitlines(keepends=True)
+SEEDS = {
+    "config": [yaml.safe_dump(tree).encode() for tree in TREES],
+    "jsonl": [b"".join(SAMPLE[:2]), SAMPLE[2]],
+    "planted": [],
+}
+RUNS = {"config": 2000, "jsonl": 50_000} if NIGHTLY else {"config": 50, "jsonl": 1000}
+
+
+def guided(name: str, folder: Path, runs: int) -> tuple[subprocess.CompletedProcess[str], int]:
+    """How guided.py ended, and how many inputs it tried."""
+    if importlib.util.find_spec("atheris") is None:
+        pytest.skip("atheris is made for Linux on x86-64 only")
+    folder.mkdir()
+    for number, seed in enumerate(SEEDS[name]):
+        (folder / str(number)).write_bytes(seed)
+    line = [sys.executable, str(HERE / "guided.py"), name, str(folder), str(runs)]
+    done = subprocess.run(line, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+    tried = re.search(r"^stat::number_of_executed_units: (\d+)$", done.stderr, re.MULTILINE)
+    assert tried, done.stderr
+    return done, int(tried[1])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_bytes_that_are_guided_by_coverage_break_a_reader(tmp_path: Path, name: str) -> None:
+    done, tried = guided(name, tmp_path / name, RUNS[name])
+    COUNTS["inputs"] += tried
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    assert tried >= RUNS[name]
+    assert re.search(r"cov: \d{3}", done.stderr)  # it saw into the reader: what it saw nothing of has fewer than ten
+
+
+def test_guided_bytes_find_a_crash_that_lies_behind_four_comparisons(tmp_path: Path) -> None:
+    done, _ = guided("planted", tmp_path / "planted", 500_000)
+    assert (done.returncode, "RuntimeError: the planted crash" in done.stdout + done.stderr) == (77, True)
+    assert [path.read_bytes()[:4] for path in (tmp_path / "planted").glob("crash-*")] == [b"Lost"]
 
 
 # --- bombs
