@@ -9,30 +9,81 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from machine import describe  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")
 
 
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, help="also write what was tried to this JSON file")
+    options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nightly-") as folder:
-        counts_file = Path(folder) / "counts.json"
-        line = [sys.executable, "-m", "pytest", "tests/lost", "-q", "-vv", f"--basetemp={folder}/runs"]
-        environment = {**os.environ, "NIGHTLY": str(counts_file)}
-        failed = subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode
-        counts = json.loads(counts_file.read_text(encoding="utf-8")) if counts_file.is_file() else {}
-    print(summary(counts, time.monotonic() - started))
+        counts, failed = run(Path(folder), os.cpu_count() or 1)
+    seconds = time.monotonic() - started
+    if options.output:
+        document = {**describe("scripts/nightly.py", PACKAGES), **result(counts, failed, seconds)}
+        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(summary(counts, seconds))
     return 1 if failed else 0
 
 
-def summary(counts: dict[str, int], seconds: float) -> str:
+def run(folder: Path, parts: int) -> tuple[Counter[str], int]:
+    """What all parts counted, and how many of them failed; one process a core, since a run uses one core."""
+    counts: Counter[str] = Counter()
+    failed = 0
+    for number, process in enumerate([start(folder, part, parts) for part in range(parts)]):
+        failed += process.wait() != 0
+        print(log(folder, number).read_text(encoding="utf-8"))
+        if counted(folder, number).is_file():
+            counts.update(json.loads(counted(folder, number).read_text(encoding="utf-8")))
+    return counts, failed
+
+
+def start(folder: Path, part: int, parts: int) -> subprocess.Popen[bytes]:
+    """Begin one part of the night, which prints into its log."""
+    line = [sys.executable, "-m", "pytest", *files(part, parts), "-q", "-vv", f"--basetemp={folder}/runs-{part}"]
+    named = {"NIGHTLY": str(counted(folder, part)), "NIGHTLY_PART": f"{part}/{parts}"}
+    with log(folder, part).open("wb") as stream:
+        return subprocess.Popen(line, cwd=ROOT, env={**os.environ, **named}, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def files(part: int, parts: int) -> Iterator[str]:
+    """The test files of a part. The kills take longest and are in each, which takes its share of them."""
+    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "lost").glob("test_*.py"))
+    kills = "tests/lost/test_kills.py"
+    yield kills
+    yield from [path for path in found if path != kills][part::parts]
+
+
+def log(folder: Path, part: int) -> Path:
+    return folder / f"{part}.log"
+
+
+def counted(folder: Path, part: int) -> Path:
+    return folder / f"{part}.json"
+
+
+def result(counts: Counter[str], failed: int, seconds: float) -> dict[str, Any]:
+    """The part of the JSON file that says what was tried, and the line that says it."""
+    return {"nightly": {**counts, "parts_failed": failed, "seconds": round(seconds)}, "line": summary(counts, seconds)}
+
+
+def summary(counts: Counter[str], seconds: float) -> str:
     """The one line that says what was tried and what it cost."""
     parts = [
-        f"{counts.get('kills', 0):,} kills, {counts.get('lost', 0):,} runs lost",
-        f"{counts.get('damaged', 0):,} damaged files, {counts.get('used', 0):,} used",
-        f"{counts.get('inputs', 0):,} inputs, {counts.get('crashes', 0):,} crashes",
+        f"{counts['kills']:,} kills, {counts['stops']:,} stops, {counts['lost']:,} runs lost",
+        f"{counts['damaged']:,} damaged files, {counts['used']:,} used",
+        f"{counts['inputs']:,} inputs, {counts['crashes']:,} crashes",
         f"{seconds / 60:.0f} min",
     ]
     return f"nightly: {'; '.join(parts)}"
