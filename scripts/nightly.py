@@ -20,6 +20,7 @@ from machine import describe  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")
+MOST = 8  # processes, each of which holds torch and all libraries in memory
 
 
 def main() -> int:
@@ -28,7 +29,7 @@ def main() -> int:
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nightly-") as folder:
-        counts, failed = run(Path(folder), os.cpu_count() or 1)
+        counts, failed = run(Path(folder), min(os.cpu_count() or 1, MOST))
     seconds = time.monotonic() - started
     if options.output:
         document = {**describe("scripts/nightly.py", PACKAGES), **result(counts, failed, seconds)}
