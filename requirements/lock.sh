@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Resolves requirements.in into h100.lock, m4.lock, cpu.lock and dev.lock. Needs uv (pip install uv) and a package index.
+# Resolves requirements.in into h100.lock, m4.lock, cpu.lock and dev.lock, and the tools that compile flash-attn into
+# flash-attn.lock. Needs uv (pip install uv) and a package index.
 #   requirements/lock.sh [--upgrade]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -219,8 +219,9 @@ def receipt_of_another_training(bench: Bench) -> None:
 
 # What is typed, or said, for more than one of them.
 BUILD = (
-    "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
-    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2  or without it: --set "
+    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && PATH={Path(PYTHON).parent}:$PATH "
+    f"docker/flash_attn.sh docker/wheels && {PYTHON} -m pip install --no-deps docker/wheels/flash_attn-*.whl  "
+    "or without it: --set "
     "model.attn_implementation=sdpa"
 )
 REINSTALL = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
@@ -14,8 +15,8 @@ from finetune.machine import PYTHON, advice
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design; an expectation
 BUILD_FLASH_ATTENTION = advice(
-    "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=8 "
-    f"{PYTHON} -m pip install --no-build-isolation --no-deps flash-attn==2.8.3.post2",
+    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && PATH={Path(PYTHON).parent}:$PATH "
+    f"docker/flash_attn.sh docker/wheels && {PYTHON} -m pip install --no-deps docker/wheels/flash_attn-*.whl",
     "docker compose build --build-arg FLASH_ATTN=build",
 )
 

@@ -1,0 +1,314 @@
+"""docker/flash_attn.sh among stand-ins of Python, nvcc, cores and memory: every branch, word for word."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.config import ROOT
+
+TOOLS = ("bash", "cp", "dirname", "mkdir", "mktemp", "mv", "rmdir", "sed")
+VERSION = "2.8.3.post2"
+WHEEL = f"flash_attn-{VERSION}-2.10.0torch.sm90-cp311-cp311-linux_x86_64.whl"
+MISSING = f"flash-attn: not in docker/wheels, so compiled: {WHEEL}\n"
+
+# Tells the version of torch and of itself; builds a wheel as flash-attn names it; tags it; records all else of a build.
+PYTHON = """\
+#!{programs}/bash
+case "$1 $2" in
+  "-c "*metadata*) [[ -n "$TORCH" ]] && exec {python} -I -S -c "
+import importlib.metadata
+importlib.metadata.version = {{'torch': '$TORCH'}}.get
+$2" ;;
+  "-c "*version_info*) exec {python} -I -S -c "
+import sys
+sys.version_info = (3, $MINOR, 0, 'final', 0)
+$2" ;;
+  "-m pip")
+    {{ echo "$@"; echo "$FLASH_ATTENTION_FORCE_BUILD $FLASH_ATTN_CUDA_ARCHS $NVCC_THREADS $MAX_JOBS"; }} >"$LOG"
+    [[ -z "${{KILLED:-}}" ]] || exit 1
+    while [[ $1 != --wheel-dir ]]; do shift; done
+    echo compiled >"$2/flash_attn-{version}-cp3$MINOR-cp3$MINOR-linux_x86_64.whl" ;;
+  "-m wheel")
+    [[ "$3 $4 $5" == "tags --remove --build" ]] || exit 9
+    mv "$7" "${{7/-{version}-/-{version}-$6-}}" ;;
+  *) exit 9 ;;
+esac
+"""
+
+
+class Place:
+    """A copy of the script and of its list, and all programs and facts that it may find."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.programs, self.log = folder, folder / "bin", folder / "log"
+        for name in ("bin", "docker/wheels", "requirements", "tmp"):
+            (folder / name).mkdir(parents=True)
+        shutil.copy(ROOT / "docker" / "flash_attn.sh", folder / "docker")
+        shutil.copy(ROOT / "requirements" / "flash-attn.txt", folder / "requirements")
+        for tool in TOOLS:
+            (self.programs / tool).symlink_to(found(tool))
+        python = PYTHON.format(programs=self.programs, python=sys.executable, version=VERSION)
+        self.program("python", python.split("\n", 1)[1])
+        self.program("nvcc", "exit 9")
+        self.program("uname", "[[ $1 == -m ]] || exit 9\necho x86_64")
+        self.program("awk", f'[[ $2 == /proc/meminfo ]] || exit 9\nexec {found("awk")} "$1" {folder}/meminfo')
+        self.program("cat", f'exec {found("cat")} "{folder}/${{1##*/}}"')
+        self.machine(cores=12, free_gib=64)
+
+    def program(self, name: str, text: str) -> None:
+        path = self.programs / name
+        path.write_text(f"#!{self.programs}/bash\n{text}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def machine(self, cores: int, free_gib: float) -> None:
+        self.program("nproc", f"echo {cores}")
+        kib = int(free_gib * 2**20)
+        meminfo = f"MemTotal:       {4 * kib} kB\nMemFree:        {kib // 2} kB\nMemAvailable:   {kib} kB\n"
+        (self.folder / "meminfo").write_text(meminfo, encoding="utf-8")
+
+    def own_wheel(self, name: str) -> None:
+        (self.folder / "docker" / "wheels" / name).write_text("yours", encoding="utf-8")
+
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        told = {"PATH": str(self.programs), "LOG": str(self.log), "TORCH": "2.10.0+cu128", "MINOR": "11"}
+        return subprocess.run(
+            [self.folder / "docker" / "flash_attn.sh", *(arguments or ("wheels",))],
+            cwd=self.folder,
+            env=told | {"TMPDIR": str(self.folder / "tmp"), "CUDA_HOME": str(self.folder / "no-cuda")} | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def wheels(self) -> dict[str, str]:
+        return {path.name: path.read_text(encoding="utf-8").strip() for path in (self.folder / "wheels").iterdir()}
+
+
+def found(tool: str) -> str:
+    path = shutil.which(tool)
+    assert path is not None, tool
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def peaks() -> list[float]:
+    """GiB of each file that was compiled, over all results."""
+    results = (ROOT / "benchmarks" / "results").glob("*-flash-attn-build-*.json")
+    return [job["peak_gib"] for path in results for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
+
+
+def test_the_memory_of_a_file_is_the_largest_that_was_measured_rounded_up() -> None:
+    script = (ROOT / "docker" / "flash_attn.sh").read_text(encoding="utf-8")
+    assert re.findall(r"^gib_per_file=(\d+)$", script, re.MULTILINE) == [str(math.ceil(max(peaks())))]
+
+
+@pytest.mark.parametrize(
+    ("cores", "free_gib", "jobs"),
+    [(12, 64, 9), (8, 64, 8), (2, 23.5, 2), (16, 20.99, 2), (16, 21, 3), (26, 200, 26), (4, 7, 1)],
+)
+def test_as_many_files_at_once_as_there_are_cores_and_as_memory_holds(
+    place: Place, cores: int, free_gib: float, jobs: int
+) -> None:
+    place.machine(cores, free_gib)
+    done = place.run()
+    how = f"files at once: {jobs} ({cores} cores; {int(free_gib)} GiB of memory free, up to 7 GiB a file)"
+    assert done.stderr == f"{MISSING}flash-attn: {how}\nflash-attn: done: wheels/{WHEEL}\n"
+    assert place.log.read_text(encoding="utf-8").splitlines()[1] == f"TRUE 90 1 {jobs}"
+
+
+def test_too_little_memory_for_one_file_is_said_and_one_is_compiled(place: Place) -> None:
+    place.machine(cores=4, free_gib=6.5)
+    assert place.run().stderr == (
+        f"{MISSING}flash-attn: files at once: 1 (4 cores; 6 GiB of memory free, up to 7 GiB a file)\n"
+        "flash-attn: one file may take more memory than is free: where a compiler is killed, add memory or swap\n"
+        f"flash-attn: done: wheels/{WHEEL}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "limit", "jobs"),
+    [
+        ("memory.max", str(15 * 2**30), 2),
+        ("memory.limit_in_bytes", str(15 * 2**30), 2),
+        ("memory.max", "max", 9),
+        ("memory.max", str(500 * 2**30), 9),
+        ("memory.limit_in_bytes", "9223372036854771712", 9),
+    ],
+)
+def test_a_containers_memory_limit_counts_where_it_is_below_what_is_free(
+    place: Place, file: str, limit: str, jobs: int
+) -> None:
+    (place.folder / file).write_text(f"{limit}\n", encoding="utf-8")
+    place.run()
+    assert place.log.read_text(encoding="utf-8").splitlines()[1] == f"TRUE 90 1 {jobs}"
+
+
+def test_several_threads_of_a_compiler_take_the_memory_of_as_many_files(place: Place) -> None:
+    done = place.run(NVCC_THREADS="2", FLASH_ATTN_CUDA_ARCHS="80;90")
+    wheel = WHEEL.replace("sm90", "sm80.90")
+    assert done.stderr == (
+        f"flash-attn: not in docker/wheels, so compiled: {wheel}\n"
+        "flash-attn: files at once: 4 (12 cores; 64 GiB of memory free, up to 14 GiB a file)\n"
+        f"flash-attn: done: wheels/{wheel}\n"
+    )
+    assert place.log.read_text(encoding="utf-8").splitlines()[1] == "TRUE 80;90 2 4"
+
+
+def test_max_jobs_is_taken_as_given(place: Place) -> None:
+    done = place.run(MAX_JOBS="20")
+    assert "flash-attn: files at once: 20, as MAX_JOBS says\n" in done.stderr
+    assert place.log.read_text(encoding="utf-8").splitlines()[1] == "TRUE 90 1 20"
+
+
+def test_the_source_is_built_with_its_hash_without_isolation_and_without_the_cache(place: Place) -> None:
+    assert place.run().returncode == 0
+    assert re.sub(r"/tmp\.\w+", "/X", place.log.read_text(encoding="utf-8").splitlines()[0]) == (
+        "-m pip wheel --no-cache-dir --no-deps --no-build-isolation --require-hashes "
+        f"--requirement {place.folder}/docker/../requirements/flash-attn.txt --wheel-dir {place.folder}/tmp/X"
+    )
+    assert place.wheels() == {WHEEL: "compiled"}
+    assert list((place.folder / "tmp").iterdir()) == []
+
+
+def test_a_wheel_that_fits_is_taken_without_a_compiler(place: Place) -> None:
+    place.own_wheel(WHEEL)
+    (place.programs / "nvcc").unlink()
+    done = place.run()
+    assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
+    assert place.wheels() == {WHEEL: "yours"}
+    assert not place.log.exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        WHEEL.replace("2.10.0torch", "2.9.1torch"),
+        WHEEL.replace("cp311", "cp312"),
+        WHEEL.replace("sm90", "sm80"),
+        WHEEL.replace("post2", "post1"),
+        WHEEL.replace("x86_64", "aarch64"),
+        f"flash_attn-{VERSION}-cp311-cp311-linux_x86_64.whl",
+    ],
+)
+def test_a_wheel_for_something_else_is_named_and_not_taken(place: Place, other: str) -> None:
+    place.own_wheel(other)
+    done = place.run(MAX_JOBS="1")
+    assert done.stderr == (
+        f"flash-attn: does not fit: docker/wheels/{other}\n{MISSING}"
+        f"flash-attn: files at once: 1, as MAX_JOBS says\nflash-attn: done: wheels/{WHEEL}\n"
+    )
+    assert place.wheels() == {WHEEL: "compiled"}
+
+
+def test_the_wheel_that_was_made_is_the_one_taken_next_time(place: Place) -> None:
+    place.run()
+    shutil.move(place.folder / "wheels" / WHEEL, place.folder / "docker" / "wheels")
+    assert place.run().stderr == f"flash-attn: taken from docker/wheels: {WHEEL}\n"
+
+
+def test_a_wheel_that_lies_where_it_is_wanted_stays_there(place: Place) -> None:
+    place.own_wheel(WHEEL)
+    done = place.run("docker/wheels")
+    assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
+
+
+def test_the_wheels_name_is_that_of_this_torch_this_python_and_this_processor(place: Place) -> None:
+    place.program("uname", "[[ $1 == -m ]] || exit 9\necho aarch64")
+    wheel = f"flash_attn-{VERSION}-2.9.1torch.sm90-cp312-cp312-linux_aarch64.whl"
+    place.own_wheel(wheel)
+    done = place.run(TORCH="2.9.1", MINOR="12")
+    assert done.stderr == f"flash-attn: taken from docker/wheels: {wheel}\n"
+
+
+def test_skip_leaves_an_empty_folder_and_needs_neither_python_nor_nvcc(place: Place) -> None:
+    place.own_wheel(WHEEL)
+    (place.programs / "nvcc").unlink()
+    (place.programs / "python").unlink()
+    done = place.run(FLASH_ATTN="skip")
+    assert (done.returncode, done.stderr) == (0, "flash-attn: left out, as FLASH_ATTN=skip says\n")
+    assert place.wheels() == {}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"FLASH_ATTN": "yes"}, 'FLASH_ATTN is "yes"; give build or skip'),
+        ({"NVCC_THREADS": "0"}, 'NVCC_THREADS is "0"; give a whole number from 1, or leave it empty'),
+        (
+            {"TORCH": ""},
+            "no torch where python is; type: python -m pip install --require-hashes -r requirements/flash-attn.lock",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_built(
+    place: Place, variables: dict[str, str], said: str
+) -> None:
+    done = place.run(**variables)
+    assert (done.returncode, done.stderr) == (2, f"flash-attn: {said}\n")
+    assert place.wheels() == {}
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "two", "1.5"])
+def test_max_jobs_must_be_a_whole_number(place: Place, given: str) -> None:
+    done = place.run(MAX_JOBS=given)
+    said = f'flash-attn: MAX_JOBS is "{given}"; give a whole number from 1, or leave it empty\n'
+    assert (done.returncode, done.stderr) == (2, MISSING + said)
+
+
+def test_without_nvcc_it_says_what_to_install(place: Place) -> None:
+    (place.programs / "nvcc").unlink()
+    done = place.run()
+    said = "no nvcc on PATH or in CUDA_HOME; install the CUDA 12.1 toolkit, or give FLASH_ATTN=skip"
+    assert (done.returncode, done.stderr) == (2, f"{MISSING}flash-attn: {said}\n")
+
+
+def test_a_compile_that_fails_leaves_no_wheel_and_says_what_it_may_be(place: Place) -> None:
+    done = place.run(KILLED="yes")
+    said = "not compiled; where a compiler was killed, memory ran out: give a MAX_JOBS below 9, or add memory or swap"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"flash-attn: {said}")
+    assert place.wheels() == {}
+
+
+def test_one_folder_is_all_it_takes(place: Place) -> None:
+    done = place.run("wheels", "more")
+    assert (done.returncode, done.stderr) == (2, "flash-attn: usage: docker/flash_attn.sh FOLDER\n")
+
+
+def locked(name: str) -> dict[str, str]:
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.MULTILINE))
+
+
+def test_what_compiles_flash_attn_has_the_versions_that_run_it() -> None:
+    build, program = locked("flash-attn.lock"), locked("h100.lock")
+    assert {name: version for name, version in build.items() if program.get(name, version) != version} == {}
+    assert set(build) - set(program) == {"ninja", "wheel"}
+    assert {"torch", "einops"} <= set(build) & set(program)  # what flash-attn itself asks for
+
+
+def test_the_source_of_flash_attn_is_pinned_by_its_hash() -> None:
+    text = (ROOT / "requirements" / "flash-attn.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert [re.sub(r"[0-9a-f]{64}", "SHA256", line) for line in lines] == [
+        f"flash-attn=={VERSION} --hash=sha256:SHA256"
+    ]
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("no shellcheck here: apt-get install shellcheck")
+    done = subprocess.run([shellcheck, ROOT / "docker" / "flash_attn.sh"], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
