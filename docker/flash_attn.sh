@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Leaves flash-attn's wheel in a folder: takes one that fits from docker/wheels, or compiles it, or leaves the folder empty.
-# docker/Dockerfile calls it, and so may a host without Docker (environment-remote.yml). Needs `python` with what
-# requirements/flash-attn.lock lists and, to compile, nvcc of CUDA 12 and g++; no GPU.
+# docker/Dockerfile calls it, and so may a host without Docker (environment-remote.yml). Needs `python`, and
+# to compile what requirements/flash-attn.lock lists, nvcc of CUDA 12 and g++; no GPU.
 #   docker/flash_attn.sh FOLDER
 # Variables: FLASH_ATTN               build (default) or skip
 #            FLASH_ATTN_CUDA_ARCHS    90 (default: the H100), or several, as "80;90"
@@ -12,7 +12,7 @@ set -euo pipefail
 # The largest peak of a file in benchmarks/results/*-flash-attn-build-*.json, rounded up.
 gib_per_file=7
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-sources="$here/../requirements/flash-attn.txt"
+sources="$here/../requirements/flash-attn.txt" tools="$here/../requirements/flash-attn.lock"
 
 say() { printf 'flash-attn: %s\n' "$1" >&2; }
 
@@ -79,8 +79,9 @@ whole NVCC_THREADS "$NVCC_THREADS"
 # What a wheel is compiled for stands in its name; its build tag (the part after the version) is ours, for flash-attn
 # names neither torch nor the architectures.
 version=$(sed -n 's/^flash-attn==\([^ ]*\).*/\1/p' "$sources")
-torch=$(python -c 'from importlib.metadata import version; print(version("torch").partition("+")[0])' 2>/dev/null) ||
-  stop 'no torch where python is; type: python -m pip install --require-hashes -r requirements/flash-attn.lock'
+installed=$(python -c 'from importlib.metadata import version; print(version("torch").partition("+")[0])' 2>/dev/null) ||
+  installed=''
+torch=${installed:-$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "$tools")}  # a wheel that is there needs no torch to be taken
 python=$(python -c 'import sys; print("cp{}{}".format(*sys.version_info))')
 build="${torch}torch.sm${FLASH_ATTN_CUDA_ARCHS//;/.}"
 wheel="flash_attn-$version-$build-$python-$python-linux_$(uname -m).whl"
@@ -93,6 +94,8 @@ fi
 for other in "$here"/wheels/*.whl; do
   [[ ! -f $other ]] || say "does not fit: docker/wheels/${other##*/}"
 done
+[[ -n $installed ]] ||
+  stop "no torch where python is; type: python -m pip install --require-hashes -r requirements/flash-attn.lock"
 say "not in docker/wheels, so compiled: $wheel"
 compile "$1" "$build"
 say "done: $1/$wheel"

@@ -7,6 +7,7 @@ Ubuntu's own packages where the base image is a stand-in. NO_GPU takes the GPU a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docker_project import KEY, TOKEN, UID, Project, copied
+from docker_project import KEY, PRIVATE, TOKEN, UID, Project, copied
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +41,8 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     }
     lines = "".join(f"{key}={value}\n" for key, value in {**settings, "UID": UID, "GID": UID}.items())
     (folder / ".env").write_text((folder / ".env.example").read_text(encoding="utf-8") + lines, encoding="utf-8")
+    row = {"messages": [{"role": "user", "content": PRIVATE}, {"role": "assistant", "content": "Yes."}]}
+    (folder / "data" / "processed" / "private.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     shutil.copytree(tiny_mistral, folder / "models" / "tiny")
     for path in (folder / "models" / "tiny").iterdir():
         path.chmod(0o644)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
-from docker_project import KEY, ROOT, TOKEN, UID, Project
+from docker_project import KEY, PRIVATE, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 IMAGE = "mistral-7b-qlora:cpu"
@@ -53,9 +55,10 @@ def test_the_image_says_what_it_is_and_starts_the_training_as_nobody_special(ins
     }
 
 
-def test_its_size_is_bounded(inspected: dict[str, object]) -> None:
+def test_its_size_is_bounded(inspected: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     size = int(str(inspected["Size"])) / 2**30
-    print(f"{IMAGE}: {size:.2f} GiB")
+    with capsys.disabled():
+        print(f" {IMAGE}: {size:.2f} GiB ", end="")
     assert 1.0 < size < LARGEST_GIB
 
 
@@ -112,8 +115,10 @@ for folder in ("/", "/app", "/app/src", "/app/configs", "/app/data", "/app/model
     ]
 
 
-def test_no_key_stands_in_any_layer_or_word_of_the_image_or_of_a_running_container(project: Project) -> None:
-    marks = (TOKEN.encode(), KEY.encode())
+def test_no_key_and_no_data_of_yours_stands_in_any_layer_or_word_of_the_image_or_of_a_container(
+    project: Project,
+) -> None:
+    marks = (TOKEN.encode(), KEY.encode(), PRIVATE.encode())
     said = docker("image", "history", "--no-trunc", IMAGE) + docker("image", "inspect", IMAGE)
     said += project.compose("config").stdout
     saved = subprocess.Popen(["docker", "save", IMAGE], stdout=subprocess.PIPE)
@@ -139,6 +144,31 @@ def test_the_libraries_find_both_keys_in_their_files(project: Project) -> None:
         "print(get_token(), os.environ['WANDB_API_KEY'])"
     )
     assert project.python(code).stdout.split() == [TOKEN, KEY]
+
+
+def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
+    project: Project, tmp_path: Path
+) -> None:
+    wheel = (
+        project.folder / "docker" / "wheels" / "flash_attn-2.8.3.post2-2.10.0torch.sm90-cp311-cp311-linux_x86_64.whl"
+    )
+    wheel.write_text("kept", encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    line = "docker build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile ."
+    assert f"    {line}\n" in readme
+    words = line.replace("--output docker/wheels", f"--output {tmp_path}").split()
+    done = subprocess.run(
+        words,
+        cwd=project.folder,
+        env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wheel.unlink()
+    assert done.returncode == 0, done.stderr
+    assert f"flash-attn: taken from docker/wheels: {name}" in done.stderr
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {name: "kept"}
 
 
 def test_what_the_dockerfile_pins_is_what_the_lock_pins() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from docker_project import ROOT, UID, Project
+from docker_project import KEY, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -186,6 +186,8 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
     assert again.returncode == 0, again.stderr
     assert saved[-1] in again.stdout
     assert adapter(stopped) == adapter(project.adapters / "whole")
+    written = [path for path in project.adapters.rglob("*") if path.is_file()]
+    assert not any(mark.encode() in path.read_bytes() for path in written for mark in (TOKEN, KEY))
 
 
 # --- what is missing

@@ -52,7 +52,8 @@ class Place:
         for name in ("bin", "docker/wheels", "requirements", "tmp"):
             (folder / name).mkdir(parents=True)
         shutil.copy(ROOT / "docker" / "flash_attn.sh", folder / "docker")
-        shutil.copy(ROOT / "requirements" / "flash-attn.txt", folder / "requirements")
+        for name in ("flash-attn.txt", "flash-attn.lock"):
+            shutil.copy(ROOT / "requirements" / name, folder / "requirements")
         for tool in TOOLS:
             (self.programs / tool).symlink_to(found(tool))
         python = PYTHON.format(programs=self.programs, python=sys.executable, version=VERSION)
@@ -189,6 +190,12 @@ def test_a_wheel_that_fits_is_taken_without_a_compiler(place: Place) -> None:
     assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
     assert place.wheels() == {WHEEL: "yours"}
     assert not place.log.exists()
+
+
+def test_a_wheel_that_fits_the_locked_torch_is_taken_before_any_torch_is_installed(place: Place) -> None:
+    place.own_wheel(WHEEL)
+    done = place.run(TORCH="")
+    assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
 
 
 @pytest.mark.parametrize(

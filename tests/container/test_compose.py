@@ -1,0 +1,124 @@
+"""compose.yaml, field by field, as Compose itself reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docker_project import ROOT
+
+TRAIN = ["python", "src/train.py", "--config", "h100"]
+VALIDATE = ["python", "scripts/validate_environment.py", "--config", "h100"]
+TENSORBOARD = ["tensorboard", "--logdir", "adapters", "--host", "0.0.0.0", "--port", "6006"]
+GPU = {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]}}}
+LIMITS = {"memlock": -1, "stack": 67108864}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("compose") / "project"
+    made.mkdir()
+    shutil.copy(ROOT / "compose.yaml", made)
+    (made / ".env").write_text("UID=4711\nGID=4712\nHF_TOKEN_FILE=/keys/hf\n", encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def read(folder: Path) -> dict[str, Any]:
+    """All of compose.yaml as Compose understands it; needs no engine."""
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+    ):
+        pytest.skip("no Docker Compose here: docker compose version")
+    line = ["docker", "compose", "--profile", "program", "config", "--format", "json"]
+    return dict(json.loads(subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout))
+
+
+def bind(folder: Path, name: str, read_only: bool) -> dict[str, Any]:
+    """A folder of the project; Compose does not print `create_host_path: false`, and prints true."""
+    made = {"type": "bind", "source": f"{folder}/{name}", "target": f"/app/{name}", "bind": {}}
+    return made | {"read_only": True} if read_only else made
+
+
+def common(folder: Path) -> dict[str, Any]:
+    """What every service has."""
+    return {
+        "build": {
+            "context": str(folder),
+            "dockerfile": "docker/Dockerfile",
+            "args": {"LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": ""},
+        },
+        "cap_drop": ["ALL"],
+        "command": None,
+        "environment": {
+            "HF_TOKEN_PATH": "/run/secrets/hf_token",
+            "WANDB_API_KEY_FILE": "/run/secrets/wandb_api_key",
+        },
+        "image": "mistral-7b-qlora:h100",
+        "init": True,
+        "networks": {"default": None},
+        "profiles": ["program"],
+        "read_only": True,
+        "secrets": [{"source": name, "target": f"/run/secrets/{name}"} for name in ("hf_token", "wandb_api_key")],
+        "security_opt": ["no-new-privileges:true"],
+        "shm_size": "1073741824",
+        "stop_grace_period": "5m0s",
+        "tmpfs": ["/tmp"],
+        "user": "4711:4712",
+        "volumes": [
+            bind(folder, "configs", read_only=True),
+            bind(folder, "data", read_only=True),
+            bind(folder, "models", read_only=True),
+            bind(folder, "adapters", read_only=False),
+            {"type": "volume", "source": "cache", "target": "/cache"},
+        ],
+    }
+
+
+def test_there_are_five_services_and_one_named_volume_and_keys_come_from_files(read: dict[str, Any]) -> None:
+    assert sorted(read["services"]) == ["demo", "plan", "tensorboard", "train-h100", "validate"]
+    assert {name: volume["name"] for name, volume in read["volumes"].items()} == {"cache": "project_cache"}
+    assert {name: secret["file"] for name, secret in read["secrets"].items()} == {
+        "hf_token": "/keys/hf",
+        "wandb_api_key": "/dev/null",
+    }
+
+
+@pytest.mark.parametrize(("name", "line"), [("train-h100", TRAIN), ("validate", VALIDATE)])
+def test_training_and_validation_have_the_gpu_and_are_else_what_all_are(
+    name: str, line: list[str], read: dict[str, Any], folder: Path
+) -> None:
+    assert read["services"][name] == common(folder) | {
+        "entrypoint": line,
+        "deploy": {**GPU, "placement": {}},
+        "ulimits": LIMITS,
+    }
+
+
+def test_the_plan_has_no_gpu_and_no_network(read: dict[str, Any], folder: Path) -> None:
+    wanted = common(folder) | {"entrypoint": [*TRAIN, "--dry-run"], "network_mode": "none"}
+    del wanted["networks"]
+    assert read["services"]["plan"] == wanted
+
+
+def test_the_demo_may_make_its_base_model_and_has_no_gpu(read: dict[str, Any], folder: Path) -> None:
+    wanted = common(folder) | {"entrypoint": ["scripts/quickstart.sh"]}
+    wanted["volumes"][2] = bind(folder, "models", read_only=False)
+    assert read["services"]["demo"] == wanted
+
+
+def test_tensorboard_reads_adapters_only_listens_on_this_machine_only_and_is_what_up_starts(
+    read: dict[str, Any], folder: Path
+) -> None:
+    wanted = common(folder) | {
+        "entrypoint": TENSORBOARD,
+        "ports": [{"mode": "ingress", "host_ip": "127.0.0.1", "target": 6006, "published": "6006", "protocol": "tcp"}],
+        "volumes": [bind(folder, "adapters", read_only=True)],
+    }
+    del wanted["profiles"], wanted["secrets"]
+    assert read["services"]["tensorboard"] == wanted
