@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Leaves flash-attn's wheel in a folder: takes one that fits from docker/wheels, or compiles it, or leaves the folder empty.
+# Leaves flash-attn's wheel in a folder and prints its path: takes one that fits from docker/wheels, or compiles it.
+# Ends with 3 where it must be compiled and torch is not there.
 # docker/Dockerfile calls it, and so may a host without Docker (environment-remote.yml). Needs `python`, and
 # to compile what requirements/flash-attn.lock lists, nvcc of CUDA 12 and g++; no GPU.
 #   docker/flash_attn.sh FOLDER
@@ -57,7 +58,7 @@ compile() {  # compile FOLDER BUILD_TAG
   folder=$(mktemp -d)
   # Without pip's cache, which would hand out what was compiled against another torch.
   python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --require-hashes --requirement "$sources" \
-    --wheel-dir "$folder" || {
+    --wheel-dir "$folder" >&2 || {
     say "not compiled; where a compiler was killed, memory ran out: give a MAX_JOBS below $MAX_JOBS, or add memory or swap"
     exit 1
   }
@@ -89,13 +90,16 @@ wheel="flash_attn-$version-$build-$python-$python-linux_$(uname -m).whl"
 if [[ -f $here/wheels/$wheel ]]; then
   say "taken from docker/wheels: $wheel"
   [[ $1 -ef $here/wheels ]] || cp "$here/wheels/$wheel" "$1/"
+  echo "$1/$wheel"
   exit 0
 fi
 for other in "$here"/wheels/*.whl; do
   [[ ! -f $other ]] || say "does not fit: docker/wheels/${other##*/}"
 done
-[[ -n $installed ]] ||
-  stop "no torch where python is; type: python -m pip install --require-hashes -r requirements/flash-attn.lock"
+if [[ -z $installed ]]; then
+  say "no $wheel in docker/wheels; to compile it: python -m pip install --require-hashes -r requirements/flash-attn.lock"
+  exit 3
+fi
 say "not in docker/wheels, so compiled: $wheel"
 compile "$1" "$build"
-say "done: $1/$wheel"
+echo "$1/$wheel"

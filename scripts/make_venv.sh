@@ -28,6 +28,9 @@ locks=("$lock")
 [[ ${1:-} != --dev ]] || locks+=(requirements/dev.lock)
 
 installed=.venv/installed
+if [[ $lock == requirements/cpu.lock && -d .venv/conda-meta ]]; then
+  fail '.venv is the environment of environment-remote.yml; demo and tests need another torch: run them in another clone' 2
+fi
 for wanted in "${locks[@]}"; do
   if [[ -x .venv/bin/python ]] && grep -qsF "$(cksum <"$wanted") $wanted" "$installed"; then continue; fi
   if [[ ! -x .venv/bin/python ]]; then

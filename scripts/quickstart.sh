@@ -28,4 +28,4 @@ if [[ -n $finished && -z $unfinished ]]; then
   fresh=(--fresh)
 fi
 echo "training"
-"$python" src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"
+exec "$python" src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"

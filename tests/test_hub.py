@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from finetune import hub
 from finetune.config import MISTRAL
+from finetune.errors import ConfigError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -219,3 +220,15 @@ def test_without_a_mirror_it_is_the_hub_itself(monkeypatch: pytest.MonkeyPatch) 
         if value is not None:
             monkeypatch.setenv("HF_ENDPOINT", value)
         assert hub.endpoint() == "https://huggingface.co"
+
+
+def test_a_token_that_may_not_be_read_is_not_taken_for_a_dead_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: (tmp_path / "absent").read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError) as caught:
+        hub.why_not_reachable("mistralai/Mistral-7B-Instruct-v0.2", None)
+    assert caught.value.problems == (
+        f"the Hub's token cannot be read: {tmp_path}/absent: No such file or directory; export HF_TOKEN=hf_...",
+    )

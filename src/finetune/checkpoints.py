@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers.trainer_pt_utils import safe_globals
 
 from finetune.errors import DiskFull
+from finetune.machine import shown
 
 SEAL = "sha256.json"
 BEST = "best"
@@ -54,7 +53,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     ways (an OSError, torch's RuntimeError, safetensors' own).
     """
     free_bytes = shutil.disk_usage(folder).free  # fails where the folder is gone, which a library would make anew
-    sizes = f"{folder} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
+    sizes = f"{shown(folder)} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
     if free_bytes < needed_bytes:
         raise DiskFull(f"no space left: {sizes}; free some, then type the same command again")
     try:
@@ -124,6 +123,9 @@ UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeE
 
 def refuse_code(folder: Path) -> None:
     """Raise ValueError where a file holds Python objects: reading them would run code, and a seal is no signature."""
+    import torch  # here, so that who only wants a hash need not wait for it
+    from transformers.trainer_pt_utils import safe_globals
+
     for path in sorted(folder.glob("*.pt*")):
         try:
             with safe_globals():  # as transformers reads them; mapped, so no tensor is read here

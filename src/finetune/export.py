@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +20,7 @@ from finetune.checkpoints import sha256, write_json
 from finetune.config import Config, is_local
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, Stopped
-from finetune.machine import ROOT
+from finetune.machine import ROOT, shown
 from finetune.receipt import base_model
 from finetune.runs import Run
 from finetune.trainer import Outcome
@@ -45,7 +46,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this program's folder; None where it is no git checkout."""
+    """The commit of this program's folder, or that its image was built from; None where neither is known."""
+    if commit := os.environ.get("GIT_COMMIT"):
+        return commit
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -150,18 +153,18 @@ def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
 
 def _check_writable(folder: Path, error: Exception) -> None:
     """Raise OutOfResource from `error` where nothing can be written into `folder`."""
-    advice = "then type the same command again"
+    advice, where = "then type the same command again", shown(folder)
     try:
         free_mib = shutil.disk_usage(folder).free / 2**20
     except OSError as gone:
-        raise OutOfResource(f"{folder} is gone ({gone.strerror}); bring it back, {advice}") from error
+        raise OutOfResource(f"{where} is gone ({gone.strerror}); bring it back, {advice}") from error
     if free_mib < FULL_DISK_MIB:
-        raise OutOfResource(f"no space left: {folder} has {free_mib:.1f} MiB free; free some, {advice}") from error
+        raise OutOfResource(f"no space left: {where} has {free_mib:.1f} MiB free; free some, {advice}") from error
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as refused:
-        text = f"{folder} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free); mend that, {advice}"
+        text = f"{where} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free); mend that, {advice}"
         raise OutOfResource(text) from error
 
 

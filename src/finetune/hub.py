@@ -10,6 +10,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
+from finetune.errors import ConfigError
 from finetune.machine import advice
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -77,14 +78,18 @@ def _certificates() -> ssl.SSLContext:
 def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]:
     """(HTTP status, what the Hub says) when asked for this revision's config.json with this token; 200 is a yes.
 
-    The status is None where nothing answers within PROBE_SECONDS.
+    The status is None where nothing answers within PROBE_SECONDS. Raises ConfigError for a token that cannot be read.
     """
     from huggingface_hub import get_token
 
+    try:
+        token = get_token()
+    except OSError as error:
+        raise ConfigError(f"the Hub's token cannot be read: {error.filename}: {error.strerror}; {GIVE_TOKEN}") from None
     address = f"{endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/config.json"
     try:
         request = Request(address, method="HEAD")
-        if token := get_token():
+        if token:
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urlopen(request, timeout=PROBE_SECONDS, context=_certificates()) as answer:
             return answer.status, "ok"

@@ -44,9 +44,15 @@ def command(script: str) -> str:
     return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
 
 
+def wandb_sync(run: Path | str) -> str:
+    """What sends the offline runs of wandb in a run's folder; on a Docker host there is no wandb but the image's."""
+    wandb = "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo"
+    return f"{advice('wandb', wandb)} sync {run}/wandb/offline-run-*"
+
+
 def shown(path: Path) -> Path:
-    """`path` as it is typed: relative where it lies in the working directory, which a container mounts elsewhere."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """`path` as it is typed in the project's root, where that is the working directory; a container has another root."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.integrations import WandbCallback
 
 from finetune.hub import PROBE_SECONDS
-from finetune.machine import shown
+from finetune.machine import shown, wandb_sync
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.schema import TrackingConfig
@@ -47,7 +47,7 @@ class Wandb(WandbCallback):  # type: ignore[misc]
 
     def later(self) -> str:
         """Why it is offline, and what sends what it wrote."""
-        return f"wandb is offline ({self.offline}); later: wandb sync {shown(self.run.folder)}/wandb/offline-run-*"
+        return f"wandb is offline ({self.offline}); later: {wandb_sync(shown(self.run.folder))}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.offline is None:

@@ -219,10 +219,9 @@ def receipt_of_another_training(bench: Bench) -> None:
 
 # What is typed, or said, for more than one of them.
 BUILD = (
-    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && PATH={Path(PYTHON).parent}:$PATH "
-    f"docker/flash_attn.sh docker/wheels && {PYTHON} -m pip install --no-deps docker/wheels/flash_attn-*.whl  "
-    "or without it: --set "
-    "model.attn_implementation=sdpa"
+    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && "
+    f'{PYTHON} -m pip install --no-deps "$(PATH={Path(PYTHON).parent}:$PATH docker/flash_attn.sh docker/wheels)"  '
+    "or without it: --set model.attn_implementation=sdpa"
 )
 REINSTALL = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
 INSTALL = f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"

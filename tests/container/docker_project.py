@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = "tests/container/no-gpu.yaml"
 UID = 4711  # has no name in the image, and is nobody here
+COMMIT = "c0ffee" * 6 + "c0ff"
 PRIVATE = "planted private words of a conversation"
 TOKEN, KEY = "hf_PlantedTokenNobodyHas", "planted0wandb0key0planted0wandb0key0plan"
 MINUTES = 60.0

@@ -51,7 +51,7 @@ def common(folder: Path) -> dict[str, Any]:
         "build": {
             "context": str(folder),
             "dockerfile": "docker/Dockerfile",
-            "args": {"LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": ""},
+            "args": {"LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": "", "GIT_COMMIT": ""},
         },
         "cap_drop": ["ALL"],
         "command": None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from docker_project import KEY, ROOT, TOKEN, UID, Project
+from docker_project import COMMIT, KEY, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -144,7 +144,7 @@ def test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller(project: Proje
     assert done.returncode == 0, done.stdout + done.stderr
     run = project.adapters / "demo-cpu"
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["status"], manifest["steps"]) == ("complete", 2)
+    assert (manifest["status"], manifest["steps"], manifest["git_commit"]) == ("complete", 2, COMMIT)
     assert adapter(run)
     made = [*run.rglob("*"), *(project.folder / "models" / "demo-135m").iterdir()]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(UID, UID)}
@@ -209,7 +209,7 @@ def test_another_user_id_is_told_the_same(project: Project) -> None:
     environment = {"UID": str(UID + 1), "GID": str(UID + 1)}
     done = project.compose("run", "--rm", "-T", "validate", "--only", "paths.output", **environment)
     assert done.returncode == 3
-    assert "paths.output             /app/adapters cannot be written: Permission denied" in done.stdout
+    assert "paths.output             adapters cannot be written: Permission denied" in done.stdout
     assert "-> sudo chown -R $(id -u) adapters, or --set output.dir=FOLDER" in done.stdout
 
 

@@ -125,7 +125,7 @@ def test_as_many_files_at_once_as_there_are_cores_and_as_memory_holds(
     place.machine(cores, free_gib)
     done = place.run()
     how = f"files at once: {jobs} ({cores} cores; {int(free_gib)} GiB of memory free, up to 7 GiB a file)"
-    assert done.stderr == f"{MISSING}flash-attn: {how}\nflash-attn: done: wheels/{WHEEL}\n"
+    assert (done.stdout, done.stderr) == (f"wheels/{WHEEL}\n", f"{MISSING}flash-attn: {how}\n")
     assert place.log.read_text(encoding="utf-8").splitlines()[1] == f"TRUE 90 1 {jobs}"
 
 
@@ -134,7 +134,6 @@ def test_too_little_memory_for_one_file_is_said_and_one_is_compiled(place: Place
     assert place.run().stderr == (
         f"{MISSING}flash-attn: files at once: 1 (4 cores; 6 GiB of memory free, up to 7 GiB a file)\n"
         "flash-attn: one file may take more memory than is free: where a compiler is killed, add memory or swap\n"
-        f"flash-attn: done: wheels/{WHEEL}\n"
     )
 
 
@@ -162,7 +161,6 @@ def test_several_threads_of_a_compiler_take_the_memory_of_as_many_files(place: P
     assert done.stderr == (
         f"flash-attn: not in docker/wheels, so compiled: {wheel}\n"
         "flash-attn: files at once: 4 (12 cores; 64 GiB of memory free, up to 14 GiB a file)\n"
-        f"flash-attn: done: wheels/{wheel}\n"
     )
     assert place.log.read_text(encoding="utf-8").splitlines()[1] == "TRUE 80;90 2 4"
 
@@ -213,8 +211,7 @@ def test_a_wheel_for_something_else_is_named_and_not_taken(place: Place, other: 
     place.own_wheel(other)
     done = place.run(MAX_JOBS="1")
     assert done.stderr == (
-        f"flash-attn: does not fit: docker/wheels/{other}\n{MISSING}"
-        f"flash-attn: files at once: 1, as MAX_JOBS says\nflash-attn: done: wheels/{WHEEL}\n"
+        f"flash-attn: does not fit: docker/wheels/{other}\n{MISSING}flash-attn: files at once: 1, as MAX_JOBS says\n"
     )
     assert place.wheels() == {WHEEL: "compiled"}
 
@@ -229,6 +226,7 @@ def test_a_wheel_that_lies_where_it_is_wanted_stays_there(place: Place) -> None:
     place.own_wheel(WHEEL)
     done = place.run("docker/wheels")
     assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
+    assert done.stdout == f"docker/wheels/{WHEEL}\n"
 
 
 def test_the_wheels_name_is_that_of_this_torch_this_python_and_this_processor(place: Place) -> None:
@@ -253,10 +251,6 @@ def test_skip_leaves_an_empty_folder_and_needs_neither_python_nor_nvcc(place: Pl
     [
         ({"FLASH_ATTN": "yes"}, 'FLASH_ATTN is "yes"; give build or skip'),
         ({"NVCC_THREADS": "0"}, 'NVCC_THREADS is "0"; give a whole number from 1, or leave it empty'),
-        (
-            {"TORCH": ""},
-            "no torch where python is; type: python -m pip install --require-hashes -r requirements/flash-attn.lock",
-        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_built(
@@ -264,6 +258,14 @@ def test_what_cannot_be_used_is_refused_before_anything_is_built(
 ) -> None:
     done = place.run(**variables)
     assert (done.returncode, done.stderr) == (2, f"flash-attn: {said}\n")
+    assert place.wheels() == {}
+
+
+def test_without_torch_it_ends_with_a_code_of_its_own_and_says_what_to_install(place: Place) -> None:
+    done = place.run(TORCH="")
+    install = "python -m pip install --require-hashes -r requirements/flash-attn.lock"
+    said = f"flash-attn: no {WHEEL} in docker/wheels; to compile it: {install}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert place.wheels() == {}
 
 

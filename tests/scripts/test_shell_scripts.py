@@ -274,3 +274,16 @@ def test_it_works_from_any_directory(linux: Place, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (linux.folder / ".venv" / "installed").is_file()
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_conda_environment_of_an_h100_host_is_left_alone(tmp_path: Path) -> None:
+    made = Place(tmp_path)
+    made.python("python3.11", "3.11")
+    (made.folder / ".venv" / "conda-meta").mkdir(parents=True)
+    assert made.run() == (
+        2,
+        "",
+        ".venv is the environment of environment-remote.yml; demo and tests need another torch: "
+        "run them in another clone\n",
+    )
+    assert [path.name for path in (made.folder / ".venv").iterdir()] == ["conda-meta"]

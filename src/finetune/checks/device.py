@@ -15,8 +15,8 @@ from finetune.machine import PYTHON, advice
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design; an expectation
 BUILD_FLASH_ATTENTION = advice(
-    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && PATH={Path(PYTHON).parent}:$PATH "
-    f"docker/flash_attn.sh docker/wheels && {PYTHON} -m pip install --no-deps docker/wheels/flash_attn-*.whl",
+    f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && "
+    f'{PYTHON} -m pip install --no-deps "$(PATH={Path(PYTHON).parent}:$PATH docker/flash_attn.sh docker/wheels)"',
     "docker compose build --build-arg FLASH_ATTN=build",
 )
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 from finetune.checks import docker_image
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.docker_image import BUILD
-from finetune.checks.gpu import OLDEST_DRIVER
+from finetune.checks.gpu import DRIVER, OLDEST_DRIVER
 from finetune.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
 from finetune.platforms import accelerator
 
@@ -39,7 +39,6 @@ INSTALL = (
     "sudo tee /etc/apt/sources.list.d/docker.list && sudo apt-get update && sudo apt-get install -y "
     "docker-ce docker-ce-cli containerd.io docker-buildx-plugin docker-compose-plugin"
 )
-DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
 MAKE_ENV = "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env"  # as .env.example says
 MEND_ENV = "(echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env"  # the last one counts, all else stays
 
@@ -97,7 +96,9 @@ def _engine(host: DockerHost) -> Finding:
         return failed(f"{found}, wanted {OLDEST_ENGINE} or newer", f"on Ubuntu: {INSTALL}")
     if engine.rootless:
         group = "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
-        return warned(f"{found}, rootless, which was not tried: a GPU there needs no-cgroups", group)
+        limits = "and take the ulimits out of compose.yaml"
+        text = f"{found}, rootless, which was not tried: a GPU there needs no-cgroups, and memlock may not be raised"
+        return warned(text, f"{group}; {limits}")
     return passed(found)
 
 

@@ -15,6 +15,7 @@ from finetune.machine import GpuProcess, advice
 from finetune.memory import peak_gib
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12
+DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
 OLDEST_CUDA = (12, 1)
 HOPPER, AMPERE = (9, 0), (8, 0)
 
@@ -28,11 +29,11 @@ def _driver(preflight: Preflight) -> Finding:
                 "on the host: .venv/bin/python scripts/check_docker.py",
             )
             if machine.container
-            else ("sudo apt install nvidia-driver-570-server, then restart; or --config cpu for the demo")
+            else f"{DRIVER}; or --config cpu for the demo"
         )
         return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", fix)
     if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
-        fix = "sudo apt install nvidia-driver-570-server, then restart (on the host, not in a container)"
+        fix = f"{DRIVER} (on the host, not in a container)"
         return failed(f"driver {machine.driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", fix)
     return passed(f"driver {machine.driver}")
 

@@ -15,7 +15,7 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.preflight import Preflight
 from finetune.config import resolve
 from finetune.fitting import fit, what_would_fit
-from finetune.machine import GIB, advice, command, shown
+from finetune.machine import GIB, advice, command, shown, wandb_sync
 from finetune.memory import peak_gib
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
@@ -79,10 +79,10 @@ def _output(preflight: Preflight) -> Finding:
     folder = resolve(preflight.config.output.dir)
     if reason := _write(folder):
         return failed(
-            f"{folder} cannot be written: {reason}",
+            f"{shown(folder)} cannot be written: {reason}",
             f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER",
         )
-    return passed(f"{folder}: written, synced, renamed")
+    return passed(f"{shown(folder)}: written, synced, renamed")
 
 
 def caches() -> dict[str, Path]:
@@ -124,7 +124,7 @@ def _disk(preflight: Preflight) -> Finding:
         elif shutil.disk_usage(cache).free / GIB < BASE_GIB:
             found = f"{shutil.disk_usage(cache).free / GIB:.1f} GiB free in {cache}, {BASE_GIB} needed for the base"
             return failed(found, "free some, or export HF_HOME=FOLDER on another disk")
-    found = f"{free_gib:.1f} GiB free in {folder}, {needed_gib:.2f} needed ({parts})"
+    found = f"{free_gib:.1f} GiB free in {shown(folder)}, {needed_gib:.2f} needed ({parts})"
     if free_gib < needed_gib:
         return failed(found, "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk")
     return passed(found)
@@ -142,7 +142,7 @@ def _wandb(preflight: Preflight) -> Finding:
     reason = wandb_offline_reason()
     if reason is None:
         return passed("wandb answers, and a key is here")
-    later = "wandb sync adapters/RUN/wandb/offline-run-* sends it later"
+    later = f"{wandb_sync('adapters/RUN')} sends it later"
     return warned(
         f"wandb will be offline: {reason}; TensorBoard files and metrics.jsonl are written",
         f"{advice('export WANDB_API_KEY=..., or ', f'{KEY_FILE} in .env, or ') if reason == NO_KEY else ''}{later}",
