@@ -51,7 +51,7 @@ def wandb_sync(run: Path | str) -> str:
 
 
 def shown(path: Path) -> Path:
-    """`path` as it is typed in the project's root, where that is the working directory; a container has another root."""
+    """`path` as it is typed in the project's root, where that is the working directory; an image has another root."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
 
 

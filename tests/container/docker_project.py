@@ -15,6 +15,8 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 PRIVATE = "planted private words of a conversation"
 TOKEN, KEY = "hf_PlantedTokenNobodyHas", "planted0wandb0key0planted0wandb0key0plan"
 MINUTES = 60.0
+# Small models are no faster with two, and far slower beside others; and sums by two threads have other last bits.
+ONE_THREAD = ("--env", "OMP_NUM_THREADS=1")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class Project:
         self, service: str, *words: str, no_gpu: bool = True, minutes: float = 10
     ) -> subprocess.CompletedProcess[str]:
         """`docker compose run --rm SERVICE`, without a terminal."""
-        one_thread = ("--env", "OMP_NUM_THREADS=1")  # small models are no faster with two, and far slower beside others
-        return self.compose("run", "--rm", "-T", *one_thread, service, *words, no_gpu=no_gpu, minutes=minutes)
+        return self.compose("run", "--rm", "-T", *ONE_THREAD, service, *words, no_gpu=no_gpu, minutes=minutes)
+
+    def start(self, service: str, *words: str) -> str:
+        """The same in the background: the container's id."""
+        return self.compose("run", "--detach", "-T", *ONE_THREAD, service, *words).stdout.strip()
 
     def python(self, code: str) -> subprocess.CompletedProcess[str]:
         """A piece of Python inside of the image, as the training's service is started."""

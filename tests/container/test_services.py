@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = (
     "model.name=models/tiny",
     "lora.lora_dropout=0.1",
-    "training.num_train_epochs=4",
+    "training.num_train_epochs=3",
     "dataset.sample_prompts=[]",
 )
 TINY = ("--config", "cpu", "--skip", "device,rehearsal", *(word for text in SETTINGS for word in ("--set", text)))
@@ -160,7 +160,7 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
     assert whole.returncode == 0, whole.stderr
     stopped = project.adapters / "stopped"
     command = ("train-h100", *TINY, "--set", "tracking.run_name=stopped")
-    container = project.compose("run", "--detach", "-T", *command).stdout.strip()
+    container = project.start(*command)
     until("step 3", lambda: steps(stopped) >= 3)
 
     second = project.run(*command)

@@ -1,0 +1,46 @@
+"""What the README says of tests and results: the files it names are there and say that."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from finetune import checks
+from finetune.checks import docker
+from finetune.config import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_fault_names_a_test_file_and_each_one_named_is_there() -> None:
+    rows = [line.split("|")[-2] for line in section("When something goes wrong").splitlines() if line.startswith("| ")][
+        1:
+    ]
+    named = [re.findall(r"`((?:tests/)?[\w/]+(?:\.py|/))`", held_by) for held_by in rows]
+    assert len(rows) > 20
+    assert all(named)
+    paths = {name if name.startswith("tests/") else f"tests/lost/{name}" for names in named for name in names}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_the_tables_of_checks_are_the_registries() -> None:
+    named = re.findall(r"^\| `([a-z0-9_]+\.[a-z0-9_]+|receipt|rehearsal)` \|", README, re.MULTILINE)
+    assert named == [check.id for check in (*checks.CHECKS, *docker.CHECKS)]
+
+
+def test_the_nights_line_is_that_of_its_result_file() -> None:
+    newest = sorted(RESULTS.glob("*-nightly-*.json"))[-1]
+    assert f"(`benchmarks/results/{newest.name}`)" in README
+    assert f"    {json.loads(newest.read_text(encoding='utf-8'))['line']}\n" in README
+
+
+def test_every_measured_row_names_result_files_that_are_there() -> None:
+    rows = [line.split("|")[-2].strip() for line in section("Measured").splitlines() if line.startswith("| ")][1:]
+    named = [row.strip("`") for row in rows if row not in ("", "the same")]
+    assert named
+    assert [name for name in named if not list(RESULTS.glob(name))] == []
