@@ -8,12 +8,14 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from finetune import config
+from finetune import config, runs
 from finetune.config import ROOT, Config
 from finetune.errors import ConfigError, OutOfResource
 from finetune.runs import Run, make_folder, open_run
@@ -168,6 +170,7 @@ def test_a_file_with_a_runs_name_is_not_taken_for_a_run(settings: Config, opened
 
 HOLDER = """
 import sys
+import time
 from finetune import config, runs
 run = runs.open_run(config.load("h100", sys.argv[1:])[0], False)
 print(run.folder, flush=True)
@@ -212,6 +215,17 @@ def test_a_lock_file_that_says_nothing_is_another_process(settings: Config) -> N
     with pytest.raises(OutOfResource) as caught:
         open_run(settings, False)
     assert str(caught.value) == f"{settings.run_folder} is being written by another process; wait for it"
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(
+    settings: Config, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = settings.run_folder / "lock"
+    words = lock.read_text(encoding="utf-8")
+    lock.write_text("", encoding="utf-8")
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: lock.write_text(words)))
+    with pytest.raises(OutOfResource, match=f"is being written by pid {holder.pid} on"):
+        open_run(settings, False)
 
 
 @pytest.mark.usefixtures("holder")

@@ -19,6 +19,8 @@ from finetune.config import Config
 from finetune.errors import ConfigError, OutOfResource
 from finetune.machine import advice, shown
 
+WAIT_FOR_NAME_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -135,9 +137,17 @@ def _status(folder: Path) -> str | None:
 
 
 def _held_by(stream: TextIO) -> str:
-    """Who holds this lock and how to stop it, in the two lines that the holder wrote."""
-    stream.seek(0)
-    who, _, stop = stream.read().strip().partition("\n")
+    """Who holds this lock and how to stop it, in the two lines that the holder wrote.
+
+    They are waited for: a holder writes them a moment after it has the lock.
+    """
+    until = time.monotonic() + WAIT_FOR_NAME_SECONDS
+    while True:
+        stream.seek(0)
+        who, _, stop = stream.read().strip().partition("\n")
+        if stop or time.monotonic() > until:
+            break
+        time.sleep(0.01)
     return f"{who or 'another process'}; wait for it" + (f", or stop it with: {stop}" if stop else "")
 
 

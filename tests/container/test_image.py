@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from docker_project import COMMIT, KEY, PRIVATE, ROOT, TOKEN, UID, Project
@@ -152,7 +153,8 @@ def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
 ) -> None:
     name = "flash_attn-2.8.3.post2-2.10.0torch.sm90-cp311-cp311-linux_x86_64.whl"
     wheel = project.folder / "docker" / "wheels" / name
-    wheel.write_text("kept", encoding="utf-8")
+    kept = f"kept {uuid4()}"  # else an engine that has run this test before takes its own layer instead
+    wheel.write_text(kept, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     line = "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile ."
     assert f"    {line}\n" in readme
@@ -161,7 +163,7 @@ def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
     wheel.unlink()
     assert done.returncode == 0, done.stderr
     assert f"flash-attn: taken from docker/wheels: {name}" in done.stderr
-    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {name: "kept"}
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {name: kept}
 
 
 def test_what_the_dockerfile_pins_is_what_the_lock_pins() -> None:
