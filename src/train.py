@@ -22,6 +22,7 @@ from finetune.platforms import (
     peak_memory_gib,
     prepare_device,
 )
+from finetune.recompute import Choice, by_formula, settled
 from finetune.report import Terminal, quiet_libraries, tally
 from finetune.runs import Run, open_run
 
@@ -113,17 +114,20 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
-    pace = Pace()
+    pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
     if "rehearsal" not in skipped and not over:
         done = checkpoints.step_of(checkpoint) if checkpoint else 0
-        pace = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
+        pace, choice = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
+    elif choice.reason and not over:
+        terminal.decision("checkpointed layers", choice.reason)
+    known["checkpointed_layers"] = None if over else choice.layers  # after its last step a run computes no layer again
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
     export.write_start(run, config, known)
     export.write_receipt(run, config, prepared)
-    out_of_memory = memory_errors_explained(what_would_fit(config, preflight.geometry, capacity))
+    out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
     with export.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
@@ -132,6 +136,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             prepared.validation.dataset(None),
             config.dataset.train_file,
             trainer.arguments(config.training, run, report_to, platform, trainer.evaluates_first(checkpoint)),
+            choice.layers,
         )
         if wandb:
             made.add_callback(wandb)
@@ -157,17 +162,19 @@ def rehearse(
     tokenizer: PreTrainedTokenizerFast,
     done: int,
     terminal: Terminal,
-) -> Pace:
+) -> tuple[Pace, Choice]:
     from finetune import rehearsal
 
     config, folder = preflight.config, run.folder / "rehearsal"
     capacity = capacity_gib(preflight.platform)
     found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity, done)
+    if found.checkpointed.reason:
+        terminal.decision("checkpointed layers", found.checkpointed.reason)
     terminal.decision("rehearsal", found.sentence(datetime.now()))
     partial = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
     if partial:
         terminal.decision("time budget", partial)
-    return found.pace
+    return found.pace, found.checkpointed
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ def test_the_hub_id_is_mistral_7b_without_a_look_at_any_file(platform: str) -> N
     assert read_geometry(config.load(platform)[0]) == Geometry(4096, 14336, 32, 32, 8, 32000, False)
 
 
+@pytest.mark.parametrize("platform", ["h100", "cpu"])
+def test_more_layers_to_checkpoint_than_the_model_has_are_refused(platform: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
+    local = [f"model.name={tmp_path}"] if platform == "cpu" else []
+    assert read_geometry(config.load(platform, [*local, "training.checkpointed_layers=32"])[0]) == MISTRAL_7B
+    with pytest.raises(ConfigError) as caught:
+        read_geometry(config.load(platform, [*local, "training.checkpointed_layers=33"])[0])
+    text = "training.checkpointed_layers: 33, but the model has 32 layers; wanted 0 to 32, all or auto"
+    assert caught.value.problems == (text,)
+
+
 def test_the_seven_linear_layers_of_mistral_7b_have_their_published_shapes() -> None:
     assert MISTRAL_7B.linear_shapes() == {
         "q_proj": (4096, 4096),

@@ -18,7 +18,7 @@ from finetune.config import ROOT
 # The light half, lowest first: each may import those before it. Every other file in src/finetune is heavy.
 LIGHT = (
     *("errors", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
-    *("throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
+    *("recompute", "throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
     *("docker_host", "checks", "report", "cli"),
 )
 # These ask the libraries themselves, in functions, so that what is broken is found and the rest is still said.

@@ -39,7 +39,7 @@ def at(moment: str, *settings: str, platform: str = "h100") -> dict[str, float]:
 def measured() -> dict[str, Any]:
     """Two small models trained for two steps in processes of their own, their allocations recorded."""
     results = {}
-    for case in ("small", "wide, evaluation"):
+    for case in ("small", "wide, evaluation", "deep, 8 of 12"):
         command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--case", case, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -195,6 +195,21 @@ def test_with_checkpointing_a_layer_keeps_its_input_until_its_backward() -> None
     assert last["activations"] * GIB == tokens * (32 * 4096 * 2 + ends + 256_224)
 
 
+def test_layers_that_are_not_checkpointed_keep_everything_and_no_other_is_alive_beside_them() -> None:
+    every, some = at("loss"), at("loss", "training.checkpointed_layers=24")
+    tokens, layer = 4 * 4096, 256_224
+    assert some["activations"] * GIB == every["activations"] * GIB + 8 * tokens * (layer - 4096 * 2)
+    last = at("backward", "training.checkpointed_layers=24")
+    assert last["activations"] == some["activations"]  # the last layer is one of the eight
+    assert {**some, "activations": 0} == {**every, "activations": 0}
+
+
+def test_auto_counts_as_all_layers_since_only_memory_to_spare_makes_them_fewer() -> None:
+    assert (
+        at("loss", "training.checkpointed_layers=auto") == at("loss", "training.checkpointed_layers=32") == at("loss")
+    )
+
+
 def test_triton_scores_logits_inside_its_tile_and_torch_in_seven_float32_copies() -> None:
     tile = 4096 * 32768 * 2
     states = 4 * 4096 * 4096 * (2 + 4)  # the supervised ones, and their gradient in float32
@@ -259,6 +274,12 @@ def test_fewer_rows_at_once_and_more_accumulation_come_first() -> None:
     assert found.command == (
         "--set training.per_device_train_batch_size=2 --set training.gradient_accumulation_steps=8"
     )
+
+
+def test_where_only_some_layers_are_checkpointed_all_come_before_anything_else() -> None:
+    found = fit(load("training.checkpointed_layers=8"), MISTRAL_7B, 80)
+    text = "training.checkpointed_layers 8 -> all; 13.4 GiB expected"
+    assert found == Fit(("training.checkpointed_layers=all",), 13.4, text)
 
 
 def test_changes_add_up_in_their_order_until_the_run_fits() -> None:

@@ -161,6 +161,7 @@ def test_the_plan_adds_up_what_was_counted() -> None:
         hours=None,
         certificate={"rows": 1007, "mismatches": 0},
         problems=[],
+        checkpointed_layers=32,
     )
     assert plan.disk_gib == 2.66
 
@@ -181,6 +182,26 @@ def test_the_parts_of_the_memory_add_up_to_the_peak(settings: list[str]) -> None
     plan = planned(50, *settings)
     assert sum(plan.memory_parts.values()) == pytest.approx(plan.peak_memory_gib, abs=0.01)
     assert all(size >= 0 for size in plan.memory_parts.values())
+
+
+def test_the_layers_that_auto_would_checkpoint_are_told_with_their_memory() -> None:
+    auto = "training.checkpointed_layers=auto"
+    plan = planned(50, auto)
+    assert (plan.checkpointed_layers, plan.checkpointed_from) == (
+        16,
+        "16 of 32: 70.1 GiB expected by the formula alone, at most 71.2 of 79.1; a rehearsal decides",
+    )
+    assert plan.peak_memory_gib == planned(50, "training.checkpointed_layers=16").peak_memory_gib == 70.15
+    assert (planned(50, "training.checkpointed_layers=16").checkpointed_from, plan.problems) == (
+        None,
+        planned(50).problems,
+    )
+
+
+def test_a_laptop_plans_auto_for_the_80_gib_of_an_h100() -> None:
+    plan = planned(50, "training.checkpointed_layers=auto", machine=LAPTOP)
+    told = "16 of 32: 70.1 GiB expected by the formula alone, at most 72.0 of 80.0; a rehearsal decides"
+    assert (plan.memory_available_gib, plan.checkpointed_from) == (None, told)
 
 
 # Hours ----------------------------------------------------------------------------------------------------------------

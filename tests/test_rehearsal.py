@@ -35,6 +35,7 @@ from finetune.machine import read_machine
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.putback import put_back
+from finetune.recompute import Choice
 from finetune.rehearsal import Rehearsal, rehearse
 from finetune.trainer import Trainer, arguments, make_trainer, train
 from test_trainer import FINGERPRINT, Case, adapter_weights, same
@@ -141,6 +142,7 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
         pace=Pace(pytest.approx(step), pytest.approx(2.0 * all_rows / heaviest), 2.0),
         tokens_per_second=pytest.approx(lengths.sum() / steps_per_epoch / step),
         schedule=Schedule(20, 100, steps_per_epoch, 10, config.training.save_steps),
+        checkpointed=Choice(0),
     )
 
 
@@ -155,12 +157,14 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
 )
 def test_the_sentence_says_memory_speed_and_when_it_will_be_over(step_seconds: float, sentence: str) -> None:
     schedule = Schedule(done=0, steps=1250, steps_per_epoch=500, eval_steps=250, save_steps=500)
-    found = Rehearsal(21.3, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule)  # 6 evaluations and 3 saves: 270 s
+    found = Rehearsal(
+        21.3, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32)
+    )  # 6 evaluations and 3 saves: 270 s
     assert found.sentence(datetime(2025, 3, 3, 15, 14)) == sentence
 
 
 def test_what_remains_of_a_run_that_goes_on_is_told() -> None:
-    found = Rehearsal(1, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10))
+    found = Rehearsal(1, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32))
     now = datetime(2025, 3, 3, 15, 14)
     assert found.sentence(now) == "peak 1.0 of 2.0 GiB, 60.0 s a step, 60 s for 1 step, finished about 15:15"
 

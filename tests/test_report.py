@@ -35,6 +35,7 @@ PLAN = Plan(
     disk_gib=2.66,
     hours=3.46,
     certificate={"rows": 13_719, "mismatches": 0},
+    checkpointed_layers=32,
     problems=["too few steps", "too little memory"],
 )
 

@@ -54,6 +54,7 @@ SHARED = {
     "training.bf16": True,
     "training.fp16": False,
     "training.gradient_checkpointing": True,
+    "training.checkpointed_layers": "all",
     "training.packing": True,
     "training.logging_steps": 10,
     "training.eval_steps": 100,

@@ -23,6 +23,7 @@ ENTRY = {
     "storage": "packed",
     "attn_implementation": "flash_attention_2",
     "gradient_checkpointing": True,
+    "checkpointed_layers": 32,
     "tokens_per_second": 3000.0,
     "eval_tokens_per_second": 9000.0,
 }
@@ -61,6 +62,7 @@ def test_an_entry_under_the_same_conditions_is_told_with_its_file_and_machine(tm
         "quantization.storage=expanded",
         "model.attn_implementation=sdpa",
         "training.gradient_checkpointing=false",
+        "training.checkpointed_layers=24",
     ],
 )
 def test_an_entry_under_other_conditions_is_not_used(setting: str, tmp_path: Path) -> None:
@@ -72,6 +74,11 @@ def test_an_entry_under_other_conditions_is_not_used(setting: str, tmp_path: Pat
 def test_an_entry_of_another_platform_or_model_is_not_used(other: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, "a.json", "2026-11-23", other)
     assert find(load(), MISTRAL_7B, tmp_path) is None
+
+
+def test_all_layers_and_their_number_are_the_same_condition(tmp_path: Path) -> None:
+    write(tmp_path, "a.json", "2026-11-23", {})
+    assert find(load("training.checkpointed_layers=32"), MISTRAL_7B, tmp_path) is not None
 
 
 def test_what_does_not_decide_speed_may_differ(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "git_commit": (str, type(None)),
     "skipped_checks": list,
+    "checkpointed_layers": int,
     "steps": int,
     "train_loss": float,
     "eval_loss_before": float,

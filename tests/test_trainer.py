@@ -35,6 +35,8 @@ from finetune.config import Config, load
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.errors import DiskFull, Diverged, Stopped
+from finetune.geometry import read_geometry
+from finetune.memory import checkpointed_layers
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.platforms import PLATFORMS
 from finetune.runs import Run
@@ -80,7 +82,8 @@ class Case:
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
         sft = arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
-        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft)
+        layers = checkpointed_layers(config, read_geometry(config))
+        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, layers)
 
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
         """(outcome, model, what was printed) of a whole training."""

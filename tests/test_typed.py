@@ -27,6 +27,7 @@ class Section:
     note: str | None
     patience: Annotated[int, Bounds(least=1)] | None
     mode: Literal["packed", "expanded"]
+    layers: Literal["all", "auto"] | Annotated[int, Bounds(least=0)]
     names: tuple[str, ...]
 
 
@@ -58,6 +59,7 @@ GOOD: dict[str, Any] = {
         "note": None,
         "patience": None,
         "mode": "packed",
+        "layers": "all",
         "names": ["a", "b"],
     },
     "lora": {"r": 8},
@@ -132,12 +134,24 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
         ("mode", None, "found null, wanted packed | expanded"),
         ("mode", True, "found True (true/false), wanted packed | expanded"),
         ("mode", ["packed"], "found ['packed'] (list), wanted packed | expanded; did you mean packed?"),
+        ("layers", "al", "found 'al' (text), wanted all | auto | a whole number; did you mean all?"),
+        ("layers", 2.0, "found 2.0 (number), wanted all | auto | a whole number"),
+        ("layers", True, "found True (true/false), wanted all | auto | a whole number"),
+        ("layers", None, "found null, wanted all | auto | a whole number"),
+        ("layers", "a whole number", "found 'a whole number' (text), wanted all | auto | a whole number"),
+        ("layers", -1, "found -1 (whole number), wanted at least 0"),
         ("name", "", "found '' (text), wanted text that is not empty"),
         ("note", "", "found '' (text), wanted text that is not empty"),
     ],
 )
 def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, value: Any, message: str) -> None:
     assert built({key: value})[1] == [f"section.{key}: {message}"]
+
+
+@pytest.mark.parametrize("value", ["all", "auto", 0, 24])
+def test_a_name_may_stand_in_a_numbers_place(value: str | int) -> None:
+    tree, problems = built({"layers": value})
+    assert (tree.section.layers, problems) == (value, [])
 
 
 @pytest.mark.parametrize("value", ["packed", "expanded"])

@@ -232,6 +232,13 @@ def _time_budget(config: Config, problems: typed.Problems) -> None:
         problems.add("training.time_budget_partial", text)
 
 
+def _checkpointed_layers(config: Config, problems: typed.Problems) -> None:
+    found = config.training.checkpointed_layers
+    if found != "all" and not config.training.gradient_checkpointing:
+        text = f"{found} has no effect beside gradient_checkpointing false; set that to true, or this to all"
+        problems.add("training.checkpointed_layers", text)
+
+
 def _system_prompt(config: Config, problems: typed.Problems) -> None:
     if config.system_prompt is not None and not config.system_prompt.strip():
         problems.add("system_prompt", "empty; set it to null for none")
@@ -251,6 +258,7 @@ RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
     _lora_targets,
     _schedule,
     _time_budget,
+    _checkpointed_layers,
     _system_prompt,
     _run_name,
 )

@@ -61,6 +61,7 @@ FREE_TO_CHANGE = {
     "training": (
         "logging_steps",
         "per_device_eval_batch_size",
+        "checkpointed_layers",
         "save_total_limit",
         "save_minutes",
         "time_budget_hours",

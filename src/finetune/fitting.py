@@ -12,6 +12,7 @@ from finetune.memory import peak_gib
 
 # What `fit` may change, and what follows the change in its sentence.
 EFFECTS = {
+    "training.checkpointed_layers": "; ",
     "training.per_device_train_batch_size": ", ",
     "training.gradient_accumulation_steps": " keeps the effective batch of {batch}; ",
     "training.per_device_eval_batch_size": "; ",
@@ -66,9 +67,11 @@ def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, meas
 
 
 def _changes(config: Config) -> Iterator[Config]:
-    """What can be changed next, least harmful first: the first two and the fourth leave the result as it is."""
+    """What can be changed next, least harmful first: the first three and the fifth leave the result as it is."""
     training, length = config.training, config.model.max_seq_length
     rows, evaluated = _divisor_below(training.per_device_train_batch_size), training.per_device_eval_batch_size
+    if isinstance(training.checkpointed_layers, int):
+        yield _with(config, "training", checkpointed_layers="all")
     if rows:
         steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
         yield _with(config, "training", per_device_train_batch_size=rows, gradient_accumulation_steps=steps)

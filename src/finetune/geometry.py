@@ -53,10 +53,19 @@ MISTRAL_7B = Geometry(
 def read_geometry(config: Config) -> Geometry:
     """The base model's geometry: Mistral-7B's own, or what a local folder's config.json says.
 
-    On h100 and m4 a folder must hold Mistral-7B itself; on cpu any MistralForCausalLM will do. Raises ConfigError.
+    On h100 and m4 a folder must hold Mistral-7B itself; on cpu any MistralForCausalLM will do. Raises ConfigError, also
+    where more layers are to be checkpointed than there are.
     """
-    if config.model.name == MISTRAL and not is_local(config.model.name):
-        return MISTRAL_7B
+    remote = config.model.name == MISTRAL and not is_local(config.model.name)
+    found = MISTRAL_7B if remote else _local_geometry(config)
+    asked, layers = config.training.checkpointed_layers, found.num_hidden_layers
+    if isinstance(asked, int) and asked > layers:
+        wanted = f"wanted 0 to {layers}, all or auto"
+        raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers; {wanted}")
+    return found
+
+
+def _local_geometry(config: Config) -> Geometry:
     path = resolve(config.model.name) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

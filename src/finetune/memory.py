@@ -55,6 +55,14 @@ class Batch:
         return self.rows * self.length**2
 
 
+def checkpointed_layers(config: Config, geometry: Geometry) -> int:
+    """Of how many layers, the first ones, only the input is kept; `auto` counts as all, with which memory is least."""
+    asked = config.training.checkpointed_layers
+    if not config.training.gradient_checkpointing:
+        return 0
+    return asked if isinstance(asked, int) else geometry.num_hidden_layers
+
+
 def lora_parameters(config: Config, geometry: Geometry) -> int:
     """r x (in + out) for each target layer (Hu et al. 2021, section 4.1)."""
     shapes = geometry.linear_shapes()
@@ -79,13 +87,13 @@ def moments(config: Config, geometry: Geometry) -> dict[str, dict[str, float]]:
     """The three moments one of which is the peak, each by part, GiB.
 
     `loss`: all that the forward pass keeps, and TRL's tile of logits. `backward`: what the forward pass keeps, the last
-    layer's activations also where they are checkpointed, and what its backward needs beside them. `evaluation`: one
-    batch of per_device_eval_batch_size rows padded to max_seq_length; it keeps nothing, and there are no gradients.
+    layer's activations also where it is checkpointed, and what its backward needs beside them; whole layers come last,
+    so they are gone before a checkpointed one is computed again. `evaluation`: one batch of per_device_eval_batch_size
+    rows padded to max_seq_length; it keeps nothing, and there are no gradients.
     """
     sizes = _Sizes(config, geometry)
     training, evaluation = sizes.training_batch(), sizes.evaluation_batch()
-    layers = geometry.num_hidden_layers
-    whole = 0 if config.training.gradient_checkpointing else layers  # layers of which everything is kept
+    whole = geometry.num_hidden_layers - checkpointed_layers(config, geometry)  # layers of which everything is kept
     live = max(whole, 1)
     kept, last = sizes.kept(training, whole), sizes.kept(training, live)
     found = {
@@ -188,10 +196,10 @@ class _Sizes:
         Beside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The first
         layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
         """
-        hidden, layers = self.geometry.hidden_size, self.geometry.num_hidden_layers
+        hidden = self.geometry.hidden_size
         ends: float = hidden * (4 + self.width) + 2 * hidden // self.geometry.num_attention_heads * self.width
         if self.config.training.gradient_checkpointing:
-            ends += layers * hidden * self.width
+            ends += checkpointed_layers(self.config, self.geometry) * hidden * self.width
         else:
             ends -= hidden * 4 + self.noise_a_token(("q_proj", "k_proj", "v_proj"))
         return batch.tokens * (ends + whole * self.kept_a_token(batch)) + whole * self.attention_weights(batch)

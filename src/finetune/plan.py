@@ -13,7 +13,10 @@ from finetune.geometry import Geometry
 from finetune.machine import GIB, Machine
 from finetune.memory import lora_parameters, memory_parts
 from finetune.platforms import PLATFORMS, memory_available_gib
+from finetune.recompute import by_formula, settled
 from finetune.throughput import Throughput, find
+
+BEFORE = "a rehearsal decides"  # so the formula is what the plan has
 
 
 class RowCounts(Protocol):
@@ -33,7 +36,8 @@ class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
     `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `problems` are things to change before a long run, each with what to type.
+    where. `checkpointed_from` is why so many layers are, where the config leaves it open.
+    `problems` are things to change before a long run, each with what to type.
     """
 
     rows_train: int
@@ -57,7 +61,9 @@ class Plan:
     hours: float | None
     certificate: dict[str, int]
     problems: list[str]
+    checkpointed_layers: int
     hours_from: str | None = None
+    checkpointed_from: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -78,6 +84,10 @@ def make_plan(
     """The plan of a run over `sequences` training sequences (packed ones where packing is on)."""
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
+    platform = PLATFORMS[config.platform]
+    available = memory_available_gib(platform, machine)
+    choice = by_formula(config, geometry, platform.memory_gib if available is None else available, BEFORE)
+    config = settled(config, choice)
     parts = memory_parts(config, geometry)
     speed = find(config, geometry)
     tokens = config.model.max_seq_length * sequences if training.packing else train.tokens
@@ -98,11 +108,13 @@ def make_plan(
         checkpoints=math.ceil(steps / training.save_steps),
         peak_memory_gib=round(sum(parts.values()), 2),
         memory_parts={name: round(gib, 3) for name, gib in parts.items()},
-        memory_available_gib=_rounded(memory_available_gib(PLATFORMS[config.platform], machine)),
+        memory_available_gib=_rounded(available),
         disk_gib=round(disk_bytes(config, geometry, train.tokens + validation.tokens) / GIB, 2),
         hours=None,
         certificate={"rows": train.certified + validation.certified, "mismatches": 0},
         problems=[],
+        checkpointed_layers=choice.layers,
+        checkpointed_from=choice.reason,
     )
     if speed is not None:
         hours = round(_hours(plan, config, validation.tokens, speed), 4)

@@ -32,6 +32,12 @@ class Platform:
     optimizers: tuple[str, ...]
     attentions: tuple[str, ...]
     any_base: bool
+    memory_gib: float = 0.0  # to plan with where no such machine is at hand; a CPU always is
+
+    @property
+    def peak_begins_anew(self) -> bool:
+        """Whether `forget_memory` lets a peak be measured again; the resident peak of a process never falls."""
+        return self.device != "cpu"
 
     @property
     def pin_memory(self) -> bool:
@@ -54,6 +60,7 @@ PLATFORMS = {
             optimizers=("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"),
             attentions=("flash_attention_2", "sdpa"),
             any_base=False,
+            memory_gib=80.0,
         ),
         Platform(
             name="m4",
@@ -62,6 +69,7 @@ PLATFORMS = {
             optimizers=("adamw_torch",),  # paged and 8-bit optimizers live in CUDA memory
             attentions=("sdpa",),
             any_base=False,
+            memory_gib=21.3,  # the GPU's working set on a Mac of 32 GB: 22.9 GB, as reported
         ),
         Platform(
             name="cpu",
@@ -73,6 +81,11 @@ PLATFORMS = {
         ),
     )
 }
+
+
+# Of the capacity, what `training.checkpointed_layers: auto` may fill: 72 of 80 GiB. The rest is for the CUDA context,
+# for paged optimizer state, and for what batches of other lengths leave unused between torch's blocks.
+AUTO_SHARE = 0.9
 
 
 def choose(machine: Machine) -> tuple[Platform, str]:
@@ -191,6 +204,15 @@ def peak_memory_gib(platform: Platform) -> float:
         return float(torch.mps.driver_allocated_memory() / GIB)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
+
+
+def peak_held_gib(platform: Platform) -> float:
+    """As `peak_memory_gib`, and on an NVIDIA GPU what torch held beside what was allocated: what its driver saw."""
+    if platform.name == "h100":
+        import torch
+
+        return float(torch.cuda.max_memory_reserved() / GIB)
+    return peak_memory_gib(platform)
 
 
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:

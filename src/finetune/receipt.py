@@ -34,7 +34,7 @@ BY_DESIGN = (
 # and what changes no weight, or is compared by its content.
 NOT_COMPARED = (
     *(f"model.{key}" for key in ("name", "revision")),
-    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "save_minutes")),
+    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "save_minutes", "checkpointed_layers")),
     *(f"training.time_budget_{key}" for key in ("hours", "partial")),
     *(f"dataset.{key}" for key in ("train_file", "validation_file", "validation_split", "certificate")),
     "dataset.sample_prompts",

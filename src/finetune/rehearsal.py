@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,10 +25,20 @@ from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.fitting import what_would_fit
-from finetune.geometry import read_geometry
+from finetune.geometry import Geometry, read_geometry
+from finetune.memory import checkpointed_layers
 from finetune.plan import count_steps
-from finetune.platforms import PLATFORMS, Platform, forget_memory, memory_errors_explained, peak_memory_gib, synchronize
+from finetune.platforms import (
+    PLATFORMS,
+    Platform,
+    forget_memory,
+    memory_errors_explained,
+    peak_held_gib,
+    peak_memory_gib,
+    synchronize,
+)
 from finetune.putback import put_back
+from finetune.recompute import Choice, by_formula, by_trials, with_layers
 from finetune.runs import Run, make_folder
 from finetune.trainer import Trainer, arguments, make_trainer
 
@@ -39,7 +50,8 @@ class Rehearsal:
     """What was measured, and what it means for the steps that remain.
 
     `peak_gib` does not hold paged optimizer state, which may move to the host. `pace` is of steps with as many tokens
-    as the run's have on average. `tokens_per_second` counts no padding, no evaluation and no save.
+    as the run's have on average. `tokens_per_second` counts no padding, no evaluation and no save. `checkpointed` is
+    the number of layers with which all of it was measured.
     """
 
     peak_gib: float
@@ -47,6 +59,7 @@ class Rehearsal:
     pace: Pace
     tokens_per_second: float
     schedule: Schedule
+    checkpointed: Choice
 
     @property
     def hours(self) -> float:
@@ -113,55 +126,67 @@ def rehearse(
 ) -> Rehearsal:
     """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
 
-    `done` steps of the run are behind it. Raises OutOfResource where memory or disk is not enough, CheckFailed where a
+    `done` steps of the run are behind it. Where `training.checkpointed_layers` is auto, that is repeated with fewer and
+    fewer of them. Raises OutOfResource where memory or disk is not enough, CheckFailed where a
     checkpoint cannot be saved or does not load back as it was saved, and Diverged.
     """
-    platform = PLATFORMS[config.platform]
     lengths = example_lengths(prepared)
     load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
     held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
-    stage = _Stage(model, tokenizer, prepared, config, Run(folder, False, None), load, held_out)
-    forget_memory(platform)  # what loading took and gave back is no part of the peak
-    before = peak_memory_gib(platform)
+    run, geometry = Run(folder, False, None), read_geometry(config)
+    stage = _Stage(model, tokenizer, prepared, config, geometry, run, load, held_out, capacity_gib)
     shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it
     make_folder(folder)
     try:
         with _advice_where_memory_ends(config, capacity_gib):
-            watch, peak_gib = stage.train()
-            if peak_gib > capacity_gib and peak_gib > before:  # a higher one of the loading has passed already
-                raise _MemoryEnds(f"peak {peak_gib:.1f} GiB", peak_gib)
-            stage.load_back(watch)
+            stage, trial, choice = _settle(stage)
+            stage.load_back(trial.watch)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
+    watch = trial.watch
     steps_per_epoch, steps = count_steps(config, len(lengths))
     step_seconds = watch.micro_batch_seconds / load.worst_tokens * load.tokens / steps_per_epoch
     step_seconds += watch.optimizer_seconds
     evaluation_seconds = watch.evaluation_seconds / held_out.worst_tokens * held_out.tokens
     return Rehearsal(
-        peak_gib=peak_gib,
+        peak_gib=trial.peak_gib,
         capacity_gib=capacity_gib,
         pace=Pace(step_seconds, evaluation_seconds, watch.save_seconds),
         tokens_per_second=float(lengths.sum()) / steps_per_epoch / step_seconds,
         schedule=Schedule(done, steps, steps_per_epoch, config.training.eval_steps, config.training.save_steps),
+        checkpointed=choice,
     )
 
 
 @dataclass(frozen=True)
+class _Trial:
+    """What one training of a rehearsal gave; `held_gib` is what the device's driver saw at most."""
+
+    watch: Stopwatch
+    peak_gib: float
+    held_gib: float
+
+
+@dataclass(frozen=True)
 class _Stage:
-    """What the two trainers of a rehearsal are made of."""
+    """What the trainers of a rehearsal are made of."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerFast
     prepared: Prepared
     config: Config
+    geometry: Geometry
     run: Run
     load: Load
     held_out: Load
+    capacity_gib: float
 
-    def train(self) -> tuple[Stopwatch, float]:
-        """Train, evaluate and save; returns what was timed, and the peak in GiB."""
+    def train(self) -> _Trial:
+        """Train, evaluate and save. Raises _MemoryEnds."""
         platform, training = PLATFORMS[self.config.platform], self.config.training
+        forget_memory(platform)  # what loading took and gave back is no part of the peak
+        before = peak_memory_gib(platform)
         watch = Stopwatch(platform, self.run.checkpoints, training.gradient_accumulation_steps > 1)
         with put_back(self.model, platform):
             try:
@@ -171,7 +196,10 @@ class _Stage:
                     trainer.train()
             except (Diverged, DiskFull) as error:
                 raise type(error)(f"rehearsal: {error}") from None
-            return watch, peak_memory_gib(platform)
+            trial = _Trial(watch, peak_memory_gib(platform), peak_held_gib(platform))
+        if trial.peak_gib > self.capacity_gib and trial.peak_gib > before:  # a higher one of the loading has passed
+            raise _MemoryEnds(f"peak {trial.peak_gib:.1f} GiB", trial.peak_gib)
+        return trial
 
     def load_back(self, watch: Stopwatch) -> None:
         """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
@@ -194,7 +222,13 @@ class _Stage:
         train = self.prepared.train.dataset(self.prepared.sequences).select(self.load.worst * STEPS)
         held_out = self.prepared.validation.dataset(None).select(self.held_out.worst)
         return make_trainer(
-            self.model, self.tokenizer, train, held_out, self.config.dataset.train_file, self._arguments()
+            self.model,
+            self.tokenizer,
+            train,
+            held_out,
+            self.config.dataset.train_file,
+            self._arguments(),
+            checkpointed_layers(self.config, self.geometry),
         )
 
     def _arguments(self) -> SFTConfig:
@@ -214,6 +248,34 @@ class _Stage:
     @property
     def _disk(self) -> Path:
         return self.run.folder.parent
+
+
+def _settle(stage: _Stage) -> tuple[_Stage, _Trial, Choice]:
+    """With how many checkpointed layers the run goes on, and the trial of them. Raises _MemoryEnds."""
+    config, geometry = stage.config, stage.geometry
+    found = by_formula(config, geometry, stage.capacity_gib, "the resident peak of a process cannot be measured twice")
+    if found.reason is None:
+        return stage, stage.train(), found
+    total, trials = geometry.num_hidden_layers, dict[int, tuple[_Stage, _Trial]]()
+
+    def measure(layers: int) -> float | None:
+        tried = dataclasses.replace(stage, config=with_layers(config, layers))
+        try:
+            trials[layers] = tried, tried.train()
+        except _MemoryEnds:
+            if layers == total:
+                raise
+        if layers not in trials:
+            gc.collect()  # the error held the trainer, and with it all that had filled the memory
+            return None
+        return trials[layers][1].held_gib
+
+    if PLATFORMS[config.platform].peak_begins_anew:
+        found = by_trials(config, geometry, stage.capacity_gib, measure)
+    elif measure(found.layers) is None:
+        measure(total)
+        found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")
+    return (*trials[found.layers], found)
 
 
 def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:

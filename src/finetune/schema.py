@@ -48,7 +48,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """transformers' TrainingArguments' names, and `packing`, `early_stopping_patience`, `time_budget_*` beside them."""
+    """transformers' TrainingArguments' names, and those of our own beside them."""
 
     num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
     max_steps: Annotated[int, Bounds(least=-1)]
@@ -64,6 +64,7 @@ class TrainingConfig:
     bf16: bool
     fp16: bool
     gradient_checkpointing: bool
+    checkpointed_layers: Literal["all", "auto"] | Annotated[int, Bounds(least=0)]
     packing: bool
     logging_steps: Count
     eval_steps: Count

@@ -13,6 +13,7 @@ from finetune.config import Config
 from finetune.errors import ConfigError
 from finetune.geometry import Geometry
 from finetune.machine import ROOT
+from finetune.memory import checkpointed_layers
 from finetune.schema import Count
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +32,7 @@ class Conditions:
     storage: Literal["packed", "expanded"]
     attn_implementation: Literal["flash_attention_2", "sdpa"]
     gradient_checkpointing: bool
+    checkpointed_layers: Annotated[int, typed.Bounds(least=0)]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def conditions(config: Config, geometry: Geometry) -> Conditions:
         storage=config.quantization.storage,
         attn_implementation=config.model.attn_implementation,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        checkpointed_layers=checkpointed_layers(config, geometry),
     )
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
+from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
 from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for
 from finetune.errors import Diverged
@@ -199,8 +199,12 @@ def make_trainer(
     eval_dataset: Any,
     train_file: str,
     sft: SFTConfig,
+    checkpointed: int | None = None,
 ) -> Trainer:
-    """A Trainer whose adapter weights are still the fp32 values that `model` came with."""
+    """A Trainer whose adapter weights are still the fp32 values that `model` came with.
+
+    Of the decoder's layers the first `checkpointed` are; None: all or none, as `sft` says.
+    """
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -214,6 +218,8 @@ def make_trainer(
     )
     trainer.train_file = train_file
     trainer.remove_callback(PrinterCallback)
+    if checkpointed is not None:
+        trainer.add_callback(Checkpointing(checkpointed))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = weights[name]  # TRL casts them to bf16, a resume would bring fp32: the losses would part

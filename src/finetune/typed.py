@@ -134,7 +134,7 @@ def _scalar(hint: Any, value: Any, path: str, problems: Problems) -> Any:
             problems.add(path, f"found {show(value)}, {complaint}")
         return converted
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _scalar(arguments[0], value, path, problems)
+        return _one_of_two(arguments, value, path, problems)
     if origin is typing.Literal:
         return _one_of(arguments, value, path, problems)
     if origin is tuple:
@@ -156,10 +156,20 @@ def _scalar(hint: Any, value: Any, path: str, problems: Problems) -> Any:
     return None
 
 
-def _one_of(choices: tuple[Any, ...], value: Any, path: str, problems: Problems) -> Any:
+def _one_of_two(arguments: tuple[Any, ...], value: Any, path: str, problems: Problems) -> Any:
+    """What may be null, or a name in a number's place."""
+    first, second = arguments
+    if second is types.NoneType:
+        return None if value is None else _scalar(first, value, path, problems)
+    if type(value) is int:
+        return _scalar(second, value, path, problems)
+    return _one_of(typing.get_args(first), value, path, problems, " | a whole number")
+
+
+def _one_of(choices: tuple[Any, ...], value: Any, path: str, problems: Problems, more: str = "") -> Any:
     if value in choices and type(value) in {type(choice) for choice in choices}:
         return value
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    problems.add(path, f"found {show(value)}, wanted {' | '.join(map(str, choices))}{hint}")
+    problems.add(path, f"found {show(value)}, wanted {' | '.join(map(str, choices))}{more}{hint}")
     return None

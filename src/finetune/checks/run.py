@@ -213,8 +213,8 @@ def _rehearsal(preflight: Preflight) -> Finding:
     tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
     found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
-    sentence = found.sentence(datetime.now())
-    return passed(f"{sentence}; {partial}" if partial else sentence)
+    chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
+    return passed("; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial))))
 
 
 _ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)

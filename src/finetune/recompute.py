@@ -1,0 +1,97 @@
+"""`training.checkpointed_layers: auto`: as few layers computed again as memory allows. Arithmetic alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune.config import Config
+from finetune.geometry import Geometry
+from finetune.memory import checkpointed_layers, peak_gib
+from finetune.platforms import AUTO_SHARE
+
+TRIALS = 6  # at most; each takes two steps, an evaluation and a save
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How many of the first decoder layers are checkpointed, and why, where the program chose."""
+
+    layers: int
+    reason: str | None = None
+
+
+def with_layers(config: Config, layers: int) -> Config:
+    """`config` with that many checkpointed layers in the place of what it says."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, checkpointed_layers=layers))
+
+
+def settled(config: Config, choice: Choice) -> Config:
+    """`config` with what was chosen, where it leaves that open."""
+    return with_layers(config, choice.layers) if config.training.checkpointed_layers == "auto" else config
+
+
+def by_formula(config: Config, geometry: Geometry, capacity_gib: float, why: str) -> Choice:
+    """What the config says, or for `auto` the fewest layers whose expected peak is within the budget, else all.
+
+    `why` the formula decides alone ends the reason.
+    """
+    if config.training.checkpointed_layers != "auto":
+        return Choice(checkpointed_layers(config, geometry))
+    total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
+    expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]
+    layers = next((layers for layers in range(total) if expected[layers] <= budget), total)
+    peak = f"{expected[layers]:.1f} GiB expected by the formula alone"
+    return Choice(layers, f"{layers} of {total}: {peak}, {_limit(expected[layers], capacity_gib)}; {why}")
+
+
+def by_trials(
+    config: Config, geometry: Geometry, capacity_gib: float, measure: Callable[[int], float | None]
+) -> Choice:
+    """The fewest checkpointed layers whose measured peak is within the budget, else all.
+
+    `measure` gives the peak in GiB with so many layers checkpointed, None where memory ended; with all of them it must
+    give one. First all, then half as many whole layers as the formula would have, then what the line through the two
+    says, until that is measured. The line is drawn through what measurement and formula differ by, since the formula
+    knows where the peak is not one.
+    """
+    total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
+    expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]
+    peaks = {total: measure(total)}
+    wanted = total - (total - _fewest(peaks, expected, budget) + 1) // 2
+    while wanted not in peaks and len(peaks) < TRIALS:
+        peaks[wanted] = measure(wanted)
+        wanted = _fewest(peaks, expected, budget)
+    layers = min((layers for layers, peak in peaks.items() if peak is not None and peak <= budget), default=total)
+    return Choice(layers, _told(layers, total, peaks, capacity_gib))
+
+
+def _fewest(peaks: dict[int, float | None], expected: list[float], budget: float) -> int:
+    """The fewest layers that should fit by all that is measured; where memory ended, halfway to what did fit."""
+    known = {layers: peak - expected[layers] for layers, peak in peaks.items() if peak is not None}
+    total, (first, *others) = len(expected) - 1, sorted(known)
+    second = others[0] if others else first
+    slope = (known[second] - known[first]) / (second - first) if others else 0.0
+    line = (expected[layers] + known[first] + slope * (layers - first) for layers in range(total))
+    fewest = next((layers for layers, peak in enumerate(line) if peak <= budget), total)
+    ended = [layers for layers, peak in peaks.items() if peak is None]
+    if not ended:
+        return fewest
+    least = min(layers for layers in known if known[layers] + expected[layers] <= budget or layers == total)
+    return max(fewest, (max(ended) + least + 1) // 2)
+
+
+def _told(layers: int, total: int, peaks: dict[int, float | None], capacity_gib: float) -> str:
+    trials = (
+        f"{peak:.1f} with {tried}" if peak is not None else f"out of memory with {tried}"
+        for tried, peak in peaks.items()
+    )
+    peak = peaks[layers]
+    assert peak is not None  # only what was measured is chosen
+    return f"{layers} of {total}: peak {peak:.1f} GiB measured, {_limit(peak, capacity_gib)} ({', '.join(trials)})"
+
+
+def _limit(peak_gib: float, capacity_gib: float) -> str:
+    budget = AUTO_SHARE * capacity_gib
+    return f"{'at most' if peak_gib <= budget else 'more than'} {budget:.1f} of {capacity_gib:.1f}"
