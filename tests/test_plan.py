@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -291,6 +292,51 @@ def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
         "dataset.max_rows is 40: of data/processed/train.jsonl only the first 40 rows are read; "
         "--set dataset.max_rows=null reads all"
     ]
+
+
+def on_the_mac(tokens: int, *settings: str) -> Plan:
+    """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
+    rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
+    mac = config.load("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
+    return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, LAPTOP)
+
+
+def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
+    plan = on_the_mac(1_000_000)
+    assert plan.problems == [
+        "3,000,000 tokens in all epochs take 23.8 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
+        "million; --set dataset.max_rows=5040 keeps within that, or train on the H100 (--config h100)"
+    ]
+    assert (plan.hours, plan.hours_from) == (None, None)  # nothing was measured
+    assert on_the_mac(504_000).problems == []
+
+
+def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
+    (problem,) = on_the_mac(1_000_000, "training.max_steps=62").problems  # 31 an epoch
+    assert problem == (
+        "2,000,000 tokens in all epochs take 15.9 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
+        "million; --set training.max_steps=46 keeps within that, or train on the H100 (--config h100)"
+    )
+    assert on_the_mac(1_000_000, *suggested(problem)).problems == []
+
+
+def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems(tokens_per_second: float) -> list[str]:
+        speed = Throughput(tokens_per_second, None, "benchmarks/results/mac.json", "Apple M4")
+        monkeypatch.setattr("finetune.plan.find", lambda *_run: speed)
+        return on_the_mac(1_000_000).problems
+
+    assert problems(70) == []  # 23.8 h by arithmetic
+    assert problems(50) == [
+        "3,000,000 tokens in all epochs take 16.7 h on m4 (50 tokens/s on Apple M4, benchmarks/results/mac.json, "
+        "evaluations not counted); 12 h are 2.2 million; --set dataset.max_rows=7199 keeps within that, or train on "
+        "the H100 (--config h100)"
+    ]
+
+
+def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> None:
+    rows = dataclasses.replace(TRAIN, tokens=10_000_000_000)
+    assert make_plan(load(), rows, VALIDATION, 2_500_000, MISTRAL_7B, H100).problems == []
 
 
 def test_several_problems_are_told_at_once() -> None:

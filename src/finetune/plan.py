@@ -124,13 +124,44 @@ def make_plan(
 
 def _hours(plan: Plan, config: Config, validation_tokens: int, speed: Throughput) -> float:
     """Training at the measured speed, and each evaluation at its own where that was measured, else left out."""
-    epochs = config.training.num_train_epochs
-    if config.training.max_steps > 0:
-        epochs = plan.steps / plan.steps_per_epoch
-    seconds = epochs * plan.tokens_train / speed.tokens_per_second
+    seconds = _tokens(plan, config) / speed.tokens_per_second
     if speed.eval_tokens_per_second is not None:
         seconds += plan.evaluations * validation_tokens / speed.eval_tokens_per_second
     return seconds / 3600
+
+
+def _tokens(plan: Plan, config: Config) -> float:
+    """Trained on in all epochs together."""
+    epochs = config.training.num_train_epochs
+    if config.training.max_steps > 0:
+        epochs = plan.steps / plan.steps_per_epoch
+    return epochs * plan.tokens_train
+
+
+def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
+    """Where the data are more than the platform trains on in sensible time: what is wrong, and what to type.
+
+    By the measured speed where there is one, else by the platform's expectation, which the text says.
+    """
+    expected = PLATFORMS[config.platform].expectation
+    if expected is None:
+        return None
+    tokens = _tokens(plan, config)
+    hours, source = plan.hours, plan.hours_from
+    if hours is None:
+        hours = tokens / expected.tokens_per_second / 3600
+        source = f"{expected.tokens_per_second:g} tokens/s, by arithmetic, not measured"
+    if hours <= expected.hours:
+        return None
+    share = expected.hours / hours
+    found = (
+        f"{tokens:,.0f} tokens in all epochs take {hours:,.1f} h on {config.platform} ({source}); "
+        f"{expected.hours:g} h are {share * tokens / 1e6:.1f} million"
+    )
+    fewer = f"dataset.max_rows={max(1, int(share * plan.rows_train))}"
+    if config.training.max_steps > 0:  # which fewer rows would not shorten
+        fewer = f"training.max_steps={max(1, int(share * plan.steps))}"
+    return found, f"--set {fewer} keeps within that, or train on the H100 (--config h100)"
 
 
 def _source(speed: Throughput) -> str:
@@ -167,6 +198,9 @@ def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
     schedule = plan.schedule_problem(config.training.eval_steps)
     if schedule:
         problems.append("; ".join(schedule))
+    hours = hours_problem(plan, config)
+    if hours:
+        problems.append("; ".join(hours))
     if plan.memory_available_gib is not None and plan.peak_memory_gib > plan.memory_available_gib:
         problems.append(_too_large(plan.peak_memory_gib, plan.memory_available_gib, config, geometry))
     return problems

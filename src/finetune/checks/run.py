@@ -17,6 +17,7 @@ from finetune.config import resolve
 from finetune.fitting import fit, what_would_fit
 from finetune.machine import GIB, advice, command, shown, wandb_sync
 from finetune.memory import peak_gib
+from finetune.plan import hours_problem
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder, make_folder
 from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
@@ -47,6 +48,9 @@ def _memory(preflight: Preflight) -> Finding:
 def _hours(preflight: Preflight) -> Finding:
     training, plan = preflight.config.training, preflight.plan
     budget = training.time_budget_hours
+    problem = hours_problem(plan, preflight.config)
+    if problem:
+        return warned(*problem)
     if plan.hours is None:
         limit = "" if budget is None else f"; the rehearsal will compare with training.time_budget_hours {budget:g}"
         return skipped(f"not measured on this platform{limit}")
