@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import shlex
 import sys
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import checks, cli
 from finetune.checks.check import Check, Result, exit_code, run, summary
-from finetune.checks.libraries import IMPORTED
+from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.config import load
 from finetune.machine import command, read_machine
@@ -140,12 +139,8 @@ def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def document(results: list[Result], code: int, preflight: Preflight) -> dict[str, Any]:
     """`--json`."""
-    versions: dict[str, str | None] = {}
-    for name in IMPORTED:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    found = {name: installed(name) for name in IMPORTED}
+    versions = {name: None if version is None else str(version) for name, version in found.items()}
     environment = {"machine": dataclasses.asdict(preflight.machine), "versions": versions}
     return {**summary(results, code), "environment": environment}
 

@@ -247,17 +247,36 @@ def test_a_typo_in_a_config_takes_less_than_0_5_seconds_of_cpu(tmp_path: Path) -
     assert cpu_seconds(command) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--config", "h100", "--set", "lora.rr=1"]], ids=["help", "typo"])
-def test_neither_torch_nor_numpy_is_imported_before_there_is_work_for_them(arguments: list[str]) -> None:
+SCRIPTS = [TRAIN, *sorted((ROOT / "scripts").glob("*.py"))]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [*((script, ["--help"]) for script in SCRIPTS), (TRAIN, ["--config", "h100", "--set", "lora.rr=1"])],
+    ids=[*(script.name for script in SCRIPTS), "typo"],
+)
+def test_nothing_slow_is_imported_before_there_is_work_for_it(script: Path, arguments: list[str]) -> None:
     code = (
         "import atexit, runpy, sys\n"
-        "heavy = {'torch', 'numpy', 'transformers', 'pyarrow', 'tokenizers'}\n"
-        "atexit.register(lambda: print('heavy:', *sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-        f"sys.argv = sys.argv[1:]\nsys.path.insert(0, {str(TRAIN.parent)!r})\n"
+        "slow = {'torch', 'numpy', 'transformers', 'pyarrow', 'tokenizers', 'huggingface_hub', 'matplotlib'}\n"
+        "slow |= {'ssl', 'urllib.request', 'packaging.requirements'}\n"
+        "atexit.register(lambda: print('slow:', *sorted(slow & set(sys.modules)), file=sys.stderr))\n"
+        f"sys.argv = sys.argv[1:]\nsys.path.insert(0, {str(script.parent)!r})\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(TRAIN), *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, str(script), *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode in (0, 2)
-    assert done.stderr.splitlines()[-1] == "heavy:"
+    assert done.stderr.splitlines()[-1] == "slow:"
+
+
+def test_a_dry_run_takes_less_than_6_seconds_of_cpu(tmp_path: Path) -> None:
+    """Three times what it may take: with a cold cache it reads, certifies and packs 150 rows."""
+    data = ("--set", "dataset.train_file=data/sample/train.jsonl", "--set", "dataset.validation_file=null")
+
+    def command() -> None:
+        code, _, err = train("--config", "h100", "--dry-run", *data, "--set", f"output.dir={tmp_path}")
+        assert (code, err) == (0, "")
+
+    assert cpu_seconds(command) < 6

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import ssl
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote
-from urllib.request import Request, urlopen
+from typing import TYPE_CHECKING
 
 from finetune.errors import ConfigError
 from finetune.machine import advice
+
+if TYPE_CHECKING:
+    import ssl
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROBE_SECONDS = 5
@@ -70,6 +70,8 @@ def _wrong(path: Path) -> str | None:
 
 def _certificates() -> ssl.SSLContext:
     """Those that the Hub's own client trusts: a Python from python.org brings none of its own on a Mac."""
+    import ssl  # ssl and urllib.request are a quarter of the time of `--help`, which asks nobody
+
     import certifi
 
     return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
@@ -80,6 +82,10 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
 
     The status is None where nothing answers within PROBE_SECONDS. Raises ConfigError for a token that cannot be read.
     """
+    from urllib.error import HTTPError, URLError
+    from urllib.parse import quote
+    from urllib.request import Request, urlopen
+
     from huggingface_hub import get_token
 
     try:

@@ -7,7 +7,6 @@ import os
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from finetune.hub import PROBE_SECONDS
 
@@ -16,6 +15,8 @@ NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
 
 def wandb_offline_reason() -> str | None:
     """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
+    from urllib.request import getproxies, proxy_bypass  # slow to import, and `--help` asks nobody
+
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from finetune import chat, checks
 from finetune.checkpoints import seal
@@ -109,20 +109,17 @@ class Bench:
         lock = ROOT / "requirements" / f"{self.platform}.lock"
         self.installed = {name: str(version) for name, version in libraries.locked(lock).items()}
         self.broken: dict[str, str] = {}
-        absent = importlib.metadata.PackageNotFoundError
 
-        def version(name: str) -> str:
-            if name not in self.installed:
-                raise absent(name)
-            return self.installed[name]
+        def installed(name: str) -> Version | None:
+            return Version(self.installed[name]) if name in self.installed else None
 
         def import_module(name: str) -> ModuleType:
             if name in self.broken:
                 raise ImportError(self.broken[name])
             return importlib.import_module(name)
 
-        metadata = SimpleNamespace(version=version, PackageNotFoundError=absent)
-        self.patch.setattr(libraries, "importlib", SimpleNamespace(metadata=metadata, import_module=import_module))
+        self.patch.setattr(libraries, "installed", installed)
+        self.patch.setattr(libraries, "importlib", SimpleNamespace(import_module=import_module))
 
     def _tokenizer(self) -> None:
         """Mistral's tokenizer takes a fifth of a second to make, three times a run: it is made once for all tests."""
