@@ -1,0 +1,318 @@
+"""What the trainer adds to a step, and what a checkpoint takes: ours, TRL's SFTTrainer as it comes, and a bare loop.
+
+    .venv/bin/python benchmarks/trainer_overhead.py --output benchmarks/results/NAME.json
+
+All three take the same random model in NF4 with LoRA, the same rows, loss function, AdamW, clipping and learning rates,
+on one CPU thread, round by round; their losses must agree. Ours has every callback of a training, trackers left out. A
+step is timed from its beginning to the next one's, so that reading batches and logging are in it. `tiny` is so small a
+model that little else is left; in `135M`, the demo's, a step is mostly arithmetic. Checkpoints are those of an adapter
+of Mistral-7B's size, 41.9 million weights with AdamW's two moments. TRL's bfloat16 adapters are put back to float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+from machine import describe
+from memory import DEMO, make_model
+from transformers import TrainerCallback, get_scheduler, set_seed
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from finetune import checkpoints, model, trainer
+from finetune.callbacks import Keeper, Progress, Stopper
+from finetune.chat import IGNORED, load_chat
+from finetune.config import Config, load
+from finetune.geometry import Geometry
+from finetune.platforms import PLATFORMS
+from finetune.report import quiet_libraries
+from finetune.runs import Run
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
+# A sixteenth of Mistral-7B in every dimension; with 16 times its rank, the adapter has the 7B's 448 tensors and size.
+NARROW, RANK = Geometry(256, 896, 32, 8, 2, 1000, False), 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the steps it makes: `warm` ones that are not timed, then `steps` that are."""
+
+    name: str
+    geometry: Geometry
+    tokens: int
+    micro_batches: int
+    warm: int
+    steps: int
+    rounds: int
+    logging_steps: int
+    rank: int = 16
+
+    def config(self, folder: Path) -> Config:
+        """As the cpu platform's, without dropout, which would draw other numbers in each variant."""
+        settings = {
+            "model.name": folder / self.name,
+            "model.max_seq_length": self.tokens,
+            "lora.r": self.rank,
+            "lora.lora_dropout": 0,
+            "training.per_device_train_batch_size": 1,
+            "training.gradient_accumulation_steps": self.micro_batches,
+            "training.gradient_checkpointing": "false",
+            "training.max_steps": self.warm + self.steps + 1,
+            "training.eval_steps": 1000,
+            "training.save_steps": 1000,
+            "training.logging_steps": self.logging_steps,
+        }
+        return load("cpu", [f"{key}={value}" for key, value in settings.items()])[0]
+
+
+CASES = (
+    Case("tiny", Geometry(64, 128, 2, 4, 2, 1000, False), 64, 4, warm=10, steps=100, rounds=5, logging_steps=10),
+    Case("135M", DEMO, 128, 2, warm=1, steps=4, rounds=3, logging_steps=2),
+)
+ADAPTER = Case("adapter", NARROW, 32, 1, warm=0, steps=0, rounds=5, logging_steps=1, rank=RANK)
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Wall and CPU seconds at the beginning of each step."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def on_step_begin(self, *arguments: Any, **kwargs: Any) -> None:
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    def milliseconds(self, case: Case) -> dict[str, float]:
+        """Of a step, on average over those that are timed."""
+        first, last = self.marks[case.warm], self.marks[case.warm + case.steps]
+        wall, cpu = (1000 * (end - begin) / case.steps for begin, end in zip(first, last, strict=True))
+        return {"cpu_ms": cpu, "wall_ms": wall}
+
+
+def rows(case: Case) -> Any:
+    """The same packed row of two documents again and again: whatever order it is read in, the losses are the same."""
+    from datasets import Dataset
+
+    ids = [(11 * place) % (case.geometry.vocab_size - 3) + 3 for place in range(case.tokens)]
+    labels = [IGNORED if place % 2 else token for place, token in enumerate(ids)]
+    half = case.tokens // 2
+    row = {"input_ids": ids, "labels": labels, "seq_lengths": [half, case.tokens - half], "lines": [1]}
+    return Dataset.from_list([row] * case.micro_batches * (case.warm + case.steps + 1))
+
+
+def adapted(config: Config) -> Any:
+    base = model.load_base(config.model, config.quantization, "cpu")
+    return model.add_lora(base, config.lora, config.training.seed)
+
+
+def tokenizer() -> Any:
+    return model.make_tokenizer(load_chat(None), "right")
+
+
+def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
+    config, run = case.config(folder), Run(folder / "run", False, None)
+    run.checkpoints.mkdir(parents=True)
+    sft = trainer.arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
+    evaluated = rows(case).select([0]).remove_columns("seq_lengths")
+    made = trainer.make_trainer(adapted(config), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
+    keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
+    return made, config, keeper
+
+
+def make_trl(case: Case, folder: Path) -> Any:
+    config = case.config(folder)
+    training, made = config.training, adapted(config)
+    arguments = SFTConfig(
+        output_dir=str(folder / "run" / "checkpoints"), max_steps=training.max_steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=case.micro_batches, learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type, warmup_steps=training.warmup_ratio,
+        weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, optim=training.optim,
+        logging_steps=training.logging_steps, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
+        save_strategy="no", remove_unused_columns=False, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False,
+    )  # fmt: skip
+    weights = {name: value.detach().clone() for name, value in made.named_parameters() if value.requires_grad}
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    given = rows(case).remove_columns("lines")
+    sft = SFTTrainer(
+        model=made, args=arguments, data_collator=collator, train_dataset=given, processing_class=tokenizer()
+    )
+    for name, value in made.named_parameters():
+        if value.requires_grad:
+            value.data = weights[name]
+    return sft
+
+
+def ours(case: Case, folder: Path, clock: Clock) -> float:
+    """A training; the mean loss up to the first log."""
+    made, config, keeper = make_ours(case, folder)
+    made.add_callback(clock)
+    steps = config.training.max_steps
+    trainer.train(made, config.training, keeper, Stopper(keeper.run), Progress(StringIO()), steps, None)
+    return first_loss(made)
+
+
+def trl(case: Case, folder: Path, clock: Clock) -> float:
+    """The same by TRL."""
+    made = make_trl(case, folder)
+    made.add_callback(clock)
+    made.train()
+    return first_loss(made)
+
+
+def first_loss(made: Any) -> float:
+    return float(next(entry["loss"] for entry in made.state.log_history if "loss" in entry))
+
+
+def bare(case: Case, folder: Path, clock: Clock) -> float:
+    """The same by a loop that does what a training must and no more."""
+    config = case.config(folder)
+    training, made = config.training, adapted(config)
+    add_fused_lm_head(made.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    parameters = [value for value in made.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    warmup = math.ceil(training.warmup_ratio * training.max_steps)
+    scheduler = get_scheduler(training.lr_scheduler_type, optimizer, warmup, training.max_steps)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    given = rows(case).remove_columns("lines")
+    batches = iter(torch.utils.data.DataLoader(given, batch_size=1, collate_fn=collator))
+    losses: list[float] = []
+    loss_sum = torch.zeros(())
+    made.train()
+    for step in range(1, training.max_steps + 1):
+        window = [next(batches) for _ in range(case.micro_batches)]
+        supervised = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in window)
+        clock.on_step_begin()
+        for batch in window:
+            outputs = made(**batch, use_cache=False, fused_lm_head=True)
+            loss = -outputs.log_probs.sum() / supervised
+            loss.backward()
+            loss_sum += loss.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % case.logging_steps == 0:
+            losses.append(loss_sum.item() / case.logging_steps)
+            loss_sum.zero_()
+    return losses[0]
+
+
+VARIANTS: dict[str, Callable[[Case, Path, Clock], float]] = {"bare loop": bare, "ours": ours, "TRL": trl}
+
+
+def measure_steps(case: Case) -> dict[str, Any]:
+    """Milliseconds of a step in each variant; stops where their losses differ."""
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    for number in range(case.rounds):
+        for name, variant in VARIANTS.items():
+            clock = Clock()
+            with model_folder(case) as folder:
+                loss = variant(case, Path(folder), clock)
+            rounds[name].append({**clock.milliseconds(case), "loss": loss})
+            said = ", ".join(f"{key} {value:.4g}" for key, value in rounds[name][-1].items())
+            print(f"{case.name}, round {number + 1}: {name}: {said}", file=sys.stderr)
+    losses = [result["loss"] for results in rounds.values() for result in results]
+    if max(losses) - min(losses) > 1e-4 * max(losses):
+        raise SystemExit(f"{case.name}: the variants do not train alike: losses {losses}")
+    return {**summarise(rounds, ("cpu_ms", "wall_ms")), "rounds": rounds}
+
+
+def model_folder(case: Case) -> tempfile.TemporaryDirectory[str]:
+    """A new folder with the case's random model, removed at the end of `with`."""
+    folder = tempfile.TemporaryDirectory(prefix="overhead-")
+    make_model(case.geometry, "float32", Path(folder.name) / case.name)
+    set_seed(0)
+    return folder
+
+
+def summarise(rounds: dict[str, list[dict[str, float]]], clocks: tuple[str, ...]) -> dict[str, Any]:
+    """Medians, and for the first clock the ratio of each to the first variant, taken round by round."""
+    medians = {
+        name: {clock: round(statistics.median(result[clock] for result in results), 3) for clock in clocks}
+        for name, results in rounds.items()
+    }
+    reference, *others = rounds
+    ratios = {
+        f"{name} / {reference}": round(
+            statistics.median(
+                here[clocks[0]] / there[clocks[0]] for here, there in zip(rounds[name], rounds[reference], strict=True)
+            ),
+            4,
+        )
+        for name in others
+    }
+    return {"medians": medians, "ratios": ratios}
+
+
+def measure_checkpoints(case: Case) -> dict[str, Any]:
+    """Wall seconds of a save and of what a resume reads, after one step of training."""
+    rounds: dict[str, list[dict[str, float]]] = {"TRL": [], "ours": []}
+    with model_folder(case) as first, model_folder(case) as second:
+        plain, (made, _, keeper) = make_trl(case, Path(first)), make_ours(case, Path(second))
+        made.add_callback(keeper)
+        made.add_callback(trainer.Sums(made, Progress(StringIO())))
+        for one in (plain, made):
+            one.train()
+        for _ in range(case.rounds):
+            for name, one in (("TRL", plain), ("ours", made)):
+                rounds[name].append(checkpoint_seconds(one, sealed=name == "ours"))
+                print(f"checkpoint: {name}: {rounds[name][-1]}", file=sys.stderr)
+    return {**summarise(rounds, ("save", "load")), "rounds": rounds}
+
+
+def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:
+    folder = Path(made.args.output_dir) / f"checkpoint-{made.state.global_step}"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()  # what was written before is not this save's to wait for
+    started = time.perf_counter()
+    made._save_checkpoint(made.model, None)
+    made.callback_handler.on_save(made.args, made.state, made.control)
+    save = time.perf_counter() - started
+    mib = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    started = time.perf_counter()
+    if sealed:
+        found, _ = checkpoints.newest_whole(folder.parent)
+        assert found == folder
+    made._load_from_checkpoint(str(folder))
+    made._load_optimizer_and_scheduler(str(folder))
+    made._load_rng_state(str(folder))
+    load = time.perf_counter() - started
+    return {"save": round(save, 3), "load": round(load, 3), "mib": round(mib, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [case.name for case in (*CASES, ADAPTER)]
+    parser.add_argument("--only", choices=names, help="one of the three parts")
+    parser.add_argument("--output", type=Path, help="also write the result there")
+    options = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    chosen = [case for case in (*CASES, ADAPTER) if options.only in (None, case.name)]
+    found = {case.name: (measure_checkpoints if case is ADAPTER else measure_steps)(case) for case in chosen}
+    for name, result in found.items():
+        print(name, json.dumps({key: result[key] for key in ("medians", "ratios")}, indent=2))
+    if options.output:
+        document = {**describe("benchmarks/trainer_overhead.py", PACKAGES), **found}
+        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
