@@ -78,12 +78,12 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             module.support_avx512bf16_for_cpu = False
     verify_base(base, model, quantization, device, "packed")
     if quantization.storage == "expanded":
-        _expand(base, dtype)
+        expand(base, dtype)
         verify_base(base, model, quantization, device, "expanded")
     return base
 
 
-def _expand(base: PreTrainedModel, dtype: torch.dtype) -> None:
+def expand(base: PreTrainedModel, dtype: torch.dtype) -> None:
     """Each NF4 layer of `base` as a plain one that holds the same values.
 
     One layer at a time, so that the peak is one layer above the final size: transformers' `dequantize` holds all packed

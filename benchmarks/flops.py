@@ -1,0 +1,64 @@
+"""Floating point operations of one QLoRA training step, and how much of a device's peak they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune.config import Config
+from finetune.geometry import Geometry
+from finetune.memory import lora_parameters
+
+# Dense bf16, FLOP/s; NVIDIA's data sheets of the H100 SXM and the H200 SXM state 1,979e12 with sparsity, which is twice
+# that. By a part of the name that the driver gives; a PCIe card, whose clock is lower, is called "H100 PCIe".
+PEAK_FLOPS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s of the device of that name; None where the table does not have it."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device), None)
+
+
+def linear_parameters(geometry: Geometry) -> int:
+    """Weights of the decoder's linear layers, all layers together."""
+    return geometry.num_hidden_layers * sum(inputs * outputs for inputs, outputs in geometry.linear_shapes().values())
+
+
+def attention_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
+    """The forward pass of causal attention over rows of `lengths` tokens that do not see each other, all layers.
+
+    Two products of 2 x length^2 x hidden each, of which the causal mask leaves half.
+    """
+    return 2.0 * geometry.num_hidden_layers * geometry.hidden_size * sum(length * length for length in lengths)
+
+
+def step_flops(config: Config, geometry: Geometry, lengths: Sequence[int]) -> float:
+    """What one step over those rows needs: 4 (N_linear + N_head) T + 6 N_lora T + 3 attention.
+
+    The frozen weights take part in the forward pass and in the gradient of their input, 2 FLOPs a weight and token
+    each; LoRA's also in their own gradient. Attention's backward pass is twice its forward. Padding is not in T.
+    """
+    head = geometry.vocab_size * geometry.hidden_size
+    frozen, lora = linear_parameters(geometry) + head, lora_parameters(config, geometry)
+    return (4 * frozen + 6 * lora) * sum(lengths) + 3 * attention_flops(geometry, lengths)
+
+
+def recomputed_flops(config: Config, geometry: Geometry, lengths: Sequence[int], layers: int) -> float:
+    """What checkpointing `layers` of the decoder's layers computes a second time: their forward pass."""
+    weights = linear_parameters(geometry) + lora_parameters(config, geometry)
+    forward = 2 * weights * sum(lengths) + attention_flops(geometry, lengths)
+    return forward * layers / geometry.num_hidden_layers
+
+
+def utilisation(
+    config: Config, geometry: Geometry, lengths: Sequence[int], layers: int, seconds: float, device: str
+) -> dict[str, float | None]:
+    """MFU and HFU of a step that took `seconds`, as shares of 1; None where the device's peak is not known.
+
+    HFU counts what checkpointing `layers` layers computes again, and no padding: a padded step has executed more.
+    """
+    peak = peak_flops(device)
+    if peak is None:
+        return {"mfu": None, "hfu": None}
+    needed = step_flops(config, geometry, lengths)
+    again = recomputed_flops(config, geometry, lengths, layers)
+    return {"mfu": needed / seconds / peak, "hfu": (needed + again) / seconds / peak}

@@ -1,0 +1,124 @@
+"""One job of benchmarks/train_step.py, in the process that it has for itself: a few steps, timed and looked at."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from step_rows import make_steps, padding_share
+from variants import GEOMETRIES, VARIANTS, Job, Work, job_config
+
+from finetune.machine import GIB
+from finetune.platforms import PLATFORMS, Platform, forget_memory, peak_memory_gib, prepare_device, synchronize
+
+ROWS_SEED = 20
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train as `job` says. Seconds and losses are of each step, the warm-up's included; memory is in GiB."""
+    variant, platform = VARIANTS[job.variant], PLATFORMS[job.platform]
+    if variant.library:
+        importlib.import_module(variant.library)  # unsloth must be there before the libraries that it patches
+    from step_model import choose_attention
+
+    attention = choose_attention(platform)
+    config, geometry = job_config(job, variant, attention), GEOMETRIES[job.geometry]
+    prepare_device(platform)
+    steps = make_steps(job.data, job.shape, geometry.vocab_size, job.all_steps, ROWS_SEED)
+    with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
+        trainer = variant.make(Work(variant, job, config, geometry, platform, steps, Path(folder)))
+        forget_memory(platform)
+        clock = make_clock(platform, job)
+        losses = record_losses(trainer)
+        trainer.add_callback(clock)
+        trainer.train()
+    return {
+        **asdict(job),
+        "attention": attention,
+        "padding": 0.0 if variant.packed else padding_share(steps, job.shape.micro_batch),
+        "row_lengths": [step.lengths for step in steps],
+        "step_seconds": clock.seconds,
+        "losses": [float(sum(losses[step])) for step in sorted(losses)],
+        "memory_gib": clock.memory_gib,
+        "parts_ms": clock.parts_ms,
+        "checkpointed_layers": checkpointed_layers(trainer.model),
+        "dtype": config.model.dtype,
+        "device": device_name(platform),
+    }
+
+
+def record_losses(trainer: Any) -> dict[int, list[Any]]:
+    """The losses of each step's micro-batches, whose sum is the step's; filled as training goes on."""
+    found: dict[int, list[Any]] = {}
+    train_a_batch = trainer.training_step
+
+    def training_step(*arguments: Any, **named: Any) -> Any:
+        loss = train_a_batch(*arguments, **named)
+        found.setdefault(trainer.state.global_step, []).append(loss.detach())
+        return loss
+
+    trainer.training_step = training_step
+    return found
+
+
+def checkpointed_layers(model: Any) -> int:
+    """How many of the decoder's layers compute their forward pass again."""
+    layers = model.get_base_model().model.layers
+    return sum(bool(layer.gradient_checkpointing and layer.training) for layer in layers)
+
+
+def device_name(platform: Platform) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if platform.name == "h100" else platform.label
+
+
+def memory_gib(platform: Platform) -> dict[str, float]:
+    """The most that was allocated and reserved, and what the whole device holds; resident where it is the machine's."""
+    if platform.name != "h100":
+        return {"resident": peak_memory_gib(platform)}
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "allocated": peak_memory_gib(platform),
+        "reserved": torch.cuda.max_memory_reserved() / GIB,
+        "device": (total - free) / GIB,
+    }
+
+
+def make_clock(platform: Platform, job: Job) -> Any:
+    """A callback that times each step from the end of the one before, and profiles the last where that is wanted."""
+    import torch
+    from parts import milliseconds
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.memory_gib: dict[str, float] = {}
+            self.parts_ms: dict[str, float] | None = None
+            self.profile: Any = None
+
+        def on_train_begin(self, *_arguments: Any, **_named: Any) -> None:
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *_arguments: Any, **_named: Any) -> None:
+            synchronize(platform)
+            now = time.perf_counter()
+            self.seconds.append(now - self.last)
+            if self.profile is not None:
+                self.profile.stop()
+                self.parts_ms = milliseconds(self.profile, 1000 * self.seconds[-1])
+            if len(self.seconds) == job.warmup + job.steps:
+                self.memory_gib = memory_gib(platform)
+                if job.profiled:
+                    self.profile = torch.profiler.profile()
+                    self.profile.start()
+            self.last = time.perf_counter()
+
+    return Clock()

@@ -1,0 +1,66 @@
+"""A random Mistral in NF4, made where it is used: no file, no download, and never more than one layer in bf16."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import bitsandbytes
+import torch
+from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from finetune.config import Config
+from finetune.geometry import Geometry
+from finetune.platforms import Platform
+
+SEED = 0  # of the weights
+
+
+def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrainedModel:
+    """The frozen base that model.load_base would give, packed, with normal random weights: the same on every call."""
+    dtype = getattr(torch, config.model.dtype)
+    quantizer = AutoHfQuantizer.from_config(_nf4(config))
+    sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}
+    shape = MistralConfig(**sizes, attn_implementation=config.model.attn_implementation)
+    with torch.device("meta"):
+        base = MistralForCausalLM(shape).to(dtype)
+    quantizer.preprocess_model(model=base, device_map={"": platform.device})
+    for number, (name, parameter) in enumerate(list(base.named_parameters())):
+        owner, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(owner), attribute, _random(parameter, number, dtype, platform.device))
+    base.tie_weights()
+    base.model.rotary_emb = type(base.model.rotary_emb)(shape).to(platform.device)  # its table is no parameter
+    base.hf_quantizer = quantizer
+    quantizer.postprocess_model(base)
+    return base
+
+
+def _nf4(config: Config) -> BitsAndBytesConfig:
+    quantization = config.quantization
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization.load_in_4bit,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
+    )
+
+
+def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
+    """Weights in the place of `parameter`: quantised at once where it is bitsandbytes', ones where it is a norm's."""
+    if parameter.dim() == 1:
+        return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+    generator = torch.Generator(device).manual_seed(SEED + number)
+    # bf16 first, so that the values do not depend on the platform's dtype
+    value = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02).to(dtype)
+    if isinstance(parameter, bitsandbytes.nn.Params4bit):
+        unpacked = bitsandbytes.nn.Params4bit(value, requires_grad=False, **parameter.__dict__)
+        packed: torch.nn.Parameter = unpacked.to(device)  # which quantises it
+        return packed
+    return torch.nn.Parameter(value, requires_grad=False)
+
+
+def choose_attention(platform: Platform) -> str:
+    """flash_attention_2 where it is installed; SDPA with a mask elsewhere."""
+    found = platform.name == "h100" and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if found else "sdpa"

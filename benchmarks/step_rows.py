@@ -1,0 +1,79 @@
+"""Token rows for benchmarks/train_step.py: the same rows in each step, however a variant lays them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.packing import pack
+
+MEAN_SHARE = 490 / 4096  # chats of 490 tokens on average in sequences of 4096
+SIGMA = 0.9  # of the logarithm of a row's length: median 330, one row in a hundred over 2,600 (at 4096)
+FILL = 0.96  # rows are drawn until they fill so much of a step's sequences
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of one optimizer step: `accumulation` micro-batches of `micro_batch` sequences of `length` tokens."""
+
+    micro_batch: int
+    accumulation: int
+    length: int
+
+    @property
+    def sequences(self) -> int:
+        """Of a step, all micro-batches together."""
+        return self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step, and which of them lie in which packed sequence."""
+
+    rows: list[list[int]]
+    sequences: list[list[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.rows]
+
+
+def make_steps(data: str, shape: Shape, vocab_size: int, count: int, seed: int) -> list[Step]:
+    """`count` steps of random rows; `data` is mixed (log-normal lengths) or full (each row fills its sequence)."""
+    random = np.random.default_rng(seed)
+    lengths = mixed_lengths if data == "mixed" else full_lengths
+    steps = []
+    for _ in range(count):
+        chosen = lengths(shape, random)
+        rows = [_tokens(length, vocab_size, random) for length in chosen]
+        steps.append(Step(rows, pack(chosen, shape.length)))
+    return steps
+
+
+def full_lengths(shape: Shape, _random: np.random.Generator) -> list[int]:
+    return [shape.length] * shape.sequences
+
+
+def mixed_lengths(shape: Shape, random: np.random.Generator) -> list[int]:
+    """As many rows as fill a step on average, in whole micro-batches; drawn until they pack into its sequences."""
+    mean = MEAN_SHARE * shape.length
+    count = int(FILL * shape.sequences / MEAN_SHARE) // shape.micro_batch * shape.micro_batch
+    while True:
+        drawn = random.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA, count)
+        lengths = [int(length) for length in np.clip(drawn, 4, shape.length)]
+        if len(pack(lengths, shape.length)) == shape.sequences:
+            return lengths
+
+
+def _tokens(length: int, vocab_size: int, random: np.random.Generator) -> list[int]:
+    """Ids from 3 on, low ones far more often, so that there is something to learn and the loss falls."""
+    return [int(token) for token in 3 + (vocab_size - 3) * random.random(length) ** 4]
+
+
+def padding_share(steps: list[Step], micro_batch: int) -> float:
+    """Share of padding in what is computed where rows are padded to the longest of their micro-batch, in order."""
+    lengths = [length for step in steps for length in step.lengths]
+    batches = [lengths[first : first + micro_batch] for first in range(0, len(lengths), micro_batch)]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)

@@ -1,0 +1,307 @@
+"""The trainers that benchmarks/train_step.py compares, a row each, all over the same random base and the same rows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step_rows import Shape, Step
+
+from finetune.config import MISTRAL, Config, load
+from finetune.geometry import MISTRAL_7B, Geometry
+from finetune.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a few steps, in a process of its own.
+
+    `task` is speed (the variant's own dropout) or losses (dropout 0). `steps` are those that are timed, after `warmup`
+    others; with `profiled`, one more is looked at in the profiler.
+    """
+
+    variant: str
+    task: str
+    data: str
+    geometry: str
+    platform: str
+    shape: Shape
+    warmup: int
+    steps: int
+    profiled: bool
+
+    @property
+    def all_steps(self) -> int:
+        return self.warmup + self.steps + self.profiled
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a trainer is made from. `folder` is empty and may be written."""
+
+    variant: Variant
+    job: Job
+    config: Config
+    geometry: Geometry
+    platform: Platform
+    steps: list[Step]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: who trains, how, and what must be there for it. `settings` as for `--set`.
+
+    `packed`: rows share sequences; else a micro-batch's rows are padded to its longest, where they differ.
+    """
+
+    name: str
+    what: str
+    make: Callable[[Work], Any]
+    packed: bool
+    settings: tuple[str, ...] = ()
+    library: str | None = None
+
+    def missing(self, platform: Platform) -> str | None:
+        """Why it cannot run here; None where it can."""
+        if self.library is None:
+            return None
+        if platform.name != "h100":
+            return "needs CUDA"
+        return None if importlib.util.find_spec(self.library) else f"{self.library} is not installed"
+
+
+GEOMETRIES = {
+    "7b": MISTRAL_7B,
+    "demo": Geometry(576, 1536, 30, 9, 3, 49152, True),  # SmolLM2-135M
+    "tiny": Geometry(64, 192, 2, 4, 2, 1000, False),
+}
+
+
+def job_config(job: Job, variant: Variant, attention: str) -> Config:
+    """The platform's config, cut to the job; checkpointing as configs/training_config_h100.yaml has it, everywhere."""
+    settings = [
+        f"model.name={MISTRAL}",  # named, not read: the weights are random
+        f"model.max_seq_length={job.shape.length}",
+        f"model.attn_implementation={attention}",
+        f"training.per_device_train_batch_size={job.shape.micro_batch}",
+        f"training.gradient_accumulation_steps={job.shape.accumulation}",
+        f"training.max_steps={job.all_steps}",
+        "training.gradient_checkpointing=true",
+        "training.eval_steps=1000000",
+        "training.save_steps=1000000",
+        "tracking.report_to=none",
+        *variant.settings,
+    ]
+    if job.task == "losses":
+        settings += ["lora.lora_dropout=0", "training.learning_rate=1.0e-3"]
+        settings += ["training.lr_scheduler_type=constant", "training.warmup_ratio=0"]
+    return load(job.platform, settings)[0]
+
+
+# Data in the form that each takes -------------------------------------------------------------------------------------
+
+
+def _labels(row: list[int]) -> list[int]:
+    return [-100, *row[1:]]  # nothing comes before the first token that could foretell it
+
+
+def _rows(work: Work) -> Any:
+    """One example a row, in the order of the steps."""
+    from datasets import Dataset
+
+    rows = [row for step in work.steps for row in step.rows]
+    return Dataset.from_dict({"input_ids": rows, "labels": [_labels(row) for row in rows]})
+
+
+def _packed_by_trl(work: Work) -> Any:
+    """TRL's own packing, a step at a time, so that each step holds the same rows as everybody's."""
+    from datasets import Dataset, concatenate_datasets
+    from trl import pack_dataset
+
+    packed = []
+    for step in work.steps:
+        rows = Dataset.from_dict({"input_ids": step.rows, "labels": [_labels(row) for row in step.rows]})
+        packed.append(pack_dataset(rows, work.job.shape.length, "bfd"))
+        if len(packed[-1]) != work.job.shape.sequences:
+            raise RuntimeError(f"TRL packs a step into {len(packed[-1])} sequences, not {work.job.shape.sequences}")
+    return concatenate_datasets(packed)
+
+
+def _packed_by_us(work: Work) -> Any:
+    from datasets import Dataset
+
+    examples = []
+    for step in work.steps:
+        for members in step.sequences:
+            rows = [step.rows[index] for index in members]
+            examples.append(
+                {
+                    "input_ids": [token for row in rows for token in row],
+                    "labels": [label for row in rows for label in _labels(row)],
+                    "seq_lengths": [len(row) for row in rows],
+                    "lines": members,
+                }
+            )
+    return Dataset.from_list(examples)
+
+
+# Trainers -------------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer() -> Any:
+    from finetune.chat import load_chat
+    from finetune.model import make_tokenizer
+
+    return make_tokenizer(load_chat(None), "right")
+
+
+def _base(work: Work) -> Any:
+    from step_model import make_base
+
+    return make_base(work.config, work.geometry, work.platform)
+
+
+def _lora(config: Config) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=list(config.lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _common(work: Work) -> dict[str, Any]:
+    """Arguments that decide what is computed, and so are everybody's; how it is computed is each one's own."""
+    training, shape = work.config.training, work.job.shape
+    sequences = shape.sequences if work.variant.packed else len(work.steps[0].rows)
+    return {
+        "output_dir": str(work.folder),
+        "max_steps": work.job.all_steps,
+        "per_device_train_batch_size": shape.micro_batch,
+        "gradient_accumulation_steps": sequences // shape.micro_batch,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.bf16,
+        "seed": training.seed,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": work.platform.device == "cpu",
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def transformers_trainer(work: Work) -> Any:
+    """The recipe of the QLoRA tutorials: everything but NF4 cast to fp32, padded batches, a paged optimizer."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    base = prepare_model_for_kbit_training(
+        _base(work), use_gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    set_seed(work.config.training.seed)
+    optimizer = "paged_adamw_32bit" if work.platform.name == "h100" else "adamw_torch"
+    return Trainer(
+        model=get_peft_model(base, _lora(work.config)),
+        args=TrainingArguments(**_common(work), **checkpointing, optim=optimizer),
+        data_collator=DataCollatorForSeq2Seq(_tokenizer(), padding=True),
+        train_dataset=_rows(work),
+    )
+
+
+def trl_trainer(work: Work, **more: Any) -> Any:
+    """SFTTrainer with its own defaults: checkpointing, loss in tiles, bf16 adapter weights on a quantised base."""
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    if work.variant.packed:
+        more |= {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    set_seed(work.config.training.seed)
+    return SFTTrainer(
+        model=_base(work),
+        args=SFTConfig(**_common(work), max_length=work.job.shape.length, **more),
+        train_dataset=(_packed_by_trl if work.variant.packed else _rows)(work),
+        processing_class=_tokenizer(),
+        peft_config=_lora(work.config),
+    )
+
+
+def liger_trainer(work: Work) -> Any:
+    """The same with Liger's kernels for norms, SwiGLU and RoPE; its fused loss is refused by TRL, which has its own."""
+    return trl_trainer(work, use_liger_kernel=True)
+
+
+def our_trainer(work: Work) -> Any:
+    """src/train.py's model and trainer, on the random base."""
+    from finetune import model, trainer
+    from finetune.runs import Run
+
+    config = work.config
+    base = _base(work)
+    if config.quantization.storage == "expanded":
+        model.expand(base, base.dtype)
+    peft_model = model.add_lora(base, config.lora, config.training.seed)
+    run = Run(work.folder / "run", False, None)
+    arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
+    arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
+    arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
+    examples = _packed_by_us(work)
+    return trainer.make_trainer(peft_model, _tokenizer(), examples, examples, "rows", arguments)
+
+
+def unsloth_trainer(work: Work) -> Any:
+    """unsloth's loader, LoRA and checkpointing under TRL's trainer. After its documentation; not run yet."""
+    from unsloth import FastLanguageModel  # isort: skip  # it patches transformers and trl, so it comes before them
+    from trl import SFTConfig, SFTTrainer
+
+    saved = work.folder / "base"
+    _base(work).save_pretrained(saved)  # in NF4, 4 GB for 7B: unsloth takes no model that is made already
+    tokenizer = _tokenizer()
+    tokenizer.save_pretrained(saved)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(saved), max_seq_length=work.job.shape.length, load_in_4bit=True, local_files_only=True
+    )
+    lora, seed = work.config.lora, work.config.training.seed
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+        random_state=seed,
+    )
+    packing = {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = SFTConfig(**_common(work), max_length=work.job.shape.length, **packing)
+    return SFTTrainer(model=model, args=arguments, train_dataset=_packed_by_trl(work), processing_class=tokenizer)
+
+
+OURS = "D"
+VARIANTS = {
+    row.name: row
+    for row in (
+        Variant("A", "transformers Trainer + PEFT + bitsandbytes, as copied", transformers_trainer, packed=False),
+        Variant("B", "TRL SFTTrainer as it comes", trl_trainer, packed=False),
+        Variant("B-packed", "TRL SFTTrainer, packing=True", trl_trainer, packed=True),
+        Variant("C", "B with Liger's kernels", liger_trainer, packed=False, library="liger_kernel"),
+        Variant("C-packed", "B-packed with Liger's kernels", liger_trainer, packed=True, library="liger_kernel"),
+        Variant(OURS, "ours as shipped", our_trainer, packed=True),
+        # One line a lever of ours.
+        Variant("D-expanded", "ours, NF4 unpacked once", our_trainer, True, ("quantization.storage=expanded",)),
+        Variant("E", "unsloth", unsloth_trainer, packed=True, library="unsloth"),
+        Variant("E-0", "unsloth, dropout 0", unsloth_trainer, True, ("lora.lora_dropout=0",), "unsloth"),
+    )
+}
