@@ -102,7 +102,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
-    known["skipped_checks"] = sorted(skipped)
+    known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
     fingerprint = export.fingerprint(config, prepared)
     checkpoint = resume.find(run, fingerprint, resume_changed, terminal)
     report_to, wandb = trackers.make_trackers(config.tracking, run, terminal)
@@ -116,8 +116,8 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
 
     pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
     if "rehearsal" not in skipped and not over:
-        done = checkpoints.step_of(checkpoint) if checkpoint else 0
         pace, choice = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
     elif choice.reason and not over:
         terminal.decision("checkpointed layers", choice.reason)
@@ -125,7 +125,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
-    export.write_start(run, config, known)
+    export.write_start(run, config, known, done)
     export.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
     with export.recorded(run, known), out_of_memory:

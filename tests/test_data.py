@@ -31,7 +31,7 @@ from finetune.data import Prepared, marked, prepare, preview
 from finetune.encoding import Encoder, Recipe, Statistics, control_tokens, segments, with_system_prompt
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
 from finetune.report import clean
-from finetune.rows import Rows, SplitWriter
+from finetune.rows import Rows, SplitWriter, histogram
 from finetune.schema import DatasetConfig
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
@@ -153,14 +153,25 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "normalised_leaks": 0,
         "first_leak": None,
         "copies": [6],
+        "histogram": {"edges": list(range(11, 23)), "counts": [3, *[0] * 9, 1]},
         "bad": [
             (4, "not JSON: Expecting value at column 1"),
             (8, 'found an empty list, wanted an object {"messages": [...]}'),
         ],
     }
-    assert prepared.statistics["validation"] == Statistics(1, 11, 2, 11, 11, 11, certified=1)
+    assert prepared.statistics["validation"] == Statistics(
+        1, 11, 2, 11, 11, 11, certified=1, histogram={"edges": [11, 12], "counts": [1]}
+    )
     assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
     assert lines(prepared.train) == [1, 3, 6, 7]
+
+
+def test_one_very_long_row_does_not_squeeze_the_histogram_into_one_bar() -> None:
+    lengths = np.array([*range(100, 300), 30_000])
+    found = histogram(lengths, 290)
+    assert found["edges"] == [*range(100, 380, 20), 30_001]
+    assert found["counts"] == [*[20] * 10, 0, 0, 0, 1]
+    assert histogram(np.array([7]), 7) == {"edges": [7, 8], "counts": [1]}
 
 
 def test_a_row_that_was_cut_ends_with_its_last_whole_turn(case: Case) -> None:

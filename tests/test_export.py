@@ -34,9 +34,10 @@ def test_a_failure_is_recorded_with_its_text_and_passed_on(run: Run) -> None:
 
 
 def test_a_stop_is_no_failure(run: Run) -> None:
-    with pytest.raises(Stopped), recorded(run, {}):
-        raise Stopped(15, "stopped")
-    assert not (run.folder / "manifest.json").exists()
+    with pytest.raises(Stopped), recorded(run, {"git_commit": "abc"}):
+        raise Stopped(143, "stopped")
+    manifest = json.loads((run.folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest == {"status": "interrupted", "git_commit": "abc"}
 
 
 def test_whatever_a_library_says_of_a_full_disk_it_is_exit_6_with_the_free_space(

@@ -19,7 +19,7 @@ from finetune.config import ROOT
 LIGHT = (
     *("errors", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
     *("recompute", "throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
-    *("docker_host", "checks", "report", "cli"),
+    *("docker_host", "checks", "report", "cli", "starts"),
 )
 # These ask the libraries themselves, in functions, so that what is broken is found and the rest is still said.
 ASKING = ("platforms", "hub", "checks")

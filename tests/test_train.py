@@ -167,6 +167,8 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "git_commit": (str, type(None)),
     "skipped_checks": list,
     "checkpointed_layers": int,
+    "plan": dict,
+    "starts": list,
     "steps": int,
     "train_loss": float,
     "eval_loss_before": float,
@@ -201,6 +203,19 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert (manifest["steps"], manifest["stopped_early"], manifest["samples"]) == (STEPS, False, [])
     assert manifest["hardware"]["platform"] == "cpu"
     assert min(manifest[name] for name in ("tokens_per_second", "peak_memory_gib", "seconds")) > 0
+
+
+def test_the_manifest_holds_the_plan_and_the_one_start(finished: Finished) -> None:
+    manifest = finished.manifest
+    assert (manifest["plan"]["steps"], manifest["plan"]["rows_train"]) == (STEPS, manifest["tokens"]["train"]["rows"])
+    (start,) = manifest["starts"]
+    assert {name: start[name] for name in ("from_step", "step", "end")} == {
+        "from_step": 0,
+        "step": STEPS,
+        "end": "complete",
+    }
+    assert start["started"] < start["ended"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", start[name]) for name in ("started", "ended"))
 
 
 def test_the_manifests_tokens_are_those_of_the_encoded_rows(finished: Finished) -> None:
@@ -312,6 +327,10 @@ def test_metrics_are_json_lines_that_begin_before_the_first_step(finished: Finis
     assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [0, 2, 4, 6]
     times = [entry["time"] for entry in metrics]
     assert times == sorted(times)
+    assert all(entry["tokens_per_second"] > 0 for entry in metrics if "loss" in entry)
+    memory = [entry["memory_gib"] for entry in metrics if "loss" in entry]
+    assert memory[0] > 0 and memory == sorted(memory)  # on a CPU it is the most so far
+    assert memory[-1] <= finished.manifest["peak_memory_gib"] + 0.01
     rates = [entry["learning_rate"] for entry in metrics if "learning_rate" in entry]
     assert rates[0] == 0 and max(rates) == rates[1] == 1e-3 and rates[-1] < 2e-4  # warm-up, then cosine
 
@@ -493,6 +512,10 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
     assert sha256(adapter) == sha256(finished.folder / "adapter_model.safetensors")
     logged = (command.output / "run-2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in logged] == [entry["step"] for entry in finished.metrics]
+    starts = [
+        (start["from_step"], start["step"], start["end"]) for start in read_manifest(command.output / "run-2")["starts"]
+    ]
+    assert starts == [(0, interrupted.step, "stopped"), (interrupted.step, STEPS, "complete")]
 
 
 def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_an_uninterrupted_run(

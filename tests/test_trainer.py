@@ -370,6 +370,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
     device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
     monkeypatch.setattr(torch, "get_device_module", {"mps": device}.__getitem__)
     monkeypatch.setattr(Trainer, "platform", PLATFORMS["m4"])
+    monkeypatch.setattr(trainer_module, "peak_memory_gib", lambda _platform: 1.0)  # it would ask MPS
     make = trainer_module.SFTTrainer.__init__
 
     def with_dropout(self: Any, *arguments: Any, **named: Any) -> None:

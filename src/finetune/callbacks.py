@@ -217,6 +217,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.stream = stream
         self.step_seconds, self.tokens = 0.0, 0
         self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
+        self._lap = (0, 0.0)
         self._bar: tqdm[Any] | None = None
 
     @property
@@ -224,7 +225,15 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         """0 before the first log."""
         return self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0
 
+    def lap(self, tokens: int) -> float:
+        """Tokens a second since the last call, or this start's first step; `tokens` are the whole run's."""
+        tokens_before, seconds_before = self._lap
+        self._lap = (tokens, self.step_seconds)
+        seconds = self.step_seconds - seconds_before
+        return (tokens - tokens_before) / seconds if seconds > 0 else 0.0
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._lap = (self.tokens, self.step_seconds)
         if self.stream.isatty():
             columns = shutil.get_terminal_size().columns  # 80 where the terminal does not say; tqdm would draw nothing
             self._bar = tqdm(

@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import receipt, yaml_source
+from finetune import receipt, starts, yaml_source
 from finetune.checkpoints import sha256, write_json
 from finetune.config import Config, is_local
 from finetune.data import Prepared
@@ -112,6 +112,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
                 "normalised_leaks": counts.normalised_leaks,
                 "first_leak": counts.first_leak,
                 "copies": counts.copies,
+                "histogram": counts.histogram,
             }
             for name, counts in statistics.items()
         },
@@ -127,26 +128,29 @@ def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
-def write_start(run: Run, config: Config, known: dict[str, Any]) -> None:
-    """The resolved config, and a manifest that says the run is not finished."""
+def write_start(run: Run, config: Config, known: dict[str, Any], from_step: int) -> None:
+    """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
+    known["starts"] = starts.begin(run.folder, from_step)
     (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 
 
 @contextmanager
 def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
-    """Say `failed` in the manifest where the block raises; an interrupted one says `interrupted` already.
+    """Say in the manifest that the run failed where the block raises, or that it was stopped.
 
     Libraries tell in many ways that a disk is full, read-only or gone, so where nothing more can be written into the
     run's folder, OutOfResource is raised in their place.
     """
     try:
         yield
-    except Stopped:
+    except Stopped as error:
+        with suppress(OSError):  # it is no less stopped, and the manifest says `interrupted` already
+            write_end(run, {"status": "interrupted", **known}, error)
         raise
     except Exception as error:
         with suppress(OSError):  # there the manifest cannot be written either
-            write_manifest(run, {"status": "failed", "error": str(error), **known})
+            write_end(run, {"status": "failed", "error": str(error), **known}, error)
         if not isinstance(error, OutOfResource):
             _check_writable(run.folder, error)
         raise
@@ -172,6 +176,13 @@ def _check_writable(folder: Path, error: Exception) -> None:
 def write_manifest(run: Run, content: dict[str, Any]) -> None:
     """manifest.json, whole."""
     write_json(run.folder / "manifest.json", content)
+
+
+def write_end(run: Run, content: dict[str, Any], error: Exception | None) -> None:
+    """The manifest where a start ends: by `error`, or complete."""
+    for start in content.get("starts", [])[-1:]:  # none where it ends before write_start
+        starts.end(run.folder, start, error)
+    write_manifest(run, content)
 
 
 def write_adapter(
@@ -206,7 +217,7 @@ def write_adapter(
         "adapter_sha256": sha256(run.folder / "adapter_model.safetensors"),
         "samples": samples,
     }
-    write_manifest(run, {"status": "complete", **known, **results})
+    write_end(run, {"status": "complete", **known, **results}, None)
 
 
 def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:

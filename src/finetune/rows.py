@@ -23,6 +23,8 @@ NO_ROWS: dict[str, np.ndarray] = {
     "full_lengths": np.empty(0, np.int32),
 }
 MOST_COPIES = 20  # lines of copies that are kept, to be named
+MOST_BARS = 30
+WIDTHS = [round(digit * 10**power) for power in range(9) for digit in (1, 2, 5)]  # tokens, of a histogram's bar
 SCHEMA = pa.schema([("line", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
 
 
@@ -73,6 +75,7 @@ class SplitWriter:
         if len(lengths):
             quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
             self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)
+            self.statistics.histogram = histogram(lengths, self.statistics.p95)
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
     def whole(self) -> dict[str, Any]:
@@ -94,6 +97,19 @@ class SplitWriter:
         self.statistics.control_tokens += len(lines)
         if len(lines) and self.statistics.first_control_token is None:
             self.statistics.first_control_token = int(lines[0])
+
+
+def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
+    """How many rows [rows] have how many tokens: `counts[i]` rows have `edges[i]` to `edges[i + 1] - 1` of them.
+
+    Bars are equally wide, at most MOST_BARS up to a quarter above `p95`; the last takes all that is longer, so that one
+    very long row does not squeeze the rest into one bar.
+    """
+    reach = min(p95 + p95 // 4, int(lengths.max()))
+    width = next(width for width in WIDTHS if width * MOST_BARS > reach)
+    edges = np.arange(lengths.min() // width, reach // width + 2) * width
+    edges[-1] = max(edges[-1], lengths.max() + 1)
+    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
 def first_pair(train: SplitWriter, validation: SplitWriter, name: str) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for
 from finetune.errors import Diverged
 from finetune.packing import Collator
-from finetune.platforms import PLATFORMS, Platform, random_state, set_random_state
+from finetune.platforms import PLATFORMS, Platform, peak_memory_gib, random_state, set_random_state
 from finetune.runs import Run
 from finetune.schema import TrainingConfig
 from finetune.sums import Sums
@@ -52,6 +52,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on rows that are ready; see the methods for what differs."""
 
     train_file = ""
+    progress: Progress | None = None
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
 
@@ -114,6 +115,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with speed and memory beside each training loss."""
+        if self.progress is not None and "loss" in logs:
+            speed = self.progress.lap(int(self._total_train_tokens))
+            logs |= {"tokens_per_second": round(speed, 1), "memory_gib": round(peak_memory_gib(self.platform), 3)}
+        super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is export.py's; TRL would write one into every checkpoint."""
@@ -240,6 +248,7 @@ def train(
     `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
     """
     sums = Sums(trainer, progress)
+    trainer.progress = progress
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
     for callback in (stopping, keeper, stopper.budget, stopper, progress, sums):
         if callback is not None:
