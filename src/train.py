@@ -7,7 +7,7 @@ import json
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from finetune import checks, cli
+from finetune import checks, cli, reporting
 from finetune.budget import Pace, check_budget, seconds_since_start
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
@@ -53,6 +53,7 @@ def main() -> None:
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
         terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run beside it")
+        reporting.make(run, terminal)  # a kill may have come between the manifest and the page
         print_manifest(run, options.json)
         return
 
@@ -128,7 +129,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     export.write_start(run, config, known, done)
     export.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with export.recorded(run, known), out_of_memory:
+    with reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,

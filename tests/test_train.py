@@ -138,6 +138,7 @@ def test_a_finished_run_leaves_these_files_and_no_others(finished: Finished) -> 
         "manifest.json",
         "metrics.jsonl",
         "receipt.json",
+        "report.html",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -494,7 +495,7 @@ def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Int
     assert "SIGINT: stopping as soon as the step is done; once more leaves at once" in interrupted.lines
     assert not [line for line in interrupted.lines if "Traceback" in line]
     assert read_manifest(folder)["status"] == "interrupted"
-    left = ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl", "receipt.json"]
+    left = ["checkpoints", "config.yaml", "lock", "manifest.json", "metrics.jsonl", "receipt.json", "report.html"]
     assert names(folder) == left
     assert names(folder / "checkpoints") == ["best", "checkpoint-2", f"checkpoint-{interrupted.step}"]
 

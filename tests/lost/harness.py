@@ -35,6 +35,7 @@ FILES = {
     "manifest.json",
     "metrics.jsonl",
     "receipt.json",
+    "report.html",
     "tokenizer.json",
     "tokenizer_config.json",
 }

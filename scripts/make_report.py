@@ -1,0 +1,38 @@
+"""Make a run's report page again, or one page of two runs side by side, from what lies in their folders."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from finetune import cli
+from finetune.machine import shown
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as in adapters/RUN")
+    parser.add_argument("other", metavar="RUN", type=Path, nargs="?", help="a second run, to compare the first with")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    from finetune import report_page  # matplotlib, which --help need not wait for
+
+    if options.other is None:
+        path = report_page.write(options.run)
+    else:
+        path = report_page.write_comparison(options.run, options.other)
+    if options.json:
+        cli.print_json({"report": str(path.resolve())})
+    else:
+        print(shown(path.resolve()))
+
+
+if __name__ == "__main__":
+    cli.run(main)

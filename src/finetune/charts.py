@@ -1,0 +1,224 @@
+"""Charts as SVG for a page that has light and dark colours: text stays text, colours are the page's CSS variables."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from xml.etree import ElementTree
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its cache lies is nothing that a person can act on
+
+import matplotlib  # noqa: E402
+from markupsafe import Markup  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
+
+from finetune.report import clean  # noqa: E402
+
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+# What matplotlib is told to paint with, and which of the page's variables stands in its place afterwards.
+INK, QUIET, GRID, FIRST, SECOND, GOOD, BAD, WARN = (f"#00000{number}" for number in range(1, 9))
+VARIABLES = dict(
+    zip(
+        (INK, QUIET, GRID, FIRST, SECOND, GOOD, BAD, WARN),
+        ("ink", "quiet", "line", "first", "second", "good", "bad", "warn"),
+        strict=True,
+    )
+)
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "finetune",  # the same run gives the same bytes
+    "text.parse_math": False,
+    "font.size": 11,
+    "axes.facecolor": "none",
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "legend.fontsize": 10.5,
+    "figure.facecolor": "none",
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+# In points, which are CSS pixels on a page 390 wide: text is 11 pixels high there, and no smaller on wider ones.
+WIDTH, HEIGHT = 322, 200
+MOST_MARKERS, MOST_LETTERS = 30, 24
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; `thin` for what is noisy and stands behind others."""
+
+    label: str
+    points: Points
+    colour: str = FIRST
+    thin: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """One start on a timeline, in hours since the first: when, over which steps, and how it ended."""
+
+    hours: tuple[float, float]
+    steps: tuple[float, float]
+    end: str
+    colour: str
+
+
+def in_words(what: str, points: Points) -> str:
+    """A curve for who cannot see it."""
+    if not points:
+        return f"{what}: not recorded."
+    values = [value for _, value in points]
+    ends = f"{values[0]:.4g} at step {points[0][0]:,} to {values[-1]:.4g} at step {points[-1][0]:,}"
+    return f"{what}: from {ends}, least {min(values):.4g}, most {max(values):.4g}."
+
+
+def curves(name: str, title: str, description: str, lines: Iterable[Line], best: tuple[float, float] | None) -> Markup:
+    """Curves over steps; `best` (step, value) is marked. `name` is the SVG's id, of letters."""
+    with _style():
+        figure, axes = _axes()
+        for line in lines:
+            points = [(step, value) for step, value in line.points if math.isfinite(value)]
+            marker = "" if line.thin or len(points) > MOST_MARKERS else "o"
+            label = _short(line.label) if points else "_nothing"
+            width, alpha = (1.1, 0.6) if line.thin else (1.8, 1.0)
+            axes.plot(
+                *_columns(points), color=line.colour, label=label, linewidth=width, alpha=alpha, marker=marker, ms=3.5
+            )
+        if best is not None:
+            axes.plot(*best, "o", color=GOOD, ms=9, markerfacecolor="none", markeredgewidth=2, label="best")
+        _steps(axes)
+        labels = [label for label in axes.get_legend_handles_labels()[1] if label]
+        if len(labels) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4 if len("".join(labels)) < 36 else 2)
+        return _svg(figure, name, title, description)
+
+
+def histogram(name: str, title: str, description: str, edges: list[int], counts: list[int], limit: int) -> Markup:
+    """Rows by tokens; the last bar may stand for more than its width, and `limit` is drawn where it falls inside."""
+    with _style():
+        figure, axes = _axes()
+        width = edges[1] - edges[0]
+        axes.bar(edges[:-1], counts, width=0.9 * width, align="edge", color=FIRST)
+        axes.set_xlabel("tokens")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        shown = edges[-2] + width
+        if edges[-1] > shown:
+            longer = f"{edges[-2]:,} to {edges[-1] - 1:,}"
+            axes.annotate(longer, (shown, counts[-1]), (0, 4), textcoords="offset points", ha="right", fontsize=10)
+        if edges[0] <= limit <= shown:
+            axes.axvline(limit, color=WARN, linestyle="--")
+            axes.annotate(
+                "limit", (limit, 1), (-4, -2), ("data", "axes fraction"), "offset points", ha="right", va="top"
+            )
+        return _svg(figure, name, title, description)
+
+
+def timeline(name: str, title: str, description: str, spans: list[Span]) -> Markup:
+    """Steps over hours: a line for each start, dotted between them, and how each ended."""
+    with _style():
+        figure, axes = _axes()
+        for before, after in pairwise(spans):
+            gap = [before.hours[1], after.hours[0]], [before.steps[1], after.steps[0]]
+            axes.plot(*gap, color=QUIET, linestyle=":", linewidth=1.4)
+        for span in spans:
+            axes.plot(span.hours, span.steps, color=FIRST, linewidth=3)
+            axes.plot(span.hours[1], span.steps[1], "o", color=span.colour, ms=7)
+        axes.margins(x=0.04, y=0.12)
+        unit, scale = ("minutes", 60) if spans[-1].hours[1] < 2 else ("hours", 1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours * scale:,.3g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10] if scale == 1 else [1, 1.5, 3, 6, 10]))
+        axes.set_xlabel(f"{unit} since the first start")
+        axes.set_ylabel("step")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        return _svg(figure, name, title, description)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Within, nothing but STYLE changes matplotlib's own defaults, whatever a user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _short(label: str) -> str:
+    """For a legend, which would push the curves aside."""
+    label = clean(label)
+    return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
+
+
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
+    """The figure for a page: ids of its own, no size, a title and a description, colours by variables."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    root = ElementTree.fromstring(stream.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style would hold for the whole page
+                parent.remove(child)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            element.set(key, _attribute(key, value, name))
+    for size in ("width", "height"):
+        del root.attrib[size]
+    root.attrib |= {"id": name, "role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
+    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
+        child = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{name}-{tag}"})
+        child.text = clean(text)  # XML has no place for control characters
+        root.insert(place, child)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _attribute(key: str, value: str, name: str) -> str:
+    if key == "style":
+        value = re.sub(r"font-family: [^;]*(; )?", "", value)  # the page's own
+        value = value.replace("url(#", f"url(#{name}-")
+        return re.sub("#00000[1-8]", lambda found: f"var(--{VARIABLES[found[0]]})", value)
+    if key == "id":
+        return f"{name}-{value}"
+    if key == f"{{{XLINK}}}href":
+        return value.replace("#", f"#{name}-", 1)
+    return value.replace("url(#", f"url(#{name}-") if value.startswith("url(#") else value
+
+
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", XLINK)

@@ -1,0 +1,243 @@
+"""report.html: what a run did, as one page without scripts or network; and two runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetune import charts, evidence
+from finetune.budget import duration
+from finetune.charts import Line
+from finetune.comparison import compare
+from finetune.config import MISTRAL
+from finetune.evidence import Evidence
+from finetune.machine import command, shown
+from finetune.report import clean, counted
+
+ENDS = {
+    "complete": ("complete", "good"),
+    "stopped": ("stopped", "warn"),
+    "time budget": ("time budget ended", "warn"),
+    "killed": ("killed", "bad"),
+    "failed": ("failed", "bad"),
+    None: ("not ended", "warn"),
+}
+COUNTS = (  # of manifest.rows, as the table of the data names them
+    ("truncated", "cut at the length limit"),
+    ("dropped_long", "dropped: no turn fits"),
+    ("dropped_bad", "dropped: bad rows"),
+    ("duplicates", "copies of another row"),
+    ("control_tokens", "with a control token as text"),
+    ("normalised_leaks", "nearly in the other file too"),
+    ("certified", "compared with mistral-common"),
+    ("p50", "tokens of a row, median"),
+    ("p95", "tokens of a row, 95 %"),
+    ("longest", "tokens of a row, longest"),
+)
+MOST_BAD = 20
+SPLITS = ("train", "validation")
+
+
+def write(folder: Path) -> Path:
+    """Make the page of the run in `folder` from what lies there, and return its path."""
+    return _write(folder / evidence.PAGE, "report.html", _report(evidence.read(folder)))
+
+
+def write_comparison(folder: Path, other: Path) -> Path:
+    """Make the page of two runs, in the first one's folder, and return its path."""
+    first, second = evidence.read(folder), evidence.read(other)
+    return _write(folder / f"compare-{second.name}.html", "compare.html", compare(first, second))
+
+
+def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
+    """Whole or not at all; not forced to the disk, since it can be made again."""
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("pages")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,  # no hidden or direction characters
+    )
+    text = pages.get_template(template).render(content)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(path)
+
+
+def _report(run: Evidence) -> dict[str, Any]:
+    """All that pages/report.html shows."""
+    base = run.get("base_model", "name")
+    return {
+        "name": run.name,
+        "status": run.status,
+        "unfinished": evidence.unfinished(run),
+        "answers": [evidence.trained(run), evidence.helped(run), evidence.safe(run)],
+        "base": base or "not recorded",
+        "base_link": f"https://huggingface.co/{MISTRAL}" if base == MISTRAL else None,
+        "curves": [chart for chart in _curves(run) if chart],
+        "samples": run.answers,
+        "earlier": run.samples[:-1],
+        "counts": _counts(run),
+        "files": [{"name": name, **entry} for name, entry in (run.get("data") or {}).items()],
+        "bad_rows": [entry for name in SPLITS for entry in run.get("rows", name, "dropped_bad") or []],
+        "most_bad": MOST_BAD,
+        "histogram": _histogram(run),
+        "happened": _happened(run),
+        "starts": [_start(start) for start in run.starts],
+        "timeline": _timeline(run),
+        "checks": (run.get("self_test") or {}).get("checks", []),
+        "config": run.config,
+        "facts": list(_facts(run)),
+        "again": f"{command(evidence.SCRIPT)} {shown(run.folder)}",
+    }
+
+
+def _curves(run: Evidence) -> Iterator[tuple[str, Markup] | None]:
+    loss, held_out = run.series("loss"), run.evaluations
+    if loss or held_out:
+        text = f"{charts.in_words('Training loss', loss)} {charts.in_words('Held-out loss', held_out)}"
+        if run.best:
+            text += f" Best held-out loss {run.best[1]:.4g} at step {run.best[0]:,}."
+        lines = [Line("training", loss, charts.SECOND, thin=True), Line("held out", held_out)]
+        yield "Loss, nats a token", charts.curves("loss", "Training and held-out loss", text, lines, run.best)
+    yield _curve(run, "learning_rate", "Learning rate")
+    yield _curve(run, "grad_norm", "Gradient norm, before clipping")
+    yield _curve(run, "tokens_per_second", "Tokens a second, evaluations and saves left out")
+    yield _curve(run, "memory_gib", "Memory, GiB: the most so far of each start")
+
+
+def _curve(run: Evidence, key: str, title: str) -> tuple[str, Markup] | None:
+    points = run.series(key)
+    name = key.replace("_", "-")
+    return (
+        (title, charts.curves(name, title, charts.in_words(title, points), [Line(title, points)], None))
+        if points
+        else None
+    )
+
+
+def _counts(run: Evidence) -> list[tuple[str, ...]]:
+    """The table of the data: what, in training rows, in held-out rows; what is 0 in both is left out."""
+    table = [("conversations", *(f"{run.number('tokens', split, 'rows') or 0:,.0f}" for split in SPLITS))]
+    table.append(("tokens", *(f"{run.number('tokens', split, 'total') or 0:,.0f}" for split in SPLITS)))
+    table.append(("of them with loss", *(_share(run, split) for split in SPLITS)))
+    for key, title in COUNTS:
+        found = [run.get("rows", split, key) or 0 for split in SPLITS]
+        values = [len(value) if isinstance(value, list) else value for value in found]
+        if any(values):
+            table.append((title, *(f"{value:,}" for value in values)))
+    return table
+
+
+def _share(run: Evidence, split: str) -> str:
+    total, supervised = (run.number("tokens", split, key) or 0 for key in ("total", "supervised"))
+    return f"{supervised / total:.0%}" if total else "0%"
+
+
+def _histogram(run: Evidence) -> Markup | None:
+    found = run.get("rows", "train", "histogram")
+    if not found:
+        return None
+    rows = run.get("rows", "train")
+    text = (
+        f"{counted(sum(found['counts']), 'conversation')} by length before cutting: half have up to {rows['p50']:,} "
+        f"tokens, 95 % up to {rows['p95']:,}, the longest {rows['longest']:,}."
+    )
+    edges, counts = found["edges"], found["counts"]
+    return charts.histogram("lengths", "Lengths of the training conversations", text, edges, counts, _limit(run))
+
+
+def _limit(run: Evidence) -> int:
+    """model.max_seq_length of config.yaml; 0 where it has none."""
+    for line in run.config.splitlines():
+        key, _, value = line.strip().partition(": ")
+        if key == "max_seq_length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _happened(run: Evidence) -> list[tuple[str, str, str, str]]:
+    """The plan beside what happened: (what, planned, happened, how far off)."""
+    peak = run.number("peak_memory_gib") or max((gib for _, gib in run.series("memory_gib")), default=None)
+    seconds = run.number("seconds") or _seconds(run)
+    hours = run.number("plan", "hours")
+    rows = [
+        ("optimizer steps", run.number("plan", "steps"), run.last_step, "{:,.0f}"),
+        ("evaluations", run.number("plan", "evaluations"), len(run.evaluations), "{:,.0f}"),
+        ("most memory, GiB", run.number("plan", "peak_memory_gib"), peak, "{:,.2f}"),
+        ("minutes", hours and 60 * hours, seconds and seconds / 60, "{:,.1f}")
+        if max(hours or 0, (seconds or 0) / 3600) < 2
+        else ("hours", hours, seconds and seconds / 3600, "{:,.1f}"),
+    ]
+    return [
+        (what, _text(planned, form), _text(found, form), _off(planned, found)) for what, planned, found, form in rows
+    ]
+
+
+def _text(value: float | None, form: str) -> str:
+    return "not known" if value is None else form.format(value)
+
+
+def _off(planned: float | None, happened: float | None) -> str:
+    if not planned or happened is None:
+        return ""
+    return "same" if happened == planned else f"{happened / planned - 1:+.0%}"
+
+
+def _seconds(run: Evidence) -> float | None:
+    """Of all starts that said when they ended."""
+    ended = [start for start in run.starts if start["ended"]]
+    return sum(_time(start["ended"]) - _time(start["started"]) for start in ended) if ended else None
+
+
+def _start(start: dict[str, Any]) -> dict[str, str]:
+    text, tone = ENDS.get(start["end"], (str(start["end"]), "warn"))
+    steps = (
+        f"{start['from_step']:,} to {start['step']:,}" if start["step"] is not None else f"from {start['from_step']:,}"
+    )
+    took = duration(_time(start["ended"]) - _time(start["started"])) if start["ended"] else "not known"
+    return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone}
+
+
+def _timeline(run: Evidence) -> Markup | None:
+    if not run.starts:
+        return None
+    zero = _time(run.starts[0]["started"])
+    spans = []
+    for start in run.starts:
+        began = _time(start["started"])
+        last = [entry for entry in run.metrics if entry.get("time", 0) >= began] if start["end"] is None else []
+        ended = _time(start["ended"]) if start["ended"] else last[-1]["time"] if last else began
+        step = start["step"] if start["step"] is not None else last[-1]["step"] if last else start["from_step"]
+        hours = (began - zero) / 3600, (ended - zero) / 3600
+        colour = {"good": charts.GOOD, "warn": charts.WARN, "bad": charts.BAD}[_start(start)["tone"]]
+        spans.append(charts.Span(hours, (start["from_step"], step), _start(start)["end"], colour))
+    each = "; ".join(f"steps {span.steps[0]:,} to {span.steps[1]:,}, {span.end}" for span in spans)
+    return charts.timeline("starts", "The run's starts", f"{counted(len(spans), 'start')}: {each}.", spans)
+
+
+def _time(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _when(text: str) -> str:
+    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _facts(run: Evidence) -> Iterator[tuple[str, str]]:
+    """What the run was, in short lines: base, machine, versions and hashes."""
+    yield "base", " at ".join(str(part) for part in (run.get("base_model") or {}).values() if part)
+    yield "machine", ", ".join(f"{name} {value}" for name, value in (run.get("hardware") or {}).items() if value)
+    yield "program", str(run.get("git_commit") or "not a git clone")
+    yield "libraries", ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    yield "config sha256", str(run.get("config_sha256") or "not recorded")
+    for split, hashes in (run.get("tokens") or {}).items():
+        yield f"tokens sha256, {split}", str(hashes.get("input_ids"))
+    if adapter := run.get("adapter_sha256"):
+        yield "adapter sha256", str(adapter)
