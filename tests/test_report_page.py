@@ -189,12 +189,14 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_curve_of_values_that_are_no_numbers_is_drawn_without_them() -> None:
-    lines = [Line(HOSTILE, [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0)])]
-    svg = charts.curves("loss", HOSTILE, HOSTILE, lines, None)
+    points = [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, float("nan"))]
+    assert charts.in_words("Loss", points) == "Loss: from 2 at step 1 to nan at step 5, least 1, most 2."
+    assert charts.in_words("Loss", points[-1:]) == "Loss: from nan at step 5 to nan at step 5."
+    svg = charts.curves("loss", HOSTILE, HOSTILE, [Line(HOSTILE, points)], None)
     root = ElementTree.fromstring(svg)
     assert root[0].text == clean(HOSTILE)
     assert not [element.tag for element in root.iter() if element.tag.endswith(("script", "img", "style"))]
-    assert "nan" not in svg.split("</desc>")[1]
+    assert not re.search(r"\bnan\b|\binf\b", svg.split("</desc>")[1])
 
 
 def test_the_same_run_gives_the_same_bytes(complete: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_start_that_never_wrote_its_end_was_killed_after_its_last_line(tmp_pat
 
 
 def test_a_start_that_was_killed_before_its_first_line_ended_nobody_knows_when(tmp_path: Path) -> None:
-    leave(tmp_path, [OPEN])
+    leave(tmp_path, [OPEN], {"step": 9, "time": AGO.timestamp() - 60})  # another start's
     assert begin(tmp_path, 4)[0] == {**OPEN, "ended": None, "step": 4, "end": "killed"}
 
 

@@ -88,9 +88,10 @@ def in_words(what: str, points: Points) -> str:
     """A curve for who cannot see it."""
     if not points:
         return f"{what}: not recorded."
-    values = [value for _, value in points]
-    ends = f"{values[0]:.4g} at step {points[0][0]:,} to {values[-1]:.4g} at step {points[-1][0]:,}"
-    return f"{what}: from {ends}, least {min(values):.4g}, most {max(values):.4g}."
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    ends = f"{first:.4g} at step {first_step:,} to {last:.4g} at step {last_step:,}"
+    finite = [value for _, value in points if math.isfinite(value)]
+    return f"{what}: from {ends}" + (f", least {min(finite):.4g}, most {max(finite):.4g}." if finite else ".")
 
 
 def curves(name: str, title: str, description: str, lines: Iterable[Line], best: tuple[float, float] | None) -> Markup:
@@ -98,12 +99,17 @@ def curves(name: str, title: str, description: str, lines: Iterable[Line], best:
     with _style():
         figure, axes = _axes()
         for line in lines:
-            points = [(step, value) for step, value in line.points if math.isfinite(value)]
-            marker = "" if line.thin or len(points) > MOST_MARKERS else "o"
-            label = _short(line.label) if points else "_nothing"
+            marker = "" if line.thin or len(line.points) > MOST_MARKERS else "o"
+            label = _short(line.label) if line.points else "_nothing"
             width, alpha = (1.1, 0.6) if line.thin else (1.8, 1.0)
             axes.plot(
-                *_columns(points), color=line.colour, label=label, linewidth=width, alpha=alpha, marker=marker, ms=3.5
+                *_columns(line.points),
+                color=line.colour,
+                label=label,
+                linewidth=width,
+                alpha=alpha,
+                marker=marker,
+                ms=3.5,
             )
         if best is not None:
             axes.plot(*best, "o", color=GOOD, ms=9, markerfacecolor="none", markeredgewidth=2, label="best")
