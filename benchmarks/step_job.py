@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from step_rows import make_steps, padding_share
-from variants import GEOMETRIES, VARIANTS, Job, Work, job_config
+from variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
 
 from finetune.machine import GIB
 from finetune.platforms import PLATFORMS, Platform, forget_memory, peak_memory_gib, prepare_device, synchronize
@@ -23,10 +23,7 @@ def run_job(job: Job) -> dict[str, Any]:
     variant, platform = VARIANTS[job.variant], PLATFORMS[job.platform]
     if variant.library:
         importlib.import_module(variant.library)  # unsloth must be there before the libraries that it patches
-    from step_model import choose_attention
-
-    attention = choose_attention(platform)
-    config, geometry = job_config(job, variant, attention), GEOMETRIES[job.geometry]
+    config, geometry = job_config(job, variant, choose_attention(platform)), GEOMETRIES[job.geometry]
     prepare_device(platform)
     steps = make_steps(job.data, job.shape, geometry.vocab_size, job.all_steps, ROWS_SEED)
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
@@ -38,7 +35,7 @@ def run_job(job: Job) -> dict[str, Any]:
         trainer.train()
     return {
         **asdict(job),
-        "attention": attention,
+        "attention": trainer.model.get_base_model().config._attn_implementation,
         "padding": 0.0 if variant.packed else padding_share(steps, job.shape.micro_batch),
         "row_lengths": [step.lengths for step in steps],
         "step_seconds": clock.seconds,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import bitsandbytes
@@ -58,9 +57,3 @@ def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> tor
         packed: torch.nn.Parameter = unpacked.to(device)  # which quantises it
         return packed
     return torch.nn.Parameter(value, requires_grad=False)
-
-
-def choose_attention(platform: Platform) -> str:
-    """flash_attention_2 where it is installed; SDPA with a mask elsewhere."""
-    found = platform.name == "h100" and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if found else "sdpa"

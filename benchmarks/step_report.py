@@ -13,9 +13,9 @@ from finetune.config import Config, load
 from finetune.geometry import MISTRAL_7B, Geometry
 from finetune.throughput import conditions
 
-# Largest relative distance from the first variant's loss, at step 0 and at any step: sums in another order, and B's
-# adapter weights, which TRL rounds to bf16.
-TOLERANCE = {"float32": (1e-5, 2e-2), "bfloat16": (2e-3, 2e-2)}
+# Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
+# weights to bf16. In float32 some ten times what --tiny comes to; in bfloat16 an expectation, not measured.
+TOLERANCE = {"float32": (2e-6, 2e-3), "bfloat16": (1e-3, 5e-3)}
 
 
 def summary(results: list[dict[str, Any]], configs: dict[str, Config], geometry: Geometry) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,3 +78,51 @@ def padding_share(steps: list[Step], micro_batch: int) -> float:
     lengths = [length for step in steps for length in step.lengths]
     batches = [lengths[first : first + micro_batch] for first in range(0, len(lengths), micro_batch)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+
+
+# As the trainers take them --------------------------------------------------------------------------------------------
+
+
+def _labels(row: list[int]) -> list[int]:
+    return [-100, *row[1:]]  # nothing comes before the first token that could foretell it
+
+
+def one_by_one(steps: list[Step]) -> Any:
+    """One example a row, in the order of the steps."""
+    from datasets import Dataset
+
+    rows = [row for step in steps for row in step.rows]
+    return Dataset.from_dict({"input_ids": rows, "labels": [_labels(row) for row in rows]})
+
+
+def packed_by_trl(steps: list[Step], shape: Shape) -> Any:
+    """TRL's own packing, a step at a time, so that each step holds the same rows as everybody's."""
+    from datasets import Dataset, concatenate_datasets
+    from trl import pack_dataset
+
+    packed = []
+    for step in steps:
+        rows = Dataset.from_dict({"input_ids": step.rows, "labels": [_labels(row) for row in step.rows]})
+        packed.append(pack_dataset(rows, shape.length, "bfd"))
+        if len(packed[-1]) != shape.sequences:
+            raise RuntimeError(f"TRL packs a step into {len(packed[-1])} sequences, not {shape.sequences}")
+    return concatenate_datasets(packed)
+
+
+def packed_by_us(steps: list[Step]) -> Any:
+    """As Rows.dataset has them, for packing.Collator."""
+    from datasets import Dataset
+
+    examples = []
+    for step in steps:
+        for members in step.sequences:
+            rows = [step.rows[index] for index in members]
+            examples.append(
+                {
+                    "input_ids": [token for row in rows for token in row],
+                    "labels": [label for row in rows for label in _labels(row)],
+                    "seq_lengths": [len(row) for row in rows],
+                    "lines": members,
+                }
+            )
+    return Dataset.from_list(examples)

@@ -1,10 +1,11 @@
 """Tokens a second of one optimizer step, ours beside the trainers that a user would pick instead, on the same rows.
 
-    docker compose run --rm --volume ./benchmarks:/app/benchmarks --entrypoint python train-h100 \\
+    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 \\
         benchmarks/train_step.py --output benchmarks/results/NAME.json
 
 on an H100, in the image, with random weights of Mistral-7B's shape that are made on the GPU; without Docker,
-.venv/bin/python in the place of everything before the script. On any CPU, in about a minute:
+.venv/bin/python in the place of everything before the script. Liger and unsloth are no part of the image: where they
+lie in a folder below benchmarks, --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in about a minute:
 
     .venv/bin/python benchmarks/train_step.py --tiny
 
@@ -33,10 +34,10 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from step_report import check_losses, ratios, show, summary, throughput  # noqa: E402
 from step_rows import Shape  # noqa: E402
-from variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
+from variants import GEOMETRIES, VARIANTS, Job, choose_attention, job_config  # noqa: E402
 
 from finetune.machine import read_machine  # noqa: E402
-from finetune.platforms import choose  # noqa: E402
+from finetune.platforms import PLATFORMS, choose  # noqa: E402
 from finetune.report import quiet_libraries  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
@@ -118,9 +119,9 @@ def document(options: argparse.Namespace, platform: str, results: list[dict[str,
     if done and platform == "h100":
         head["machine"]["gpu"] = done[0]["device"]
     geometry = GEOMETRIES[options.geometry]
-    configs = {
-        result["variant"]: job_config(_job(result), VARIANTS[result["variant"]], result["attention"]) for result in done
-    }
+    attention = choose_attention(PLATFORMS[platform])
+    speeds = [result for result in done if result["task"] == "speed"]
+    configs = {result["variant"]: job_config(_job(result), VARIANTS[result["variant"]], attention) for result in speeds}
     variants = summary(results, configs, geometry)
     variants |= {name: {"what": VARIANTS[name].what, "left_out": why} for name, why in options.left_out.items()}
     found = {

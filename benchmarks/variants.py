@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_rows import Shape, Step
+from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 from finetune.config import MISTRAL, Config, load
 from finetune.geometry import MISTRAL_7B, Geometry
@@ -55,7 +55,8 @@ class Work:
 class Variant:
     """A row of the table: who trains, how, and what must be there for it. `settings` as for `--set`.
 
-    `packed`: rows share sequences; else a micro-batch's rows are padded to its longest, where they differ.
+    `packed`: rows share sequences; else a micro-batch's rows are padded to its longest, where they differ. With a
+    `library` it needs an NVIDIA GPU, too; `instead_of` is one that makes it pointless.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     packed: bool
     settings: tuple[str, ...] = ()
     library: str | None = None
+    instead_of: str | None = None
 
     def missing(self, platform: Platform) -> str | None:
         """Why it cannot run here; None where it can."""
@@ -71,6 +73,8 @@ class Variant:
             return None
         if platform.name != "h100":
             return "needs CUDA"
+        if self.instead_of and importlib.util.find_spec(self.instead_of):
+            return f"{self.instead_of} is installed"
         return None if importlib.util.find_spec(self.library) else f"{self.library} is not installed"
 
 
@@ -79,6 +83,15 @@ GEOMETRIES = {
     "demo": Geometry(576, 1536, 30, 9, 3, 49152, True),  # SmolLM2-135M
     "tiny": Geometry(64, 192, 2, 4, 2, 1000, False),
 }
+
+
+PACKING = {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}  # done already, a step at a time
+
+
+def choose_attention(platform: Platform) -> str:
+    """flash_attention_2 where it is installed; SDPA with a mask elsewhere."""
+    found = platform.name == "h100" and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if found else "sdpa"
 
 
 def job_config(job: Job, variant: Variant, attention: str) -> Config:
@@ -100,53 +113,6 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
         settings += ["lora.lora_dropout=0", "training.learning_rate=1.0e-3"]
         settings += ["training.lr_scheduler_type=constant", "training.warmup_ratio=0"]
     return load(job.platform, settings)[0]
-
-
-# Data in the form that each takes -------------------------------------------------------------------------------------
-
-
-def _labels(row: list[int]) -> list[int]:
-    return [-100, *row[1:]]  # nothing comes before the first token that could foretell it
-
-
-def _rows(work: Work) -> Any:
-    """One example a row, in the order of the steps."""
-    from datasets import Dataset
-
-    rows = [row for step in work.steps for row in step.rows]
-    return Dataset.from_dict({"input_ids": rows, "labels": [_labels(row) for row in rows]})
-
-
-def _packed_by_trl(work: Work) -> Any:
-    """TRL's own packing, a step at a time, so that each step holds the same rows as everybody's."""
-    from datasets import Dataset, concatenate_datasets
-    from trl import pack_dataset
-
-    packed = []
-    for step in work.steps:
-        rows = Dataset.from_dict({"input_ids": step.rows, "labels": [_labels(row) for row in step.rows]})
-        packed.append(pack_dataset(rows, work.job.shape.length, "bfd"))
-        if len(packed[-1]) != work.job.shape.sequences:
-            raise RuntimeError(f"TRL packs a step into {len(packed[-1])} sequences, not {work.job.shape.sequences}")
-    return concatenate_datasets(packed)
-
-
-def _packed_by_us(work: Work) -> Any:
-    from datasets import Dataset
-
-    examples = []
-    for step in work.steps:
-        for members in step.sequences:
-            rows = [step.rows[index] for index in members]
-            examples.append(
-                {
-                    "input_ids": [token for row in rows for token in row],
-                    "labels": [label for row in rows for label in _labels(row)],
-                    "seq_lengths": [len(row) for row in rows],
-                    "lines": members,
-                }
-            )
-    return Dataset.from_list(examples)
 
 
 # Trainers -------------------------------------------------------------------------------------------------------------
@@ -217,7 +183,7 @@ def transformers_trainer(work: Work) -> Any:
         model=get_peft_model(base, _lora(work.config)),
         args=TrainingArguments(**_common(work), **checkpointing, optim=optimizer),
         data_collator=DataCollatorForSeq2Seq(_tokenizer(), padding=True),
-        train_dataset=_rows(work),
+        train_dataset=one_by_one(work.steps),
     )
 
 
@@ -226,13 +192,14 @@ def trl_trainer(work: Work, **more: Any) -> Any:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    if work.variant.packed:
-        more |= {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    packed, steps = work.variant.packed, work.steps
+    if packed:
+        more |= PACKING
     set_seed(work.config.training.seed)
     return SFTTrainer(
         model=_base(work),
         args=SFTConfig(**_common(work), max_length=work.job.shape.length, **more),
-        train_dataset=(_packed_by_trl if work.variant.packed else _rows)(work),
+        train_dataset=packed_by_trl(steps, work.job.shape) if packed else one_by_one(steps),
         processing_class=_tokenizer(),
         peft_config=_lora(work.config),
     )
@@ -245,11 +212,23 @@ def liger_trainer(work: Work) -> Any:
 
 def our_trainer(work: Work) -> Any:
     """src/train.py's model and trainer, on the random base."""
+    return _ours(work, _base(work))
+
+
+def our_varlen_trainer(work: Work) -> Any:
+    """The same with torch's varlen attention, which the program itself does not have."""
+    from step_attention import use
+
+    base = _base(work)
+    use(base)
+    return _ours(work, base)
+
+
+def _ours(work: Work, base: Any) -> Any:
     from finetune import model, trainer
     from finetune.runs import Run
 
     config = work.config
-    base = _base(work)
     if config.quantization.storage == "expanded":
         model.expand(base, base.dtype)
     peft_model = model.add_lora(base, config.lora, config.training.seed)
@@ -257,7 +236,7 @@ def our_trainer(work: Work) -> Any:
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
-    examples = _packed_by_us(work)
+    examples = packed_by_us(work.steps)
     return trainer.make_trainer(peft_model, _tokenizer(), examples, examples, "rows", arguments)
 
 
@@ -284,9 +263,9 @@ def unsloth_trainer(work: Work) -> Any:
         use_gradient_checkpointing="unsloth",
         random_state=seed,
     )
-    packing = {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    arguments = SFTConfig(**_common(work), max_length=work.job.shape.length, **packing)
-    return SFTTrainer(model=model, args=arguments, train_dataset=_packed_by_trl(work), processing_class=tokenizer)
+    arguments = SFTConfig(**_common(work), max_length=work.job.shape.length, **PACKING)
+    rows = packed_by_trl(work.steps, work.job.shape)
+    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
 OURS = "D"
@@ -301,6 +280,14 @@ VARIANTS = {
         Variant(OURS, "ours as shipped", our_trainer, packed=True),
         # One line a lever of ours.
         Variant("D-expanded", "ours, NF4 unpacked once", our_trainer, True, ("quantization.storage=expanded",)),
+        Variant(
+            "D-varlen",
+            "ours, torch's varlen attention",
+            our_varlen_trainer,
+            packed=True,
+            library="torch.nn.attention.varlen",
+            instead_of="flash_attn",
+        ),
         Variant("E", "unsloth", unsloth_trainer, packed=True, library="unsloth"),
         Variant("E-0", "unsloth, dropout 0", unsloth_trainer, True, ("lora.lora_dropout=0",), "unsloth"),
     )

@@ -25,6 +25,7 @@ from step_rows import Shape, make_steps, padding_share  # noqa: E402
 from variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
 
 TINY = GEOMETRIES["tiny"]
+ON_CUDA = ("C", "C-packed", "D-varlen", "E", "E-0")
 
 
 @pytest.fixture
@@ -230,10 +231,12 @@ def test_any_other_run_is_none(other: dict[str, Any]) -> None:
 
 def test_what_needs_an_nvidia_gpu_or_a_library_says_so() -> None:
     on_cpu = {name: row.missing(PLATFORMS["cpu"]) for name, row in VARIANTS.items()}
-    assert {name for name, why in on_cpu.items() if why == "needs CUDA"} == {"C", "C-packed", "E", "E-0"}
-    assert {why for name, why in on_cpu.items() if name[0] in "ABD"} == {None}
+    assert {name for name, why in on_cpu.items() if why == "needs CUDA"} == set(ON_CUDA)
+    assert {why for name, why in on_cpu.items() if name not in ON_CUDA} == {None}
     without = replace(VARIANTS["C"], library="no_such_library")
     assert without.missing(PLATFORMS["h100"]) == "no_such_library is not installed"
+    pointless = replace(VARIANTS["D-varlen"], instead_of="json")
+    assert pointless.missing(PLATFORMS["h100"]) == "json is installed"
 
 
 @pytest.mark.parametrize("platform", ["h100", "cpu"])
@@ -285,6 +288,41 @@ def test_rows_that_see_each_other_are_further_off_than_is_tolerated() -> None:
     assert not losses([apart], [leaked])["agree"]
 
 
+def rows_one_by_one(
+    query: Any, key: Any, value: Any, begins: Any, _key_begins: Any, longest: int, _key_longest: int, **named: Any
+) -> Any:
+    """What varlen_attn is documented to compute, [tokens, heads, head_dim]; it runs on NVIDIA GPUs only."""
+    import torch
+
+    assert named["window_size"] == (-1, 0)
+    assert longest == begins.diff().max()
+    found = []
+    for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        row = [tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value)]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *row, is_causal=True, scale=named["scale"], enable_gqa=named["enable_gqa"]
+        )
+        found.append(attended[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+def test_torchs_varlen_attention_is_told_where_each_row_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import step_attention
+    import torch
+    from step_rows import packed_by_us
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    _, base = tiny_loss(steps)
+    examples = [{key: row[key] for key in ("input_ids", "labels", "seq_lengths")} for row in packed_by_us(steps)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
+    with torch.no_grad():
+        masked = base(**batch, use_cache=False).logits
+        monkeypatch.setattr(step_attention, "varlen_attn", rows_one_by_one)
+        step_attention.use(base)
+        assert torch.allclose(base(**batch, use_cache=False).logits, masked, atol=1e-5)
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -329,7 +367,7 @@ def test_tiny_runs_everything_on_a_cpu_and_all_losses_agree(tmp_path: Path) -> N
     found = json.loads(path.read_text(encoding="utf-8"))
     assert "throughput" not in found
     left_out = {name: entry["left_out"] for name, entry in found["variants"].items() if "left_out" in entry}
-    assert left_out == dict.fromkeys(("C", "C-packed", "E", "E-0"), "needs CUDA")
+    assert left_out == dict.fromkeys(ON_CUDA, "needs CUDA")
     assert "C: B with Liger's kernels: needs CUDA" in done.stderr
     check_tiny(found)
 
