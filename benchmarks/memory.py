@@ -150,7 +150,7 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
-    from finetune import model, trainer
+    from finetune import levers, model, trainer
     from finetune.chat import load_chat
     from finetune.platforms import prepare_device
     from finetune.runs import Run
@@ -164,6 +164,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     else:
         base = model.load_base(config.model, config.quantization, platform.device)
     peft_model = model.add_lora(base, config.lora, config.training.seed)
+    levers.install(peft_model, config.training)
     run = Run(folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], platform, evaluate_first=True)
     tokenizer = model.make_tokenizer(load_chat(None), "right")

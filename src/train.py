@@ -99,7 +99,7 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, checkpoints, export, model, resume, trackers, trainer
+    from finetune import callbacks, checkpoints, export, levers, model, resume, trackers, trainer
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
@@ -113,6 +113,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
         base = model.load_base(config.model, config.quantization, platform.device)
         peft_model = model.add_lora(base, config.lora, config.training.seed)
+        levers.install(peft_model, config.training)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
 
     pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")

@@ -56,6 +56,8 @@ SHARED = {
     "training.gradient_checkpointing": True,
     "training.checkpointed_layers": "all",
     "training.packing": True,
+    "training.fused_lora": False,
+    "training.fused_kernels": False,
     "training.logging_steps": 10,
     "training.eval_steps": 100,
     "training.save_steps": 500,

@@ -24,6 +24,8 @@ ENTRY = {
     "attn_implementation": "flash_attention_2",
     "gradient_checkpointing": True,
     "checkpointed_layers": 32,
+    "fused_lora": False,
+    "fused_kernels": False,
     "tokens_per_second": 3000.0,
     "eval_tokens_per_second": 9000.0,
 }
@@ -63,6 +65,8 @@ def test_an_entry_under_the_same_conditions_is_told_with_its_file_and_machine(tm
         "model.attn_implementation=sdpa",
         "training.gradient_checkpointing=false",
         "training.checkpointed_layers=24",
+        "training.fused_lora=true",
+        "training.fused_kernels=true",
     ],
 )
 def test_an_entry_under_other_conditions_is_not_used(setting: str, tmp_path: Path) -> None:

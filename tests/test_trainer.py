@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from finetune import levers
 from finetune import trainer as trainer_module
 from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.chat import load_chat
@@ -79,6 +80,7 @@ class Case:
         if change:
             change(base)
         model = add_lora(base, config.lora, config.training.seed)
+        levers.install(model, config.training)
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
         sft = arguments(config.training, self.run, [], PLATFORMS["cpu"], first)

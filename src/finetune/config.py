@@ -239,6 +239,15 @@ def _checkpointed_layers(config: Config, problems: typed.Problems) -> None:
         problems.add("training.checkpointed_layers", text)
 
 
+def _levers(config: Config, problems: typed.Problems) -> None:
+    row = PLATFORMS[config.platform]
+    if config.training.fused_kernels and not row.compiles:
+        problems.add("training.fused_kernels", f"true does not work on {row.label} ({row.name}); set it to false")
+    if config.training.fused_lora and config.model.dtype == "bfloat16" and not config.training.bf16:
+        text = "true beside model.dtype bfloat16 without autocast, so adapters would lose their precision"
+        problems.add("training.fused_lora", f"{text}; set training.bf16: true, or this to false")
+
+
 def _system_prompt(config: Config, problems: typed.Problems) -> None:
     if config.system_prompt is not None and not config.system_prompt.strip():
         problems.add("system_prompt", "empty; set it to null for none")
@@ -259,6 +268,7 @@ RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
     _schedule,
     _time_budget,
     _checkpointed_layers,
+    _levers,
     _system_prompt,
     _run_name,
 )

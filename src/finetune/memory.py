@@ -170,9 +170,13 @@ class _Sizes:
         return linear * geometry.num_hidden_layers * per_weight + embeddings * self.width
 
     def lora(self, moment: str) -> float:
-        """float32 weights, autocast's bfloat16 copy of them, and the gradients of the micro-batches before."""
-        gradients = moment != "evaluation" and self.config.training.gradient_accumulation_steps > 1
-        copy = 2 if self.config.training.bf16 else 0
+        """float32 weights, autocast's bfloat16 copy of them, and the gradients of the micro-batches before.
+
+        Under fused_lora each layer makes that copy for itself, but for evaluation.
+        """
+        training = self.config.training
+        gradients = moment != "evaluation" and training.gradient_accumulation_steps > 1
+        copy = 2 if training.bf16 and (moment == "evaluation" or not training.fused_lora) else 0
         return lora_parameters(self.config, self.geometry) * (4 + copy + (4 if gradients else 0))
 
     def optimizer(self) -> float:
@@ -232,24 +236,26 @@ class _Sizes:
     def noise_a_token(self, names: Iterable[str]) -> float:
         """What dropout keeps before those of `names` that are targets.
 
-        A byte a feature on CUDA; elsewhere its noise, in the dtype of its input, which PEFT makes float32 unless the
-        layer is bitsandbytes' and under autocast.
+        A byte a feature on CUDA; elsewhere its noise, in the dtype of its input, which PEFT makes float32 there. Under
+        fused_lora a number, from which it is made again.
         """
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
-        if lora.lora_dropout == 0:
+        if lora.lora_dropout == 0 or self.config.training.fused_lora:
             return 0
-        noise = 1 if self.on_cuda else self.lora_width if self.packed_weights else 4
+        noise = 1 if self.on_cuda else 4
         return sum(shapes[name][0] for name in names if name in lora.target_modules) * noise
 
     def lora_a_token(self) -> float:
         """For each target layer its input, what dropout keeps, and the result of lora_A.
 
-        Without dropout and without a cast, layers that read the same tensor keep it once, and o_proj's is kept anyway.
+        Without dropout and without a cast, and under fused_lora, layers that read the same tensor keep it once, and
+        o_proj's is kept anyway. PEFT casts to float32 but for bitsandbytes' layers under CUDA's autocast.
         """
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
         targets = set(lora.target_modules)
         reduced = len(targets) * lora.r * self.lora_width
-        if lora.lora_dropout == 0 and (self.packed_weights or self.lora_width == 4):
+        as_it_is = lora.lora_dropout == 0 and (self.lora_width == 4 or (self.packed_weights and self.on_cuda))
+        if as_it_is or self.config.training.fused_lora:
             readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
             inputs = sum(shapes[max(group)][0] for group in readers if group & targets)
         else:

@@ -31,7 +31,8 @@ class Platform:
     """What a config may ask for on one kind of machine.
 
     `optimizers` and `attentions` are the values that work there; `any_base` lets the base model be something other than
-    Mistral-7B (the demo and the tests); `expectation` is there where a data set is easily too large for the machine.
+    Mistral-7B (the demo and the tests); `compiles` says whether torch.compile may make kernels, which nobody has tried
+    on MPS; `expectation` is there where a data set is easily too large for the machine.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Platform:
     optimizers: tuple[str, ...]
     attentions: tuple[str, ...]
     any_base: bool
+    compiles: bool
     memory_gib: float = 0.0  # to plan with where no such machine is at hand; a CPU always is
     expectation: Expectation | None = None
 
@@ -70,6 +72,7 @@ PLATFORMS = {
             attentions=("flash_attention_2", "sdpa"),
             any_base=False,
             memory_gib=80.0,
+            compiles=True,
         ),
         Platform(
             name="m4",
@@ -82,6 +85,7 @@ PLATFORMS = {
             # Matrix products are 6 x 7.2e9 FLOP a token (forward, checkpointing's forward, backward): 65 tokens/s at
             # the 2.7-2.9 TFLOP/s that others measured on an M4; 35 leaves half to all the rest. 12 h is a long night.
             expectation=Expectation(tokens_per_second=35, hours=12),
+            compiles=False,
         ),
         Platform(
             name="cpu",
@@ -90,6 +94,7 @@ PLATFORMS = {
             optimizers=("adamw_torch",),
             attentions=("sdpa",),
             any_base=True,
+            compiles=True,
         ),
     )
 }

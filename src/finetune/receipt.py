@@ -29,6 +29,7 @@ BY_DESIGN = (
     *(f"training.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")),
     *(f"training.{key}" for key in ("per_device_eval_batch_size", "optim", "bf16", "gradient_checkpointing")),
     *(f"training.{key}" for key in ("packing", "eval_steps", "save_steps")),  # sequences differ, so do steps
+    *(f"training.{key}" for key in ("fused_lora", "fused_kernels")),  # the same training up to rounding
     "dataset.truncation",
 )
 # and what changes no weight, or is compared by its content.

@@ -66,6 +66,8 @@ class TrainingConfig:
     gradient_checkpointing: bool
     checkpointed_layers: Literal["all", "auto"] | Annotated[int, Bounds(least=0)]
     packing: bool
+    fused_lora: bool
+    fused_kernels: bool
     logging_steps: Count
     eval_steps: Count
     save_steps: Count

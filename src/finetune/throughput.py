@@ -33,6 +33,8 @@ class Conditions:
     attn_implementation: Literal["flash_attention_2", "sdpa"]
     gradient_checkpointing: bool
     checkpointed_layers: Annotated[int, typed.Bounds(least=0)]
+    fused_lora: bool
+    fused_kernels: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def conditions(config: Config, geometry: Geometry) -> Conditions:
         attn_implementation=config.model.attn_implementation,
         gradient_checkpointing=config.training.gradient_checkpointing,
         checkpointed_layers=checkpointed_layers(config, geometry),
+        fused_lora=config.training.fused_lora,
+        fused_kernels=config.training.fused_kernels,
     )
 
 

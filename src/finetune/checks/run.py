@@ -205,7 +205,7 @@ def _receipt(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
-    from finetune import model, rehearsal
+    from finetune import levers, model, rehearsal
 
     config, platform = preflight.config, preflight.platform
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
@@ -214,6 +214,7 @@ def _rehearsal(preflight: Preflight) -> Finding:
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
         base = model.load_base(config.model, config.quantization, platform.device)
         lora = model.add_lora(base, config.lora, config.training.seed)
+        levers.install(lora, config.training)
     tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
     found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
