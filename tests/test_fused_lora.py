@@ -111,7 +111,7 @@ class SameNoise(torch.nn.Module):
 def test_under_the_same_noise_loss_and_all_gradients_are_pefts(
     tiny_mistral: Path, storage: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_lora, "CHUNK_TOKENS", 20)  # 48 tokens are two whole parts and one of eight
+    monkeypatch.setattr(fused_lora, "NOISE_TOKENS", 20)  # 48 tokens are two whole parts and one of eight
     keys = (
         "lora.lora_dropout=0.3",
         f"quantization.storage={storage}",

@@ -19,9 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
-# Noise exists for so many tokens at once: at 14,336 features in bfloat16, 59 MB, where a micro-batch of 4 x 4,096
-# tokens would take 470. By expectation still enough work for a kernel to fill the GPU; not measured.
-CHUNK_TOKENS = 2048
+from finetune.memory import NOISE_TOKENS
 
 
 def install(model: PeftModel) -> None:
@@ -112,6 +110,6 @@ def _masks(x: torch.Tensor, probability: float, seed: int) -> Iterator[tuple[sli
         yield slice(None), None
         return
     generator = torch.Generator(x.device).manual_seed(seed)
-    for start in range(0, len(x), CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(x), NOISE_TOKENS):
+        rows = slice(start, start + NOISE_TOKENS)
         yield rows, torch.empty_like(x[rows]).bernoulli_(1 - probability, generator=generator)

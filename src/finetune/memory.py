@@ -22,6 +22,10 @@ ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
 # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py, 1.16); its buffer has that width whatever the vocabulary's.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
+# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, and for all
+# of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured.
+NOISE_TOKENS = 2048
+
 # float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
 # gradient, target as number, their difference, and a byte for the target as truth value. Forward: transformed, shifted,
 # exponential, and a byte for what stands before the target. Its Triton kernels, on CUDA, work inside the buffer.
@@ -141,6 +145,16 @@ class _Sizes:
         """Whether SDPA keeps the attention weights, in float32, as it does on MPS wherever a gradient is wanted."""
         return self.config.platform == "m4"
 
+    @property
+    def norm_width(self) -> int:
+        """Of what a norm keeps of its input: a copy in float32, or under fused_kernels the input itself."""
+        return self.width if self.config.training.fused_kernels else 4
+
+    @property
+    def mlp_results(self) -> int:
+        """What the MLP keeps: the results of gate_proj and up_proj and, unless fused, of the activation function."""
+        return 2 if self.config.training.fused_kernels else 3
+
     def training_batch(self) -> Batch:
         """Packed sequences lie one after the other in a single row."""
         rows, length = self.config.training.per_device_train_batch_size, self.config.model.max_seq_length
@@ -200,22 +214,21 @@ class _Sizes:
         Beside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The first
         layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
         """
-        hidden = self.geometry.hidden_size
-        ends: float = hidden * (4 + self.width) + 2 * hidden // self.geometry.num_attention_heads * self.width
+        hidden, heads = self.geometry.hidden_size, self.geometry.num_attention_heads
+        ends: float = hidden * (self.norm_width + self.width) + 2 * hidden // heads * self.width
         if self.config.training.gradient_checkpointing:
             ends += checkpointed_layers(self.config, self.geometry) * hidden * self.width
         else:
-            ends -= hidden * 4 + self.noise_a_token(("q_proj", "k_proj", "v_proj"))
+            ends -= hidden * self.norm_width + self.noise_a_token(("q_proj", "k_proj", "v_proj"))
         return batch.tokens * (ends + whole * self.kept_a_token(batch)) + whole * self.attention_weights(batch)
 
     def kept_a_token(self, batch: Batch) -> float:
         """Bytes a token that one layer keeps for its backward.
 
-        Two norms: their input in float32. Rotary embedding and projections of the frozen base: nothing. MLP: the
-        results of gate_proj, of the activation function, and of up_proj.
+        Rotary embedding and projections of the frozen base keep nothing.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
-        norms, mlp = 2 * hidden * 4, 3 * intermediate * self.width
+        norms, mlp = 2 * hidden * self.norm_width, self.mlp_results * intermediate * self.width
         return norms + self.attention_a_token(batch) + mlp + self.lora_a_token()
 
     def attention_a_token(self, batch: Batch) -> float:
@@ -287,14 +300,22 @@ class _Sizes:
 
         The adapter of down_proj: the gradients of the hidden states and of the adapter's input. down_proj itself: the
         unpacked weight and two gradients of its input, when what its adapter and the last norm kept is gone. Attention
-        weights: their gradient and that of the scores, when what the MLP kept is gone.
+        weights: their gradient and that of the scores, when what the MLP kept is gone. Under fused_lora the two of
+        down_proj are one: one gradient of its input, beside the unpacked weight or then two parts of dropout's noise.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         adapted = "down_proj" in self.config.lora.target_modules
         kept = intermediate * self.lora_width + self.noise_a_token(("down_proj",)) if adapted else 0
         adapter = batch.tokens * (hidden + intermediate) * self.width
-        base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - 4 * hidden) + self.dequantised()
-        attention = 2 * self.attention_weights(batch) - 3 * intermediate * self.width * batch.tokens
+        base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - self.norm_width * hidden)
+        base += self.dequantised()
+        if adapted and self.config.training.fused_lora:
+            noise = (
+                2 * min(batch.tokens, NOISE_TOKENS) * intermediate * self.width * (self.config.lora.lora_dropout > 0)
+            )
+            adapter = batch.tokens * (intermediate * self.width - self.norm_width * hidden)
+            base = adapter + max(self.dequantised(), noise)
+        attention = 2 * self.attention_weights(batch) - self.mlp_results * intermediate * self.width * batch.tokens
         return max(adapter, base, attention)
 
     def evaluation(self, batch: Batch) -> dict[str, float]:
