@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune import model as model_module
-from finetune.chat import Chat, load_chat
 from finetune.config import MISTRAL, Config, load
 from finetune.errors import CheckFailed
-from finetune.model import add_lora, answer, compare_answers, load_base, verify_base
+from finetune.model import add_lora, load_base, verify_base
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -26,11 +25,6 @@ LAYER = "model.layers.0.self_attn.q_proj"
 @pytest.fixture
 def config(tiny_mistral: Path) -> Config:
     return load("cpu", [f"model.name={tiny_mistral}", "lora.lora_dropout=0"])[0]
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return load_chat(None)
 
 
 def base_model(config: Config, **quantization: Any) -> Any:
@@ -342,79 +336,6 @@ def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monk
         adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"
-
-
-# --- answers
-
-QUESTION = [{"role": "user", "content": "What is two plus one?"}]
-
-
-def greedy(model: Any, chat: Chat, messages: Any, tokens: int) -> str:
-    """One argmax after another, without a cache."""
-    ids = chat.encode_prompt(messages)
-    start = len(ids)
-    model.eval()
-    with torch.no_grad():
-        for _ in range(tokens):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return chat.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-
-
-def test_an_answer_is_greedy_whatever_the_random_state_and_the_models_own_settings(config: Config, chat: Chat) -> None:
-    model = tuned_model(config)
-    model.generation_config.do_sample = True
-    model.generation_config.temperature = 5.0
-    wanted = greedy(model, chat, QUESTION, 12)
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        assert answer(model, chat, QUESTION, 12) == wanted
-    assert len(wanted) > 12
-
-
-def test_an_answer_ends_at_the_end_token(config: Config, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tuned_model(config)
-    prompt = chat.encode_prompt(QUESTION)
-    with torch.no_grad():
-        reply = model.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0, len(prompt) :]
-        ids = torch.tensor([[*prompt, *reply[:3].tolist()]])
-        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -4:]
-        before, now = hidden[:3], hidden[3]
-        end = now - before.T @ torch.linalg.lstsq(before.T, now[:, None]).solution[:, 0]
-        model.get_output_embeddings().weight[2] = (
-            end  # </s>: nothing in the first three places, the first in the fourth
-        )
-    made: list[int] = []
-    generate = model.generate
-
-    def counted(**arguments: Any) -> Any:
-        output = generate(**arguments)
-        made.extend(output[0, len(prompt) :].tolist())
-        return output
-
-    monkeypatch.setattr(model, "generate", counted)
-    assert answer(model, chat, QUESTION, 12) == chat.tokenizer.decode(reply[:3].tolist()).strip() != ""
-    assert made == [*reply[:3].tolist(), 2]
-
-
-def test_with_the_adapter_off_the_base_model_answers(config: Config, chat: Chat) -> None:
-    model = tuned_model(config)
-    prompts = ("What is two plus one?", "Why?")
-    samples = compare_answers(model, chat, prompts, None, max_new_tokens=10)
-    base = base_model(config)
-    questions = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    assert samples == [
-        {"prompt": prompt, "base": answer(base, chat, question, 10), "tuned": answer(model, chat, question, 10)}
-        for prompt, question in zip(prompts, questions, strict=True)
-    ]
-    assert all(sample["base"] != sample["tuned"] for sample in samples)
-
-
-def test_the_system_prompt_stands_before_the_question(config: Config, chat: Chat) -> None:
-    model = tuned_model(config)
-    sample = compare_answers(model, chat, ("Why?",), "Be kind.", max_new_tokens=8)[0]
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
-    assert sample["tuned"] == answer(model, chat, messages, 8)
-    assert sample["tuned"] != compare_answers(model, chat, ("Why?",), None, max_new_tokens=8)[0]["tuned"]
 
 
 def test_an_expanded_base_is_verified_before_its_scales_are_gone(

@@ -1,0 +1,102 @@
+"""Greedy replies: one argmax after another, for several prompts at once, up to the end token or a signal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.chat import Chat, load_chat
+from finetune.config import load
+from finetune.model import add_lora, load_base
+from finetune.replies import TOGETHER, Reply, reply_to
+
+QUESTIONS = ("What is two plus one?", "Why?", "Name a colour that is neither red nor blue, and say why you like it.")
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return load_chat(None)
+
+
+@pytest.fixture(scope="module")
+def prompts(chat: Chat) -> list[list[int]]:
+    return [chat.encode_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_mistral: Path) -> Any:
+    """LoRA on NF4, moved off its start; its </s> is a token like all others."""
+    config = load("cpu", [f"model.name={tiny_mistral}"])[0]
+    made = add_lora(load_base(config.model, config.quantization, "cpu"), config.lora, 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        made.get_output_embeddings().weight[2, 0] = 0
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return made
+
+
+def greedy(model: Any, chat: Chat, prompt: list[int], tokens: int) -> str:
+    """One argmax after another, without a cache."""
+    ids = list(prompt)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return chat.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_replies_are_greedy_and_in_order_whatever_the_random_state_and_the_models_own_settings(
+    model: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    monkeypatch.setattr(model.generation_config, "temperature", 5.0)
+    wanted = [Reply(greedy(model, chat, prompt, 12), 12, False) for prompt in prompts]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        assert reply_to(model, chat, prompts, 12) == wanted
+    assert len({reply.text for reply in wanted}) == 3
+
+
+def test_more_prompts_than_fit_one_batch_are_all_answered(model: Any, chat: Chat, prompts: list[list[int]]) -> None:
+    one = reply_to(model, chat, prompts[:1], 3)
+    assert one is not None
+    assert reply_to(model, chat, prompts[:1] * (TOGETHER + 1), 3) == one * (TOGETHER + 1)
+
+
+def test_a_reply_ends_at_the_end_token_and_says_so(
+    model: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [[5000, 6000, 2, 0, 0], [7000, 2, 0, 0, 0], [8000, 9000, 10000, 11000, 12000]]
+    monkeypatch.setattr(model, "generate", lambda **given: torch.cat([given["input_ids"], torch.tensor(made)], dim=1))
+    assert reply_to(model, chat, prompts, 5) == [
+        Reply(chat.tokenizer.decode([5000, 6000]), 2, True),
+        Reply(chat.tokenizer.decode([7000]), 1, True),
+        Reply(chat.tokenizer.decode([8000, 9000, 10000, 11000, 12000]), 5, False),
+    ]
+
+
+def test_a_stop_comes_after_the_token_at_hand(model: Any, chat: Chat, prompts: list[list[int]]) -> None:
+    asked = []
+
+    def stopped() -> bool:
+        asked.append(None)
+        return len(asked) >= 4
+
+    assert reply_to(model, chat, prompts, 10_000, stopped) is None
+    assert len(asked) <= 6  # after each of four tokens, and after the batch
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_reply_leaves_the_mode_and_the_random_numbers_as_they_were(
+    model: Any, chat: Chat, prompts: list[list[int]], training: bool
+) -> None:
+    model.train(training)
+    before = torch.get_rng_state()
+    reply_to(model, chat, prompts, 3)
+    assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(torch.get_rng_state(), before)
