@@ -99,14 +99,14 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, checkpoints, export, levers, model, resume, trackers, trainer
+    from finetune import callbacks, checkpoints, export, levers, model, resume, samples, self_test, trackers, trainer
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
     known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
     fingerprint = export.fingerprint(config, prepared)
     checkpoint = resume.find(run, fingerprint, resume_changed, terminal)
-    report_to, wandb = trackers.make_trackers(config.tracking, run, terminal)
+    tracking = trackers.make_trackers(config, run, terminal)
 
     prepare_device(platform)
     capacity = capacity_gib(platform)
@@ -115,6 +115,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         peft_model = model.add_lora(base, config.lora, config.training.seed)
         levers.install(peft_model, config.training)
         tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
+    start = self_test.before_training(peft_model)
 
     pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
@@ -137,24 +138,35 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             prepared.train.dataset(prepared.sequences),
             prepared.validation.dataset(None),
             config.dataset.train_file,
-            trainer.arguments(config.training, run, report_to, platform, trainer.evaluates_first(checkpoint)),
+            trainer.arguments(config.training, run, [], platform, trainer.evaluates_first(checkpoint)),
             choice.layers,
         )
-        if wandb:
-            made.add_callback(wandb)
-        watchers = (
-            callbacks.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes),
-            callbacks.Stopper(run, budget),
-            callbacks.Progress(terminal.stream),
+        for tracker in tracking.all():
+            made.add_callback(tracker)
+        keeper = callbacks.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes)
+        stopper = callbacks.Stopper(run, budget)
+        sampler = samples.Sampler(
+            run.folder,
+            prepared.chat,
+            samples.questions(config, prepared),
+            keeper,
+            stopper.signalled,
+            terminal.stream,
+            tracking.all(),
         )
-        outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint)
+        watchers = (keeper, stopper, callbacks.Progress(terminal.stream))
+        outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint, sampler)
 
-        samples = model.compare_answers(peft_model, prepared.chat, config.dataset.sample_prompts, config.system_prompt)
-        export.write_adapter(run, config, peft_model, tokenizer, known, outcome, peak_memory_gib(platform), samples)
-    terminal.answers(samples)
+        answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
+        terminal.answers(answers)
+        peak_gib = peak_memory_gib(platform)
+        proof = export.write_adapter(
+            run, config, prepared, peft_model, start, tokenizer, known, outcome, peak_gib, answers
+        )
+    terminal.decision("self-test", proof.sentence())
     terminal.finished(run.folder, outcome)
-    if wandb and wandb.offline:
-        terminal.say(f"  {wandb.later()}")
+    if tracking.wandb and tracking.wandb.offline:
+        terminal.say(f"  {tracking.wandb.later()}")
 
 
 def rehearse(

@@ -19,7 +19,10 @@ def interruptible() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random MistralForCausalLM of 2 layers and Mistral's vocabulary, so with its real tokenizer."""
+    """A folder with a random MistralForCausalLM of 2 layers and Mistral's vocabulary, so with its real tokenizer.
+
+    Random weights would never come to an end: here </s> is the likeliest token everywhere, by a little.
+    """
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -35,7 +38,11 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=1024,
         sliding_window=None,
     )
-    MistralForCausalLM(config).save_pretrained(folder)
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0.2  # a direction that all tokens share
+        model.lm_head.weight[2, 0] = 0.5  # a logit of about 3, where others are within 1
+    model.save_pretrained(folder)
     return folder
 
 

@@ -77,7 +77,7 @@ SHARED = {
     "dataset.padding_side": "right",
     "dataset.on_bad_row": "fail",
     "dataset.certificate": True,
-    "dataset.sample_prompts": [],
+    "dataset.sample_prompts": None,
     "system_prompt": None,
     "tracking.report_to": "wandb",
     "tracking.project": "mistral-7b-qlora",

@@ -180,6 +180,7 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "peak_memory_gib": float,
     "seconds": float,
     "adapter_sha256": str,
+    "self_test": dict,
     "samples": list,
 }
 
@@ -355,12 +356,13 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
 
 def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     """Libraries' warnings and bars are silenced; what a person reads is what report.py wrote."""
-    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "done: ")
+    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ")
     lines = finished.done.stderr.splitlines()
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
     losses = f"{manifest['eval_loss_before']:.4f} -> {manifest['eval_loss']:.4f}"
-    assert lines[-3:] == [
+    assert lines[-4:] == [
+        "self-test: 7 of 7 checks passed, on the adapter as it was read back from disk",
         f"done: eval_loss {losses} (step {manifest['best_step']})",
         f"  adapter  {folder}/adapter_model.safetensors",
         f"  report   {folder}/README.md, manifest.json, metrics.jsonl",

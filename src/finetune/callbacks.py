@@ -194,8 +194,12 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.signal_number is not None:
+        if self.signalled():
             raise EvaluationStopped
+
+    def signalled(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal_number is not None
 
     def leave(self, step: int) -> None:
         """Raise Stopped where something ended the run, saying from where the same command goes on."""

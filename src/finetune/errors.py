@@ -58,3 +58,7 @@ class Stopped(UserError):
     def __init__(self, exit_code: int, message: str) -> None:
         self.exit_code = exit_code
         super().__init__(message)
+
+
+class SelfTestFailed(UserError):
+    """The trained adapter is not what it should be, so it is not called final."""

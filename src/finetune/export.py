@@ -19,13 +19,15 @@ from finetune import receipt, starts, yaml_source
 from finetune.checkpoints import sha256, write_json
 from finetune.config import Config, is_local
 from finetune.data import Prepared
-from finetune.errors import OutOfResource, Stopped
+from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.machine import ROOT, shown
 from finetune.receipt import base_model
 from finetune.runs import Run
+from finetune.self_test import SelfTest, Start, self_test
 from finetune.trainer import Outcome
 
 FULL_DISK_MIB = 1
+REJECTED = "rejected"
 
 VERSIONED = (
     "torch",
@@ -188,23 +190,27 @@ def write_end(run: Run, content: dict[str, Any], error: Exception | None) -> Non
 def write_adapter(
     run: Run,
     config: Config,
+    prepared: Prepared,
     model: PeftModel,
+    start: Start,
     tokenizer: PreTrainedTokenizerFast,
     known: dict[str, Any],
     outcome: Outcome,
     peak_memory_gib: float,
     samples: list[dict[str, str]],
-) -> None:
-    """The final files; the manifest that calls them complete comes last."""
+) -> SelfTest:
+    """The final files, once the adapter among them has passed its self-test; the manifest that says so comes last.
+
+    Raises SelfTestFailed where it has not: the files then lie in `rejected`, and `known` holds all that the manifest of
+    a finished run does. `model` is of no use afterwards.
+    """
     partial = run.folder / "export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(model_card(config, known, outcome), encoding="utf-8")
-    for path in sorted(partial.iterdir()):
-        path.replace(run.folder / path.name)
-    partial.rmdir()
-    results = {
+    found = self_test(model, partial, start, prepared, config, outcome)
+    known |= {
         "steps": outcome.steps,
         "train_loss": outcome.train_loss,
         "eval_loss_before": outcome.first_eval_loss,
@@ -214,10 +220,31 @@ def write_adapter(
         "tokens_per_second": round(outcome.tokens_per_second, 1),
         "peak_memory_gib": round(peak_memory_gib, 2),
         "seconds": round(outcome.seconds, 1),
-        "adapter_sha256": sha256(run.folder / "adapter_model.safetensors"),
+        "adapter_sha256": sha256(partial / "adapter_model.safetensors"),
+        "self_test": found.as_dict(),
         "samples": samples,
     }
-    write_end(run, {"status": "complete", **known, **results}, None)
+    if found.failed:
+        raise _reject(run, partial, found)
+    for path in sorted(partial.iterdir()):
+        path.replace(run.folder / path.name)
+    partial.rmdir()
+    shutil.rmtree(run.folder / REJECTED, ignore_errors=True)  # of an earlier start, whose adapter was this run's too
+    write_end(run, {"status": "complete", **known}, None)
+    return found
+
+
+def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:
+    """Keep the files aside, where nobody takes them for final, and say what is wrong with them."""
+    aside = run.folder / REJECTED
+    shutil.rmtree(aside, ignore_errors=True)
+    partial.rename(aside)
+    failed = "\n".join(f"  {check.name}: {check.detail}" for check in found.failed)
+    count = f"{len(found.failed)} of {len(found.checks)} checks failed"
+    return SelfTestFailed(
+        f"self-test: {count}, so this adapter is not final\n{failed}\n"
+        f"it lies in {shown(aside)}; change the config or the data, then --fresh starts a new run"
+    )
 
 
 def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:

@@ -17,9 +17,8 @@ from transformers import (
     set_seed,
 )
 
-from finetune.chat import Chat, Messages
+from finetune.chat import Chat
 from finetune.config import is_local, resolve
-from finetune.encoding import with_system_prompt
 from finetune.errors import CheckFailed
 from finetune.hub import GIVE_TOKEN
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
@@ -177,34 +176,3 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, wanted float32 adapter weights")
     return model
-
-
-@torch.no_grad()
-def answer(model: PeftModel, chat: Chat, messages: Messages, max_new_tokens: int) -> str:
-    """The model's greedy reply to `messages` (ending with the user's), up to its end token."""
-    prompt = chat.encode_prompt(messages)
-    input_ids = torch.tensor([prompt], device=model.device)
-    model.eval()
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=chat.token_id(chat.format.end),
-        pad_token_id=chat.token_id(chat.format.pad),
-        use_cache=True,
-    )
-    return chat.tokenizer.decode(output[0, len(prompt) :].tolist(), skip_special_tokens=True).strip()
-
-
-def compare_answers(
-    model: PeftModel, chat: Chat, prompts: tuple[str, ...], system_prompt: str | None, max_new_tokens: int = 80
-) -> list[dict[str, str]]:
-    """Each prompt answered by the base and by the tuned model, the same weights with the adapter off and on."""
-    samples = []
-    for prompt in prompts:
-        messages = with_system_prompt([{"role": "user", "content": prompt}], system_prompt)
-        with model.disable_adapter():
-            base = answer(model, chat, messages, max_new_tokens)
-        samples.append({"prompt": prompt, "base": base, "tuned": answer(model, chat, messages, max_new_tokens)})
-    return samples

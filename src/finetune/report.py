@@ -75,8 +75,6 @@ class Terminal:
         early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
         result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
         self.say(f"{self.paint('done', 'green')}: {result}")
-        if outcome.best_step == 0:
-            self.warn("no evaluation was better than the one before training: this adapter is the untrained one")
         self.say(f"  adapter  {folder}/adapter_model.safetensors")
         self.say(f"  report   {folder}/README.md, manifest.json, metrics.jsonl")
 

@@ -93,7 +93,7 @@ class DatasetConfig:
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]
     certificate: bool
-    sample_prompts: tuple[str, ...]
+    sample_prompts: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,40 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers.integrations import WandbCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from finetune.config import Config
 from finetune.hub import PROBE_SECONDS
 from finetune.machine import shown, wandb_sync
 from finetune.report import Terminal
 from finetune.runs import Run
-from finetune.schema import TrackingConfig
 from finetune.tracking import wandb_offline_reason
 
 
-def make_trackers(tracking: TrackingConfig, run: Run, terminal: Terminal) -> tuple[list[str], Wandb | None]:
-    """transformers' report_to, and wandb's callback where it is wanted. Sets the variables that both read."""
+@dataclass(frozen=True)
+class Trackers:
+    """The callbacks that the config wants."""
+
+    tensorboard: TensorBoard | None
+    wandb: Wandb | None
+
+    def all(self) -> list[TensorBoard | Wandb]:
+        """Those that are there."""
+        return [tracker for tracker in (self.tensorboard, self.wandb) if tracker is not None]
+
+
+def make_trackers(config: Config, run: Run, terminal: Terminal) -> Trackers:
+    """TensorBoard for both, wandb where it is wanted. Sets the variables that they read."""
+    tracking = config.tracking
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
-    if tracking.report_to != "wandb":
-        return ([] if tracking.report_to == "none" else ["tensorboard"]), None
+    if tracking.report_to == "none":
+        return Trackers(None, None)
+    if tracking.report_to == "tensorboard":
+        return Trackers(TensorBoard(), None)
     os.environ["WANDB_PROJECT"] = tracking.project
     os.environ["WANDB_DIR"] = str(run.folder)
     os.environ["WANDB_SILENT"] = "true"
@@ -29,7 +46,35 @@ def make_trackers(tracking: TrackingConfig, run: Run, terminal: Terminal) -> tup
     reason = wandb_offline_reason()
     if reason is not None:
         os.environ.setdefault("WANDB_MODE", "offline")  # before wandb is imported: it would ask a question
-    return ["tensorboard"], Wandb(run, terminal, reason)
+    return Trackers(TensorBoard(), Wandb(run, terminal, redacted(config.as_dict()), reason))
+
+
+def redacted(tree: Any) -> Any:
+    """A config's tree for a server: of an absolute path, which names a user or a machine, its last part only."""
+    if isinstance(tree, dict):
+        return {key: redacted(value) for key, value in tree.items()}
+    if isinstance(tree, str) and tree.startswith(("/", "~")):
+        return Path(tree).name
+    return tree
+
+
+class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
+    """transformers' own, and samples as text."""
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """One page a question, whose slider goes through the steps. After the training a file of its own is written.
+
+        The texts are indented, so that Markdown takes them as they are.
+        """
+        closed = self.tb_writer is None
+        if closed:
+            self._init_summary_writer(None)
+        for number, sample in enumerate(samples, start=1):
+            parts = (f"{name}\n\n    " + sample[name].replace("\n", "\n    ") for name in ("prompt", "base", "tuned"))
+            self.tb_writer.add_text(f"samples/{number}", "\n\n".join(parts), step)
+        self.tb_writer.flush()
+        if closed:
+            self.on_train_end(None, None, None)
 
 
 class Wandb(WandbCallback):  # type: ignore[misc]
@@ -38,9 +83,9 @@ class Wandb(WandbCallback):  # type: ignore[misc]
     `offline`: why it does not log online, or None. A run that goes on is the same run on the server too.
     """
 
-    def __init__(self, run: Run, terminal: Terminal, offline: str | None) -> None:
+    def __init__(self, run: Run, terminal: Terminal, config: dict[str, Any], offline: str | None) -> None:
         super().__init__()
-        self.run, self.terminal, self.offline = run, terminal, offline
+        self.run, self.terminal, self.config, self.offline = run, terminal, config, offline
         self.given_up = False
         if offline:
             terminal.decision("tracking", self.later())
@@ -50,9 +95,26 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         return f"wandb is offline ({self.offline}); later: {wandb_sync(shown(self.run.folder))}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.offline is None:
-            self._try(self._start_online)
         self._try(super().on_train_begin, args, state, control, **kwargs)
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        """Start or join this run, with the project's own config in place of transformers' arguments and their paths."""
+        self._initialized = True
+        if self.offline is None:
+            self._start_online()
+        else:
+            self._start()
+        self._wandb.define_metric("train/global_step")
+        self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
+
+    def samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """A table of the questions and both answers."""
+        self._try(self._log_samples, step, samples)
+
+    def _log_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        columns = ["prompt", "base", "tuned"]
+        table = self._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
+        self._wandb.log({"samples": table, "train/global_step": step})
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._try(super().on_log, args, state, control, **kwargs)
@@ -64,22 +126,24 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         self._try(super().on_save, args, state, control, **kwargs)
 
     def _start_online(self) -> None:
-        """Join this run on the server, or start one offline where the server does not let us in time."""
-        import wandb
-
+        """Join this run on the server, or start it offline where the server does not let us in time."""
         try:
-            settings = wandb.Settings(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
-            wandb.init(name=self.run.name, id=self._id(), resume="allow", settings=settings)
-        except wandb.errors.Error as error:
+            self._start(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
+        except self._wandb.errors.Error as error:
             self.offline = str(error).splitlines()[0]
             self.terminal.decision("tracking", self.later())
-            wandb.init(name=self.run.name, mode="offline")
+            self._start(mode="offline")
+
+    def _start(self, **settings: Any) -> None:
+        """One id for all starts of this run: `wandb sync`, too, then makes one run of the files of several starts."""
+        made = self._wandb.Settings(**settings)
+        self._wandb.init(name=self.run.name, id=self._id(), resume="allow", config=self.config, settings=made)
 
     def _id(self) -> str:
         """wandb's name of this run, the same after each resume."""
         path = self.run.folder / "wandb" / "id"
         if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
 

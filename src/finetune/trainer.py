@@ -16,6 +16,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    TrainerCallback,
     TrainerState,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -242,15 +243,17 @@ def train(
     progress: Progress,
     steps: int,
     checkpoint: Path | None,
+    sampler: TrainerCallback | None = None,
 ) -> Outcome:
     """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
 
-    `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
+    `steps` is how many the plan counts; `sampler` comes after the best adapter is kept, and its time counts as that of
+    the evaluation. Raises Stopped after a signal or at the end of a time budget, and Diverged.
     """
     sums = Sums(trainer, progress)
     trainer.progress = progress
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
-    for callback in (stopping, keeper, stopper.budget, stopper, progress, sums):
+    for callback in (stopping, keeper, sampler, stopper.budget, stopper, progress, sums):
         if callback is not None:
             trainer.add_callback(callback)
     if checkpoint is not None:

@@ -1,0 +1,152 @@
+"""Base versus tuned: the same questions answered by both, at each new best and at the end of a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from finetune.callbacks import Keeper
+from finetune.chat import Chat, Messages
+from finetune.checkpoints import write_text
+from finetune.config import Config
+from finetune.data import Prepared
+from finetune.encoding import with_system_prompt
+from finetune.jsonl import parse_row, read_lines
+from finetune.replies import reply_to
+from finetune.report import clean
+
+FILE = "samples.jsonl"
+MAX_NEW_TOKENS = 80  # of one answer: enough to hear the style, and the bound on its time
+PROMPTS = 3  # taken from the validation rows where the config has none
+LONGEST_PROMPT = 256  # tokens of such a one, so that it can be read and answered fast
+LINE = 110  # columns of the line that tells of a new best
+
+Samples = list[dict[str, str]]
+
+
+class Shows(Protocol):
+    """A tracker that shows samples."""
+
+    def samples(self, step: int, samples: Samples) -> None: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` is what a person asked; `input_ids` the whole of it, up to where the reply begins."""
+
+    prompt: str
+    input_ids: list[int]
+
+
+def questions(config: Config, prepared: Prepared) -> list[Question]:
+    """Those of `dataset.sample_prompts`; where it is null, the first questions of up to PROMPTS validation rows."""
+    prompts = config.dataset.sample_prompts
+    if prompts is None:
+        asked: Iterator[Messages] = _held_out(prepared)
+    else:
+        asked = iter([[{"role": "user", "content": prompt}] for prompt in prompts])
+    found = []
+    for messages in asked:
+        whole = with_system_prompt(messages, config.system_prompt)
+        question = Question(messages[-1]["content"], prepared.chat.encode_prompt(whole))
+        if prompts is not None or len(question.input_ids) <= LONGEST_PROMPT:
+            found.append(question)
+        if prompts is None and len(found) == PROMPTS:
+            break
+    return found
+
+
+def _held_out(prepared: Prepared) -> Iterator[Messages]:
+    """Validation rows in file order, each up to its first question."""
+    rows = prepared.validation
+    lines = {rows.row(index)[0] for index in range(len(rows.lengths))}
+    path = Path(prepared.files.get("validation", prepared.files["train"])["path"])
+    with path.open("rb") as stream:
+        for number, line in read_lines(stream):
+            if number in lines:
+                messages = parse_row(line)
+                yield messages[: 2 if messages[0]["role"] == "system" else 1]
+
+
+@dataclass(eq=False)
+class Sampler(TrainerCallback):  # type: ignore[misc]
+    """Asks base and tuned model, the same weights with the adapter off and on, and shows what they answer.
+
+    At each new best that `keeper` keeps, and at `finish`. The base is asked once a start. `stopped` is asked after each
+    token: where it says so the answers are left out, and the step is saved and the last.
+    """
+
+    folder: Path
+    chat: Chat
+    questions: list[Question]
+    keeper: Keeper
+    stopped: Callable[[], bool]
+    stream: TextIO
+    trackers: Sequence[Shows] = ()
+    _base: list[str] = field(default_factory=list)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Steps after the checkpoint are done again, so what was said at them goes.
+        self._write([entry for entry in self._entries() if entry["step"] <= state.global_step])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best, step = self.keeper.best, state.global_step
+        if not self.questions or step == 0 or best is None or best["step"] != step:
+            return
+        samples = self._ask(kwargs["model"])
+        if samples is None:
+            control.should_save = control.should_training_stop = True
+            return
+        self._add({"step": step, "eval_loss": best["eval_loss"], "samples": samples})
+        tqdm.write(_new_best(step, samples[0]), file=self.stream)
+        self.stream.flush()
+
+    def finish(self, model: PeftModel, step: int, eval_loss: float) -> Samples:
+        """Ask the model as it is exported, that of `step`."""
+        samples = self._ask(model) if self.questions else None
+        if samples is None:
+            return []
+        self._add({"step": step, "eval_loss": eval_loss, "final": True, "samples": samples})
+        return samples
+
+    def _ask(self, model: PeftModel) -> Samples | None:
+        prompts = [question.input_ids for question in self.questions]
+        if not self._base:
+            with model.disable_adapter():
+                base = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, self.stopped)
+            if base is None:
+                return None
+            self._base = [reply.text for reply in base]
+        tuned = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, self.stopped)
+        if tuned is None:
+            return None
+        answers = zip(self.questions, self._base, tuned, strict=True)
+        return [{"prompt": asked.prompt, "base": base, "tuned": reply.text} for asked, base, reply in answers]
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self._write([*self._entries(), entry])
+        for tracker in self.trackers:
+            tracker.samples(entry["step"], entry["samples"])
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """What stands in samples.jsonl; the last word of an earlier start does not count, since this one goes on."""
+        path = self.folder / FILE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [entry for entry in map(json.loads, lines) if "final" not in entry]
+
+    def _write(self, entries: list[dict[str, Any]]) -> None:
+        if self.questions or (self.folder / FILE).is_file():
+            write_text(self.folder / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def _new_best(step: int, sample: dict[str, str]) -> str:
+    reply = " ".join(clean(sample["tuned"]).split()) or "(nothing)"
+    line = f"step {step}: the best so far; {' '.join(clean(sample['prompt']).split())} -> {reply}"
+    return line if len(line) <= LINE else f"{line[: LINE - 4]} ..."
