@@ -91,6 +91,8 @@ def main() -> None:
     for result in run(chosen, preflight):
         terminal.check(result)
         results.append(result)
+        if len(results) < len(chosen):
+            terminal.status(f"  {chosen[len(results)].id}")
     code = exit_code(results, options.strict)
     terminal.say(f"{tally(results)}; {what_follows(results, options)}")
     if options.json:

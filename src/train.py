@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune import checks, cli, reporting
 from finetune.budget import Pace, check_budget, seconds_since_start
+from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.config import load
@@ -23,7 +25,7 @@ from finetune.platforms import (
     prepare_device,
 )
 from finetune.recompute import Choice, by_formula, settled
-from finetune.report import Terminal, quiet_libraries, tally
+from finetune.report import Terminal, cost_text, quiet_libraries, tally
 from finetune.runs import Run, open_run
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def main() -> None:
             terminal.warn(
                 f"the start before this one ({run.died}) ended without a word: killed, perhaps for its memory"
             )
+        terminal.status(f"reading {config.dataset.train_file}")
         terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
         terminal.plan(preflight.plan)
         make_checks(preflight, skipped, options.dry_run, terminal)
@@ -71,6 +74,7 @@ def main() -> None:
         elif options.json:
             cli.print_json(preflight.plan.as_dict())
     finally:
+        terminal.clear()
         if run is not None:
             run.close()
 
@@ -80,10 +84,13 @@ def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, te
     quiet_libraries()
     only = ("data", "tokens") if dry_run else ()
     chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
-    results = list(run_checks(chosen, preflight))
-    for result in results:
+    results: list[Result] = []
+    for result in run_checks(chosen, preflight):
+        results.append(result)
         if result.status == "warn":
             terminal.check(result)
+        following = [check.id for check in chosen[len(results) :]]
+        terminal.status(f"checks: {len(results)} of {len(chosen)}", *following[:1])
     terminal.decision("checks", tally(results))
     failed = {
         result.id: f"  {result.id}: {result.detail}\n    {result.fix}" for result in results if result.status == "fail"
@@ -110,6 +117,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
 
     prepare_device(platform)
     capacity = capacity_gib(platform)
+    terminal.status(f"loading {config.model.name}")
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
         base = model.load_base(config.model, config.quantization, platform.device)
         peft_model = model.add_lora(base, config.lora, config.training.seed)
@@ -151,10 +159,11 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             samples.questions(config, prepared),
             keeper,
             stopper.signalled,
-            terminal.stream,
+            terminal,
             tracking.all(),
         )
-        watchers = (keeper, stopper, callbacks.Progress(terminal.stream))
+        peak_now = partial(peak_memory_gib, platform)
+        watchers = (keeper, stopper, callbacks.Progress(terminal, pace, config.tracking.cost_per_hour, peak_now))
         outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint, sampler)
 
         answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
@@ -181,13 +190,16 @@ def rehearse(
 
     config, folder = preflight.config, run.folder / "rehearsal"
     capacity = capacity_gib(preflight.platform)
+    terminal.status("rehearsing the largest batches")
     found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity, done)
     if found.checkpointed.reason:
         terminal.decision("checkpointed layers", found.checkpointed.reason)
     terminal.decision("rehearsal", found.sentence(datetime.now()))
-    partial = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
-    if partial:
-        terminal.decision("time budget", partial)
+    if config.tracking.cost_per_hour is not None:
+        terminal.decision("cost", cost_text(found.hours * config.tracking.cost_per_hour, config.tracking.cost_per_hour))
+    budget = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
+    if budget:
+        terminal.decision("time budget", budget)
     return found.pace, found.checkpointed
 
 

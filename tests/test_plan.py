@@ -374,6 +374,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "certificate": dict,
     "problems": list,
     "hours_from": (str, type(None)),
+    "cost_per_hour": (float, type(None)),
 }
 
 # Imported before the program: no connection leaves this machine, and whoever tries leaves a trace.

@@ -37,6 +37,7 @@ from finetune.platforms import PLATFORMS
 from finetune.putback import put_back
 from finetune.recompute import Choice
 from finetune.rehearsal import Rehearsal, rehearse
+from finetune.report import Terminal
 from finetune.trainer import Trainer, arguments, make_trainer, train
 from test_trainer import FINGERPRINT, Case, adapter_weights, same
 
@@ -195,7 +196,7 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
     made = make_trainer(model, case.tokenizer, rows, held_out, case.train_file, sft)
     keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)
-    train(made, config.training, keeper, Stopper(case.run), Progress(StringIO()), 4, checkpoint)
+    train(made, config.training, keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())), 4, checkpoint)
     names = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
     logged = [{name: entry[name] for name in names if name in entry} for entry in case.metrics()]
     return {"logged": logged, "adapter": adapter_weights(model)}

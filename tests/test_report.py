@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune import machine
 from finetune.checks.check import Result
 from finetune.plan import Plan
 from finetune.report import COLOURS, Terminal, clean, plan_lines, tally
@@ -94,6 +95,13 @@ def test_the_time_says_who_measured_the_speed_and_short_ones_are_in_minutes() ->
     assert changed(hours=0.25, hours_from=None)["time"] == "15 min"
 
 
+def test_the_cost_is_told_where_an_hour_has_a_price() -> None:
+    assert "cost" not in changed()
+    assert changed(cost_per_hour=2.5)["cost"] == "8.65 (2.50 an hour)"
+    assert changed(cost_per_hour=2.5, hours=None)["cost"] == "not measured (2.50 an hour)"
+    assert changed(cost_per_hour=1000, hours=3)["cost"] == "3,000.00 (1,000.00 an hour)"
+
+
 def test_a_full_gpu_is_not_taken_for_an_unknown_one() -> None:
     assert changed(memory_available_gib=0.0)["memory"].endswith(", 0.0 GiB free")
 
@@ -169,6 +177,53 @@ def test_colour_is_decided_by_the_stream_that_is_written_to(monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdout", Tty())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert (Terminal().colour, Terminal(json=True).colour) == (True, False)
+
+
+# The status -----------------------------------------------------------------------------------------------------------
+
+
+def on_screen(written: str) -> list[str]:
+    """The lines that a terminal shows after `written`: what follows a carriage return goes over what was there."""
+    lines = []
+    for line in written.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def test_a_status_gives_way_to_the_next_one_and_to_a_line() -> None:
+    stream = Tty()
+    terminal = Terminal(stream=stream)
+    terminal.status("a long status")
+    assert on_screen(stream.getvalue()) == ["a long status"]
+    terminal.status("short", "and more")
+    assert on_screen(stream.getvalue()) == ["short, and more"]
+    terminal.say("said")
+    assert on_screen(stream.getvalue()) == ["said", ""]
+    terminal.status("last")
+    terminal.clear()
+    terminal.clear()
+    assert on_screen(stream.getvalue()) == ["said", ""]
+
+
+def test_what_does_not_fit_into_the_terminals_width_is_left_out_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for columns in (4, 12, 13, 22, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = Tty()
+        Terminal(stream=stream).status("step 1/2", "10 s left", "cost 1.00")
+        shown[columns] = stream.getvalue()
+    whole = "\rstep 1/2, 10 s left, cost 1.00"
+    assert shown == {4: "\rste", 12: "\rstep 1/2", 13: "\rstep 1/2", 22: whole[:20], 80: whole}
+
+
+def test_a_file_or_pipe_gets_no_status() -> None:
+    stream = io.StringIO()
+    Terminal(stream=stream).status("step 1/2")
+    Terminal(stream=stream).clear()
+    assert stream.getvalue() == ""
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -256,8 +311,30 @@ def test_the_end_says_what_came_of_it_and_where_it_lies(first: float | None, ear
     assert stream.getvalue() == (
         f"done: {result}\n"
         "  adapter  adapters/demo/adapter_model.safetensors\n"
-        "  report   adapters/demo/README.md, manifest.json, metrics.jsonl\n"
+        "  card     adapters/demo/README.md, with the lines that load the adapter\n"
+        "next: less adapters/demo/README.md\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "image", "next_line"),
+    [
+        ("linux", None, "next: xdg-open {page}"),
+        ("darwin", None, "next: open {page}"),
+        ("linux", "h100", "next: xdg-open {page} (on the Docker host)"),
+    ],
+)
+def test_a_report_page_that_was_made_is_the_next_thing_to_look_at(
+    system: str, image: str | None, next_line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(machine, "IMAGE_LOCK", image)
+    (tmp_path / "report.html").touch()
+    outcome: Any = SimpleNamespace(first_eval_loss=None, eval_loss=1.0, best_step=1, steps=1, stopped_early=False)
+    stream = io.StringIO()
+    Terminal(stream=stream).finished(tmp_path, outcome)
+    page = f"{tmp_path}/report.html"
+    assert stream.getvalue().splitlines()[-2:] == [f"  report   {page}", next_line.format(page=page)]
 
 
 SAMPLES = [

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import FINGERPRINT, Case, adapter_weights, same
 
 from finetune import samples as samples_module
 from finetune.callbacks import Keeper, Progress, Stopper
@@ -22,6 +21,7 @@ from finetune.errors import Stopped
 from finetune.model import make_tokenizer
 from finetune.samples import FILE, Question, Sampler, questions
 from finetune.trainer import Outcome, evaluates_first, train
+from test_trainer import FINGERPRINT, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")
 ASKED = "dataset.sample_prompts=['What is two plus one?', 'Why?']"
@@ -65,7 +65,7 @@ class Start:
             questions(config, prepared),
             self.keeper,
             self._stopped,
-            self.stream,
+            Terminal(stream=self.stream),
             [self.tracker],
         )
 
@@ -78,7 +78,7 @@ class Start:
     def __call__(self, checkpoint: Path | None = None, sampled: bool = True) -> tuple[Outcome, Any]:
         config = self.case.config(*SETTINGS, self.prompts)
         trainer = self.case.trainer(*SETTINGS, first=evaluates_first(checkpoint), change=endless)
-        watchers = self.keeper, self.stopper, Progress(self.stream)
+        watchers = self.keeper, self.stopper, Progress(Terminal(stream=self.stream))
         outcome = train(trainer, config.training, *watchers, 4, checkpoint, self.sampler if sampled else None)
         return outcome, trainer.model
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_trainer import FINGERPRINT, Case
 
 from finetune import self_test as self_test_module
 from finetune.callbacks import Keeper, Progress, Stopper
@@ -26,6 +25,7 @@ from finetune.data import Prepared
 from finetune.model import load_base, make_tokenizer
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.trainer import Outcome, train
+from test_trainer import FINGERPRINT, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 Change = Callable[[Any], None]

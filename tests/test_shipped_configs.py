@@ -81,6 +81,7 @@ SHARED = {
     "system_prompt": None,
     "tracking.report_to": "wandb",
     "tracking.project": "mistral-7b-qlora",
+    "tracking.cost_per_hour": None,
     "output.dir": "adapters",
 }
 

@@ -22,6 +22,7 @@ from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.config import ROOT, load
 from finetune.machine import PYTHON
+from finetune.model_card import model_card
 
 STEPS = 6
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")
@@ -305,16 +306,20 @@ def test_the_tokenizer_reloads_with_transformers_and_its_template_gives_our_ids(
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (1, 2, 0, 32000)
 
 
-def test_the_model_card_names_base_data_and_loss(finished: Finished) -> None:
+def test_the_model_card_is_that_of_the_manifest(finished: Finished) -> None:
     card = (finished.folder / "README.md").read_text(encoding="utf-8")
-    metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["library_name"] == "peft"
-    assert "base_model" not in metadata  # a local folder is no Hub id
-    manifest = finished.manifest
-    before, after = manifest["eval_loss_before"], manifest["eval_loss"]
-    assert f"- eval_loss {after:.4f} (before training: {before:.4f}) over " in card
-    assert f"training data sha256 {manifest['data']['train']['sha256']}" in card
+    assert card == model_card(load("cpu", finished.command.settings())[0], finished.manifest)
     assert str(finished.command.base) not in card
+
+
+def test_the_model_cards_code_loads_the_adapter_and_answers(finished: Finished, tmp_path: Path) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (finished.folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for folder in (finished.folder, finished.command.base):
+        (tmp_path / folder.name).symlink_to(folder)
+    line = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 10
 
 
 def test_training_lowers_eval_loss(finished: Finished) -> None:
@@ -347,7 +352,7 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
     steps = [line for line in text.splitlines() if line.startswith("step ")]
     number, seconds = r"\d+\.\d+", r"\d+ s"
     patterns = [
-        rf"step \d/6: loss {number}, [\d,]+ tokens/s, {seconds} left",
+        rf"step \d/6: loss {number}, [\d,]+ tokens/s, {seconds} left, ends about [\w: ]+, peak {number} GiB",
         rf"step \d/6: eval_loss {number}",
     ]
     assert [line for line in steps if not any(re.fullmatch(pattern, line) for pattern in patterns)] == []
@@ -356,7 +361,7 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
 
 def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     """Libraries' warnings and bars are silenced; what a person reads is what report.py wrote."""
-    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ")
+    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ", "next: ")
     lines = finished.done.stderr.splitlines()
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
@@ -365,7 +370,8 @@ def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
         "self-test: 7 of 7 checks passed, on the adapter as it was read back from disk",
         f"done: eval_loss {losses} (step {manifest['best_step']})",
         f"  adapter  {folder}/adapter_model.safetensors",
-        f"  report   {folder}/README.md, manifest.json, metrics.jsonl",
+        f"  card     {folder}/README.md, with the lines that load the adapter",
+        f"next: less {folder}/README.md",
     ]
 
 

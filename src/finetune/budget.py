@@ -7,6 +7,7 @@ import math
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import psutil
 
@@ -27,6 +28,12 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def clock(end: datetime, now: datetime) -> str:
+    """When `end` is, as said at `now`, both in local time: `14:05`, `Tue 14:05` or `24 Dec 14:05`."""
+    day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
+    return f"{day}{end:%H:%M}"
 
 
 @dataclass(frozen=True)

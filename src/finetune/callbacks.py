@@ -9,17 +9,19 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import TrainerCallback
 
-from finetune.budget import Pace, duration
+from finetune.budget import Pace, Schedule, clock, duration, seconds_since_start
 from finetune.checkpoints import BEST, read_seal, replace_best, room_for, saved, seal, thin_out, write_text
 from finetune.errors import Diverged, OutOfResource, Stopped
+from finetune.report import Terminal
 from finetune.runs import Run
 
 
@@ -179,7 +181,8 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             raise SystemExit(128 + signal_number)
         self.signal_number = signal_number
         text = f"{signal.Signals(signal_number).name}: stopping as soon as the step is done; once more leaves at once\n"
-        os.write(2, text.encode())  # not print: a handler may run in the middle of one
+        below_the_status = "\n" if os.isatty(2) else ""
+        os.write(2, (below_the_status + text).encode())  # not print: a handler may run in the middle of one
 
     def _reason(self) -> tuple[int, str] | None:
         """(exit code, what ended the run); None where nothing has."""
@@ -212,17 +215,25 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One line that lives on a terminal, plain lines elsewhere: step, loss, tokens/s, time left.
+    """One line that lives on a terminal, plain lines elsewhere: step, loss, speed, time left and end, cost, memory.
 
-    Counts tokens and seconds of the run's training steps only: evaluation and saves are not in `tokens_per_second`.
+    Counts tokens and seconds of the run's training steps only: evaluation and saves are not in `tokens_per_second`, but
+    in the time left, as long as the rehearsal's `pace` says. The cost is that of this start, all of its wall time.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(
+        self,
+        terminal: Terminal,
+        pace: Pace | None = None,
+        cost_per_hour: float | None = None,
+        peak_gib: Callable[[], float] | None = None,
+    ) -> None:
+        self.terminal, self.pace = terminal, pace or Pace()
+        self.cost_per_hour, self._peak_gib = cost_per_hour, peak_gib
         self.step_seconds, self.tokens = 0.0, 0
         self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
         self._lap = (0, 0.0)
-        self._bar: tqdm[Any] | None = None
+        self._loss = self._eval = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -238,45 +249,52 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._lap = (self.tokens, self.step_seconds)
-        if self.stream.isatty():
-            columns = shutil.get_terminal_size().columns  # 80 where the terminal does not say; tqdm would draw nothing
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", file=self.stream, ncols=columns
-            )
         self._first_step, self._seconds_before = state.global_step, self.step_seconds
+        self.terminal.status(f"step {state.global_step}/{state.max_steps}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_seconds += time.monotonic() - self._step_started
-        if self._bar is not None:
-            self._bar.update(1)
+        self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         self.tokens = int(logs.get("num_tokens", self.tokens))
-        parts = []
         if "loss" in logs:
-            parts = [f"loss {logs['loss']:.3f}", f"{self.tokens_per_second:,.0f} tokens/s"]
+            self._loss = f"loss {logs['loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            if not self.terminal.live:
+                self.terminal.say(", ".join(self._parts(state)))
         elif "eval_loss" in logs:
-            parts = [f"eval_loss {logs['eval_loss']:.4f}"]
-        if not parts:
-            return
-        if self._bar is not None:
-            if "loss" in logs:
-                self._bar.set_postfix_str(", ".join(parts))
-            else:
-                tqdm.write(f"step {state.global_step}: {parts[0]}", file=self.stream)
-            return
-        left = self._seconds_left(state)
-        ending = f", {duration(left)} left" if left is not None and "loss" in logs else ""
-        print(f"step {state.global_step}/{state.max_steps}: {', '.join(parts)}{ending}", file=self.stream, flush=True)
+            self._eval = f"eval_loss {logs['eval_loss']:.4f}"
+            self.terminal.say(f"step {state.global_step}/{state.max_steps}: {self._eval}")
+        self._show(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.terminal.clear()
+
+    def _show(self, state: Any) -> None:
+        if self.terminal.live:
+            step, *others = self._parts(state)
+            self.terminal.status(step, *others[:2], *filter(None, [self._eval]), *others[2:])
+
+    def _parts(self, state: Any) -> list[str]:
+        """What is known at this step, the most important first."""
+        parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}" if self._loss else "")]
+        left = self._seconds_left(state)
+        if left is not None:
+            now = datetime.now()
+            parts += [f"{duration(left)} left", f"ends about {clock(now + timedelta(seconds=left), now)}"]
+            if self.cost_per_hour is not None:
+                spent = seconds_since_start()
+                so_far, whole = (seconds / 3600 * self.cost_per_hour for seconds in (spent, spent + left))
+                parts.append(f"cost {so_far:,.2f} of {whole:,.2f}")
+        return parts if self._peak_gib is None else [*parts, f"peak {self._peak_gib():.1f} GiB"]
 
     def _seconds_left(self, state: Any) -> float | None:
         done = state.global_step - self._first_step
+        if done <= 0:
+            return None
         seconds = self.step_seconds - self._seconds_before  # of this start: another may have had another machine
-        return None if done <= 0 else seconds / done * (state.max_steps - state.global_step)
+        schedule = Schedule(state.global_step, state.max_steps, 1, state.eval_steps, state.save_steps)
+        return schedule.seconds(replace(self.pace, step=seconds / done), state.max_steps)

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune import receipt, starts, yaml_source
 from finetune.checkpoints import sha256, write_json
-from finetune.config import Config, is_local
+from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.machine import ROOT, shown
+from finetune.model_card import model_card
 from finetune.receipt import base_model
 from finetune.runs import Run
 from finetune.self_test import SelfTest, Start, self_test
@@ -208,7 +209,6 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(model_card(config, known, outcome), encoding="utf-8")
     found = self_test(model, partial, start, prepared, config, outcome)
     known |= {
         "steps": outcome.steps,
@@ -224,6 +224,7 @@ def write_adapter(
         "self_test": found.as_dict(),
         "samples": samples,
     }
+    (partial / "README.md").write_text(model_card(config, {"status": "complete", **known}), encoding="utf-8")
     if found.failed:
         raise _reject(run, partial, found)
     for path in sorted(partial.iterdir()):
@@ -245,43 +246,3 @@ def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:
         f"self-test: {count}, so this adapter is not final\n{failed}\n"
         f"it lies in {shown(aside)}; change the config or the data, then --fresh starts a new run"
     )
-
-
-def model_card(config: Config, known: dict[str, Any], outcome: Outcome) -> str:
-    """README.md in the Hub's format."""
-    base = known["base_model"]["name"]
-    metadata = {
-        "library_name": "peft",
-        "license": "apache-2.0",
-        "pipeline_tag": "text-generation",
-        "tags": ["qlora", "lora", "mistral"],
-        **({} if is_local(config.model.name) else {"base_model": base}),
-    }
-    before = "" if outcome.first_eval_loss is None else f" (before training: {outcome.first_eval_loss:.4f})"
-    rows = {name: tokens["rows"] for name, tokens in known["tokens"].items()}
-    loss = f"{outcome.eval_loss:.4f}{before}"
-    lora, targets = config.lora, ", ".join(config.lora.target_modules)
-    return f"""---
-{yaml_source.dump(metadata).strip()}
----
-
-# {config.run_name}
-
-A QLoRA adapter for {base}, trained on {rows["train"]} conversations.
-
-- eval_loss {loss} over {rows["validation"]} held-out conversations, at step {outcome.best_step}
-- LoRA r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {targets}
-- learning rate {config.training.learning_rate:g}, {outcome.steps} steps of {config.effective_batch_size} sequences
-- training data sha256 {known["data"]["train"]["sha256"]}
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-Limits: it learnt from the data above only, and keeps the base model's own limits.
-"""

@@ -64,6 +64,12 @@ class Plan:
     checkpointed_layers: int
     hours_from: str | None = None
     checkpointed_from: str | None = None
+    cost_per_hour: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Of the expected hours, in the currency of `tracking.cost_per_hour`."""
+        return None if self.hours is None or self.cost_per_hour is None else self.hours * self.cost_per_hour
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -115,6 +121,7 @@ def make_plan(
         problems=[],
         checkpointed_layers=choice.layers,
         checkpointed_from=choice.reason,
+        cost_per_hour=config.tracking.cost_per_hour,
     )
     if speed is not None:
         hours = round(_hours(plan, config, validation.tokens, speed), 4)

@@ -39,7 +39,7 @@ NOT_COMPARED = (
     *(f"training.time_budget_{key}" for key in ("hours", "partial")),
     *(f"dataset.{key}" for key in ("train_file", "validation_file", "validation_split", "certificate")),
     "dataset.sample_prompts",
-    *(f"tracking.{key}" for key in ("report_to", "project", "run_name")),
+    *(f"tracking.{key}" for key in ("report_to", "project", "run_name", "cost_per_hour")),
     "output.dir",
 )
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
 from finetune.batches import Load, example_lengths, train_load, validation_load
-from finetune.budget import Pace, Schedule, duration
+from finetune.budget import Pace, Schedule, clock, duration
 from finetune.checkpoints import read_seal, seal
 from finetune.config import Config
 from finetune.data import Prepared
@@ -69,12 +69,11 @@ class Rehearsal:
     def sentence(self, now: datetime) -> str:
         """For the terminal; `now` in local time."""
         end, step = now + timedelta(hours=self.hours), self.pace.step
-        day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
         memory = f"peak {self.peak_gib:.1f} of {self.capacity_gib:.1f} GiB"
         speed = f"{step:.1f} s a step" if step >= 1 else f"{step:.2g} s a step"
         steps = self.schedule.steps - self.schedule.done
         count = "1 step" if steps == 1 else f"{steps:,} steps"
-        return f"{memory}, {speed}, {duration(3600 * self.hours)} for {count}, finished about {day}{end:%H:%M}"
+        return f"{memory}, {speed}, {duration(3600 * self.hours)} for {count}, finished about {clock(end, now)}"
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]

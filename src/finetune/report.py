@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import textwrap
 import unicodedata
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from finetune.machine import shown
+from finetune.machine import advice, shown
 from finetune.plan import Plan
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Terminal:
 
     def __init__(self, json: bool = False, stream: TextIO | None = None) -> None:
         self.stream = stream or (sys.stderr if json else sys.stdout)
-        self.colour = self.stream.isatty() and "NO_COLOR" not in os.environ
+        self.live = self.stream.isatty()
+        self.colour = self.live and "NO_COLOR" not in os.environ
+        self._status = 0  # characters of the status that is on the screen
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in one of COLOURS where this is a terminal."""
@@ -38,7 +41,27 @@ class Terminal:
 
     def say(self, text: str = "") -> None:
         """One line."""
+        self.clear()
         print(text, file=self.stream, flush=True)
+
+    def status(self, text: str, *more: str) -> None:
+        """On a terminal a line that lives until the next one: `text`, and what of `more` fits beside it."""
+        if not self.live:
+            return
+        columns = shutil.get_terminal_size().columns - 1  # 79 where the terminal does not say
+        text = text[:columns]
+        for part in more:
+            if len(text) + len(part) + 2 > columns:
+                break
+            text += f", {part}"
+        print(f"\r{text:<{self._status}}", end="", file=self.stream, flush=True)
+        self._status = len(text)
+
+    def clear(self) -> None:
+        """Take the status off the screen."""
+        if self._status:
+            print(f"\r{' ' * self._status}\r", end="", file=self.stream, flush=True)
+            self._status = 0
 
     def decision(self, what: str, because: str) -> None:
         """An automatic decision with its reason, once."""
@@ -69,14 +92,19 @@ class Terminal:
             self.warn(problem)
 
     def finished(self, folder: Path, outcome: Outcome) -> None:
-        """Where the results lie and what they came to."""
-        folder = shown(folder)
+        """What came of it, where it lies, and how to look at it; a report page that could not be made is not named."""
+        folder, drawn = shown(folder), (folder / "report.html").is_file()
         before = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.4f} -> "
         early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
         result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
         self.say(f"{self.paint('done', 'green')}: {result}")
         self.say(f"  adapter  {folder}/adapter_model.safetensors")
-        self.say(f"  report   {folder}/README.md, manifest.json, metrics.jsonl")
+        self.say(f"  card     {folder}/README.md, with the lines that load the adapter")
+        if drawn:
+            self.say(f"  report   {folder}/report.html")
+        opener = "open" if sys.platform == "darwin" else "xdg-open"
+        look = f"{opener} {folder}/report.html" if drawn else f"less {folder}/README.md"
+        self.decision("next", advice(look, f"{look} (on the Docker host)"))
 
     def answers(self, samples: Iterable[dict[str, str]]) -> None:
         """The same questions answered by the base and by the tuned model."""
@@ -117,6 +145,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         *([("checkpointed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
         ("disk", f"{plan.disk_gib:.1f} GiB"),
         ("time", time_text(plan)),
+        *([] if plan.cost_per_hour is None else [("cost", cost_text(plan.cost, plan.cost_per_hour))]),
     ]
 
 
@@ -133,6 +162,11 @@ def time_text(plan: Plan) -> str:
         return "not measured"
     text = f"{plan.hours * 60:.0f} min" if plan.hours < 2 else f"{plan.hours:.1f} h"
     return text if plan.hours_from is None else f"{text} at {plan.hours_from}"
+
+
+def cost_text(cost: float | None, cost_per_hour: float) -> str:
+    """What the hours come to, in the currency that `tracking.cost_per_hour` is in."""
+    return f"{'not measured' if cost is None else f'{cost:,.2f}'} ({cost_per_hour:,.2f} an hour)"
 
 
 def tally(results: Iterable[Result]) -> str:

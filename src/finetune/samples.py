@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from finetune.callbacks import Keeper
@@ -20,7 +19,7 @@ from finetune.data import Prepared
 from finetune.encoding import with_system_prompt
 from finetune.jsonl import parse_row, read_lines
 from finetune.replies import reply_to
-from finetune.report import clean
+from finetune.report import Terminal, clean
 
 FILE = "samples.jsonl"
 MAX_NEW_TOKENS = 80  # of one answer: enough to hear the style, and the bound on its time
@@ -88,7 +87,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
     questions: list[Question]
     keeper: Keeper
     stopped: Callable[[], bool]
-    stream: TextIO
+    terminal: Terminal
     trackers: Sequence[Shows] = ()
     _base: list[str] = field(default_factory=list)
 
@@ -105,8 +104,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
             return
         self._add({"step": step, "eval_loss": best["eval_loss"], "samples": samples})
-        tqdm.write(_new_best(step, samples[0]), file=self.stream)
-        self.stream.flush()
+        self.terminal.say(_new_best(step, samples[0]))
 
     def finish(self, model: PeftModel, step: int, eval_loss: float) -> Samples:
         """Ask the model as it is exported, that of `step`."""

@@ -98,11 +98,12 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl, and what an hour of the machine costs, in any currency."""
 
     report_to: Literal["wandb", "tensorboard", "none"]
     project: str
     run_name: str | None
+    cost_per_hour: Annotated[float, Bounds(above=0)] | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,257 @@
+"""The model card: a header that the Hub's own parser takes, the manifest's facts, nothing that a name can break."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markdown_it import MarkdownIt
+
+from finetune.config import MISTRAL, Config, load
+from finetune.model_card import hub_base, metadata, model_card
+from finetune.report import clean
+
+REVISION = "63a8b081895390a26e140280378bc85ec8bce07a"
+MANIFEST: dict[str, Any] = {
+    "status": "complete",
+    "config_sha256": "c" * 64,
+    "data": {"train": {"path": "data/processed/train.jsonl", "sha256": "d" * 64, "rows": 1200}},
+    "tokens": {
+        "train": {"input_ids": "1" * 64, "labels": "2" * 64, "rows": 1080, "total": 500_000, "supervised": 200_000},
+        "validation": {"input_ids": "3" * 64, "labels": "4" * 64, "rows": 120, "total": 50_000, "supervised": 20_000},
+    },
+    "base_model": {"name": MISTRAL, "revision": REVISION},
+    "versions": {"torch": "2.10.0", "peft": "0.21.2"},
+    "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
+    "git_commit": "abc123",
+    "skipped_checks": [],
+    "steps": 1920,
+    "train_loss": 1.1,
+    "eval_loss_before": 2.34567,
+    "eval_loss": 1.23456,
+    "best_step": 1500,
+    "stopped_early": False,
+    "tokens_per_second": 5400.4,
+    "peak_memory_gib": 12.94,
+    "seconds": 12_600.0,
+    "adapter_sha256": "a" * 64,
+    "samples": [{"prompt": "private question", "base": "one", "tuned": "two"}],
+}
+HOSTILE = [
+    "a `tick` and | a bar",
+    "ends with `",
+    "_a_ *b* ~~c~~ &amp; <b>d</b> ![e](f)",
+    "---\nlicense: mit\n---\n# Owned",
+    "`code` ``more`` <script>alert(1)</script>",
+    "| a | b |\n|---|---|",
+    "```\n[link](javascript:alert(1))\n```",
+    "\"'; import os #\\",
+    "{{ card_data }} {% raw %}",
+    "\x1b[31m\u202e",
+]
+
+
+@pytest.fixture
+def h100() -> Config:
+    return load("h100")[0]
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Config:
+    """A base in a folder, which says nothing of where it came from."""
+    return load("cpu", [f"model.name={tmp_path}"])[0]
+
+
+def header(card: str) -> dict[str, Any]:
+    found = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+    assert isinstance(found, dict)
+    return found
+
+
+# What the Hub reads ---------------------------------------------------------------------------------------------------
+
+
+def test_the_header_is_what_the_hub_asks_of_an_adapter(h100: Config) -> None:
+    assert header(model_card(h100, MANIFEST)) == {
+        "base_model": MISTRAL,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "qlora", "mistral", "trl", "sft"],
+        "model-index": [
+            {
+                "name": "mistral-7b-qlora-h100",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {
+                            "name": "held-out conversations",
+                            "type": "json",
+                            "split": "validation",
+                            "args": {"conversations": 120},
+                        },
+                        "metrics": [{"type": "loss", "value": 1.23456, "name": "eval_loss"}],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def test_the_hubs_own_parser_reads_back_what_was_written(h100: Config) -> None:
+    parsed = ModelCard(model_card(h100, MANIFEST), ignore_metadata_errors=False).data
+    assert isinstance(parsed, ModelCardData)
+    assert parsed.to_dict() == metadata(h100, MANIFEST).to_dict()
+    [result] = parsed.eval_results
+    assert isinstance(result, EvalResult)
+    assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 1.23456, "validation")
+
+
+def test_of_an_unknown_base_neither_id_nor_licence_is_invented(local: Config) -> None:
+    written = header(model_card(local, MANIFEST | {"base_model": {"name": "folder", "revision": None}}))
+    assert {"base_model", "base_model_relation", "license", "language", "datasets"} & written.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("note", "revision", "base"),
+    [
+        (f"{REVISION}\netag\n1700000000.0\n", REVISION, MISTRAL),
+        (f"{REVISION}\netag\n1700000000.0\n", None, None),
+        ("0" * 40 + "\netag\n", REVISION, None),
+        ("", REVISION, None),
+    ],
+    ids=["the pinned commit", "nothing pinned", "another commit", "an empty note"],
+)
+def test_a_folder_is_mistral_where_the_download_noted_the_pinned_commit(
+    note: str, revision: str | None, base: str | None, local: Config
+) -> None:
+    config = replace(local, model=replace(local.model, revision=revision))
+    assert hub_base(config) is None
+    notes = Path(local.model.name) / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (notes / "config.json.metadata").write_text(note, encoding="utf-8")
+    assert hub_base(config) == base
+
+
+# What a person reads --------------------------------------------------------------------------------------------------
+
+
+def body(card: str) -> str:
+    return card.split("\n---\n", 1)[1]
+
+
+def test_the_card_says_what_the_manifest_says(h100: Config) -> None:
+    text = body(model_card(h100, MANIFEST))
+    for line in (
+        "# mistral-7b-qlora-h100",
+        f"A LoRA adapter for [{MISTRAL}](https://huggingface.co/{MISTRAL}) at commit `{REVISION}`, trained by QLoRA on "
+        "1,080 conversations. The base was held in 4 bits and stayed frozen; only the adapter was trained, and only on "
+        "what the assistant says.",
+        "| before training | 2.3457 |",
+        "| this adapter (step 1500 of 1920) | 1.2346 |",
+        "- train: 1,080 conversations, 500,000 tokens, 200,000 of them with loss; "
+        f"file `train.jsonl`, sha256 `{'d' * 64}`",
+        "- validation: 120 conversations, 50,000 tokens, 20,000 of them with loss; split off",
+        "| lora.r | `16` |",
+        "| lora.target_modules | `q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj` |",
+        "| training.learning_rate | `0.0002` |",
+        "| sequences an optimizer step | 16 |",
+        "- 1,920 steps in 3.50 hours; 5,400 tokens/s, at most 12.9 GiB",
+        "- hardware: `platform h100, gpu NVIDIA H100 80GB HBM3`",
+        "- versions: `torch 2.10.0, peft 0.21.2`",
+        f"- adapter sha256 `{'a' * 64}`",
+    ):
+        assert f"\n{line}\n" in text, line
+    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert titles == ["Use", "Results", "Training data", "Training", "Intended use and limits"]
+
+
+def test_no_conversation_and_no_answer_stands_in_the_card(h100: Config) -> None:
+    assert "private question" not in model_card(h100, MANIFEST)
+
+
+def test_what_was_not_measured_or_known_is_said_so(h100: Config) -> None:
+    text = model_card(h100, MANIFEST | {"eval_loss_before": None, "git_commit": None, "stopped_early": True})
+    assert "| before training | not measured |\n" in text
+    assert "- program's commit: `not known`\n" in text
+    assert "- 1,920 steps in 3.50 hours, stopped early; " in text
+    assert "loaded again and tested" not in text
+
+
+def test_the_self_tests_verdict_is_in_the_card_where_there_is_one(h100: Config) -> None:
+    checks = [{"name": "finite", "status": "pass", "detail": "448 tensors"}]
+    text = model_card(h100, MANIFEST | {"self_test": {"status": "pass", "checks": checks}})
+    assert "The saved adapter was loaded again and tested: `pass`.\n\n- `finite`: `448 tensors`\n" in text
+
+
+def test_the_code_names_base_commit_and_dtype(h100: Config, local: Config) -> None:
+    assert (
+        f"model = AutoModelForCausalLM.from_pretrained(base, revision='{REVISION}', dtype=torch.bfloat16, "
+        'device_map="auto")\n'
+    ) in model_card(h100, MANIFEST)
+    text = model_card(local, MANIFEST | {"base_model": {"name": "my-base", "revision": None}})
+    assert "base = 'my-base'  # the folder of the base model\n" in text
+    assert "from_pretrained(base, dtype=torch.float32, " in text
+
+
+# What a name may not do -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_name_ends_the_header_or_the_markdown_around_it(text: str, local: Config) -> None:
+    hostile = MANIFEST | {
+        "base_model": {"name": text, "revision": None},
+        "data": {"train": {"path": f"data/{text.replace('/', '')}.x", "sha256": "d" * 64, "rows": 1}},
+        "hardware": {"gpu": text},
+        "git_commit": text,
+        "self_test": {"status": "pass", "checks": [{"name": text, "status": "pass", "detail": text}]},
+    }
+    config = replace(
+        local,
+        lora=replace(local.lora, target_modules=(text,)),
+        tracking=replace(local.tracking, run_name=text),
+    )
+    card, plain = model_card(config, hostile), model_card(local, MANIFEST | {"self_test": hostile["self_test"]})
+    written = header(card)
+    assert written["model-index"][0]["name"] == text
+    assert written.keys() == header(plain).keys()
+    assert ModelCard(card).data.to_dict() == written
+    assert "\x1b" not in body(card) and "\u202e" not in body(card)
+    page, wanted = Page(body(card)), Page(body(plain))
+    assert [page.kinds[kind] - wanted.kinds[kind] for kind in ("html_block", "html_inline", "link_open")] == [0, 0, 0]
+    assert page.kinds["tr_open"] == wanted.kinds["tr_open"] and page.kinds["td_open"] == wanted.kinds["td_open"]
+    assert page.titles[1:] == wanted.titles[1:] and len(page.titles) == 6
+    name = " ".join(clean(text).split())
+    assert page.titles[0] == name
+    assert page.spans.count(name) == 5  # the base, its commit, a target module, and twice in the self-test
+    assert {f"gpu {name}", f"{name.replace('/', '')}.x"} <= set(page.spans)
+
+
+class Page:
+    """A card's body as CommonMark with tables reads it: its headings, its code spans, how many tokens of each kind."""
+
+    def __init__(self, text: str) -> None:
+        tokens = MarkdownIt("commonmark").enable("table").parse(text)
+        inline = [child for token in tokens for child in token.children or []]
+        self.kinds = Counter(token.type for token in (*tokens, *inline))
+        self.spans = [token.content for token in inline if token.type == "code_inline"]
+        opened = [index for index, token in enumerate(tokens) if token.type == "heading_open"]
+        self.titles = ["".join(part.content for part in tokens[index + 1].children or []) for index in opened]
+
+
+def test_the_code_of_a_base_with_any_name_is_still_python_that_loads_it(local: Config) -> None:
+    for text in HOSTILE:
+        card = model_card(local, MANIFEST | {"base_model": {"name": text, "revision": None}})
+        [(_, code)] = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.DOTALL | re.MULTILINE)
+        [line] = [line for line in code.splitlines() if line.startswith("base = ")]
+        names: dict[str, Any] = {}
+        exec(line, names)
+        assert names["base"] == text
+        compile(code, "card", "exec")

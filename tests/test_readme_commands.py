@@ -1,0 +1,228 @@
+"""Every command that README.md and CONTRIBUTING.md tell a person to type is run: here, by a test, by .ci/run, or it says on
+which hardware it would have to be."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune import typed
+from finetune.config import ROOT, Config
+
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+# Indented or fenced blocks that are no commands, by how they begin.
+SHOWN = ("step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
+PROGRAMS = r"\./|\.venv/|\.ci/|scripts/|src/|requirements/|benchmarks/|python |pip |docker |rsync |export |hf |wandb |curl |conda "
+
+
+@dataclass(frozen=True)
+class Here:
+    """Run now, in a copy of the project whose data/processed is data/sample; `codes` are the exit codes it may have."""
+
+    codes: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class By:
+    """Run by what `file` holds: a test's name, or a line of .ci/run."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Not run by any test; a closed list of reasons."""
+
+    hardware: str
+
+
+HARDWARE = {"H100", "Mac", "network", "another machine", "hours"}
+CHECK = ".venv/bin/python scripts/validate_environment.py"
+TRIED = "--set dataset.max_rows=40 --set dataset.validation_file=null"
+SERVICES, IMAGE = "tests/container/test_services.py", "tests/container/test_image.py"
+MAC, SHELL = "tests/scripts/test_mac_scripts.py", "tests/scripts/test_shell_scripts.py"
+RULES: dict[str, Here | By | Needs] = {
+    "./scripts/quickstart.sh": By(".ci/run", "./scripts/quickstart.sh"),
+    "./scripts/test.sh": By(".ci/run", "./scripts/test.sh --slow"),
+    "./scripts/test.sh --slow": By(".ci/run", "./scripts/test.sh --slow"),
+    "./scripts/setup_local.sh": By(MAC, "test_on_any_other_linux_it_is_the_environment_of_the_demo"),
+    "./scripts/setup_m4.sh": By(MAC, "test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock"),
+    "./scripts/run_m4.sh": By(MAC, "test_it_trains_with_the_arguments_as_they_were_typed"),
+    f"./scripts/run_m4.sh {TRIED} --set tracking.run_name=local-try "
+    "--set training.eval_steps=1 --set training.save_steps=1": By(
+        "tests/test_shipped_configs.py", "test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100"
+    ),
+    "scripts/make_venv.sh": By(SHELL, "test_the_first_python_from_3_11_to_3_13_makes_the_environment"),
+    "scripts/make_venv.sh --dev": By(SHELL, "test_dev_adds_its_lock_to_an_environment_that_is_there"),
+    ".venv/bin/python src/train.py --config h100 --dry-run": Here(),
+    ".venv/bin/python src/train.py --config h100": Needs("H100"),
+    "python src/train.py --config cpu": By("scripts/quickstart.sh", '"$python" src/train.py --config cpu'),
+    "src/train.py --skip ID": By("tests/test_train.py", "test_checks_that_are_left_out_are_named_in_the_manifest"),
+    ".venv/bin/python scripts/inspect_data.py data/processed/train.jsonl --config h100 --rows 1-3": Here(),
+    ".venv/bin/python scripts/check_gpu.py": Here(),
+    ".venv/bin/python scripts/check_docker.py": Here((0, 3)),
+    f"{CHECK} --config h100": Here((0, 3)),
+    f"{CHECK} --config h100 --deep": Needs("H100"),
+    f"{CHECK} --config m4 --deep": Needs("Mac"),
+    f"{CHECK} --config h100 --receipt receipt.json": By(
+        "tests/scripts/test_validate_environment.py", "test_a_receipt_that_agrees"
+    ),
+    f"{CHECK} --config h100 --receipt adapters/local-try/receipt.json {TRIED}": By(
+        "tests/test_receipt.py", "test_a_local_try_on_the_first_rows_is_not_the_whole_run_and_is_the_same_try_elsewhere"
+    ),
+    "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2": Here(),
+    "export HF_TOKEN=hf_...": Here(),
+    ".venv/bin/python scripts/nightly.py": By(
+        "tests/lost/test_nightly.py", "test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took"
+    ),
+    ".venv/bin/python benchmarks/quickstart.py": Needs("hours"),
+    ".venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 2": Needs("hours"),
+    ".venv/bin/python benchmarks/memory.py": Needs("hours"),
+    "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env": Here(),
+    "docker compose build": By("tests/container/conftest.py", '"build"'),
+    "GIT_COMMIT=$(git rev-parse HEAD) docker compose build": By("tests/container/conftest.py", "GIT_COMMIT"),
+    "docker compose run --rm plan": By(SERVICES, "test_plan_says_in_the_image_what_the_same_command_says_natively"),
+    "docker compose run --rm validate": By(SERVICES, "test_validate_without_a_gpu_finds_that_and_says_where_to_look"),
+    "docker compose run --rm train-h100": By(SERVICES, 'project.run("train-h100"'),
+    "docker compose run --rm train-h100 --set training.num_train_epochs=1": By(SERVICES, 'project.run("train-h100"'),
+    "docker compose run --rm demo": By(SERVICES, "test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller"),
+    "docker compose up tensorboard": By(SERVICES, "test_tensorboard_shows_the_runs_to_this_machine_only"),
+    "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile .": By(
+        IMAGE, "test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on"
+    ),
+    "docker inspect": By(IMAGE, "inspect"),
+    "docker stop": By(SERVICES, "test_docker_stop_"),
+    "docker ps": By(SERVICES, '"ps"'),
+    "rsync -r docker/wheels h100:PROJECT/docker/": Needs("another machine"),
+    "rsync -rR data/processed adapters/local-try/receipt.json h100:PROJECT/": Needs("another machine"),
+    ".venv/bin/python -m pytest tests/test_chat.py -k surrogate": By(".ci/run", "./scripts/test.sh --slow"),
+    "pip install uv": By("requirements/dev.in", "uv "),
+    "requirements/lock.sh": Needs("network"),
+}
+
+
+def blocks(text: str) -> list[str]:
+    """The indented and the fenced blocks of a Markdown text, without their indentation."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", without_fences(text), re.MULTILINE)
+    return fenced + [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in indented]
+
+
+def without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```$\n?", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """Each line of a block that is not SHOWN, without its comment, and each code span that begins with a program.
+
+    A span of one word is a file's name, unless it says where it is to be run from.
+    """
+    typed_here = [block for block in blocks(text) if not block.startswith(SHOWN)]
+    lines = [line for block in typed_here for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_fences(text))]
+    lines += [span for span in spans if re.match(rf"({PROGRAMS}|\w+=\S+ )", span) and is_typed(span)]
+    return sorted({" ".join(re.sub(r"\s+#.*", "", line).split()) for line in lines})
+
+
+def is_typed(span: str) -> bool:
+    return " " in span or re.fullmatch(r"(\./scripts|scripts|requirements)/\w+\.sh", span) is not None
+
+
+COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, as a clone has it, with conversations in data/processed and this Python as its own."""
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "models", "adapters", "results", "tests")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
+    shutil.copy(ROOT / ".env.example", folder)
+    shutil.copy(ROOT / "data" / "sample" / "train.jsonl", folder / "data" / "processed")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    return folder
+
+
+# The rules are complete -----------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_rule_and_every_rule_a_command() -> None:
+    assert sorted(RULES) == COMMANDS
+
+
+def test_what_a_rule_names_is_there() -> None:
+    named = {command: rule for command, rule in RULES.items() if isinstance(rule, By)}
+    missing = [
+        f"{command}: {rule.text} is not in {rule.file}"
+        for command, rule in named.items()
+        if rule.text not in (ROOT / rule.file).read_text(encoding="utf-8")
+    ]
+    assert missing == []
+
+
+def test_what_is_not_run_says_on_what_it_waits() -> None:
+    assert {rule.hardware for rule in RULES.values() if isinstance(rule, Needs)} <= HARDWARE
+
+
+def test_a_new_command_in_any_place_is_seen() -> None:
+    text = "Type `docker compose up new`, or `a file`:\n\n    curl -O x   # y\n    z \\\n      --flag\n\n```bash\nnew\n```\n"
+    assert commands(text) == ["curl -O x", "docker compose up new", "new", "z --flag"]
+    assert commands("    step 0/22: eval_loss 1\n    step 1/22: x\n") == []
+
+
+# They work ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [command for command, rule in RULES.items() if isinstance(rule, Here)])
+def test_it_runs_as_it_is_typed(command: str, project: Path) -> None:
+    rule = RULES[command]
+    assert isinstance(rule, Here)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=project, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode in rule.codes, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def scripts() -> dict[str, set[str]]:
+    """The project's own programs by the flags that commands give them."""
+    found: dict[str, set[str]] = {}
+    for command in COMMANDS:
+        for script in re.findall(r"(?:\./)?((?:src|scripts|benchmarks|requirements)/\w+\.(?:py|sh))", command)[:1]:
+            found.setdefault(script, set()).update(re.findall(r" (--[a-z-]+)", command))
+    services = {"plan": "src/train.py", "train-h100": "src/train.py"}
+    for command in COMMANDS:
+        for service, arguments in re.findall(r"compose run --rm (\S+)(.*)", command):
+            found.setdefault(services.get(service, "src/train.py"), set()).update(
+                re.findall(r" (--[a-z-]+)", arguments)
+            )
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(scripts()))
+def test_a_program_is_there_and_knows_every_flag_that_it_is_given(script: str) -> None:
+    path, flags = ROOT / script, scripts()[script]
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py" and flags:
+        line = [sys.executable, str(path), "--help"]
+        text = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    elif "src/train.py" in text:  # a shell script that hands its arguments on
+        flags = flags - {"--set"}
+    assert sorted(flag for flag in flags if flag not in text) == []
+
+
+def test_every_key_that_a_setting_names_is_in_the_config() -> None:
+    named = {key for text in TEXTS.values() for key in re.findall(r"--set ([\w.]+)=", text)}
+    assert len(named) > 10
+    assert sorted(named - {"dotted.key"} - set(typed.paths(Config))) == []
