@@ -22,8 +22,8 @@ ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
 # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py, 1.16); its buffer has that width whatever the vocabulary's.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
-# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, and for all
-# of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured.
+# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, where all
+# of 4 x 4,096 tokens would take 470. By expectation still enough work to fill a GPU; not measured.
 NOISE_TOKENS = 2048
 
 # float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
