@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
@@ -316,10 +319,17 @@ def test_the_model_cards_code_loads_the_adapter_and_answers(finished: Finished, 
     [code] = re.findall(r"```python\n(.*?)```", (finished.folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for folder in (finished.folder, finished.command.base):
         (tmp_path / folder.name).symlink_to(folder)
+    assert "max_new_tokens=200" in code
+    code = code.replace("max_new_tokens=200", "max_new_tokens=20, min_new_tokens=20")  # so few steps teach it no words
     line = [sys.executable, "-W", "error::UserWarning", "-c", code]
     done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) > 10
+    base = AutoModelForCausalLM.from_pretrained(finished.command.base)
+    model, chat = PeftModel.from_pretrained(base, finished.folder), load_chat(finished.command.base)
+    prompt = torch.tensor([chat.encode_prompt([{"role": "user", "content": "Your question"}])])
+    ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, min_new_tokens=20)
+    reply = chat.tokenizer.decode(ids[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
+    assert (done.stdout, len(reply) > 20) == (f"{reply}\n", True)
 
 
 def test_training_lowers_eval_loss(finished: Finished) -> None:
@@ -366,12 +376,14 @@ def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
     losses = f"{manifest['eval_loss_before']:.4f} -> {manifest['eval_loss']:.4f}"
-    assert lines[-4:] == [
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    assert lines[-6:] == [
         "self-test: 7 of 7 checks passed, on the adapter as it was read back from disk",
         f"done: eval_loss {losses} (step {manifest['best_step']})",
         f"  adapter  {folder}/adapter_model.safetensors",
         f"  card     {folder}/README.md, with the lines that load the adapter",
-        f"next: less {folder}/README.md",
+        f"  report   {folder}/report.html",
+        f"next: {opener} {folder}/report.html",
     ]
 
 
