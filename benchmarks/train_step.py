@@ -113,8 +113,7 @@ def measure(jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
 def document(options: argparse.Namespace, platform: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What is written: the machine, each variant, the ratios, the comparison of losses, and what the plan may use."""
-    command = "benchmarks/train_step.py " + " ".join(options.command)
-    head = describe(command.strip(), PACKAGES)
+    head = describe(command_line(options), PACKAGES)
     done = [result for result in results if "failed" not in result]
     if done and platform == "h100":
         head["machine"]["gpu"] = done[0]["device"]
@@ -137,6 +136,17 @@ def document(options: argparse.Namespace, platform: str, results: list[dict[str,
     return found | ({"throughput": entries} if entries else {})
 
 
+def command_line(options: argparse.Namespace) -> str:
+    """What to type for the same again, wherever the result is written."""
+    counts = ("repeats", "warmup", "steps", "loss_steps")
+    words = [
+        f"--geometry {options.geometry}",
+        *(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in counts),
+    ]
+    words += [f"--variant {name}" for name in options.asked]
+    return " ".join(["benchmarks/train_step.py", *words])
+
+
 def _job(result: dict[str, Any]) -> Job:
     names = Job.__dataclass_fields__
     return Job(**{name: result[name] for name in names} | {"shape": Shape(**result["shape"])})
@@ -147,7 +157,9 @@ def arguments(command: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="7b", help="shape of the base (default 7b)")
     parser.add_argument("--tiny", action="store_true", help="--geometry tiny, few steps: everything once, on a CPU")
-    parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this one; may repeat")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, action="append", dest="asked", default=[], help="only this one; may repeat"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones (default 2)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round (default 3)")
@@ -155,7 +167,6 @@ def arguments(command: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args(command)
-    options.command = command
     if options.tiny:
         options.geometry, options.repeats, options.warmup, options.steps = "tiny", 2, 1, 1
     if min(options.repeats, options.warmup, options.steps, options.loss_steps) < 1:
@@ -169,7 +180,7 @@ def main() -> int:
     if options.geometry == "7b" and platform.name == "cpu":
         print(f"{why}: a step of --geometry 7b would take hours; try --tiny or --geometry demo", file=sys.stderr)
         return 2
-    wanted = options.variant or list(VARIANTS)
+    wanted = options.asked or list(VARIANTS)
     options.left_out = {name: missing for name in wanted if (missing := VARIANTS[name].missing(platform))}
     options.variant = [name for name in wanted if name not in options.left_out]
     quiet_libraries()

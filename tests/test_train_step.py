@@ -391,7 +391,10 @@ def check_tiny(found: dict[str, Any]) -> None:
 def test_one_variant_alone_can_be_asked_for() -> None:
     import train_step
 
-    options = train_step.arguments(["--tiny", "--variant", "D", "--variant", "A"])
+    options = train_step.arguments(["--tiny", "--variant", "D", "--variant", "A", "--output", "somewhere"])
+    again = "--geometry tiny --repeats 2 --warmup 1 --steps 1 --loss-steps 20 --variant D --variant A"
+    assert train_step.command_line(options) == f"benchmarks/train_step.py {again}"
+    options.variant = options.asked
     jobs = train_step.plan(options, "cpu")
     assert [(job.variant, job.task) for job in jobs[:2]] == [("D", "losses"), ("A", "losses")]
     assert [(job.variant, job.data, job.profiled) for job in jobs[2:]] == [
