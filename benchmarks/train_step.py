@@ -138,11 +138,8 @@ def document(options: argparse.Namespace, platform: str, results: list[dict[str,
 
 def command_line(options: argparse.Namespace) -> str:
     """What to type for the same again, wherever the result is written."""
-    counts = ("repeats", "warmup", "steps", "loss_steps")
-    words = [
-        f"--geometry {options.geometry}",
-        *(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in counts),
-    ]
+    counts = {name: vars(options)[name.replace("-", "_")] for name in ("repeats", "warmup", "steps", "loss-steps")}
+    words = [f"--geometry {options.geometry}", *(f"--{name} {count}" for name, count in counts.items())]
     words += [f"--variant {name}" for name in options.asked]
     return " ".join(["benchmarks/train_step.py", *words])
 
