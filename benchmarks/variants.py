@@ -12,7 +12,7 @@ from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 from finetune.config import MISTRAL, Config, load
 from finetune.geometry import MISTRAL_7B, Geometry
-from finetune.platforms import Platform
+from finetune.platforms import Platform, capacity_gib
 
 
 @dataclass(frozen=True)
@@ -225,19 +225,21 @@ def our_varlen_trainer(work: Work) -> Any:
 
 
 def _ours(work: Work, base: Any) -> Any:
-    from finetune import model, trainer
+    from finetune import levers, model, recompute, trainer
     from finetune.runs import Run
 
     config = work.config
+    choice = recompute.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
     if config.quantization.storage == "expanded":
         model.expand(base, base.dtype)
     peft_model = model.add_lora(base, config.lora, config.training.seed)
+    levers.install(peft_model, config.training)
     run = Run(work.folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
     examples = packed_by_us(work.steps)
-    return trainer.make_trainer(peft_model, _tokenizer(), examples, examples, "rows", arguments)
+    return trainer.make_trainer(peft_model, _tokenizer(), examples, examples, "rows", arguments, choice.layers)
 
 
 def unsloth_trainer(work: Work) -> Any:
@@ -269,6 +271,7 @@ def unsloth_trainer(work: Work) -> Any:
 
 
 OURS = "D"
+ALL_LEVERS = ("training.checkpointed_layers=auto", "training.fused_lora=true", "training.fused_kernels=true")
 VARIANTS = {
     row.name: row
     for row in (
@@ -278,7 +281,11 @@ VARIANTS = {
         Variant("C", "B with Liger's kernels", liger_trainer, packed=False, library="liger_kernel"),
         Variant("C-packed", "B-packed with Liger's kernels", liger_trainer, packed=True, library="liger_kernel"),
         Variant(OURS, "ours as shipped", our_trainer, packed=True),
-        # One line a lever of ours.
+        # One line a lever of ours, then all of them.
+        Variant("D-auto", "ours, few layers checkpointed", our_trainer, True, ("training.checkpointed_layers=auto",)),
+        Variant("D-lora", "ours, fused LoRA", our_trainer, True, ("training.fused_lora=true",)),
+        Variant("D-kernels", "ours, fused kernels", our_trainer, True, ("training.fused_kernels=true",)),
+        Variant("D-all", "ours, all three", our_trainer, True, ALL_LEVERS),
         Variant("D-expanded", "ours, NF4 unpacked once", our_trainer, True, ("quantization.storage=expanded",)),
         Variant(
             "D-varlen",

@@ -204,6 +204,9 @@ def test_a_run_of_ours_as_shipped_on_an_h100_is_a_speed_that_the_plan_can_use() 
             "storage": "packed",
             "attn_implementation": "flash_attention_2",
             "gradient_checkpointing": True,
+            "checkpointed_layers": 32,
+            "fused_lora": False,
+            "fused_kernels": False,
             "tokens_per_second": 5000.0,
             "eval_tokens_per_second": None,
         }
@@ -374,7 +377,8 @@ def test_tiny_runs_everything_on_a_cpu_and_all_losses_agree(tmp_path: Path) -> N
 
 def check_tiny(found: dict[str, Any]) -> None:
     ran = {name: entry for name, entry in found["variants"].items() if "left_out" not in entry}
-    assert set(found["losses"]["variants"]) == set(ran) == {"A", "B", "B-packed", "D", "D-expanded"}
+    ours = {"D", "D-auto", "D-lora", "D-kernels", "D-all", "D-expanded"}
+    assert set(found["losses"]["variants"]) == set(ran) == {"A", "B", "B-packed", *ours}
     for name, entry in ran.items():
         given = found["losses"]["variants"][name]["losses"]
         assert len(given) == 20
