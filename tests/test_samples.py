@@ -19,6 +19,7 @@ from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.errors import Stopped
 from finetune.model import make_tokenizer
+from finetune.report import Terminal
 from finetune.samples import FILE, Question, Sampler, questions
 from finetune.trainer import Outcome, evaluates_first, train
 from test_trainer import FINGERPRINT, Case, adapter_weights, same

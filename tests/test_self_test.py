@@ -23,6 +23,7 @@ from finetune.chat import load_chat
 from finetune.config import Config
 from finetune.data import Prepared
 from finetune.model import load_base, make_tokenizer
+from finetune.report import Terminal
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.trainer import Outcome, train
 from test_trainer import FINGERPRINT, Case
@@ -74,7 +75,7 @@ def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
     case = Case(tiny_mistral, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
     config, trainer = case.config(), case.trainer()
     start = before_training(trainer.model)
-    watchers = Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(StringIO())
+    watchers = Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO()))
     outcome = train(trainer, config.training, *watchers, 4, None)
     trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return Trained(config, case.data(config), start, outcome, folder / "adapter")
@@ -144,8 +145,8 @@ def test_the_untrained_adapter_is_found(trained: Trained, tmp_path: Path) -> Non
     assert found == [
         (
             "changed",
-            "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight and 13 more are as at the start, of 28 tensors; "
-            "no evaluation was better than the one before training",
+            "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight and 13 more are as at the start, of 28 tensors"
+            "; no evaluation was better than the one before training",
         ),
         ("differs", "logits differ from the base's by up to 0"),
     ]

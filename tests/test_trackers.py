@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
@@ -21,13 +21,11 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.config import ROOT
+from finetune.config import ROOT, Config, load
 from finetune.report import Terminal
 from finetune.runs import Run
-from finetune.schema import TrackingConfig
-from finetune.trackers import Wandb, make_trackers
+from finetune.trackers import TensorBoard, Wandb, make_trackers
 
-TRACKING = TrackingConfig("wandb", "my-project", "my-run")
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
 
 
@@ -56,15 +54,19 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 class Said:
     """What `make_trackers` gave, and what it said."""
 
-    report_to: list[str]
+    trackers: list[type]
     wandb: Wandb | None
     text: str
 
 
-def made(run: Run, **tracking: str) -> Said:
+def tracked_by(name: str) -> Config:
+    return load("cpu", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
+
+
+def made(run: Run, name: str = "wandb") -> Said:
     stream = StringIO()
-    report_to, wandb = make_trackers(replace(TRACKING, **tracking), run, Terminal(stream=stream))
-    return Said(report_to, wandb, stream.getvalue())
+    trackers = make_trackers(tracked_by(name), run, Terminal(stream=stream))
+    return Said([type(tracker) for tracker in trackers.all()], trackers.wandb, stream.getvalue())
 
 
 def wandb_environment() -> dict[str, str | None]:
@@ -81,19 +83,19 @@ def offline(run: Run, reason: str) -> str:
 
 
 def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
-    assert made(nobody, report_to="none") == Said([], None, "")
+    assert made(nobody, "none") == Said([], None, "")
     assert set(wandb_environment().values()) == {None}
 
 
 def test_tensorboard_writes_into_the_run(nobody: Run) -> None:
-    assert made(nobody, report_to="tensorboard") == Said(["tensorboard"], None, "")
+    assert made(nobody, "tensorboard") == Said([TensorBoard], None, "")
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(nobody.folder / "tensorboard")
     assert set(wandb_environment().values()) == {None}
 
 
 def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
     said = made(nobody)
-    assert (said.report_to, said.text) == (["tensorboard"], offline(nobody, "no WANDB_API_KEY"))
+    assert (said.trackers, said.text) == ([TensorBoard, Wandb], offline(nobody, "no WANDB_API_KEY"))
     assert wandb_environment() == wandb_variables(nobody, "offline")
 
 
@@ -119,7 +121,7 @@ def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pyte
 
     monkeypatch.setattr(socket, "create_connection", answers)
     said = made(nobody)
-    assert (said.report_to, said.text) == (["tensorboard"], "")
+    assert (said.trackers, said.text) == ([TensorBoard, Wandb], "")
     assert said.wandb is not None and said.wandb.offline is None
     assert wandb_environment() == wandb_variables(nobody, None)
     assert probed == [(("api.wandb.ai", 443), 5)]
@@ -127,7 +129,7 @@ def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pyte
 
 def test_what_breaks_in_wandb_is_told_once_and_then_left_out(nobody: Run) -> None:
     stream = StringIO()
-    _, wandb = make_trackers(TRACKING, nobody, Terminal(stream=stream))
+    wandb = make_trackers(tracked_by("wandb"), nobody, Terminal(stream=stream)).wandb
     assert wandb is not None
     calls = []
 
