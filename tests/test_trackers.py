@@ -188,7 +188,10 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.shutdown()
 
 
-def training(base: Path, train_file: Path, output: Path, steps: int, **environment: str) -> subprocess.Popen[str]:
+def training(
+    base: Path, train_file: Path, output: Path, steps: int, *more: str, **environment: str
+) -> subprocess.Popen[str]:
+    """A start of train.py that tells wandb; `more` are settings of its own."""
     settings = {
         "model.name": base,
         "dataset.train_file": train_file,
@@ -202,7 +205,8 @@ def training(base: Path, train_file: Path, output: Path, steps: int, **environme
         "training.eval_steps": steps,
         "training.save_steps": steps,
     }
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    lines = [*(f"{key}={value}" for key, value in settings.items()), *more]
+    sets = [word for line in lines for word in ("--set", line)]
     line = [sys.executable, str(ROOT / "src" / "train.py"), "--config", "cpu", *sets]
     line += ["--skip", "host,libraries,device,rehearsal"]
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "NETRC": "/nonexistent", **environment}
