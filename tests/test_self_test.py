@@ -41,9 +41,10 @@ class Trained:
     start: Start
     outcome: Outcome
     folder: Path
+    in_memory: PeftModel  # for one self-test, which takes LoRA off it
 
     def model(self) -> PeftModel:
-        """As it is in memory at the end of the training."""
+        """Its like, for one self-test."""
         base = load_base(self.config.model, self.config.quantization, "cpu")
         return PeftModel.from_pretrained(base, self.folder, torch_device="cpu")
 
@@ -61,9 +62,7 @@ class Trained:
         return folder
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("trained")
+def train_tiny(base: Path, folder: Path, *settings: str) -> Trained:
     rows = [
         [
             {"role": "user", "content": f"What is {number} plus one?"},
@@ -72,13 +71,18 @@ def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
         for number in range(40)
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    case = Case(tiny_mistral, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
-    config, trainer = case.config(), case.trainer()
+    case = Case(base, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
+    config, trainer = case.config(*settings), case.trainer(*settings)
     start = before_training(trainer.model)
     watchers = Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO()))
     outcome = train(trainer, config.training, *watchers, 4, None)
     trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    return Trained(config, case.data(config), start, outcome, folder / "adapter")
+    return Trained(config, case.data(config), start, outcome, folder / "adapter", trainer.model)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_tiny(tiny_mistral, tmp_path_factory.mktemp("trained"))
 
 
 def failed(found: SelfTest) -> list[tuple[str, str]]:
@@ -107,6 +111,22 @@ def test_a_trained_adapter_passes_every_check(trained: Trained) -> None:
     wrong = [c.detail for c, (_, text) in zip(found.checks, expected, strict=True) if not re.fullmatch(text, c.detail)]
     assert wrong == []
     assert found.sentence() == "7 of 7 checks passed, on the adapter as it was read back from disk"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quantization.storage=expanded",
+        "training.fused_lora=true",
+        pytest.param("training.fused_kernels=true", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_passes_in_the_program_that_trained_it_whatever_it_was_trained_with(
+    tiny_mistral: Path, tmp_path: Path, setting: str
+) -> None:
+    trained = train_tiny(tiny_mistral, tmp_path, setting)
+    found = trained.test(trained.in_memory)
+    assert (len(found.checks), failed(found)) == (7, [])
 
 
 def test_the_loss_is_reproduced_far_closer_than_is_allowed(trained: Trained) -> None:
