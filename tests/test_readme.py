@@ -7,7 +7,9 @@ import re
 
 from finetune import checks
 from finetune.checks import docker
-from finetune.config import ROOT
+from finetune.config import ROOT, load
+from finetune.geometry import read_geometry
+from finetune.memory import peak_gib
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,3 +46,18 @@ def test_every_measured_row_names_result_files_that_are_there() -> None:
     named = [row.strip("`") for row in rows if row not in ("", "the same")]
     assert named
     assert [name for name in named if not list(RESULTS.glob(name))] == []
+
+
+def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() -> None:
+    """Alone on the H100's config, as the table says of itself."""
+
+    def peak(settings: list[str]) -> str:
+        config = load("h100", settings)[0]
+        return f"{peak_gib(config, read_geometry(config)):.1f} GiB"
+
+    table = section("Troubleshooting").split("|---|---|---|\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(rows) > 5
+    found = [peak(re.findall(r"--set (\S+?)[ `]", f"{change} ")) for change, _, _ in rows]
+    assert [told for _, told, _ in rows] == found
+    assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in section("Troubleshooting")

@@ -1,5 +1,4 @@
-"""Every command that README.md and CONTRIBUTING.md tell a person to type is run: here, by a test, by .ci/run, or it says on
-which hardware it would have to be."""
+"""Every command of README.md and CONTRIBUTING.md is run: here, by a test, by .ci/run; or it is named why it is not."""
 
 from __future__ import annotations
 
@@ -12,20 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from finetune import typed
-from finetune.config import ROOT, Config
+from finetune import receipt, typed
+from finetune.checkpoints import write_json
+from finetune.checks.preflight import Preflight
+from finetune.config import ROOT, Config, load
+from finetune.machine import read_machine
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 # Indented or fenced blocks that are no commands, by how they begin.
 SHOWN = ("step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
-PROGRAMS = r"\./|\.venv/|\.ci/|scripts/|src/|requirements/|benchmarks/|python |pip |docker |rsync |export |hf |wandb |curl |conda "
+FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
+PROGRAMS = rf"{FOLDERS}|(python|pip|docker|rsync|export|hf|wandb|curl|conda) "
 
 
 @dataclass(frozen=True)
 class Here:
-    """Run now, in a copy of the project whose data/processed is data/sample; `codes` are the exit codes it may have."""
+    """Run now, in a copy of the project whose data/processed is data/sample.
+
+    `codes` are the exit codes it may have; `says` is in what it prints.
+    """
 
     codes: tuple[int, ...] = (0,)
+    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,11 @@ class Needs:
     hardware: str
 
 
-HARDWARE = {"H100", "Mac", "network", "another machine", "hours"}
+HARDWARE = {"H100", "Mac", "network", "another machine", "Docker", "hours"}
 CHECK = ".venv/bin/python scripts/validate_environment.py"
 TRIED = "--set dataset.max_rows=40 --set dataset.validation_file=null"
 SERVICES, IMAGE = "tests/container/test_services.py", "tests/container/test_image.py"
+PAGE = "tests/test_report_page.py"
 MAC, SHELL = "tests/scripts/test_mac_scripts.py", "tests/scripts/test_shell_scripts.py"
 RULES: dict[str, Here | By | Needs] = {
     "./scripts/quickstart.sh": By(".ci/run", "./scripts/quickstart.sh"),
@@ -71,12 +79,16 @@ RULES: dict[str, Here | By | Needs] = {
     f"{CHECK} --config h100": Here((0, 3)),
     f"{CHECK} --config h100 --deep": Needs("H100"),
     f"{CHECK} --config m4 --deep": Needs("Mac"),
-    f"{CHECK} --config h100 --receipt receipt.json": By(
-        "tests/scripts/test_validate_environment.py", "test_a_receipt_that_agrees"
+    f"{CHECK} --config h100 --receipt receipt.json": Here((0, 3), "  pass  receipt "),
+    f"{CHECK} --config h100 --receipt adapters/local-try/receipt.json {TRIED}": Here((0, 3), "  pass  receipt "),
+    ".venv/bin/python scripts/make_report.py adapters/RUN": By(
+        PAGE, "test_the_script_makes_the_page_and_prints_where_"
     ),
-    f"{CHECK} --config h100 --receipt adapters/local-try/receipt.json {TRIED}": By(
-        "tests/test_receipt.py", "test_a_local_try_on_the_first_rows_is_not_the_whole_run_and_is_the_same_try_elsewhere"
+    ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(
+        PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
     ),
+    'hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
+    "--include chat_template.jinja": Needs("network"),
     "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2": Here(),
     "export HF_TOKEN=hf_...": Here(),
     ".venv/bin/python scripts/nightly.py": By(
@@ -99,7 +111,7 @@ RULES: dict[str, Here | By | Needs] = {
     ),
     "docker inspect": By(IMAGE, "inspect"),
     "docker stop": By(SERVICES, "test_docker_stop_"),
-    "docker ps": By(SERVICES, '"ps"'),
+    "docker ps": Needs("Docker"),
     "rsync -r docker/wheels h100:PROJECT/docker/": Needs("another machine"),
     "rsync -rR data/processed adapters/local-try/receipt.json h100:PROJECT/": Needs("another machine"),
     ".venv/bin/python -m pytest tests/test_chat.py -k surrogate": By(".ci/run", "./scripts/test.sh --slow"),
@@ -151,6 +163,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
+    for path, tried in ((folder, ()), (folder / "adapters" / "local-try", TRIED.split()[1::2])):
+        path.mkdir(parents=True, exist_ok=True)
+        config = load("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *tried])[0]
+        write_json(path / "receipt.json", receipt.make(config, Preflight(config, read_machine()).prepared))
     return folder
 
 
@@ -176,7 +192,8 @@ def test_what_is_not_run_says_on_what_it_waits() -> None:
 
 
 def test_a_new_command_in_any_place_is_seen() -> None:
-    text = "Type `docker compose up new`, or `a file`:\n\n    curl -O x   # y\n    z \\\n      --flag\n\n```bash\nnew\n```\n"
+    text = "Type `docker compose up new`, or `a file`:\n\n    curl -O x   # y\n    z \\\n      --flag\n\n"
+    text += "```bash\nnew\n```\n"
     assert commands(text) == ["curl -O x", "docker compose up new", "new", "z --flag"]
     assert commands("    step 0/22: eval_loss 1\n    step 1/22: x\n") == []
 
@@ -201,12 +218,8 @@ def scripts() -> dict[str, set[str]]:
     for command in COMMANDS:
         for script in re.findall(r"(?:\./)?((?:src|scripts|benchmarks|requirements)/\w+\.(?:py|sh))", command)[:1]:
             found.setdefault(script, set()).update(re.findall(r" (--[a-z-]+)", command))
-    services = {"plan": "src/train.py", "train-h100": "src/train.py"}
-    for command in COMMANDS:
-        for service, arguments in re.findall(r"compose run --rm (\S+)(.*)", command):
-            found.setdefault(services.get(service, "src/train.py"), set()).update(
-                re.findall(r" (--[a-z-]+)", arguments)
-            )
+        for arguments in re.findall(r"compose run --rm (?:plan|train-h100)(.*)", command):
+            found.setdefault("src/train.py", set()).update(re.findall(r" (--[a-z-]+)", arguments))
     return found
 
 
