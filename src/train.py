@@ -169,6 +169,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
         terminal.answers(answers)
         peak_gib = peak_memory_gib(platform)
+        terminal.status("testing the adapter as it was saved")
         proof = export.write_adapter(
             run, config, prepared, peft_model, start, tokenizer, known, outcome, peak_gib, answers
         )

@@ -41,10 +41,12 @@ cost: # (# an hour)
 step #/#: eval_loss #
 """
 AFTER = """\
+self-test: # of # checks passed, on the adapter as it was read back from disk
 done: eval_loss # -> # (step #)
   adapter  RUN/adapter_model.safetensors
   card     RUN/README.md, with the lines that load the adapter
-next: less RUN/README.md
+  report   RUN/report.html
+next: open RUN/report.html
 """
 STEP = "step #/#: loss #, # tokens/s, # left, ends about #, cost # of #, peak # GiB\n"
 EVALUATION = "step #/#: eval_loss #\n"
@@ -68,6 +70,7 @@ def masked(text: str, command: Command) -> str:
     """`text` with `#` for every number, length of time and time of day, and names for its paths."""
     text = text.replace(str(command.train_file), "DATA").replace(str(command.output / "run"), "RUN")
     text = text.replace(f"loading {command.base}", "loading BASE")
+    text = text.replace("next: xdg-open ", "next: open ")  # the Mac's name of it
     text = re.sub(r"about (\w+ |\d\d \w+ )?\d\d:\d\d", "about #", text)
     text = re.sub(r"\d+(,\d\d\d)*(\.\d+)?(e-\d+)?", "#", text)
     return re.sub(r"# (s|min|h)( left| for)", r"#\2", text)
@@ -135,7 +138,7 @@ def test_on_a_terminal_the_line_below_says_what_is_being_done(trained: tuple[Com
         "step #/#, peak # GiB, eval_loss #",
         "step #/#, # left, ends about #, eval_loss #, cost # of #, peak # GiB",
         whole,
-        "answering dataset.sample_prompts with the base and the tuned model",
+        "testing the adapter as it was saved",
     ]
 
 

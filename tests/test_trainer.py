@@ -748,7 +748,7 @@ def test_a_plain_progress_line_says_when_it_ends_and_what_it_costs(monkeypatch: 
 def test_on_a_terminal_one_line_holds_the_last_of_everything_and_evaluations_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "140")
     screen = Screen()
     progress = Progress(Terminal(stream=screen), Pace(1.0, 60.0, 12.0), 3.0, lambda: 12.94)
     progressed(progress, monkeypatch)

@@ -142,7 +142,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
         ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
         ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
-        *([("checkpointed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
+        *([("recomputed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
         ("disk", f"{plan.disk_gib:.1f} GiB"),
         ("time", time_text(plan)),
         *([] if plan.cost_per_hour is None else [("cost", cost_text(plan.cost, plan.cost_per_hour))]),
