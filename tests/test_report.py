@@ -198,8 +198,8 @@ def test_a_status_gives_way_to_the_next_one_and_to_a_line() -> None:
     terminal = Terminal(stream=stream)
     terminal.status("a long status")
     assert on_screen(stream.getvalue()) == ["a long status"]
-    terminal.status("short", "and more")
-    assert on_screen(stream.getvalue()) == ["short, and more"]
+    terminal.status("one", "two")
+    assert on_screen(stream.getvalue()) == ["one, two"]
     terminal.say("said")
     assert on_screen(stream.getvalue()) == ["said", ""]
     terminal.status("last")
