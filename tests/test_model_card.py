@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from finetune.config import MISTRAL, Config, load
 from finetune.model_card import hub_base, metadata, model_card
 from finetune.report import clean
+from finetune.self_test import SelfCheck, SelfTest
 
 REVISION = "63a8b081895390a26e140280378bc85ec8bce07a"
 MANIFEST: dict[str, Any] = {
@@ -186,9 +187,17 @@ def test_what_was_not_measured_or_known_is_said_so(h100: Config) -> None:
 
 
 def test_the_self_tests_verdict_is_in_the_card_where_there_is_one(h100: Config) -> None:
-    checks = [{"name": "finite", "status": "pass", "detail": "448 tensors"}]
-    text = model_card(h100, MANIFEST | {"self_test": {"status": "pass", "checks": checks}})
-    assert "The saved adapter was loaded again and tested: `pass`.\n\n- `finite`: `448 tensors`\n" in text
+    finite, ended = SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", "pass", "4 of 4")
+    text = model_card(h100, MANIFEST | {"self_test": SelfTest((finite, ended)).as_dict()})
+    verdict = "\n\nThe saved adapter was loaded again and tested: `pass`.\n\n"
+    assert f"{verdict}- `finite`: `448 tensors`\n- `answers_end`: `4 of 4`\n\n## Training data\n" in text
+
+
+def test_the_card_of_a_rejected_adapter_says_which_check_failed(h100: Config) -> None:
+    finite, ended = SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", "fail", "2 of 4")
+    text = model_card(h100, MANIFEST | {"self_test": SelfTest((finite, ended)).as_dict()})
+    verdict = "\n\nThe saved adapter was loaded again and tested: `fail`.\n\n"
+    assert f"{verdict}- `finite`: `448 tensors`\n- **failed**: `answers_end`: `2 of 4`\n\n" in text
 
 
 def test_the_code_names_base_commit_and_dtype(h100: Config, local: Config) -> None:

@@ -50,7 +50,8 @@ class Needs:
     hardware: str
 
 
-HARDWARE = {"H100", "Mac", "network", "another machine", "Docker", "hours"}
+IDLE = "a machine that does nothing else"
+HARDWARE = {"H100", "Mac", "network", "another machine", IDLE}
 CHECK = ".venv/bin/python scripts/validate_environment.py"
 TRIED = "--set dataset.max_rows=40 --set dataset.validation_file=null"
 SERVICES, IMAGE = "tests/container/test_services.py", "tests/container/test_image.py"
@@ -82,7 +83,7 @@ RULES: dict[str, Here | By | Needs] = {
     f"{CHECK} --config h100 --receipt receipt.json": Here((0, 3), "  pass  receipt "),
     f"{CHECK} --config h100 --receipt adapters/local-try/receipt.json {TRIED}": Here((0, 3), "  pass  receipt "),
     ".venv/bin/python scripts/make_report.py adapters/RUN": By(
-        PAGE, "test_the_script_makes_the_page_and_prints_where_"
+        PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
     ),
     ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(
         PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
@@ -94,9 +95,16 @@ RULES: dict[str, Here | By | Needs] = {
     ".venv/bin/python scripts/nightly.py": By(
         "tests/lost/test_nightly.py", "test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took"
     ),
-    ".venv/bin/python benchmarks/quickstart.py": Needs("hours"),
-    ".venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 2": Needs("hours"),
-    ".venv/bin/python benchmarks/memory.py": Needs("hours"),
+    ".venv/bin/python benchmarks/quickstart.py": Needs(IDLE),
+    ".venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 2": Needs(IDLE),
+    ".venv/bin/python benchmarks/startup.py --rounds 3": Needs(IDLE),
+    ".venv/bin/python benchmarks/trainer_overhead.py": Needs(IDLE),
+    ".venv/bin/python benchmarks/memory.py": By("tests/test_memory.py", '"benchmarks" / "memory.py"'),
+    ".venv/bin/python benchmarks/train_step.py --tiny": By(
+        "tests/test_train_step.py", "test_tiny_runs_everything_on_a_cpu_and_all_losses_agree"
+    ),
+    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
+    "benchmarks/train_step.py --output benchmarks/results/NAME.json": Needs("H100"),
     "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env": Here(),
     "docker compose build": By("tests/container/conftest.py", '"build"'),
     "GIT_COMMIT=$(git rev-parse HEAD) docker compose build": By("tests/container/conftest.py", "GIT_COMMIT"),
@@ -111,7 +119,7 @@ RULES: dict[str, Here | By | Needs] = {
     ),
     "docker inspect": By(IMAGE, "inspect"),
     "docker stop": By(SERVICES, "test_docker_stop_"),
-    "docker ps": Needs("Docker"),
+    "docker ps": By(SERVICES, '["docker", "ps"]'),
     "rsync -r docker/wheels h100:PROJECT/docker/": Needs("another machine"),
     "rsync -rR data/processed adapters/local-try/receipt.json h100:PROJECT/": Needs("another machine"),
     ".venv/bin/python -m pytest tests/test_chat.py -k surrogate": By(".ci/run", "./scripts/test.sh --slow"),

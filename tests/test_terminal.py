@@ -58,7 +58,11 @@ def command(tiny_mistral: Path, train_file: Path, tmp_path: Path) -> Command:  #
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_mistral: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, str]:  # noqa: F811
+def trained(
+    tiny_mistral: Path,
+    train_file: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Command, str]:
     """A training on a terminal, and all that it wrote."""
     command = Command(tiny_mistral, train_file, tmp_path_factory.mktemp("terminal"))
     status, written = on_a_terminal(command.line(*OPTIONS))

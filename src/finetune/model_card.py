@@ -137,7 +137,10 @@ def _results(manifest: dict[str, Any]) -> str:
 def _self_test(verdict: dict[str, Any]) -> list[str]:
     """The adapter as it lies here, loaded again: what was looked at and found."""
     lines = [f"The saved adapter was loaded again and tested: {_code(verdict['status'])}.", ""]
-    return lines + [f"- {_code(check['name'])}: {_code(check['detail'])}" for check in verdict["checks"]]
+    for check in verdict["checks"]:
+        failed = "" if check["status"] == "pass" else "**failed**: "
+        lines.append(f"- {failed}{_code(check['name'])}: {_code(check['detail'])}")
+    return lines
 
 
 def _data(manifest: dict[str, Any]) -> str:

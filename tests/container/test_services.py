@@ -172,6 +172,7 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
     assert told, second.stderr
     assert second.returncode == 6
     assert container.startswith(told[2])
+    assert told[2] in subprocess.run(["docker", "ps"], capture_output=True, text=True, check=True).stdout
 
     subprocess.run(told[1].split(), check=True, capture_output=True)
     ended = subprocess.run(["docker", "wait", container], capture_output=True, text=True, check=True).stdout

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from finetune import checks
+from finetune import checks, receipt
+from finetune.checkpoints import write_json
 from finetune.checks.check import Check, Result
-from finetune.config import ROOT
+from finetune.checks.preflight import Preflight
+from finetune.config import ROOT, load
 from finetune.machine import PYTHON
 from recorded import LINUX, M4
 
@@ -231,6 +233,19 @@ def test_wrong_usage_is_2_before_anything_is_looked_at(
 ) -> None:
     done = validate("--config", "cpu", "--set", f"model.name={tmp_path}", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
+
+
+def test_a_receipt_that_agrees_is_0_and_that_of_another_training_is_3(
+    validate: Command, case: list[str], tmp_path: Path
+) -> None:
+    config, _ = load("cpu", case[3::2])
+    file = tmp_path / "receipt.json"
+    write_json(file, receipt.make(config, Preflight(config, LINUX).prepared))
+    given = (*case, "--only", "receipt", "--receipt", file)
+    done, other = validate(*given), validate(*given, "--set", "lora.r=4")
+    assert (done.returncode, other.returncode) == (0, 3), done.stderr
+    assert f"the same training as {file}" in done.stdout
+    assert "lora.r: 16 -> 4" in other.stdout
 
 
 def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
