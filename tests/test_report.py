@@ -59,6 +59,11 @@ def changed(**values: Any) -> dict[str, str]:
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
+def test_the_layers_that_the_program_chose_to_checkpoint_have_a_row() -> None:
+    assert "checkpointed" not in changed()
+    assert changed(checkpointed_from="16 of 32: because")["checkpointed"] == "layers 16 of 32: because"
+
+
 def test_the_plan_is_told_in_nine_rows() -> None:
     assert plan_lines(PLAN) == [
         ("rows", "12,345 to train on, 1,371 held out, 1,204 cut, 3 dropped"),

@@ -412,6 +412,25 @@ def test_checks_that_are_left_out_are_named_in_the_manifest_and_not_made(finishe
     assert finished.manifest["skipped_checks"] == []
 
 
+def test_a_run_that_chooses_its_checkpointed_layers_has_the_same_bits_and_records_the_number(
+    finished: Finished, tmp_path: Path
+) -> None:
+    command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
+    settings = ("training.gradient_checkpointing=true", "training.checkpointed_layers=auto")
+    done = command("--skip", "rehearsal", *(word for setting in settings for word in ("--set", setting)))
+    assert done.returncode == 0, done.stderr
+    [said] = [line for line in done.stdout.splitlines() if line.startswith("checkpointed layers: ")]
+    assert re.fullmatch(
+        r"checkpointed layers: 0 of 2: [\d.]+ GiB expected by the formula alone, at most [\d.]+ of [\d.]+; "
+        r"the rehearsal is left out",
+        said,
+    )
+    manifest = read_manifest(command.output / "run")
+    found = {name: manifest[name] for name in ("checkpointed_layers", "adapter_sha256", "train_loss")}
+    wanted = {name: finished.manifest[name] for name in ("adapter_sha256", "train_loss")}
+    assert found == {"checkpointed_layers": 0, **wanted}
+
+
 def test_a_check_that_does_not_exist_cannot_be_left_out(finished: Finished, tmp_path: Path) -> None:
     command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
     done = command("--skip", "rehersal")

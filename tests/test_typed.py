@@ -77,7 +77,9 @@ def built(section: dict[str, Any], places: dict[str, str] | None = None, **above
 def test_a_good_mapping_becomes_a_tree_of_frozen_dataclasses() -> None:
     tree, problems = built({})
     assert problems == []
-    assert tree == Tree(Section(1, 0.5, 1.0, 16, -3.0, False, "x", None, None, "packed", ("a", "b")), Lora(8), 42)
+    assert tree == Tree(
+        Section(1, 0.5, 1.0, 16, -3.0, False, "x", None, None, "packed", "all", ("a", "b")), Lora(8), 42
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         tree.section.count = 2
 
