@@ -139,6 +139,15 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
             "model.attn_implementation: flash_attention_2 does not work on Apple silicon (m4); wanted sdpa",
         ),
         (
+            ["platform=m4", "training.fused_kernels=true"],
+            "training.fused_kernels: true does not work on Apple silicon (m4); set it to false",
+        ),
+        (
+            ["model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.fused_lora=true"],
+            "training.fused_lora: true beside model.dtype bfloat16 without autocast, so adapters would lose their "
+            "precision; set training.bf16: true, or this to false",
+        ),
+        (
             ["training.fp16=true"],
             "training.fp16: Mistral's activations overflow fp16; set training.bf16: true and fp16: false",
         ),

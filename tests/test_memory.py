@@ -122,6 +122,8 @@ LEVERS = [
     ("loss", ["training.per_device_eval_batch_size=64"], "activations", 1),
     ("evaluation", ["training.per_device_train_batch_size=8"], "workspace", 1),
     ("backward", ["lora.lora_dropout=0"], "activations", "<"),
+    ("evaluation", ["training.fused_lora=true", "training.fused_kernels=true"], "activations", 1),
+    ("loss", ["training.fused_lora=true"], "lora", 8 / 10),  # no copy of the weights in bfloat16
 ]
 
 
@@ -173,6 +175,17 @@ def test_a_layer_of_mistral_7b_in_bfloat16_keeps_250_kib_a_token_on_an_h100() ->
     bytes_a_token = (two["loss"]["activations"] - one["loss"]["activations"]) * GIB / (4 * 4096)
     # norms 2 x 4h; q, k, v, result 2(2h + 2k); MLP 3 x 2i; dropout 3 bytes for each of 6h + i; lora_A 7 x 2r
     assert bytes_a_token == 8 * 4096 + 4 * (4096 + 1024) + 6 * 14336 + 3 * (6 * 4096 + 14336) + 14 * 16
+
+
+def test_fused_lora_and_kernels_halve_what_a_layer_of_mistral_7b_keeps() -> None:
+    fused = "training.gradient_checkpointing=false", "training.fused_lora=true", "training.fused_kernels=true"
+    one, two = (
+        moments(load(*fused), dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers))["loss"]["activations"]
+        for layers in (1, 2)
+    )
+    bytes_a_token = (two - one) * GIB / (4 * 4096)
+    # norms 2 x 2h; q, k, v, result 2(2h + 2k); MLP 2 x 2i; LoRA's inputs 2(h + h + i), and 7 x 2r
+    assert bytes_a_token == 4 * 4096 + 4 * (4096 + 1024) + 4 * 14336 + 2 * (2 * 4096 + 14336) + 14 * 16
 
 
 def test_a_layer_keeps_more_on_mps_where_attention_and_dropout_are_in_float32() -> None:

@@ -22,8 +22,8 @@ ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
 # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py, 1.16); its buffer has that width whatever the vocabulary's.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
-# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, where all
-# of 4 x 4,096 tokens would take 470. By expectation still enough work to fill a GPU; not measured.
+# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, and for
+# all of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured.
 NOISE_TOKENS = 2048
 
 # float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
@@ -300,8 +300,7 @@ class _Sizes:
 
         The adapter of down_proj: the gradients of the hidden states and of the adapter's input. down_proj itself: the
         unpacked weight and two gradients of its input, when what its adapter and the last norm kept is gone. Attention
-        weights: their gradient and that of the scores, when what the MLP kept is gone. Under fused_lora the two of
-        down_proj are one: one gradient of its input, beside the unpacked weight or then two parts of dropout's noise.
+        weights: their gradient and that of the scores, when what the MLP kept is gone.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         adapted = "down_proj" in self.config.lora.target_modules
@@ -310,13 +309,22 @@ class _Sizes:
         base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - self.norm_width * hidden)
         base += self.dequantised()
         if adapted and self.config.training.fused_lora:
-            noise = (
-                2 * min(batch.tokens, NOISE_TOKENS) * intermediate * self.width * (self.config.lora.lora_dropout > 0)
-            )
-            adapter = batch.tokens * (intermediate * self.width - self.norm_width * hidden)
-            base = adapter + max(self.dequantised(), noise)
+            base = self.fused_backward(batch)
+            adapter = 0
         attention = 2 * self.attention_weights(batch) - self.mlp_results * intermediate * self.width * batch.tokens
         return max(adapter, base, attention)
+
+    def fused_backward(self, batch: Batch) -> float:
+        """Of down_proj under fused_lora: one gradient of its input, and the unpacked weight or then noise, twice.
+
+        What the last norm kept is gone. A checkpointed layer's input is what its first norm keeps, if it keeps no copy.
+        """
+        hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
+        same = self.config.training.gradient_checkpointing and self.norm_width == self.width
+        gone = hidden * self.norm_width * (2 if same else 1)
+        noisy_tokens = min(batch.tokens, NOISE_TOKENS) if self.config.lora.lora_dropout else 0
+        noise = 2 * noisy_tokens * intermediate * self.width
+        return batch.tokens * (intermediate * self.width - gone) + max(self.dequantised(), noise)
 
     def evaluation(self, batch: Batch) -> dict[str, float]:
         """By part, the largest of: one layer's MLP, its attention, and the loss.
