@@ -6,7 +6,8 @@ All three take the same random model in NF4 with LoRA, the same rows, loss funct
 on one CPU thread, round by round; their losses must agree. Ours has every callback of a training, trackers left out. A
 step is timed from its beginning to the next one's, so that reading batches and logging are in it. `tiny` is so small a
 model that little else is left; in `135M`, the demo's, a step is mostly arithmetic. Checkpoints are those of an adapter
-of Mistral-7B's size, 41.9 million weights with AdamW's two moments. TRL's bfloat16 adapters are put back to float32.
+of Mistral-7B's size, 41.9 million weights with AdamW's two moments; ours are hashed, and checked when they are loaded.
+TRL's bfloat16 adapters are put back to float32, and its progress bar is off.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Case:
 
 CASES = (
     Case("tiny", Geometry(64, 128, 2, 4, 2, 1000, False), 64, 4, warm=10, steps=100, rounds=5, logging_steps=10),
-    Case("135M", DEMO, 128, 2, warm=1, steps=4, rounds=3, logging_steps=2),
+    Case("135M", DEMO, 128, 2, warm=1, steps=2, rounds=3, logging_steps=1),
 )
 ADAPTER = Case("adapter", NARROW, 32, 1, warm=0, steps=0, rounds=5, logging_steps=1, rank=RANK)
 
@@ -144,7 +145,7 @@ def make_trl(case: Case, folder: Path) -> Any:
         lr_scheduler_type=training.lr_scheduler_type, warmup_steps=training.warmup_ratio,
         weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, optim=training.optim,
         logging_steps=training.logging_steps, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
-        save_strategy="no", remove_unused_columns=False, max_length=None,
+        disable_tqdm=True, save_strategy="no", remove_unused_columns=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False,
     )  # fmt: skip
     weights = {name: value.detach().clone() for name, value in made.named_parameters() if value.requires_grad}

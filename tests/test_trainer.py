@@ -25,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers import Trainer as TransformersTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune import callbacks, levers
@@ -119,6 +120,22 @@ def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
 
 def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
     return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+# --- steps
+
+
+def test_the_operations_of_a_batch_are_those_that_transformers_counts_and_the_parameters_are_counted_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = case.trainer()
+    batches = [{"input_ids": torch.zeros(rows, 7, dtype=torch.long)} for rows in (1, 3)]
+    wanted = [TransformersTrainer.floating_point_ops(trainer, batch) for batch in batches]
+    counted: list[int] = []
+    count = trainer.model.num_parameters
+    monkeypatch.setattr(trainer.model, "num_parameters", lambda **how: counted.append(1) or count(**how))
+    assert [trainer.floating_point_ops(batch) for batch in batches] == wanted
+    assert (wanted[0] > 0, len(counted)) == (True, 1)
 
 
 # --- evaluation

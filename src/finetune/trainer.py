@@ -56,6 +56,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     progress: Progress | None = None
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
+    _flos_a_token = 0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch."""
@@ -73,6 +74,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             return "the validation rows"
         more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
         return "rows " + ", ".join(f"{self.train_file}:{line}" for line in lines[:8]) + more
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers', which for each micro-batch counts all parameters anew."""
+        tokens = int(inputs["input_ids"].numel())
+        self._flos_a_token = self._flos_a_token or super().floating_point_ops(inputs) // tokens
+        return self._flos_a_token * tokens
 
     def evaluation_loop(
         self,
