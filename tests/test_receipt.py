@@ -223,6 +223,11 @@ def test_a_validation_file_against_a_share_is_told_in_words(machine: Machine) ->
     assert lines[-1] == 'dataset.validation_split: "a validation file" -> 0.1'
 
 
+def test_the_number_of_checkpointed_layers_changes_no_weight_and_is_not_compared(machine: Machine) -> None:
+    auto = machine.receipt("h100", "training.checkpointed_layers=auto")
+    assert auto == machine.receipt("h100")
+
+
 def test_another_tokenizer_or_template_gives_its_line(machine: Machine) -> None:
     config, prepared = machine.prepared("h100")
     other: Chat = replace(prepared.chat, fingerprint="ab" * 32)

@@ -265,7 +265,7 @@ def _settle(stage: _Stage) -> tuple[_Stage, _Trial, Choice]:
             if layers == total:
                 raise
         if layers not in trials:
-            gc.collect()  # the error held the trainer, and with it all that had filled the memory
+            gc.collect()  # put_back's own came while the error still held all that had filled the memory
             return None
         return trials[layers][1].held_gib
 
