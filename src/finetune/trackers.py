@@ -132,6 +132,7 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         except self._wandb.errors.Error as error:
             self.offline = str(error).splitlines()[0]
             self.terminal.decision("tracking", self.later())
+            self._wandb.teardown()  # its own process still holds this run's id
             self._start(mode="offline")
 
     def _start(self, **settings: Any) -> None:
