@@ -84,8 +84,8 @@ class Case:
 
 
 CASES = (
-    Case("tiny", Geometry(64, 128, 2, 4, 2, 1000, False), 64, 4, warm=10, steps=100, rounds=5, logging_steps=10),
-    Case("135M", DEMO, 128, 2, warm=1, steps=2, rounds=3, logging_steps=1),
+    Case("tiny", Geometry(64, 128, 2, 4, 2, 1000, False), 64, 4, warm=10, steps=60, rounds=5, logging_steps=10),
+    Case("135M", DEMO, 64, 2, warm=1, steps=2, rounds=3, logging_steps=1),
 )
 ADAPTER = Case("adapter", NARROW, 32, 1, warm=0, steps=0, rounds=5, logging_steps=1, rank=RANK)
 
