@@ -140,6 +140,12 @@ def device(monkeypatch: pytest.MonkeyPatch, tried: list[int]) -> None:
     """A device whose peak can be measured again: 1.0 GiB with both layers checkpointed, 0.4 more for each whole one."""
     monkeypatch.setattr(platforms.Platform, "peak_begins_anew", True)
     monkeypatch.setattr(rehearsal, "peak_held_gib", lambda _: 1.0 + 0.4 * (LAYERS - tried[-1]))
+    compute_loss = Trainer.compute_loss
+
+    def never_twice(self: Trainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return compute_loss(self, model, *args, **kwargs) * (1 + checkpointed(model))
+
+    monkeypatch.setattr(Trainer, "compute_loss", never_twice)  # as kernels are whose sums have no order
 
 
 def out_of_memory_below(monkeypatch: pytest.MonkeyPatch, layers: int) -> list[weakref.ref[Trainer]]:
@@ -156,6 +162,17 @@ def out_of_memory_below(monkeypatch: pytest.MonkeyPatch, layers: int) -> list[we
 
     monkeypatch.setattr(Trainer, "compute_loss", full)
     return ended
+
+
+def test_on_an_nvidia_gpu_what_torch_holds_is_measured_and_a_cpu_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 70 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 60 * 2**30)
+    rows = platforms.PLATFORMS
+    assert (platforms.peak_held_gib(rows["h100"]), platforms.peak_memory_gib(rows["h100"])) == (70, 60)
+    assert platforms.peak_held_gib(rows["cpu"]) == platforms.peak_memory_gib(rows["cpu"])
+    assert {name: row.peak_begins_anew for name, row in rows.items()} == {"h100": True, "m4": True, "cpu": False}
 
 
 @pytest.mark.usefixtures("device")
@@ -211,6 +228,18 @@ def test_memory_that_ends_in_a_trial_is_told_given_back_and_no_reason_to_refuse(
     text = "1 of 2: peak 1.4 GiB measured, at most 900.0 of 1000.0 (1.0 with 2, 1.4 with 1, out of memory with 0)"
     assert found.checkpointed == Choice(1, text)
     assert (len(ended), alive) == (1, [0])
+
+
+@pytest.mark.usefixtures("device")
+def test_a_trial_that_takes_more_than_there_is_counts_as_one_in_which_memory_ended(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([0.0, 1.0, 0.0, 5.0])  # before and after each trial
+    monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: next(peaks))
+    config = case.config(*AUTO)
+    found = rehearsed(case, config, loaded(config), capacity_gib=4.0)
+    text = "2 of 2: peak 1.0 GiB measured, at most 3.6 of 4.0 (1.0 with 2, out of memory with 1)"
+    assert found.checkpointed == Choice(2, text)
 
 
 def test_on_a_cpu_the_formula_decides_and_says_that_nothing_can_be_measured_twice(case: Case, tried: list[int]) -> None:

@@ -36,8 +36,8 @@ class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
     `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `checkpointed_from` is why so many layers are, where the config leaves it open.
-    `problems` are things to change before a long run, each with what to type.
+    where. `checkpointed_from` is why so many layers are, where the config leaves it open. `problems` are things to
+    change before a long run, each with what to type.
     """
 
     rows_train: int

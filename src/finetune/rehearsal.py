@@ -125,9 +125,9 @@ def rehearse(
 ) -> Rehearsal:
     """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
 
-    `done` steps of the run are behind it. Where `training.checkpointed_layers` is auto, that is repeated with fewer and
-    fewer of them. Raises OutOfResource where memory or disk is not enough, CheckFailed where a
-    checkpoint cannot be saved or does not load back as it was saved, and Diverged.
+    `done` steps of the run are behind it. Where `training.checkpointed_layers` is auto, several numbers of layers are
+    tried. Raises OutOfResource where memory or disk is not enough, CheckFailed where a checkpoint cannot be saved or
+    does not load back as it was saved, and Diverged.
     """
     lengths = example_lengths(prepared)
     load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
@@ -138,8 +138,8 @@ def rehearse(
     make_folder(folder)
     try:
         with _advice_where_memory_ends(config, capacity_gib):
-            stage, trial, choice = _settle(stage)
-            stage.load_back(trial.watch)
+            trial, last, choice = _settle(stage)
+            stage.load_back(last.watch)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -160,11 +160,21 @@ def rehearse(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one training of a rehearsal gave; `held_gib` is what the device's driver saw at most."""
+    """What one training of a rehearsal gave.
+
+    `before_gib` is the peak before it where that cannot be forgotten, `held_gib` what the device's driver saw at most.
+    """
 
     watch: Stopwatch
+    before_gib: float
     peak_gib: float
     held_gib: float
+
+    def within(self, capacity_gib: float) -> _Trial:
+        """Itself. Raises _MemoryEnds where it took more than there is."""
+        if self.peak_gib > capacity_gib and self.peak_gib > self.before_gib:  # a higher one of the loading has passed
+            raise _MemoryEnds(f"peak {self.peak_gib:.1f} GiB", self.peak_gib)
+        return self
 
 
 @dataclass(frozen=True)
@@ -195,10 +205,7 @@ class _Stage:
                     trainer.train()
             except (Diverged, DiskFull) as error:
                 raise type(error)(f"rehearsal: {error}") from None
-            trial = _Trial(watch, peak_memory_gib(platform), peak_held_gib(platform))
-        if trial.peak_gib > self.capacity_gib and trial.peak_gib > before:  # a higher one of the loading has passed
-            raise _MemoryEnds(f"peak {trial.peak_gib:.1f} GiB", trial.peak_gib)
-        return trial
+            return _Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform))
 
     def load_back(self, watch: Stopwatch) -> None:
         """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
@@ -249,32 +256,37 @@ class _Stage:
         return self.run.folder.parent
 
 
-def _settle(stage: _Stage) -> tuple[_Stage, _Trial, Choice]:
-    """With how many checkpointed layers the run goes on, and the trial of them. Raises _MemoryEnds."""
-    config, geometry = stage.config, stage.geometry
-    found = by_formula(config, geometry, stage.capacity_gib, "the resident peak of a process cannot be measured twice")
+def _settle(stage: _Stage) -> tuple[_Trial, _Trial, Choice]:
+    """The trial as the run will be, the last one, whose checkpoint lies on the disk, and how many layers it was with.
+
+    Raises _MemoryEnds.
+    """
+    config, capacity, total = stage.config, stage.capacity_gib, stage.geometry.num_hidden_layers
+    found = by_formula(config, stage.geometry, capacity, "the resident peak of a process cannot be measured twice")
     if found.reason is None:
-        return stage, stage.train(), found
-    total, trials = geometry.num_hidden_layers, dict[int, tuple[_Stage, _Trial]]()
+        trial = stage.train().within(capacity)
+        return trial, trial, found
+    trials: dict[int, _Trial] = {}
 
     def measure(layers: int) -> float | None:
-        tried = dataclasses.replace(stage, config=with_layers(config, layers))
         try:
-            trials[layers] = tried, tried.train()
+            trial = dataclasses.replace(stage, config=with_layers(config, layers)).train()
+            for earlier in trials.values():
+                earlier.watch.saved = None  # an adapter and its moments, in host memory; another is on the disk now
+            trials[layers] = trial
+            return trial.within(capacity).held_gib
         except _MemoryEnds:
             if layers == total:
                 raise
-        if layers not in trials:
-            gc.collect()  # put_back's own came while the error still held all that had filled the memory
-            return None
-        return trials[layers][1].held_gib
+        gc.collect()  # put_back's own came while the error still held all that had filled the memory
+        return None
 
     if PLATFORMS[config.platform].peak_begins_anew:
-        found = by_trials(config, geometry, stage.capacity_gib, measure)
+        found = by_trials(config, stage.geometry, capacity, measure)
     elif measure(found.layers) is None:
         measure(total)
         found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")
-    return (*trials[found.layers], found)
+    return trials[found.layers], list(trials.values())[-1], found
 
 
 def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:
