@@ -60,8 +60,8 @@ def changed(**values: Any) -> dict[str, str]:
 
 
 def test_the_layers_that_the_program_chose_to_checkpoint_have_a_row() -> None:
-    assert "checkpointed" not in changed()
-    assert changed(checkpointed_from="16 of 32: because")["checkpointed"] == "layers 16 of 32: because"
+    assert "recomputed" not in changed()
+    assert changed(checkpointed_from="16 of 32: because")["recomputed"] == "layers 16 of 32: because"
 
 
 def test_the_plan_is_told_in_nine_rows() -> None:
