@@ -386,7 +386,8 @@ def check_tiny(found: dict[str, Any]) -> None:
         for data in ("mixed", "full"):
             assert (entry[data]["padding"] > 0.2) == (data == "mixed" and name in ("A", "B"))
             assert len(entry[data]["tokens_per_second_of_rounds"]) == 2
-            assert entry[data]["checkpointed_layers"] == TINY.num_hidden_layers
+            whole = name in ("D-auto", "D-all")  # memory is there for every layer of so small a model
+            assert entry[data]["checkpointed_layers"] == (0 if whole else TINY.num_hidden_layers)
             assert entry[data]["profiled_step_ms"]["matmul"] > 0
     assert {entry["mixed"]["tokens_per_step"] for entry in ran.values()} == {ran["A"]["mixed"]["tokens_per_step"]}
     assert {"D/A", "D/B", "D/B-packed"} < set(found["ratios"]["mixed"])
