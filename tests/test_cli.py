@@ -17,7 +17,16 @@ import pytest
 
 from finetune import cli
 from finetune.config import ROOT
-from finetune.errors import CheckFailed, ConfigError, DataError, Diverged, OutOfResource, Stopped, UserError
+from finetune.errors import (
+    CheckFailed,
+    ConfigError,
+    DataError,
+    Diverged,
+    OutOfResource,
+    SelfTestFailed,
+    Stopped,
+    UserError,
+)
 
 TRAIN = ROOT / "src" / "train.py"
 Ending = tuple[int, str, str]
@@ -64,6 +73,7 @@ ENDINGS: list[tuple[UserError, int, str]] = [
         "a.jsonl:1: \\x1b]0;title\\x07\n  b.jsonl:2: \\u202e\n",
     ),
     (OutOfResource("locked"), 6, "locked\n"),
+    (SelfTestFailed("self-test: 1 of 7 checks failed"), 1, "self-test: 1 of 7 checks failed\n"),
     (Stopped(130, "stopped at step 4"), 130, "stopped at step 4\n"),
     (Stopped(143, "stopped at step 4"), 143, "stopped at step 4\n"),
 ]

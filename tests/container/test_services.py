@@ -139,12 +139,12 @@ def test_validate_without_a_gpu_finds_that_and_says_where_to_look(project: Proje
 
 
 def test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller(project: Project) -> None:
-    fast = ("--set", "training.max_steps=2", "--set", "dataset.sample_prompts=[]", "--skip", "rehearsal")
+    fast = ("--set", "training.max_steps=6", "--set", "dataset.sample_prompts=[]", "--skip", "rehearsal")
     done = project.run("demo", *fast, no_gpu=False, minutes=30)
     assert done.returncode == 0, done.stdout + done.stderr
     run = project.adapters / "demo-cpu"
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["status"], manifest["steps"], manifest["git_commit"]) == ("complete", 2, COMMIT)
+    assert (manifest["status"], manifest["steps"], manifest["git_commit"]) == ("complete", 6, COMMIT)
     assert adapter(run)
     made = [*run.rglob("*"), *(project.folder / "models" / "demo-135m").iterdir()]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(UID, UID)}
