@@ -5,7 +5,7 @@
 
 on an H100, in the image, with random weights of Mistral-7B's shape that are made on the GPU; without Docker,
 .venv/bin/python in the place of everything before the script. Liger and unsloth are no part of the image: where they
-lie in a folder below benchmarks, --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in about a minute:
+lie in a folder below benchmarks, --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in a few minutes:
 
     .venv/bin/python benchmarks/train_step.py --tiny
 
