@@ -60,7 +60,7 @@ class Said:
 
 
 def tracked_by(name: str) -> Config:
-    return load("cpu", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
+    return load("h100", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
 
 
 def made(run: Run, name: str = "wandb") -> Said:
