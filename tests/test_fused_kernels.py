@@ -138,14 +138,30 @@ def test_without_a_compiler_the_run_is_refused_with_the_setting_that_does_withou
     tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = in_training(settings(tiny_mistral), fused=False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/g++",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    with pytest.raises(CheckFailed) as caught:
+    # torch's own patch: pytest's would leave its settings without this one.
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)}), pytest.raises(CheckFailed) as caught:
         fused_kernels.install(model, bf16=False)
     assert str(caught.value) == (
         "fused kernels: torch.compile fails: InvalidCxxCompiler: No working C++ compiler found in "
         "torch._inductor.config.cpp.cxx: ('/nowhere/g++',)\n"
+        "to train without them: --set training.fused_kernels=false"
+    )
+
+
+def test_where_a_compiler_fails_the_run_is_refused_with_its_own_error(
+    tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise RuntimeError("error: no such instruction\n  in line 7")
+
+    model = in_training(settings(tiny_mistral), fused=False)
+    monkeypatch.setattr(fused_kernels, "swiglu", torch.compile(lambda gate, up: gate * up, backend=failing))
+    with pytest.raises(CheckFailed) as caught:
+        fused_kernels.install(model, bf16=False)
+    assert str(caught.value) == (
+        "fused kernels: torch.compile fails: RuntimeError: error: no such instruction\n"
         "to train without them: --set training.fused_kernels=false"
     )
 

@@ -124,7 +124,6 @@ def test_a_trained_adapter_passes_every_check(trained: Trained) -> None:
 def test_an_adapter_passes_in_the_program_that_trained_it_whatever_it_was_trained_with(
     tiny_mistral: Path, tmp_path: Path, setting: str
 ) -> None:
-    torch._dynamo.reset()  # kernels that other tests of this process have compiled count toward one limit
     trained = train_tiny(tiny_mistral, tmp_path, setting)
     found = trained.test(trained.in_memory)
     assert (len(found.checks), failed(found)) == (7, [])

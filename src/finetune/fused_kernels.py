@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from transformers.models.mistral import modeling_mistral as mistral
 
 from finetune.errors import CheckFailed
@@ -68,8 +68,9 @@ def install(model: PeftModel, bf16: bool) -> None:
     try:
         _compile_all(model, bf16)
     except TorchDynamoException as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckFailed(f"fused kernels: torch.compile fails: {first}\n{TURN_OFF}") from None
+        cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+        reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
+        raise CheckFailed(f"fused kernels: torch.compile fails: {reason}\n{TURN_OFF}") from None
 
 
 def _norm_forward(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -180,12 +181,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_bits_of_one_without(
 # --- the best adapter, where a later one is worse
 
 
-WORSE = (
-    "training.learning_rate=0.15",
-    "training.lr_scheduler_type=constant",
-    "training.warmup_ratio=0",
-    "training.early_stopping_patience=null",
-)
+OTHER_REPLIES = ("0 0 0 0 0 0 0", "Yes.")  # what the training at first makes likelier with all else, and then forgets
 
 
 def remove_all(folder: Path) -> None:
@@ -198,11 +194,25 @@ def cut_the_adapter(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def worsening(warm: Warm, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """A finished run whose last adapter is worse than that of step 4."""
-    command = whole.command.at(tmp_path_factory.mktemp("worse") / "output", *WORSE)
+    """A finished run whose later adapters are worse than that of step 2, since it is validated on other replies."""
+    folder = tmp_path_factory.mktemp("worse")
+    with (folder / "validation.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(8):
+            question = {"role": "user", "content": f"What comes after {number}?"}
+            reply = {"role": "assistant", "content": OTHER_REPLIES[number % 2]}
+            stream.write(json.dumps({"messages": [question, reply]}) + "\n")
+    command = whole.command.at(
+        folder / "output",
+        f"dataset.validation_file={folder / 'validation.jsonl'}",
+        "training.learning_rate=0.002",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_ratio=0",
+    )
     ended = warm(command)
     assert ended.code == 0, ended.text
-    assert result(command)["manifest"]["best_step"] == 4, ended.text
+    losses = [entry["eval_loss"] for entry in result(command)["metrics"] if "eval_loss" in entry]
+    # Far apart, so that step 2 is the best on every machine: processors round differently.
+    assert [number for number, loss in enumerate(losses) if loss < min(losses) + 0.02] == [1], losses
     return command
 
 
