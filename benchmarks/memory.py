@@ -153,7 +153,7 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
-    from finetune import levers, model, trainer
+    from finetune import model, trainer
     from finetune.chat import load_chat
     from finetune.platforms import prepare_device
     from finetune.runs import Run
@@ -166,8 +166,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
         base = random_base(case.geometry, config, platform.device)
     else:
         base = model.load_base(config.model, config.quantization, platform.device)
-    peft_model = model.add_lora(base, config.lora, config.training.seed)
-    levers.install(peft_model, config.training)
+    peft_model = model.adapt(base, config)
     run = Run(folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], platform, evaluate_first=True)
     tokenizer = model.make_tokenizer(load_chat(None), "right")

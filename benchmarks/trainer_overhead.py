@@ -117,11 +117,6 @@ def rows(case: Case) -> Any:
     return Dataset.from_list([row] * case.micro_batches * (case.warm + case.steps + 1))
 
 
-def adapted(config: Config) -> Any:
-    base = model.load_base(config.model, config.quantization, "cpu")
-    return model.add_lora(base, config.lora, config.training.seed)
-
-
 def tokenizer() -> Any:
     return model.make_tokenizer(load_chat(None), "right")
 
@@ -131,14 +126,14 @@ def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     run.checkpoints.mkdir(parents=True)
     sft = trainer.arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
-    made = trainer.make_trainer(adapted(config), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
+    made = trainer.make_trainer(model.load(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper
 
 
 def make_trl(case: Case, folder: Path) -> Any:
     config = case.config(folder)
-    training, made = config.training, adapted(config)
+    training, made = config.training, model.load(config, "cpu")
     arguments = SFTConfig(
         output_dir=str(folder / "run" / "checkpoints"), max_steps=training.max_steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=case.micro_batches, learning_rate=training.learning_rate,
@@ -184,7 +179,7 @@ def first_loss(made: Any) -> float:
 def bare(case: Case, folder: Path, clock: Clock) -> float:
     """The same by a loop that does what a training must and no more."""
     config = case.config(folder)
-    training, made = config.training, adapted(config)
+    training, made = config.training, model.load(config, "cpu")
     add_fused_lm_head(made.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     parameters = [value for value in made.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)

@@ -225,15 +225,14 @@ def our_varlen_trainer(work: Work) -> Any:
 
 
 def _ours(work: Work, base: Any) -> Any:
-    from finetune import levers, model, recompute, trainer
+    from finetune import model, recompute, trainer
     from finetune.runs import Run
 
     config = work.config
     choice = recompute.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
     if config.quantization.storage == "expanded":
         model.expand(base, base.dtype)
-    peft_model = model.add_lora(base, config.lora, config.training.seed)
-    levers.install(peft_model, config.training)
+    peft_model = model.adapt(base, config)
     run = Run(work.folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark

@@ -106,7 +106,7 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, checkpoints, export, levers, model, resume, samples, self_test, trackers, trainer
+    from finetune import callbacks, checkpoints, export, model, resume, samples, self_test, trackers, trainer
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
@@ -119,19 +119,18 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     capacity = capacity_gib(platform)
     terminal.status(f"loading {config.model.name}")
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        base = model.load_base(config.model, config.quantization, platform.device)
-        peft_model = model.add_lora(base, config.lora, config.training.seed)
-        levers.install(peft_model, config.training)
-        tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
+        peft_model = model.load(config, platform.device)
+    tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
     start = self_test.before_training(peft_model)
 
-    pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
-    if "rehearsal" not in skipped and not over:
+    if over or "rehearsal" in skipped:
+        pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
+        if choice.reason and not over:
+            terminal.decision("checkpointed layers", choice.reason)
+    else:
         pace, choice = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
-    elif choice.reason and not over:
-        terminal.decision("checkpointed layers", choice.reason)
     known["checkpointed_layers"] = None if over else choice.layers  # after its last step a run computes no layer again
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)

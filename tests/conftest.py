@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from training import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,3 +63,18 @@ def conversations(tmp_path: Path) -> Path:
         rows.append({"messages": [question, {"role": "assistant", "content": reply}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    from finetune.chat import load_chat
+    from finetune.model import make_tokenizer
+
+    return make_tokenizer(load_chat(None), "right")
+
+
+@pytest.fixture
+def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
+    from training import Case
+
+    return Case(tiny_mistral, conversations, tmp_path, tokenizer)

@@ -8,28 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
 from transformers.models.mistral import modeling_mistral
 
 from finetune import fused_kernels
-from finetune.chat import load_chat
 from finetune.config import Config
 from finetune.errors import CheckFailed
-from finetune.model import make_tokenizer
 from test_fused_lora import BFLOAT16, checkpointings, distance, in_training, loss_and_gradients, settings
-from test_trainer import Case, adapter_weights, same
+from training import Case, adapter_weights, same
 
 TOLERANCE = 5e-6  # relative, float32: sums in another order, and other exponentials
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(load_chat(None), "right")
-
-
-@pytest.fixture
-def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    return Case(tiny_mistral, conversations, tmp_path, tokenizer)
 
 
 def with_kernels(config: Config) -> PeftModel:

@@ -13,29 +13,17 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerFast
 
 from finetune import fused_lora
-from finetune.chat import load_chat
 from finetune.config import Config, load
 from finetune.geometry import read_geometry
 from finetune.memory import _Sizes
-from finetune.model import add_lora, load_base, make_tokenizer
-from test_trainer import Case, adapter_weights, same
+from finetune.model import add_lora, load_base
+from training import Case, adapter_weights, same
 
 TOLERANCE = 5e-6  # relative, float32: sums in another order
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(load_chat(None), "right")
-
-
-@pytest.fixture
-def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    return Case(tiny_mistral, conversations, tmp_path, tokenizer)
 
 
 def settings(tiny_mistral: Path, *more: str) -> Config:

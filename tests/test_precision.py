@@ -11,17 +11,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerFast
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 
-from finetune.chat import load_chat
-from finetune.model import make_tokenizer
 from finetune.trainer import Trainer
-from test_trainer import Case
+from training import Case
 
 BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.bf16=true")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(load_chat(None), "right")
 
 
 @pytest.fixture(params=["packed", "expanded"])

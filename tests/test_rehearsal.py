@@ -21,38 +21,26 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
 
-from finetune import fitting, platforms, rehearsal
+from finetune import fitting, platforms, trial
 from finetune.batches import Load, example_lengths, train_load, validation_load
 from finetune.budget import Pace, Schedule
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.chat import load_chat
 from finetune.checkpoints import seal
 from finetune.config import Config
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
 from finetune.machine import read_machine
-from finetune.model import add_lora, load_base, make_tokenizer
+from finetune.model import add_lora, load_base
 from finetune.platforms import PLATFORMS
 from finetune.putback import put_back
 from finetune.recompute import Choice
 from finetune.rehearsal import Rehearsal, rehearse
 from finetune.report import Terminal
 from finetune.trainer import Trainer, arguments, make_trainer, train
-from test_trainer import FINGERPRINT, Case, adapter_weights, same
+from training import FINGERPRINT, Case, adapter_weights, same
 
 CPU = PLATFORMS["cpu"]
 PLENTY_GIB = 1000.0
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(load_chat(None), "right")
-
-
-@pytest.fixture
-def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    return Case(tiny_mistral, conversations, tmp_path, tokenizer)
 
 
 def loaded(config: Config) -> PeftModel:
@@ -125,8 +113,8 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     settings = ("training.gradient_accumulation_steps=3", "training.per_device_train_batch_size=2")
     config = case.config(*settings, "training.packing=true", "training.max_steps=100", "training.eval_steps=10")
     clock = itertools.count(step=2.0)
-    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=clock.__next__))
-    monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: 3.0)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=clock.__next__))
+    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: 3.0)
     found = rehearsed(case, config, loaded(config), done=20)
     data = case.data(config)
     lengths = example_lengths(data)
@@ -360,7 +348,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
     case: Case, monkeypatch: pytest.MonkeyPatch, advice: list[tuple[float, float | None]]
 ) -> None:
     peaks = iter([1.5, 2.5])
-    monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: next(peaks))
+    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
     refused = fails(case, case.config(), capacity_gib=2.0)
     assert str(refused) == f"rehearsal: peak 2.5 GiB, and there are 2.0 GiB; {CHANGE}"
     assert (refused.exit_code, advice) == (6, [(2.0, 2.5)])
@@ -368,7 +356,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
-    monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: next(peaks))
+    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
     monkeypatch.setattr(fitting, "fit", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
@@ -390,7 +378,7 @@ def test_the_advice_on_memory_that_ran_out_changes_the_config_also_where_the_pla
 def test_a_peak_that_the_loading_reached_and_passed_is_no_reason_to_refuse(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rehearsal, "peak_memory_gib", lambda _: 2.5)
+    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: 2.5)
     config = case.config()
     assert rehearsed(case, config, loaded(config), capacity_gib=2.0).peak_gib == 2.5
 
@@ -486,7 +474,7 @@ def test_a_checkpoint_whose_bytes_change_on_the_way_is_refused(case: Case, monke
         path = folder / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(rehearsal, "seal", damaged)
+    monkeypatch.setattr(trial, "seal", damaged)
     refused = fails(case, case.config())
     assert (refused.exit_code, str(refused)) == (
         3,
@@ -548,7 +536,7 @@ def test_what_a_killed_rehearsal_left_is_removed_before_the_next(case: Case, mon
         sealed.extend(path.name for path in folder.iterdir())
         seal(folder, facts)
 
-    monkeypatch.setattr(rehearsal, "seal", listing)
+    monkeypatch.setattr(trial, "seal", listing)
     config = case.config()
     rehearsed(case, config, loaded(config))
     assert "optimizer.pt" in sealed

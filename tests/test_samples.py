@@ -15,23 +15,21 @@ import torch
 
 from finetune import samples as samples_module
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.errors import Stopped
-from finetune.model import make_tokenizer
 from finetune.report import Terminal
 from finetune.samples import FILE, Question, Sampler, questions
 from finetune.trainer import Outcome, evaluates_first, train
-from test_trainer import FINGERPRINT, Case, adapter_weights, same
+from training import FINGERPRINT, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")
 ASKED = "dataset.sample_prompts=['What is two plus one?', 'Why?']"
 
 
 @pytest.fixture
-def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+def case(case: Case, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(samples_module, "MAX_NEW_TOKENS", 6)
-    return Case(tiny_mistral, conversations, tmp_path, make_tokenizer(load_chat(None), "right"))
+    return case
 
 
 @dataclass

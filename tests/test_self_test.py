@@ -26,7 +26,7 @@ from finetune.model import load_base, make_tokenizer
 from finetune.report import Terminal
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.trainer import Outcome, train
-from test_trainer import FINGERPRINT, Case
+from training import FINGERPRINT, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 Change = Callable[[Any], None]

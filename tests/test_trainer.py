@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
@@ -28,99 +28,18 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from finetune import callbacks, levers
+from finetune import callbacks
 from finetune import trainer as trainer_module
 from finetune.budget import Pace
 from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
-from finetune.chat import load_chat
 from finetune.checkpoints import read_seal, saved
-from finetune.config import Config, load
-from finetune.data import Prepared, prepare
-from finetune.encoding import Recipe
 from finetune.errors import DiskFull, Diverged, Stopped
-from finetune.geometry import read_geometry
-from finetune.memory import checkpointed_layers
-from finetune.model import add_lora, load_base, make_tokenizer
+from finetune.model import add_lora, load_base
 from finetune.platforms import PLATFORMS
 from finetune.report import Terminal
 from finetune.runs import Run
-from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over, make_trainer, train
-
-QUICK = (
-    "model.max_seq_length=64",
-    "dataset.validation_split=0.25",
-    "training.gradient_accumulation_steps=1",
-    "training.gradient_checkpointing=false",
-    "training.max_steps=4",
-)
-FINGERPRINT = {"config": {"lr": 0.1}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(load_chat(None), "right")
-
-
-class Case:
-    """A tiny model, 40 conversations and a run folder. Each `trainer` begins as a new process would, from the seed."""
-
-    def __init__(self, base: Path, train_file: Path, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.folder, self.tokenizer, self.train_file, self.base = folder, tokenizer, str(train_file), base
-        self.run = Run(folder / "run", False, None)
-        self.run.checkpoints.mkdir(parents=True)
-
-    def config(self, *settings: str) -> Config:
-        files = (f"model.name={self.base}", f"dataset.train_file={self.train_file}")
-        return load("cpu", [*files, *QUICK, *settings])[0]
-
-    def data(self, config: Config) -> Prepared:
-        recipe = Recipe(None, None, config.model.max_seq_length, True, False)
-        return prepare(config.dataset, recipe, config.training.packing, self.folder / "cache", workers=0)
-
-    def trainer(self, *settings: str, first: bool = True, change: Callable[[Any], None] | None = None) -> Trainer:
-        config = self.config(*settings)
-        base = load_base(config.model, config.quantization, "cpu")
-        if change:
-            change(base)
-        model = add_lora(base, config.lora, config.training.seed)
-        levers.install(model, config.training)
-        data = self.data(config)
-        rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
-        sft = arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
-        layers = checkpointed_layers(config, read_geometry(config))
-        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, layers)
-
-    def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
-        """(outcome, model, what was printed) of a whole training."""
-        config = self.config(*settings)
-        trainer = self.trainer(*settings, first=evaluates_first(checkpoint))
-        stream = StringIO()
-        keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
-        steps = trainer.args.max_steps
-        watchers = keeper, Stopper(self.run), Progress(Terminal(stream=stream))
-        outcome = train(trainer, config.training, *watchers, steps, checkpoint)
-        return outcome, trainer.model, stream.getvalue()
-
-    def checkpoints(self) -> list[str]:
-        return [folder.name for folder in saved(self.run.checkpoints)]
-
-    def metrics(self) -> list[dict[str, Any]]:
-        lines = (self.run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-
-
-@pytest.fixture
-def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    return Case(tiny_mistral, conversations, tmp_path, tokenizer)
-
-
-def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
-    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
-
+from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over
+from training import FINGERPRINT, Case, adapter_weights, same
 
 # --- steps
 

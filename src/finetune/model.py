@@ -17,8 +17,9 @@ from transformers import (
     set_seed,
 )
 
+from finetune import levers
 from finetune.chat import Chat
-from finetune.config import is_local, resolve
+from finetune.config import Config, is_local, resolve
 from finetune.errors import CheckFailed
 from finetune.hub import GIVE_TOKEN
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
@@ -36,6 +37,18 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
         padding_side=padding_side,
         chat_template=form.template,
     )
+
+
+def load(config: Config, device: str) -> PeftModel:
+    """What is trained: the base on `device`, and `adapt`. Raises CheckFailed as both do."""
+    return adapt(load_base(config.model, config.quantization, device), config)
+
+
+def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
+    """A new adapter on `base`, and what makes their steps faster. Raises CheckFailed where that does not work here."""
+    model = add_lora(base, config.lora, config.training.seed)
+    levers.install(model, config.training)
+    return model
 
 
 def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str) -> PreTrainedModel:

@@ -205,18 +205,16 @@ def _receipt(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
-    from finetune import levers, model, rehearsal
+    from finetune import model, rehearsal
 
     config, platform = preflight.config, preflight.platform
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
     prepare_device(platform)
     capacity = capacity_gib(platform)
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        base = model.load_base(config.model, config.quantization, platform.device)
-        lora = model.add_lora(base, config.lora, config.training.seed)
-        levers.install(lora, config.training)
+        peft_model = model.load(config, platform.device)
     tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
-    found = rehearsal.rehearse(lora, tokenizer, preflight.prepared, config, folder, capacity)
+    found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
     return passed("; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial))))

@@ -1,0 +1,225 @@
+"""One short training on the heaviest batches: its times and its memory, and whether its checkpoint loads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig
+
+from finetune.batches import Load
+from finetune.checkpoints import read_seal, seal
+from finetune.config import Config
+from finetune.data import Prepared
+from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
+from finetune.geometry import Geometry
+from finetune.memory import checkpointed_layers
+from finetune.platforms import (
+    PLATFORMS,
+    Platform,
+    forget_memory,
+    memory_errors_explained,
+    peak_held_gib,
+    peak_memory_gib,
+    synchronize,
+)
+from finetune.putback import put_back
+from finetune.runs import Run
+from finetune.trainer import Trainer, arguments, make_trainer
+
+STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured
+
+
+class MemoryEnds(Exception):
+    """Memory is not enough: what was found, and the peak in GiB where it is known."""
+
+    def __init__(self, found: str, peak_gib: float | None) -> None:
+        self.found, self.peak_gib = found, peak_gib
+        super().__init__(found)
+
+
+@contextmanager
+def _memory_ends() -> Iterator[None]:
+    """Raise MemoryEnds where a device, or the host, has no more to give."""
+    try:
+        with memory_errors_explained(""):
+            yield
+    except DiskFull:
+        raise
+    except OutOfResource as error:
+        raise MemoryEnds(str(error).splitlines()[0], None) from None
+    except MemoryError:
+        raise MemoryEnds("out of memory", None) from None
+
+
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
+    """Times the last step, its evaluation and its save, which it seals; keeps what was saved, to compare.
+
+    With `accumulated`, gradients lie in memory when a step begins, as they do for all micro-batches but a step's first.
+    """
+
+    def __init__(self, platform: Platform, checkpoints: Path, accumulated: bool) -> None:
+        self.platform, self.checkpoints, self.accumulated = platform, checkpoints, accumulated
+        self.micro_batch_seconds = self.optimizer_seconds = self.evaluation_seconds = self.save_seconds = 0.0
+        self.saved: Any = None
+        self._last = 0.0
+
+    def _lap(self) -> float:
+        synchronize(self.platform)
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in kwargs["model"].parameters():
+            if parameter.requires_grad and self.accumulated:
+                parameter.grad = torch.zeros_like(parameter)
+        self._lap()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batch_seconds = self._lap()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer_seconds = self._lap()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation_seconds = self._lap()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seal(self.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step})
+        self.save_seconds = self._lap()
+        self.saved = _on_host(_trained(kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one training of a rehearsal gave.
+
+    `before_gib` is the peak before it where that cannot be forgotten, `held_gib` what the device's driver saw at most.
+    """
+
+    watch: Stopwatch
+    before_gib: float
+    peak_gib: float
+    held_gib: float
+
+    def within(self, capacity_gib: float) -> Trial:
+        """Itself. Raises MemoryEnds where it took more than there is."""
+        if self.peak_gib > capacity_gib and self.peak_gib > self.before_gib:  # a higher one of the loading has passed
+            raise MemoryEnds(f"peak {self.peak_gib:.1f} GiB", self.peak_gib)
+        return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the trainers of a rehearsal are made of."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    prepared: Prepared
+    config: Config
+    geometry: Geometry
+    run: Run
+    load: Load
+    held_out: Load
+    capacity_gib: float
+
+    def train(self) -> Trial:
+        """Train, evaluate and save. Raises MemoryEnds."""
+        platform, training = PLATFORMS[self.config.platform], self.config.training
+        forget_memory(platform)  # what loading took and gave back is no part of the peak
+        before = peak_memory_gib(platform)
+        watch = Stopwatch(platform, self.run.checkpoints, training.gradient_accumulation_steps > 1)
+        with put_back(self.model, platform):
+            try:
+                with _memory_ends():
+                    trainer = self._trainer()
+                    trainer.add_callback(watch)
+                    trainer.train()
+            except (Diverged, DiskFull) as error:
+                raise type(error)(f"rehearsal: {error}") from None
+            return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform))
+
+    def load_back(self, watch: Stopwatch) -> None:
+        """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
+        folder = self.run.checkpoints / f"checkpoint-{STEPS}"
+        with put_back(self.model, PLATFORMS[self.config.platform]):
+            try:
+                read_seal(folder)
+            except (ValueError, OSError) as error:
+                raise CheckFailed(f"rehearsal: a checkpoint saved in {self._disk} is damaged: {error}") from None
+            with _memory_ends():
+                trainer = self._trainer()
+                trainer.train(resume_from_checkpoint=str(folder))
+            loaded = _trained(trainer.model, trainer.optimizer, trainer.lr_scheduler)
+            wrong = next((name for name, saved in watch.saved.items() if not _equal(saved, loaded[name])), None)
+        if wrong:
+            raise CheckFailed(f"rehearsal: a checkpoint does not load back as it was saved: {wrong} differ")
+
+    def _trainer(self) -> Trainer:
+        """The run's own trainer, but for these batches, in this order, and STEPS steps with one micro-batch each."""
+        train = self.prepared.train.dataset(self.prepared.sequences).select(self.load.worst * STEPS)
+        held_out = self.prepared.validation.dataset(None).select(self.held_out.worst)
+        return make_trainer(
+            self.model,
+            self.tokenizer,
+            train,
+            held_out,
+            self.config.dataset.train_file,
+            self._arguments(),
+            checkpointed_layers(self.config, self.geometry),
+        )
+
+    def _arguments(self) -> SFTConfig:
+        training = dataclasses.replace(
+            self.config.training,
+            max_steps=STEPS,
+            per_device_train_batch_size=len(self.load.worst),
+            gradient_accumulation_steps=1,
+            logging_steps=STEPS,
+            eval_steps=STEPS,
+            save_steps=STEPS,
+        )
+        sft = arguments(training, self.run, [], PLATFORMS[self.config.platform], evaluate_first=False)
+        sft.train_sampling_strategy = "sequential"
+        return sft
+
+    @property
+    def _disk(self) -> Path:
+        return self.run.folder.parent
+
+
+def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """What a checkpoint has to bring back, by the name to tell it by."""
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        "the adapter's weights": weights,
+        "the optimizer's states": optimizer.state_dict(),
+        "the learning rate's states": scheduler.state_dict(),
+    }
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy of nested dicts and lists of tensors and plain values, the tensors in host memory."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {name: _on_host(value) for name, value in tree.items()}
+    return [_on_host(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _equal(these: Any, those: Any) -> bool:
+    if isinstance(these, torch.Tensor):
+        return torch.equal(these, those.detach().to(these.device))
+    if isinstance(these, dict):
+        return these.keys() == those.keys() and all(_equal(these[name], those[name]) for name in these)
+    if isinstance(these, list):
+        return len(these) == len(those) and all(map(_equal, these, those))
+    return bool(these == those)
