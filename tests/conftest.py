@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from training import Case
 
+Ending = tuple[int, str, str]  # exit code, stdout, stderr
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,6 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 def interruptible() -> None:
     """A shell's background jobs ignore SIGINT, and so would every program that these tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Callable[[], None]], Ending]]:
+    """How a command ends whose `main` this is: exit code, stdout and stderr."""
+    from finetune import cli
+
+    def running(main: Callable[[], None]) -> Ending:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main)
+        assert isinstance(stopped.value.code, int)
+        shown = capsys.readouterr()
+        return stopped.value.code, shown.out, shown.err
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield running
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

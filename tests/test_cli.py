@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ Ending = tuple[int, str, str]
 
 
 @pytest.fixture
-def ending(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[BaseException | None], Ending]]:
+def ending(ended: Callable[[Callable[[], None]], Ending]) -> Callable[[BaseException | None], Ending]:
     """Exit code, stdout and stderr of a command that raises what is given."""
 
     def running(raised: BaseException | None) -> Ending:
@@ -41,15 +41,9 @@ def ending(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[BaseExcepti
             if raised is not None:
                 raise raised
 
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(main)
-        assert isinstance(stopped.value.code, int)
-        shown = capsys.readouterr()
-        return stopped.value.code, shown.out, shown.err
+        return ended(main)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    yield running
-    signal.signal(signal.SIGTERM, handler)
+    return running
 
 
 def train(*arguments: str, cwd: Path = ROOT) -> Ending:

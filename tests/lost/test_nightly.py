@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
 from types import ModuleType
 
 import pytest
-from harness import HERE, ROOT
+from harness import HERE
+
+from commands import load_script
 
 
 @pytest.fixture(scope="module")
 def nightly() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nightly", ROOT / "scripts" / "nightly.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("nightly")
 
 
 def test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took(nightly: ModuleType) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from commands import load_script
 from finetune import docker_host, docker_image
 from finetune.checks.check import run
 from finetune.checks.docker import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
@@ -1052,11 +1053,7 @@ def test_without_docker_py_two_lines_say_what_to_type(project: Path, monkeypatch
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_docker", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check_docker")
 
 
 @pytest.fixture

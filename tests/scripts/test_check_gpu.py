@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from commands import load_script
 from finetune.config import ROOT
 from finetune.errors import CheckFailed
 from finetune.machine import PYTHON, Machine
@@ -42,11 +42,7 @@ SCRIPT = ROOT / "scripts" / "check_gpu.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("check_gpu")
 
 
 @pytest.fixture

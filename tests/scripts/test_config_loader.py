@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 
-from finetune import cli, config, yaml_source
+from commands import load_script
+from finetune import config, yaml_source
 
 SCRIPT = config.ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]
@@ -23,27 +22,13 @@ FILES = sorted((config.ROOT / "configs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("config_loader", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("config_loader")
 
 
 @pytest.fixture
-def run(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]]) -> Run:
     """Runs the command in this process; returns exit code, stdout, stderr."""
-
-    def running(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(lambda: script.main(list(arguments)))
-        assert isinstance(stopped.value.code, int)
-        shown = capsys.readouterr()
-        return stopped.value.code, shown.out, shown.err
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield running
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *arguments: ended(lambda: script.main(list(arguments)))
 
 
 def local(tmp_path: Path) -> tuple[str, str]:

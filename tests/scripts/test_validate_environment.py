@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pty
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from commands import load_script
 from finetune import checks, receipt
 from finetune.checkpoints import write_json
 from finetune.checks.check import Check, Result
@@ -297,11 +297,7 @@ def test_a_python_without_the_libraries_is_told_in_two_lines() -> None:
 
 @pytest.fixture
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("validate_environment", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("validate_environment")
 
 
 @pytest.fixture
