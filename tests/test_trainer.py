@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
 
 from finetune import callbacks
 from finetune import trainer as trainer_module
@@ -197,24 +199,6 @@ def test_a_checkpoint_is_sealed_with_its_loss_and_the_older_ones_thinned_out(kee
     found = {name: (fact["step"], fact["eval_loss"], list(fact["files"])) for name, fact in facts.items()}
     losses = {4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}
     assert found == {f"checkpoint-{step}": (step, loss, ["optimizer.pt"]) for step, loss in losses.items()}
-
-
-def test_a_gradient_that_is_not_finite_ends_the_run_after_it_is_logged(keeper: Keeper) -> None:
-    state = SimpleNamespace(global_step=7)
-    with pytest.raises(Diverged) as failure:
-        keeper.on_log(None, state, None, {"loss": 1.0, "grad_norm": float("inf")})
-    assert str(failure.value) == "step 7: the gradient is not finite; lower training.learning_rate"
-    assert failure.value.exit_code == 5
-    assert (keeper.run.folder / "metrics.jsonl").read_text().startswith('{"step": 7, "time": ')
-
-
-def test_a_loss_and_gradient_of_zero_end_the_run_since_nothing_is_learnt(keeper: Keeper) -> None:
-    state = SimpleNamespace(global_step=7)
-    keeper.on_log(None, state, None, {"loss": 0.0, "grad_norm": 0.5})
-    keeper.on_log(None, state, None, {"loss": 0.5, "grad_norm": 0.0})
-    with pytest.raises(Diverged) as failure:
-        keeper.on_log(None, state, None, {"loss": 0.0, "grad_norm": 0.0})
-    assert str(failure.value) == "step 7: loss and gradient are 0, so nothing is learnt; report this run"
 
 
 def test_a_disk_too_small_for_the_best_adapter_keeps_the_one_before(
@@ -433,7 +417,74 @@ def test_patience_counts_on_after_a_resume(case: Case, monkeypatch: pytest.Monke
     assert (outcome.steps, outcome.stopped_early, outcome.best_step) == (5, True, 2)
 
 
-# --- the first loss that is not finite
+# --- the first loss or gradient that is not finite
+
+
+ADVICE = "look at them with scripts/inspect_data.py, lower training.learning_rate"
+EACH_STEP = (
+    "training.per_device_train_batch_size=1",
+    "training.gradient_accumulation_steps=2",
+    "training.logging_steps=10",
+    "training.save_minutes=0.00001",
+    "training.save_total_limit=10",
+    "training.eval_steps=4",
+    "training.save_steps=4",
+)
+
+
+def ends(case: Case, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Diverged:
+    """The end of `trainer`'s run, which case.train begins."""
+    monkeypatch.setattr(case, "trainer", lambda *_, **__: trainer)
+    with pytest.raises(Diverged) as failure:
+        case.train(*EACH_STEP)
+    return failure.value
+
+
+def rows_of_step(case: Case, step: int) -> str:
+    """As a message lists them."""
+    batches = [batch["lines"] for batch in case.trainer(*EACH_STEP).get_train_dataloader()]
+    lines = [line for batch in batches[2 * step - 2 : 2 * step] for line in batch]
+    more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
+    return "rows " + ", ".join(f"{case.train_file}:{line}" for line in lines[:8]) + more
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_step(case, 3)
+    trainer = case.trainer(*EACH_STEP)
+    parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * math.inf if trainer.state.global_step == 2 else gradient)
+    failure = ends(case, trainer, monkeypatch)
+    goes_on = "; --resume-changed then goes on from checkpoint-2, the last good checkpoint"
+    assert (str(failure), failure.exit_code) == (f"step 3: the gradient is not finite on {rows}; {ADVICE}{goes_on}", 5)
+    assert case.checkpoints() == ["checkpoint-1", "checkpoint-2"]
+    assert all(bool(weight.isfinite().all()) for weight in adapter_weights(trainer.model).values())
+
+
+def test_a_step_without_loss_and_gradient_ends_the_run_since_nothing_is_learnt(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_step(case, 2)
+    trainer = case.trainer(*EACH_STEP)
+    compute_loss = SFTTrainer.compute_loss
+
+    def nothing(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        return compute_loss(self, *args, **kwargs) * (0 if self.state.global_step == 1 else 1)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", nothing)
+    failure = ends(case, trainer, monkeypatch)
+    found = f"step 2: loss and gradient are 0, so nothing is learnt, on {rows}; {ADVICE}"
+    assert str(failure) == f"{found}; --resume-changed then goes on from checkpoint-1, the last good checkpoint"
+
+
+def test_a_gradient_of_zero_beside_a_loss_is_no_reason_to_end(case: Case) -> None:
+    trainer = case.trainer()
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def infinite(base: Any) -> None:
@@ -449,7 +500,7 @@ def test_the_first_loss_that_is_not_finite_names_the_rows_of_its_batch(case: Cas
     with pytest.raises(Diverged) as failure:
         trainer.train()
     rows = ", ".join(f"{case.train_file}:{line}" for line in lines)
-    assert str(failure.value) == f"step 1: the loss is not a finite number on rows {rows}; lower training.learning_rate"
+    assert str(failure.value) == f"step 1: the loss is not a finite number on rows {rows}; {ADVICE}"
     assert failure.value.exit_code == 5
     assert trainer.state.global_step == 0
 

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from finetune.budget import Pace, Schedule, clock, duration, seconds_since_start
 from finetune.checkpoints import BEST, read_seal, replace_best, room_for, saved, seal, thin_out, write_text
-from finetune.errors import Diverged, OutOfResource, Stopped
+from finetune.errors import OutOfResource, Stopped
 from finetune.report import Terminal
 from finetune.runs import Run
 
@@ -93,11 +93,6 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
         with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
-        gradient = logs.get("grad_norm")
-        if gradient is not None and not math.isfinite(gradient):
-            raise Diverged(f"step {state.global_step}: the gradient is not finite; lower training.learning_rate")
-        if gradient == 0 and logs.get("loss") == 0:
-            raise Diverged(f"step {state.global_step}: loss and gradient are 0, so nothing is learnt; report this run")
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]

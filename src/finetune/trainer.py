@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
 from finetune.chat import IGNORED
-from finetune.checkpoints import BEST, room_for
+from finetune.checkpoints import BEST, room_for, saved
 from finetune.errors import Diverged
 from finetune.packing import Collator
 from finetune.platforms import PLATFORMS, Platform, peak_memory_gib, random_state, set_random_state
@@ -57,19 +57,42 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
     _flos_a_token = 0
+    _step_lines: tuple[int, ...] = ()  # of the step at hand, and its losses
+    _step_losses: tuple[float, ...] = ()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch."""
-        lines = inputs.pop("lines")
+        lines = tuple(inputs.pop("lines"))
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss if isinstance(loss, torch.Tensor) else loss[0]):
-            raise Diverged(
-                f"step {self.state.global_step + self.model.training}: the loss is not a finite number on "
-                f"{self._rows(lines)}; lower training.learning_rate"
-            )
+        number = float((loss if isinstance(loss, torch.Tensor) else loss[0]).detach())
+        if not math.isfinite(number):
+            raise self._diverged("the loss is not a finite number", lines)
+        if self.model.training:
+            self._step_lines, self._step_losses = (*self._step_lines, *lines), (*self._step_losses, number)
         return loss
 
-    def _rows(self, lines: list[int]) -> str:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """As transformers', but a gradient that is not finite ends the run before the optimizer takes it, and names the
+        rows of its step; and so does a step without any loss and gradient.
+        """
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        lines, losses = self._step_lines, self._step_losses
+        self._step_lines, self._step_losses = (), ()
+        if not math.isfinite(norm):
+            raise self._diverged("the gradient is not finite", lines)
+        if norm == 0 and not any(losses):
+            raise self._diverged("loss and gradient are 0, so nothing is learnt,", lines)
+        return norm
+
+    def _diverged(self, what: str, lines: tuple[int, ...]) -> Diverged:
+        """With the step, the rows of `lines` and the newest checkpoint: all before this step is good."""
+        found = f"step {self.state.global_step + self.model.training}: {what} on {self._rows(lines)}"
+        advice = "look at them with scripts/inspect_data.py, lower training.learning_rate"
+        good = saved(Path(self.args.output_dir))
+        goes_on = f"; --resume-changed then goes on from {good[-1].name}, the last good checkpoint" if good else ""
+        return Diverged(f"{found}; {advice}{goes_on}")
+
+    def _rows(self, lines: tuple[int, ...]) -> str:
         if not self.model.training:
             return "the validation rows"
         more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
