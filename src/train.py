@@ -112,7 +112,8 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
     known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
     fingerprint = export.fingerprint(config, prepared)
-    checkpoint = resume.find(run, fingerprint, resume_changed, terminal)
+    resumed = resume.find(run, fingerprint, resume_changed, terminal)
+    checkpoint = resumed.checkpoint
     tracking = trackers.make_trackers(config, run, terminal)
 
     prepare_device(platform)
@@ -135,7 +136,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
-    export.write_start(run, config, known, done)
+    export.write_start(run, config, known, resumed)
     export.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
     with reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:

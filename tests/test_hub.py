@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -88,6 +89,23 @@ def test_pickles_are_not_weights_but_may_lie_beside_them(tmp_path: Path) -> None
 
 
 # The Hub's cache ------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_weights_is_theirs_wherever_they_lie_and_no_others(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    values = torch.arange(6_000_000, dtype=torch.float32)  # 24 MB, of which 4 are read
+    save_file({"first": values[:100].clone(), "second": values}, here / "model.safetensors")
+    shutil.copytree(here, there)
+    (there / "config.json").write_text("{}")
+    assert hub.weights_digest(there) == hub.weights_digest(here)
+    save_file({"first": values[:100].clone(), "second": values * 1.01}, there / "model.safetensors")
+    assert hub.weights_digest(there) != hub.weights_digest(here)
+    save_file({"first": values[:100].clone() + 1, "second": values}, there / "model.safetensors")
+    assert hub.weights_digest(there) != hub.weights_digest(here)
+    (there / "model.safetensors").rename(there / "other.safetensors")
+    shutil.copy(here / "model.safetensors", there)
+    assert hub.weights_digest(there) != hub.weights_digest(here)
 
 
 @pytest.fixture

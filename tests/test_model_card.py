@@ -32,6 +32,7 @@ MANIFEST: dict[str, Any] = {
     "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
     "git_commit": "abc123",
     "skipped_checks": [],
+    "starts": [],
     "steps": 1920,
     "train_loss": 1.1,
     "eval_loss_before": 2.34567,

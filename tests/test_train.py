@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -605,7 +606,14 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     assert f"resume: from checkpoint-{interrupted.step}, the newest checkpoint that is whole" in said
     steps = [line.split(":")[0] for line in said if line.startswith("step ")]
     assert steps == [f"step {step}/6" for step in (4, 4, 5, 6, 6) if step > interrupted.step]
-    assert read_manifest(command.output / "run-2")["status"] == "complete"
+    manifest = read_manifest(command.output / "run-2")
+    change = "config.training.learning_rate: 0.001 -> 0.0003"
+    assert (manifest["status"], [start["changed"] for start in manifest["starts"]]) == ("complete", [[], [change]])
+    at = f"rom step {interrupted.step} on"
+    assert f"- f{at} with changes: `{change}`" in (command.output / "run-2" / "README.md").read_text().splitlines()
+    assert f"F{at} it was trained with changes: {change}." in unescape(
+        (command.output / "run-2" / "report.html").read_text()
+    )
 
 
 def flip_a_byte(path: Path) -> None:

@@ -174,6 +174,12 @@ def trusted_best(checkpoints: Path, fingerprint: dict[str, Any]) -> str | None:
     return reason and f"the best adapter so far is not used ({reason}); set aside as {set_aside(folder).name}"
 
 
+def has_best(checkpoints: Path) -> bool:
+    """Whether `trusted_best` would find an adapter that is whole."""
+    names = (BEST,) if (checkpoints / BEST).is_dir() else (f"{BEST}.partial", f"{BEST}.old")
+    return any(_is_whole(checkpoints / name) for name in names)
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         read_seal(folder)

@@ -212,6 +212,9 @@ def cautions(run: Evidence) -> list[str]:
     notes = []
     if skipped := run.get("skipped_checks"):
         notes.append(f"Checks left out by --skip: {', '.join(map(str, skipped))}.")
+    for start in run.starts:
+        if changed := start.get("changed"):
+            notes.append(f"From step {start['from_step']:,} on it was trained with changes: {'; '.join(changed)}.")
     leaks = run.number("rows", "validation", "normalised_leaks")
     if leaks:
         rows = counted(int(leaks), "held-out conversation")

@@ -15,14 +15,15 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import receipt, starts, yaml_source
-from finetune.checkpoints import sha256, write_json
-from finetune.config import Config
+from finetune import hub, receipt, starts, yaml_source
+from finetune.checkpoints import sha256, step_of, write_json
+from finetune.config import Config, is_local, resolve
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.machine import ROOT, shown
 from finetune.model_card import model_card
 from finetune.receipt import base_model
+from finetune.resume import Resume
 from finetune.runs import Run
 from finetune.self_test import SelfTest, Start, self_test
 from finetune.trainer import Outcome
@@ -75,14 +76,19 @@ FREE_TO_CHANGE = {
 
 
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What must be equal for a checkpoint to go on: config (but FREE_TO_CHANGE), tokens, tokenizer, versions."""
+    """What must be equal for a checkpoint to go on: config (but FREE_TO_CHANGE), tokens, tokenizer, versions.
+
+    And of a base in a folder its weights, which a base on the Hub has by its revision.
+    """
     tree = config.as_dict()
     del tree["tracking"], tree["output"]
     for section, keys in FREE_TO_CHANGE.items():
         for key in keys:
             del tree[section][key]
     tokens = prepared.tokens | {"tokenizer": prepared.chat.fingerprint}
-    return {"config": tree, "tokens": tokens, "versions": versions()}
+    name = config.model.name
+    weights = hub.weights_digest(resolve(name)) if is_local(name) else config.model.revision
+    return {"config": tree, "tokens": tokens, "versions": versions(), "base_weights": weights}
 
 
 def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> dict[str, Any]:
@@ -131,9 +137,10 @@ def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
-def write_start(run: Run, config: Config, known: dict[str, Any], from_step: int) -> None:
+def write_start(run: Run, config: Config, known: dict[str, Any], resumed: Resume) -> None:
     """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
-    known["starts"] = starts.begin(run.folder, from_step)
+    from_step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
+    known["starts"] = starts.begin(run.folder, from_step, resumed.changes, resumed.set_aside)
     (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 

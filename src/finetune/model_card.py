@@ -167,10 +167,16 @@ def _training(config: Config, manifest: dict[str, Any]) -> str:
     early = ", stopped early" if manifest["stopped_early"] else ""
     hardware = ", ".join(f"{name} {value}" for name, value in manifest["hardware"].items() if value is not None)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    changes = [
+        f"- from step {start['from_step']:,} on with changes: {_code('; '.join(start['changed']))}"
+        for start in manifest["starts"]
+        if start.get("changed")
+    ]
     return "\n".join(
         [
             *lines,
             "",
+            *changes,
             f"- {manifest['steps']:,} steps in {manifest['seconds'] / 3600:.2f} hours{early}; "
             f"{manifest['tokens_per_second']:,.0f} tokens/s, at most {manifest['peak_memory_gib']:.1f} GiB",
             f"- hardware: {_code(hardware)}",

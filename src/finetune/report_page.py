@@ -196,13 +196,14 @@ def _seconds(run: Evidence) -> float | None:
     return sum(_time(start["ended"]) - _time(start["started"]) for start in ended) if ended else None
 
 
-def _start(start: dict[str, Any]) -> dict[str, str]:
+def _start(start: dict[str, Any]) -> dict[str, Any]:
     text, tone = ENDS.get(start["end"], (str(start["end"]), "warn"))
     steps = (
         f"{start['from_step']:,} to {start['step']:,}" if start["step"] is not None else f"from {start['from_step']:,}"
     )
     took = duration(_time(start["ended"]) - _time(start["started"])) if start["ended"] else "not known"
-    return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone}
+    notes = [f"went on although changed: {change}" for change in start.get("changed", [])] + start.get("set_aside", [])
+    return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone, "notes": notes}
 
 
 def _timeline(run: Evidence) -> Markup | None:

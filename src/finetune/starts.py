@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from finetune.errors import OutOfResource, Stopped
 Start = dict[str, Any]
 
 
-def begin(folder: Path, from_step: int) -> list[Start]:
-    """All starts of the run in `folder`, the one that begins now last; one before that did not end was killed."""
+def begin(folder: Path, from_step: int, changed: Sequence[str] = (), set_aside: Sequence[str] = ()) -> list[Start]:
+    """All starts of the run in `folder`, the one that begins now last; one before that did not end was killed.
+
+    `changed` since the checkpoint, which --resume-changed accepted, and what was `set_aside`, each a sentence.
+    """
     starts = _before(folder)
     if starts and starts[-1]["end"] is None:
         last = _last_sign(folder, starts[-1])
         starts[-1] |= {"ended": last.get("time"), "step": last["step"], "end": "killed"}
-    return [*starts, {"started": _utc(), "from_step": from_step, "ended": None, "step": None, "end": None}]
+    now = {"started": _utc(), "from_step": from_step, "ended": None, "step": None, "end": None}
+    return [*starts, now | {"changed": list(changed), "set_aside": list(set_aside)}]
 
 
 def end(folder: Path, start: Start, error: Exception | None) -> None:

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packaging.version import Version
 
 from finetune import chat, checks
@@ -168,15 +169,21 @@ class Bench:
         (folder / "config.json").touch()
         return folder
 
-    def checkpoint(self, step: int) -> Path:
-        """A whole checkpoint of this very training."""
+    def checkpoint(self, step: int, optimizer: object = None) -> Path:
+        """A whole checkpoint of this very training, the best so far, and the best adapter; `optimizer` is pickled."""
         from finetune.export import fingerprint
 
         now = self.preflight()
+        facts = {"fingerprint": fingerprint(now.config, now.prepared)}
         folder = now.config.run_folder / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "adapter_model.safetensors").write_bytes(b"weights")
-        seal(folder, {"fingerprint": fingerprint(now.config, now.prepared)})
+        for place in (folder, folder.with_name("best")):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "adapter_model.safetensors").write_bytes(b"weights")
+        losses = [{"step": done, "eval_loss": 10 - done} for done in (0, step)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": losses}))
+        torch.save(optimizer, folder / "optimizer.pt")
+        seal(folder, facts)
+        seal(folder.with_name("best"), facts)
         return folder
 
     def locked_run(self) -> None:

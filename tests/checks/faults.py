@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
 from finetune import chat, encoding, hub, receipt, trials
-from finetune.checkpoints import write_json
+from finetune.checkpoints import set_aside, write_json
 from finetune.checks import host, preflight, run
 from finetune.machine import PYTHON, Machine
 from recorded import (
@@ -208,8 +209,9 @@ def two_nights(bench: Bench) -> None:
     bench.patch.setattr(preflight, "make_plan", lambda *known: replace(make_plan(*known), **sizes))
 
 
-def damage(checkpoint: Path) -> None:
+def damage(checkpoint: Path) -> Path:
     (checkpoint / "adapter_model.safetensors").write_bytes(b"weightz")
+    return checkpoint
 
 
 def receipt_of_another_training(bench: Bench) -> None:
@@ -649,6 +651,30 @@ FAULTS = (
                "no checkpoint in /bench/adapters/demo-cpu/checkpoints is whole: checkpoint-8 is not whole "
                "(adapter_model.safetensors is not what was saved (sha256 differs)) and would be set aside",
                f"{PYTHON} src/train.py --fresh")),
+    fault("every checkpoint was set aside by the start before", "cpu",
+          lambda b: set_aside(damage(b.checkpoint(8))),
+          fail("state.run",
+               "no checkpoint in /bench/adapters/demo-cpu/checkpoints is whole: set aside before: "
+               "damaged-checkpoint-8.1 (adapter_model.safetensors is not what was saved (sha256 differs))",
+               f"{PYTHON} src/train.py --fresh")),
+    fault("a checkpoint was set aside by a start before", "cpu",
+          lambda b: (set_aside(damage(b.checkpoint(4))), b.checkpoint(8)),
+          warn("state.run",
+               "would go on from checkpoint-8; set aside before: damaged-checkpoint-4.1 "
+               "(adapter_model.safetensors is not what was saved (sha256 differs))",
+               f"{PYTHON} src/train.py --fresh starts anew")),
+    fault("the best adapter is lost", "cpu",
+          lambda b: (b.checkpoint(4), shutil.rmtree(b.checkpoint(8).with_name("best"))),
+          warn("state.run",
+               "would go on from checkpoint-4; checkpoint-8 would be set aside: the best adapter, of step 8, is not "
+               "whole and would be made again",
+               f"{PYTHON} src/train.py --fresh starts anew")),
+    fault("a checkpoint holds a pickle that would run code", "cpu",
+          lambda b: (b.checkpoint(4), b.checkpoint(8, Path("a class, not a tensor"))),
+          warn("state.run",
+               "would go on from checkpoint-4; checkpoint-8 is not whole (optimizer.pt holds more than tensors and "
+               "plain values) and would be set aside",
+               f"{PYTHON} src/train.py --fresh starts anew")),
     fault("the config changed since the checkpoint", "cpu", lambda b: (b.checkpoint(8), b.set("lora.r=8")),
           fail("state.run", "would go on from checkpoint-8, but changed since: config.lora.r: 16 -> 8",
                f"{PYTHON} src/train.py --fresh, or --resume-changed")),

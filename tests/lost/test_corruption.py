@@ -7,13 +7,16 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences, names, result
+from safetensors.torch import load_file, save_file
 
 from finetune.checkpoints import SEAL, read_seal
 from finetune.errors import CheckFailed
+from finetune.hub import weights_digest
 from finetune.report import Terminal
 from finetune.resume import find
 from finetune.runs import Run
@@ -76,7 +79,7 @@ class Copy:
         """The checkpoint that a start would go on from, and what it says first; then all is made whole again."""
         said = io.StringIO()
         try:
-            folder = find(self.run, self.fingerprint, False, Terminal(False, said))
+            folder = find(self.run, self.fingerprint, False, Terminal(False, said)).checkpoint
         finally:
             shutil.rmtree(self.run.checkpoints)
             shutil.copytree(self.source, self.run.checkpoints)
@@ -176,6 +179,45 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_bits_of_one_without(
     assert ended.code == 0, ended.text
     assert "resume: from checkpoint-2, the newest checkpoint that is whole" in ended.text.splitlines()
     assert differences(command, whole.result) == []
+
+
+def test_a_start_that_sets_a_checkpoint_aside_writes_so_into_the_manifest(
+    warm: Warm, stopped: Command, tmp_path: Path
+) -> None:
+    command = stopped.elsewhere(tmp_path / "output")
+    cut_in_half(command.checkpoints / "checkpoint-4" / "scheduler.pt")
+    ended = warm(command)
+    assert ended.code == 0, ended.text
+    first, second = json.loads((command.folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
+    aside = f"checkpoint-4 is not whole (scheduler.pt {CHANGED}); set aside as damaged-checkpoint-4.1"
+    assert (first["set_aside"], second["set_aside"], second["changed"]) == ([], [aside], [])
+    assert aside in (command.folder / "report.html").read_text(encoding="utf-8")
+
+
+# --- the base
+
+
+def test_where_the_base_has_other_weights_than_before_the_run_is_refused(
+    warm: Warm, whole: Whole, stopped: Command, tmp_path: Path
+) -> None:
+    command = replace(stopped, base=tmp_path / "base", output=tmp_path / "output")
+    shutil.copytree(stopped.base, command.base)
+    sealed = ["rename", *(f"run/checkpoints/checkpoint-4/{name}" for name in ("sha256.json.partial", "sha256.json"))]
+    assert warm(command, point=whole.points.index(sealed) + 2).code < 0
+    before = weights_digest(command.base)
+    weights = load_file(command.base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 0.001
+    save_file(weights, command.base / "model.safetensors", metadata={"format": "pt"})
+    ended = warm(command)
+    assert (ended.code, ended.text.splitlines()[-3:]) == (
+        2,
+        [
+            "config: 1 problem",
+            f"  changed since checkpoint-4: base_weights: {before} -> {weights_digest(command.base)}",
+            "--fresh starts a new run, --resume-changed goes on all the same",
+        ],
+    )
+    assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
 
 
 # --- the best adapter, where a later one is worse

@@ -154,40 +154,64 @@ def _wandb(preflight: Preflight) -> Finding:
 
 
 def _state(preflight: Preflight) -> Finding:
-    from finetune.checkpoints import SEAL, read_seal, saved
+    from finetune.checkpoints import ASIDE, SEAL, has_best, read_seal, refuse_code, saved, step_of
+    from finetune.export import fingerprint
+    from finetune.resume import best_step, differences
 
     folder, finished = find_run(preflight.config, fresh=False)
     if finished:
         return passed(f"{folder.name} is finished; --fresh would start a new run beside it")
     if holder := lock_holder(folder):
         return failed(f"{folder} is being written by {holder}", "--fresh starts another run beside it")
-    damaged = []
-    for checkpoint in reversed(saved(folder / "checkpoints")):
+    checkpoints, notes = folder / "checkpoints", []
+    best: int | None = None
+    for checkpoint in reversed(saved(checkpoints)):
         try:
             seal = read_seal(checkpoint)
+            refuse_code(checkpoint)
         except (ValueError, OSError) as error:
-            damaged.append(f"{checkpoint.name} is not whole ({error}) and would be set aside")
+            notes.append(f"{checkpoint.name} is not whole ({error}) and would be set aside")
             continue
-        return _resume(preflight, "; ".join([f"would go on from {checkpoint.name}", *damaged]), seal["fingerprint"])
-    if any((folder / "checkpoints").glob(f"checkpoint-*/{SEAL}")):
-        found = f"no checkpoint in {folder / 'checkpoints'} is whole: {'; '.join(damaged)}"
+        changes = list(differences(seal["fingerprint"], fingerprint(preflight.config, preflight.prepared)))
+        best = best_step(checkpoint) if best is None else best
+        if not changes and not has_best(checkpoints) and step_of(checkpoint) >= best:
+            lost = f"would be set aside: the best adapter, of step {best}, is not whole and would be made again"
+            notes.append(f"{checkpoint.name} {lost}")
+            continue
+        return _resume(f"would go on from {checkpoint.name}", [*notes, *_set_aside(checkpoints)], changes)
+    aside = _set_aside(checkpoints)
+    sealed = [*checkpoints.glob(f"checkpoint-*/{SEAL}"), *checkpoints.glob(f"{ASIDE}checkpoint-*/{SEAL}")]
+    if sealed and best is None:
+        found = f"no checkpoint in {checkpoints} is whole: {'; '.join([*notes, *aside])}"
         return failed(found, f"{command('src/train.py')} --fresh")
-    if damaged:  # killed in its first save
-        return passed(f"would start {folder.name} from step 0; {'; '.join(damaged)}")
-    return passed(f"would start {folder.name} from step 0")
+    found = "; ".join([f"would start {folder.name} from step 0", *notes, *aside])  # notes: killed in its first save
+    return passed(found) if best is None else warned(found, f"{command('src/train.py')} --fresh starts anew")
 
 
-def _resume(preflight: Preflight, found: str, fingerprint: dict[str, object]) -> Finding:
-    from finetune.export import fingerprint as fingerprint_now
-    from finetune.resume import differences
+def _set_aside(checkpoints: Path) -> list[str]:
+    """What earlier starts have set aside, and why where that can still be seen."""
+    from finetune.checkpoints import ASIDE, SEAL, read_seal
 
-    changes = list(differences(fingerprint, fingerprint_now(preflight.config, preflight.prepared)))
+    notes = []
+    for folder in sorted(checkpoints.glob(f"{ASIDE}*")):
+        reason = ""
+        try:
+            if (folder / SEAL).is_file():
+                read_seal(folder)
+        except (ValueError, OSError) as error:
+            reason = f" ({error})"
+        notes.append(f"set aside before: {folder.name}{reason}")
+    return notes
+
+
+def _resume(goes_on: str, notes: list[str], changes: list[str]) -> Finding:
+    found = "; ".join([goes_on, *notes])
     if changes:
         return failed(
             f"{found}, but changed since: {'; '.join(changes)}",
             f"{command('src/train.py')} --fresh, or --resume-changed",
         )
-    return warned(found, f"{command('src/train.py')} --fresh starts anew") if "set aside" in found else passed(found)
+    return warned(found, f"{command('src/train.py')} --fresh starts anew") if notes else passed(found)
 
 
 def _receipt(preflight: Preflight) -> Finding:
