@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from finetune.chat import IGNORED, load_chat
 from finetune.config import Config, load
 from finetune.geometry import Geometry
 from finetune.platforms import PLATFORMS
-from finetune.report import quiet_libraries
+from finetune.report import Terminal, quiet_libraries
 from finetune.runs import Run
+from finetune.sums import Sums
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
 # A sixteenth of Mistral-7B in every dimension; with 16 times its rank, the adapter has the 7B's 448 tensors and size.
@@ -88,6 +89,10 @@ CASES = (
     Case("135M", DEMO, 64, 2, warm=1, steps=2, rounds=3, logging_steps=1),
 )
 ADAPTER = Case("adapter", NARROW, 32, 1, warm=0, steps=0, rounds=5, logging_steps=1, rank=RANK)
+QUICK = (  # everything once, to see that it runs
+    replace(CASES[0], warm=1, steps=2, rounds=1, logging_steps=1),
+    replace(ADAPTER, geometry=CASES[0].geometry, rounds=1, rank=8),
+)
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -155,12 +160,17 @@ def make_trl(case: Case, folder: Path) -> Any:
     return sft
 
 
+def progress() -> Progress:
+    """As a training's, written nowhere."""
+    return Progress(Terminal(stream=StringIO()))
+
+
 def ours(case: Case, folder: Path, clock: Clock) -> float:
     """A training; the mean loss up to the first log."""
     made, config, keeper = make_ours(case, folder)
     made.add_callback(clock)
     steps = config.training.max_steps
-    trainer.train(made, config.training, keeper, Stopper(keeper.run), Progress(StringIO()), steps, None)
+    trainer.train(made, config.training, keeper, Stopper(keeper.run), progress(), steps, None)
     return first_loss(made)
 
 
@@ -263,7 +273,7 @@ def measure_checkpoints(case: Case) -> dict[str, Any]:
     with model_folder(case) as first, model_folder(case) as second:
         plain, (made, _, keeper) = make_trl(case, Path(first)), make_ours(case, Path(second))
         made.add_callback(keeper)
-        made.add_callback(trainer.Sums(made, Progress(StringIO())))
+        made.add_callback(Sums(made, progress()))
         for one in (plain, made):
             one.train()
         for _ in range(case.rounds):
@@ -296,17 +306,20 @@ def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in (*CASES, ADAPTER)]
-    parser.add_argument("--only", choices=names, help="one of the three parts")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--only", choices=names, help="one of the three parts")
+    part.add_argument("--quick", action="store_true", help="few steps and a small adapter, to see that it runs")
     parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
-    chosen = [case for case in (*CASES, ADAPTER) if options.only in (None, case.name)]
-    found = {case.name: (measure_checkpoints if case is ADAPTER else measure_steps)(case) for case in chosen}
+    chosen = [case for case in (QUICK if options.quick else (*CASES, ADAPTER)) if options.only in (None, case.name)]
+    found = {case.name: (measure_checkpoints if case.name == ADAPTER.name else measure_steps)(case) for case in chosen}
     for name, result in found.items():
         print(name, json.dumps({key: result[key] for key in ("medians", "ratios")}, indent=2))
     if options.output:
-        document = {**describe("benchmarks/trainer_overhead.py", PACKAGES), **found}
+        asked = f" --only {options.only}" if options.only else " --quick" * options.quick
+        document = {**describe(f"benchmarks/trainer_overhead.py{asked}", PACKAGES), **found}
         options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

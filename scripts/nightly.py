@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from machine import describe  # type: ignore[import-not-found]
+from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")

@@ -11,7 +11,7 @@ if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
 
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
-.venv/bin/python -m mypy src scripts
+.venv/bin/python -m mypy src scripts benchmarks
 .venv/bin/yamllint --strict ./*.yaml ./*.yml configs tests .yamllint.yaml
 .venv/bin/hadolint docker/Dockerfile
 .venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"
