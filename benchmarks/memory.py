@@ -161,9 +161,9 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
     if config.platform == "h100":
-        from random_base import random_base
+        from random_base import make_base
 
-        base = random_base(case.geometry, config, platform.device)
+        base = make_base(config, case.geometry, platform)
     else:
         base = model.load_base(config.model, config.quantization, platform.device)
     peft_model = model.adapt(base, config)

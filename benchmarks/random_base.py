@@ -1,71 +1,66 @@
-"""A base model of random weights, made on the device one linear layer at a time: nothing is downloaded or written."""
+"""A Mistral of random weights, made where it is used: no file, no download; one layer at a time is quantised."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config import Config
 from finetune.geometry import Geometry
-from finetune.model import verify_base
+from finetune.model import expand, verify_base
+from finetune.platforms import Platform
 
-SPREAD = 0.02  # standard deviation of the weights, as transformers initialises Mistral's
+SEED = 0  # of the weights
 
 
-def random_base(geometry: Geometry, config: Config, device: str) -> PreTrainedModel:
-    """What `finetune.model.load_base` gives, with random weights. At most one layer is there unpacked.
-
-    `storage: expanded` skips the way through NF4: the same sizes, other values.
-    """
-    torch.manual_seed(0)
+def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrainedModel:
+    """The frozen base that model.load_base would give, with normal random weights: the same on every call."""
     dtype = getattr(torch, config.model.dtype)
-    shape = MistralConfig(**vars(geometry), max_position_embeddings=32768, sliding_window=None)
+    quantizer = AutoHfQuantizer.from_config(_nf4(config))
+    sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}
+    shape = MistralConfig(**sizes, attn_implementation=config.model.attn_implementation)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, attn_implementation=config.model.attn_implementation
-        )
-    packed = config.quantization.storage == "packed"
-    for name, module in list(base.named_modules()):
-        if isinstance(module, torch.nn.Linear):
-            weight = torch.empty(module.weight.shape, dtype=dtype, device=device).normal_(std=SPREAD)
-            base.set_submodule(name, _nf4(weight, config) if packed and name != "lm_head" else _plain(weight))
-    for name, parameter in list(base.named_parameters()):
-        if parameter.is_meta:  # embeddings, and the scales of the norms
-            value = torch.ones(parameter.shape, dtype=dtype, device=device)
-            module, _, key = name.rpartition(".")
-            filled = torch.nn.Parameter(value if value.dim() == 1 else value.normal_(std=SPREAD), requires_grad=False)
-            setattr(base.get_submodule(module), key, filled)
+        base = MistralForCausalLM(shape).to(dtype)
+    quantizer.preprocess_model(model=base, device_map={"": platform.device})
+    for number, (name, parameter) in enumerate(list(base.named_parameters())):
+        owner, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(owner), attribute, _random(parameter, number, dtype, platform.device))
     base.tie_weights()
-    base.model.rotary_emb = type(base.model.rotary_emb)(shape).to(device)
-    base.is_loaded_in_4bit = packed  # PEFT and TRL ask for it
-    verify_base(base, config.model, config.quantization, device, config.quantization.storage)
-    return base.requires_grad_(False)
+    base.model.rotary_emb = type(base.model.rotary_emb)(shape).to(platform.device)  # its table is no parameter
+    base.hf_quantizer = quantizer
+    quantizer.postprocess_model(base)
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # as load_base
+    if config.quantization.storage == "expanded":
+        expand(base, dtype)
+    verify_base(base, config.model, config.quantization, platform.device, config.quantization.storage)
+    return base
 
 
-def _plain(weight: torch.Tensor) -> torch.nn.Linear:
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    return linear
-
-
-def _nf4(weight: torch.Tensor, config: Config) -> Any:
+def _nf4(config: Config) -> BitsAndBytesConfig:
     quantization = config.quantization
-    linear = Linear4bit(
-        weight.shape[1],
-        weight.shape[0],
-        bias=False,
-        compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
-        device="meta",
+    return BitsAndBytesConfig(
+        load_in_4bit=quantization.load_in_4bit,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
     )
-    linear.weight = Params4bit(
-        weight,
-        requires_grad=False,
-        compress_statistics=quantization.bnb_4bit_use_double_quant,
-        quant_type=quantization.bnb_4bit_quant_type,
-        module=linear,
-    ).to(weight.device)  # which packs it
-    linear.support_avx512bf16_for_cpu = False  # as load_base
-    return linear
+
+
+def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
+    """Weights in the place of `parameter`: quantised at once where it is bitsandbytes', ones where it is a norm's."""
+    if parameter.dim() == 1:
+        return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+    generator = torch.Generator(device).manual_seed(SEED + number)
+    # bf16 first, so that the values do not depend on the platform's dtype
+    value = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02).to(dtype)
+    if isinstance(parameter, bitsandbytes.nn.Params4bit):
+        unpacked = bitsandbytes.nn.Params4bit(value, requires_grad=False, **parameter.__dict__)
+        packed: torch.nn.Parameter = unpacked.to(device)  # which quantises it
+        return packed
+    return torch.nn.Parameter(value, requires_grad=False)

@@ -126,7 +126,7 @@ def _tokenizer() -> Any:
 
 
 def _base(work: Work) -> Any:
-    from step_model import make_base
+    from random_base import make_base
 
     return make_base(work.config, work.geometry, work.platform)
 
@@ -230,8 +230,6 @@ def _ours(work: Work, base: Any) -> Any:
 
     config = work.config
     choice = recompute.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
-    if config.quantization.storage == "expanded":
-        model.expand(base, base.dtype)
     peft_model = model.adapt(base, config)
     run = Run(work.folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from finetune.config import Config, load
+from finetune.errors import CheckFailed
 from finetune.geometry import MISTRAL_7B
 from finetune.platforms import PLATFORMS
 
@@ -238,13 +239,13 @@ def test_every_variant_has_a_config_that_its_platform_takes(variant: str, task: 
     assert config.lora.lora_dropout == (0 if task == "losses" or variant == "E-0" else 0.05)
 
 
-def tiny_loss(steps: list[Any], leak: bool = False) -> tuple[float, Any]:
+def tiny_loss(steps: list[Any], leak: bool = False, variant: str = "D") -> tuple[float, Any]:
     """The random model's loss on one packed step, without LoRA; with `leak`, its rows see each other."""
     import torch
-    from step_model import make_base
+    from random_base import make_base
 
     job = replace(JOB, geometry="tiny", platform="cpu", shape=Shape(4, 1, 64))
-    base = make_base(job_config(job, VARIANTS["D"], "sdpa"), TINY, PLATFORMS["cpu"])
+    base = make_base(job_config(job, VARIANTS[variant], "sdpa"), TINY, PLATFORMS["cpu"])
     (members, *_) = steps[0].sequences
     rows = [steps[0].rows[index] for index in members]
     ids = [token for row in rows for token in row]
@@ -268,6 +269,27 @@ def test_the_random_base_is_nf4_whole_and_the_same_every_time() -> None:
     assert all(module.weight.quant_state is not None for module in packed)
     assert {tensor.device.type for tensor in (*base.parameters(), *base.buffers())} == {"cpu"}
     assert base.is_loaded_in_4bit
+
+
+def test_the_random_base_expanded_has_no_nf4_and_the_same_loss() -> None:
+    import bitsandbytes
+
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    loss, base = tiny_loss(steps, variant="D-expanded")
+    assert loss == pytest.approx(tiny_loss(steps)[0], rel=1e-6)
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.modules())
+
+
+def test_a_random_base_that_is_not_what_the_config_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import random_base
+
+    monkeypatch.setattr(random_base, "expand", lambda *_arguments: None)
+    with pytest.raises(CheckFailed) as caught:
+        tiny_loss(make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1), variant="D-expanded")
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = [f"model.layers.{layer}.{part} is Linear4bit, wanted Linear" for layer in range(2) for part in parts]
+    expected = ["model: not loaded as the config asks", *layers[:10], "... and 4 more"]
+    assert str(caught.value) == "\n  ".join(expected)
 
 
 def test_rows_that_see_each_other_are_further_off_than_is_tolerated() -> None:
