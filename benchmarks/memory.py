@@ -77,6 +77,7 @@ SMALL = Geometry(256, 704, 4, 4, 2, 8000, False)
 DEEP = Geometry(256, 704, 12, 4, 4, 1000, False)
 WIDE = Geometry(1536, 4096, 2, 12, 4, 1000, False)
 DEMO = Geometry(576, 1536, 30, 9, 3, 49152, True)
+FUSED = ("training.fused_lora=true", "training.fused_kernels=true")
 
 
 def layers(count: int) -> str:
@@ -108,8 +109,13 @@ CASES = {
     "h100": (
         Case("4 x 4096, as shipped", MISTRAL_7B, 4096, 4, True, "packed", True),
         Case("4 x 4096, 24 of 32", MISTRAL_7B, 4096, 4, True, "packed", True, (layers(24),)),
+        Case("4 x 4096, fused, 8 layers", MISTRAL_7B, 4096, 4, True, "packed", True, (layers(8), *FUSED)),
         Case("4 x 4096, expanded", MISTRAL_7B, 4096, 4, True, "expanded", True),
+        Case("4 x 4096, fused LoRA", MISTRAL_7B, 4096, 4, True, "packed", True, FUSED[:1]),
+        Case("4 x 4096, fused kernels", MISTRAL_7B, 4096, 4, True, "packed", True, FUSED[1:]),
         Case("8 x 4096", MISTRAL_7B, 4096, 8, True, "packed", True),
+        Case("8 x 4096, fused LoRA", MISTRAL_7B, 4096, 8, True, "packed", True, FUSED[:1]),
+        Case("8 x 4096, fused kernels", MISTRAL_7B, 4096, 8, True, "packed", True, FUSED[1:]),
         Case("4 x 2048, 24 of 32", MISTRAL_7B, 2048, 4, True, "packed", True, (layers(24),)),
         Case("8 x 2048, 24, expanded", MISTRAL_7B, 2048, 8, True, "expanded", True, (layers(24),)),
         Case("1 x 2048, 0 of 32", MISTRAL_7B, 2048, 1, False, "packed", True),
@@ -335,7 +341,7 @@ def show(name: str, result: dict[str, Any]) -> None:
     for part, gib in result["gib"].items():
         error = gib["predicted"] / gib["measured"] - 1
         print(
-            f"{name:<24}{part:<14}{gib['predicted']:>10.4f}{gib['measured']:>10.4f} GiB{error:>+8.1%}", file=sys.stderr
+            f"{name:<26}{part:<14}{gib['predicted']:>10.4f}{gib['measured']:>10.4f} GiB{error:>+8.1%}", file=sys.stderr
         )
 
 

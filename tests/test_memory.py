@@ -47,13 +47,19 @@ def measured() -> dict[str, Any]:
     return results
 
 
-def predicted(case: str) -> dict[str, dict[str, float]]:
-    """The moments of a case of benchmarks/memory.py."""
+def load_benchmark() -> Any:
+    """benchmarks/memory.py as a module."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
     assert spec is not None and spec.loader is not None
     benchmark = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
+    return benchmark
+
+
+def predicted(case: str) -> dict[str, dict[str, float]]:
+    """The moments of one of its cases."""
+    benchmark = load_benchmark()
     (found,) = [row for row in benchmark.CASES["cpu"] if row.name == case]
     return moments(benchmark.config_of(found, "cpu", ROOT / "tests"), found.geometry)
 
@@ -78,6 +84,29 @@ def test_each_moment_of_every_shipped_measurement_is_predicted_within_two_per_ce
         for moment, parts in found.items():
             tensors = sum(parts.values()) - parts["program"]
             assert tensors == pytest.approx(case["gib"][moment]["measured"], rel=BOUND), (case["settings"], moment)
+
+
+def test_every_case_of_an_h100_is_expected_to_fit_and_the_levers_are_among_them() -> None:
+    benchmark = load_benchmark()
+    cases = benchmark.CASES["h100"]
+    expected = {
+        case.name: round(peak_gib(benchmark.config_of(case, "h100", ROOT / "tests"), case.geometry), 1)
+        for case in cases
+    }
+    assert len(expected) == len(cases)
+    assert max(expected.values()) < 72  # 90 % of 80 GiB
+    named = {name: gib for name, gib in expected.items() if name.startswith(("4 x 4096", "8 x 4096"))}
+    assert named == {
+        "4 x 4096, as shipped": 13.4,
+        "4 x 4096, 24 of 32": 39.8,
+        "4 x 4096, fused, 8 layers": 57.4,
+        "4 x 4096, expanded": 23.0,
+        "4 x 4096, fused LoRA": 12.0,
+        "4 x 4096, fused kernels": 12.6,
+        "8 x 4096": 22.3,
+        "8 x 4096, fused LoRA": 19.4,
+        "8 x 4096, fused kernels": 20.6,
+    }
 
 
 @pytest.mark.slow
