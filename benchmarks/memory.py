@@ -6,9 +6,10 @@ Each case is a process of its own that takes two optimizer steps and evaluates. 
 allocation and release of torch's allocator, so that the running sum is known at every moment; weights, adapter and
 optimizer state are the sizes of their tensors.
 
-    .venv/bin/python benchmarks/memory.py --platform h100 --output benchmarks/results/NAME.json
+    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 \\
+        benchmarks/memory.py --platform h100 --output benchmarks/results/NAME.json
 
-does the same on an NVIDIA GPU with random weights of Mistral-7B's shape and the settings of
+does the same on an NVIDIA GPU, in the image, with random weights of Mistral-7B's shape and the settings of
 configs/training_config_h100.yaml, compared with torch.cuda.max_memory_allocated; nothing is downloaded or written, the
 model is made on the device. Not run yet. The last line says whether every prediction is within 10 %, and so does the
 exit code (1 where one is not).

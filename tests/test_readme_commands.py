@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune import receipt, typed
 from finetune.checkpoints import write_json
@@ -28,7 +30,8 @@ PROGRAMS = rf"{FOLDERS}|(python|pip|docker|rsync|export|hf|wandb|curl|conda) "
 class Here:
     """Run now, in a copy of the project whose data/processed is data/sample.
 
-    `codes` are the exit codes it may have; `says` is in what it prints.
+    `codes` are the exit codes it may have; `says` is in what it prints. Of `docker compose run --rm SERVICE` it is what
+    the service starts that is run, without its container; that arguments reach it is held by SERVICES.
     """
 
     codes: tuple[int, ...] = (0,)
@@ -37,7 +40,7 @@ class Here:
 
 @dataclass(frozen=True)
 class By:
-    """Run by what `file` holds: a test's name, or a line of .ci/run."""
+    """Run by what `file` holds: a test's name, or a line of .ci/run or of a script that .ci/run starts."""
 
     file: str
     text: str
@@ -72,16 +75,14 @@ RULES: dict[str, Here | By | Needs] = {
     "scripts/make_venv.sh --dev": By(SHELL, "test_dev_adds_its_lock_to_an_environment_that_is_there"),
     ".venv/bin/python src/train.py --config h100 --dry-run": Here(),
     ".venv/bin/python src/train.py --config h100": Needs("H100"),
-    "python src/train.py --config cpu": By("scripts/quickstart.sh", '"$python" src/train.py --config cpu'),
+    ".venv/bin/python src/train.py --config cpu": By("scripts/quickstart.sh", '"$python" src/train.py --config cpu'),
     "src/train.py --skip ID": By("tests/test_train.py", "test_checks_that_are_left_out_are_named_in_the_manifest"),
     ".venv/bin/python scripts/inspect_data.py data/processed/train.jsonl --config h100 --rows 1-3": Here(),
     ".venv/bin/python scripts/check_gpu.py": Here(),
     ".venv/bin/python scripts/check_docker.py": Here((0, 3)),
     f"{CHECK} --config h100": Here((0, 3)),
-    f"{CHECK} --config h100 --deep": Needs("H100"),
+    f"{CHECK} --config m4": Here((0, 3)),
     f"{CHECK} --config m4 --deep": Needs("Mac"),
-    f"{CHECK} --config h100 --receipt receipt.json": Here((0, 3), "  pass  receipt "),
-    f"{CHECK} --config h100 --receipt adapters/local-try/receipt.json {TRIED}": Here((0, 3), "  pass  receipt "),
     ".venv/bin/python scripts/make_report.py adapters/RUN": By(
         PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
     ),
@@ -105,11 +106,18 @@ RULES: dict[str, Here | By | Needs] = {
     ),
     'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
     "benchmarks/train_step.py --output benchmarks/results/NAME.json": Needs("H100"),
+    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
+    "benchmarks/memory.py --platform h100 --output benchmarks/results/OTHER.json": Needs("H100"),
     "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env": Here(),
     "docker compose build": By("tests/container/conftest.py", '"build"'),
     "GIT_COMMIT=$(git rev-parse HEAD) docker compose build": By("tests/container/conftest.py", "GIT_COMMIT"),
     "docker compose run --rm plan": By(SERVICES, "test_plan_says_in_the_image_what_the_same_command_says_natively"),
     "docker compose run --rm validate": By(SERVICES, "test_validate_without_a_gpu_finds_that_and_says_where_to_look"),
+    "docker compose run --rm validate --deep": Needs("H100"),
+    "docker compose run --rm validate --receipt adapters/RUN/receipt.json": Here((0, 3), "  pass  receipt "),
+    f"docker compose run --rm validate --receipt adapters/local-try/receipt.json {TRIED}": Here(
+        (0, 3), "  pass  receipt "
+    ),
     "docker compose run --rm train-h100": By(SERVICES, 'project.run("train-h100"'),
     "docker compose run --rm train-h100 --set training.num_train_epochs=1": By(SERVICES, 'project.run("train-h100"'),
     "docker compose run --rm demo": By(SERVICES, "test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller"),
@@ -122,7 +130,7 @@ RULES: dict[str, Here | By | Needs] = {
     "docker ps": By(SERVICES, '["docker", "ps"]'),
     "rsync -r docker/wheels h100:PROJECT/docker/": Needs("another machine"),
     "rsync -rR data/processed adapters/local-try/receipt.json h100:PROJECT/": Needs("another machine"),
-    ".venv/bin/python -m pytest tests/test_chat.py -k surrogate": By(".ci/run", "./scripts/test.sh --slow"),
+    ".venv/bin/python -m pytest tests/test_chat.py -k short_conversation": Here(says="1 passed"),
     "pip install uv": By("requirements/dev.in", "uv "),
     "requirements/lock.sh": Needs("network"),
 }
@@ -151,10 +159,22 @@ def commands(text: str) -> list[str]:
     return sorted({" ".join(re.sub(r"\s+#.*", "", line).split()) for line in lines})
 
 
+def natively(command: str) -> str:
+    """What `docker compose run --rm SERVICE ARGUMENT...` starts in its container, with .venv's Python; others as is."""
+    service, _, arguments = command.removeprefix("docker compose run --rm ").partition(" ")
+    if service not in SERVICE_STARTS:
+        return command
+    return f"{shlex.join(SERVICE_STARTS[service])} {arguments}".replace("python ", ".venv/bin/python ", 1)
+
+
 def is_typed(span: str) -> bool:
     return " " in span or re.fullmatch(r"(\./scripts|scripts|requirements)/\w+\.sh", span) is not None
 
 
+SERVICE_STARTS: dict[str, list[str]] = {
+    name: service["entrypoint"]
+    for name, service in yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].items()
+}
 COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
 
 
@@ -162,7 +182,7 @@ COMMANDS = sorted({command for text in TEXTS.values() for command in commands(te
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, as a clone has it, with conversations in data/processed and this Python as its own."""
     folder = tmp_path_factory.mktemp("clone") / "project"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "models", "adapters", "results", "tests")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "models", "adapters", "results")
     shutil.copytree(ROOT, folder, ignore=left_out)
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     shutil.copy(ROOT / ".env.example", folder)
@@ -171,8 +191,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
-    for path, tried in ((folder, ()), (folder / "adapters" / "local-try", TRIED.split()[1::2])):
-        path.mkdir(parents=True, exist_ok=True)
+    for run, tried in (("RUN", ()), ("local-try", TRIED.split()[1::2])):
+        path = folder / "adapters" / run
+        path.mkdir(parents=True)
         config = load("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *tried])[0]
         write_json(path / "receipt.json", receipt.make(config, Preflight(config, read_machine()).prepared))
     return folder
@@ -213,21 +234,21 @@ def test_a_new_command_in_any_place_is_seen() -> None:
 def test_it_runs_as_it_is_typed(command: str, project: Path) -> None:
     rule = RULES[command]
     assert isinstance(rule, Here)
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=project, capture_output=True, text=True, check=False, timeout=300
-    )
+    line = ["bash", "-c", natively(command)]
+    done = subprocess.run(line, cwd=project, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode in rule.codes, done.stderr
     assert "Traceback" not in done.stderr
+    assert rule.says in done.stdout
 
 
 def scripts() -> dict[str, set[str]]:
     """The project's own programs by the flags that commands give them."""
     found: dict[str, set[str]] = {}
-    for command in COMMANDS:
-        for script in re.findall(r"(?:\./)?((?:src|scripts|benchmarks|requirements)/\w+\.(?:py|sh))", command)[:1]:
-            found.setdefault(script, set()).update(re.findall(r" (--[a-z-]+)", command))
-        for arguments in re.findall(r"compose run --rm (?:plan|train-h100)(.*)", command):
-            found.setdefault("src/train.py", set()).update(re.findall(r" (--[a-z-]+)", arguments))
+    for command in map(natively, COMMANDS):
+        script = re.search(r"(?:src|scripts|benchmarks|requirements)/\w+\.(?:py|sh)\b", command)
+        if script:
+            flags = re.findall(r" (--[a-z-]+)", command[script.end() :])
+            found.setdefault(script[0], set()).update(flags)
     return found
 
 
