@@ -8,6 +8,7 @@ import re
 from finetune import checks
 from finetune.checks import docker
 from finetune.config import ROOT, load
+from finetune.fitting import EFFECTS
 from finetune.geometry import read_geometry
 from finetune.memory import peak_gib
 
@@ -49,16 +50,34 @@ def test_every_measured_row_names_result_files_that_are_there() -> None:
     assert [name for name in named if not list(RESULTS.glob(name))] == []
 
 
+def against_full_memory() -> list[list[str]]:
+    """The rows of the table "Out of memory": change, peak, cost."""
+    table = section("Troubleshooting").split("|---|---|---|\n")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def settings(text: str) -> list[str]:
+    return re.findall(r"--set ([^\s`]+)", text)
+
+
+def test_changes_against_full_memory_have_one_order_here_in_the_config_and_in_what_a_refusal_suggests() -> None:
+    here = [settings(change) for change, _, _ in against_full_memory() if "--set" in change]
+    notes = (ROOT / "configs" / "training_config_h100.yaml").read_text(encoding="utf-8")
+    listed = notes.split("# Out of memory: ")[1].split("#   Memory to spare instead?")[0]
+    assert here == [settings(line) for line in listed.splitlines() if "--set" in line]
+    keys = list(dict.fromkeys(setting.split("=")[0] for change in here for setting in change))
+    assert [key for key in keys if key in EFFECTS] == [key for key in EFFECTS if key in keys]
+    assert len(set(keys) & set(EFFECTS)) == 5
+
+
 def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() -> None:
     """Alone on the H100's config, as the table says of itself."""
 
-    def peak(settings: list[str]) -> str:
-        config = load("h100", settings)[0]
+    def peak(changes: list[str]) -> str:
+        config = load("h100", changes)[0]
         return f"{peak_gib(config, read_geometry(config)):.1f} GiB"
 
-    table = section("Troubleshooting").split("|---|---|---|\n")[1].split("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = against_full_memory()
     assert len(rows) > 5
-    found = [peak(re.findall(r"--set (\S+?)[ `]", f"{change} ")) for change, _, _ in rows]
-    assert [told for _, told, _ in rows] == found
+    assert [told for _, told, _ in rows] == [peak(settings(change)) for change, _, _ in rows]
     assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in section("Troubleshooting")
