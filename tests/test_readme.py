@@ -1,9 +1,14 @@
-"""What the README says of tests and results: the files it names are there and say that."""
+"""What the README says of tests, checks and results is what they are: names, figures and orders."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from finetune import checks
 from finetune.checks import docker
@@ -14,6 +19,7 @@ from finetune.memory import peak_gib
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
+Document = dict[str, Any]
 
 
 def section(title: str) -> str:
@@ -43,11 +49,159 @@ def test_the_nights_line_is_that_of_its_result_file() -> None:
     assert f"    {json.loads(newest.read_text(encoding='utf-8'))['line']}\n" in README
 
 
-def test_every_measured_row_names_result_files_that_are_there() -> None:
-    rows = [line.split("|")[-2].strip() for line in section("Measured").splitlines() if line.startswith("| ")][1:]
-    named = [row.strip("`") for row in rows if row not in ("", "the same")]
-    assert named
-    assert [name for name in named if not list(RESULTS.glob(name))] == []
+# The measured figures -------------------------------------------------------------------------------------------------
+
+
+def span(values: Iterable[float], form: str) -> str:
+    low, *_, high = sorted(values)
+    return f"{low:{form}} to {high:{form}}"
+
+
+def prepared(variant: str) -> Callable[[Document], str]:
+    """Rows a second and memory of one variant of benchmarks/prepare_data.py."""
+    return lambda found: "{rows_per_second:,} rows/s in {peak_mib:,} MiB".format(**found["medians"][variant])
+
+
+def cpu_seconds(*commands: str) -> Callable[[Document], str]:
+    """CPU seconds of commands by benchmarks/startup.py."""
+    return lambda found: "; ".join(f"{found['commands'][name]['cpu_median']:.1f}" for name in commands) + " CPU seconds"
+
+
+def helps(found: Document) -> str:
+    ours = [starts for name, starts in found["starts"].items() if re.match(r"(src|scripts)/\S+ --help$", name)]
+    assert len(ours) == 8
+    return f"{span((start['cpu'] for starts in ours for start in starts), '.2f')} CPU seconds"
+
+
+def every_check(found: Document) -> str:
+    command = found["commands"]["validate_environment.py --config h100"]
+    return f"{command['cpu_median']:.1f} CPU seconds, {command['wall_median']:.0f} s"
+
+
+def off(found: Document) -> str:
+    """The largest distance of a predicted peak from the measured one."""
+    cases = [case["gib"] for case in found["memory"].values()]
+    assert len(cases) == 18
+    peaks = [gib[name] for gib in cases for name in ("loss", "backward", "evaluation")]
+    return f"at most {max(abs(one['predicted'] / one['measured'] - 1) for one in peaks):.1%} off".replace("%", " %")
+
+
+def compiled(*found: Document) -> str:
+    jobs = [job for document in found for job in document["jobs"]]
+    memory, seconds = span((job["peak_gib"] for job in jobs), ".1f"), span((job["cpu_seconds"] for job in jobs), ".0f")
+    return f"{memory} GiB, {seconds} CPU seconds a file"
+
+
+def beside_others(data: str, what: str) -> Callable[[Document], str]:
+    """tokens/s of ours over theirs by benchmarks/train_step.py: of the medians, and round by round."""
+
+    def figures(found: Document) -> str:
+        ours, *theirs = (found["variants"][name][data] for name in ("D", "A", "B", "B-packed"))
+        medians = [ours["tokens_per_second"] / other["tokens_per_second"] for other in theirs]
+        rounds = "tokens_per_second_of_rounds"
+        pairs = [list(zip(ours[rounds], other[rounds], strict=True)) for other in theirs]
+        ranges = ", ".join(span((here / there for here, there in pair), ".2f") for pair in pairs)
+        return f"{', '.join(f'{ratio:.2f}' for ratio in medians)}{what} (rounds: {ranges})"
+
+    return figures
+
+
+def furthest(found: Document) -> str:
+    assert {len(run["losses"]) for run in found["losses"]["variants"].values()} == {200}
+    apart = max(run["at_most"] for run in found["losses"]["variants"].values())
+    return f"at most {apart:.1e} of the loss apart".replace("e-0", "e-")
+
+
+def against_a_bare_loop(found: Document) -> str:
+    def figures(name: str) -> str:
+        tiny, demo = (found[case]["ratios"][f"{name} / bare loop"] for case in ("tiny", "135M"))
+        rounds = found["135M"]["rounds"]
+        ratios = [one["cpu_ms"] / bare["cpu_ms"] for one, bare in zip(rounds[name], rounds["bare loop"], strict=True)]
+        return f"{tiny:.2f}, {demo:.1f} ({'rounds: ' * (name == 'ours')}{span(ratios, '.2f')})"
+
+    return f"{figures('ours')}; TRL {figures('TRL')}"
+
+
+def checkpoints(found: Document) -> str:
+    assert f"{found['adapter']['rounds']['ours'][0]['mib']:.0f}" == "480"
+    ours, trl = (found["adapter"]["medians"][name] for name in ("ours", "TRL"))
+    return "{save:.1f} s, {load:.1f} s; TRL, not hashed, ".format(**ours) + "{save:.1f} s, {load:.1f} s".format(**trl)
+
+
+# How a row of "Measured" begins, and what its figures are by its result files.
+FIGURES: list[tuple[str, Callable[..., str]]] = [
+    (
+        "quickstart, fresh clone",
+        lambda found: f"{found['first']['wall_seconds']} s; run again {found['again']['wall_seconds']} s",
+    ),
+    (
+        "eval_loss of the demo",
+        lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"]),
+    ),
+    (
+        "training the demo",
+        lambda found: (
+            f"{span((found[run]['run']['tokens_per_second'] for run in ('first', 'again')), '.0f')} tokens/s, "
+            f"{found['first']['run']['peak_memory_gib']} GiB resident with all libraries"
+        ),
+    ),
+    ("preparing 100,000 rows", prepared("ours")),
+    ("TRL preparing the same rows", lambda found: f"{prepared('TRL')(found)} (torch loaded)"),
+    ("TRL with two processes", prepared("TRL, 2 processes")),
+    (
+        "a quarter of the rows",
+        lambda found: (
+            f"{found['medians']['ours, a quarter of the rows']['peak_mib']} MiB: memory hardly grows with the rows"
+        ),
+    ),
+    ("expected memory against what torch allocates, 18 small cases", off),
+    ("`--help` of eight commands", helps),
+    (
+        "a typo in the config",
+        lambda found: f"{found['commands']['train.py, a typo in the config']['cpu_median']:.2f} CPU seconds",
+    ),
+    ("`--dry-run` of 150 rows", cpu_seconds("train.py --dry-run, 150 rows")),
+    ("every check for the H100", every_check),
+    ("`trl sft --help`; `accelerate launch --help`", cpu_seconds("trl sft --help", "accelerate launch --help")),
+    ("compiling files of flash-attn", compiled),
+    ("one step, 135M shape on a CPU", beside_others("mixed", " times their tokens/s")),
+    ("the same on rows that are all full", beside_others("full", "")),
+    ("loss over 200 steps", furthest),
+    ("a step against a bare loop", against_a_bare_loop),
+    ("a checkpoint of the 7B's adapter (480 MiB)", checkpoints),
+]
+
+
+def measured_rows() -> list[tuple[str, str, list[Path]]]:
+    """What, its figures as they stand, and its result files; without the row of what is not measured."""
+    lines = [line for line in section("Measured").splitlines() if line.startswith("| ")][1:-1]
+    rows: list[tuple[str, str, list[Path]]] = []
+    for line in lines:
+        what, figures, where = (cell.strip() for cell in line.strip("|").split("|"))
+        rows.append((what, figures, rows[-1][2] if where == "the same" else sorted(RESULTS.glob(where.strip("`")))))
+    return rows
+
+
+def test_every_measured_row_has_its_figures_and_their_files_are_there() -> None:
+    rows = measured_rows()
+    beginnings = [beginning for beginning, _ in FIGURES]
+    assert [what[: len(begin)] for (what, _, _), begin in zip(rows, beginnings, strict=True)] == beginnings
+    assert all(files for _, _, files in rows)
+
+
+@pytest.mark.parametrize(("begin", "figures"), FIGURES, ids=[begin for begin, _ in FIGURES])
+def test_the_figures_of_a_measured_row_are_those_of_its_files(begin: str, figures: Callable[..., str]) -> None:
+    ((told, files),) = [(told, files) for what, told, files in measured_rows() if what.startswith(begin)]
+    assert told == figures(*(json.loads(path.read_text(encoding="utf-8")) for path in files))
+
+
+def test_a_result_file_is_named_after_the_day_in_it() -> None:
+    days = {path.name: json.loads(path.read_text(encoding="utf-8"))["date"] for path in RESULTS.glob("*.json")}
+    assert len(days) > 10
+    assert [name for name, day in days.items() if not name.startswith(day)] == []
+
+
+# Out of memory --------------------------------------------------------------------------------------------------------
 
 
 def against_full_memory() -> list[list[str]]:
