@@ -50,7 +50,7 @@ M4 = Machine(
     python="3.11.9",
     chip="Apple M4",
 )
-M4_TORCH = Torch("2.14.1", mps_built=True, sees_mps=True, working_set_gib=22.9)
+M4_TORCH = Torch("2.14.1", mps_built=True, sees_mps=True, working_set_gib=21.3)
 M4_16 = replace(M4, memory_gib=16.0, memory_free_gib=9.0)
 M2_32 = replace(M4, chip="Apple M2 Max")
 INTEL_MAC = replace(

@@ -21,6 +21,7 @@ from finetune.geometry import MISTRAL_7B
 from finetune.machine import Machine
 from finetune.plan import Plan, count_steps, disk_bytes, make_plan
 from finetune.throughput import Throughput
+from recorded import M4
 
 H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.126, 1007.6, 950.0)
 LAPTOP = Machine("Linux", "x86_64", (), None, 15.6, 12.0)
@@ -294,11 +295,11 @@ def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
     ]
 
 
-def on_the_mac(tokens: int, *settings: str) -> Plan:
+def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_set_gib: float | None = None) -> Plan:
     """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
     rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
     mac = config.load("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
-    return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, LAPTOP)
+    return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, machine, working_set_gib)
 
 
 def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
@@ -318,6 +319,33 @@ def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller(
         "million; --set training.max_steps=46 keeps within that, or train on the H100 (--config h100)"
     )
     assert on_the_mac(1_000_000, *suggested(problem)).problems == []
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "working_set_gib", "found"),
+    [
+        (20.5, 21.3, None),
+        (28.0, 21.3, None),
+        (12.0, 21.3, "12.0 GiB free"),
+        (28.0, 16.0, "16.0 GiB in the GPU's working set, beyond which macOS swaps"),
+        (12.0, 16.0, "12.0 GiB free"),
+    ],
+)
+def test_on_a_mac_memory_is_enough_within_what_is_free_and_the_gpus_working_set(
+    free_gib: float, working_set_gib: float, found: str | None
+) -> None:
+    mac = dataclasses.replace(M4, memory_free_gib=free_gib)
+    plan = on_the_mac(100_000, machine=mac, working_set_gib=working_set_gib)
+    assert (plan.memory_available_gib, plan.working_set_gib) == (free_gib, working_set_gib)
+    assert plan.specified_memory_gb == (24, 28)
+    packed = "--set quantization.storage=packed (quantization.storage expanded -> packed; 7.8 GiB expected)"
+    assert plan.problems == ([] if found is None else [f"17.4 GiB expected, {found}: {packed}"])
+
+
+def test_on_a_mac_auto_stays_within_the_gpus_working_set() -> None:
+    mac = dataclasses.replace(M4, memory_free_gib=28.0)
+    plan = on_the_mac(100_000, "training.checkpointed_layers=auto", machine=mac, working_set_gib=21.3)
+    assert plan.checkpointed_from is not None and " of 21.3;" in plan.checkpointed_from
 
 
 def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +405,8 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "hours_from": (str, type(None)),
     "checkpointed_from": (str, type(None)),
     "cost_per_hour": (float, type(None)),
+    "working_set_gib": (float, type(None)),
+    "specified_memory_gb": (list, type(None)),
 }
 
 # Imported before the program: no connection leaves this machine, and whoever tries leaves a trace.

@@ -88,6 +88,18 @@ def test_what_did_not_happen_or_is_not_known_is_said_so() -> None:
     assert changed(certificate=none)["certificate"] == "none (not Mistral's tokenizer, or off)"
 
 
+def test_on_a_mac_expected_and_specified_memory_are_set_against_the_gpus_working_set() -> None:
+    mac = {"peak_memory_gib": 17.41, "working_set_gib": 21.3, "specified_memory_gb": (24, 28)}
+    assert changed(**mac)[""] == (
+        "21.3 GiB (22.9 GB) is the GPU's working set: expected -3.9 GiB against it, "
+        "the specification's 24-28 GB +1.1 to +5.1 GB"
+    )
+    assert changed(**mac | {"peak_memory_gib": 25.0, "working_set_gib": 24.0})[""] == (
+        "24.0 GiB (25.8 GB) is the GPU's working set: expected +1.0 GiB against it, "
+        "the specification's 24-28 GB -1.8 to +2.2 GB"
+    )
+
+
 def test_parts_of_the_memory_that_would_read_nothing_are_left_out() -> None:
     parts = {"weights": 3.841, "lora": 0.049, "logits": 0.0, "attention_mask": 1.25, "activations": 7.82}
     row = changed(memory_parts=parts)["memory"]

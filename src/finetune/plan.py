@@ -36,8 +36,9 @@ class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
     `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `checkpointed_from` is why so many layers are, where the config leaves it open. `problems` are things to
-    change before a long run, each with what to type.
+    where. `checkpointed_from` is why so many layers are, where the config leaves it open. `working_set_gib` is what a
+    Mac's GPU may use before macOS swaps, and `specified_memory_gb` the peak that the specification expects there, least
+    and most. `problems` are things to change before a long run, each with what to type.
     """
 
     rows_train: int
@@ -65,6 +66,8 @@ class Plan:
     hours_from: str | None = None
     checkpointed_from: str | None = None
     cost_per_hour: float | None = None
+    working_set_gib: float | None = None
+    specified_memory_gb: tuple[int, int] | None = None
 
     @property
     def cost(self) -> float | None:
@@ -85,14 +88,24 @@ class Plan:
 
 
 def make_plan(
-    config: Config, train: RowCounts, validation: RowCounts, sequences: int, geometry: Geometry, machine: Machine
+    config: Config,
+    train: RowCounts,
+    validation: RowCounts,
+    sequences: int,
+    geometry: Geometry,
+    machine: Machine,
+    working_set_gib: float | None = None,
 ) -> Plan:
-    """The plan of a run over `sequences` training sequences (packed ones where packing is on)."""
+    """The plan of a run over `sequences` training sequences (packed ones where packing is on).
+
+    Memory is enough where the peak is within what is free and, on a Mac, within `working_set_gib`.
+    """
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
     platform = PLATFORMS[config.platform]
     available = memory_available_gib(platform, machine)
-    choice = by_formula(config, geometry, platform.memory_gib if available is None else available, BEFORE)
+    capacity = min(platform.memory_gib if available is None else available, working_set_gib or math.inf)
+    choice = by_formula(config, geometry, capacity, BEFORE)
     config = settled(config, choice)
     parts = memory_parts(config, geometry)
     speed = find(config, geometry)
@@ -122,6 +135,8 @@ def make_plan(
         checkpointed_layers=choice.layers,
         checkpointed_from=choice.reason,
         cost_per_hour=config.tracking.cost_per_hour,
+        working_set_gib=_rounded(working_set_gib),
+        specified_memory_gb=platform.specified_memory_gb,
     )
     if speed is not None:
         hours = round(_hours(plan, config, validation.tokens, speed), 4)
@@ -208,15 +223,20 @@ def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
     hours = hours_problem(plan, config)
     if hours:
         problems.append("; ".join(hours))
-    if plan.memory_available_gib is not None and plan.peak_memory_gib > plan.memory_available_gib:
-        problems.append(_too_large(plan.peak_memory_gib, plan.memory_available_gib, config, geometry))
+    if plan.memory_available_gib is not None:
+        limits = [(plan.memory_available_gib, "free")]
+        if plan.working_set_gib is not None:
+            limits.append((plan.working_set_gib, "in the GPU's working set, beyond which macOS swaps"))
+        least, what = min(limits)
+        if plan.peak_memory_gib > least:
+            problems.append(_too_large(plan.peak_memory_gib, least, what, config, geometry))
     return problems
 
 
-def _too_large(peak_gib: float, free_gib: float, config: Config, geometry: Geometry) -> str:
-    """What to type where the expected peak is more than what is free."""
-    found = f"{peak_gib:.1f} GiB expected, {free_gib:.1f} GiB free"
-    smaller = fit(config, geometry, free_gib)
+def _too_large(peak_gib: float, limit_gib: float, what: str, config: Config, geometry: Geometry) -> str:
+    """What to type where the expected peak is more than there is; `what` says of which memory."""
+    found = f"{peak_gib:.1f} GiB expected, {limit_gib:.1f} GiB {what}"
+    smaller = fit(config, geometry, limit_gib)
     if smaller is None:
         return f"{found}: not even the smallest batch, checkpointed and packed, fits; it takes a larger machine"
     return f"{found}: {smaller.command} ({smaller.sentence})"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from finetune.machine import advice, shown
+from finetune.machine import GIB, advice, shown
 from finetune.plan import Plan
 
 if TYPE_CHECKING:
@@ -142,10 +142,23 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
         ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
         ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
+        *working_set_rows(plan),
         *([("recomputed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
         ("disk", f"{plan.disk_gib:.1f} GiB"),
         ("time", time_text(plan)),
         *([] if plan.cost_per_hour is None else [("cost", cost_text(plan.cost, plan.cost_per_hour))]),
+    ]
+
+
+def working_set_rows(plan: Plan) -> list[tuple[str, str]]:
+    """On a Mac: what its GPU may use, and how far from that the expected peak and the specification's are."""
+    if plan.working_set_gib is None or plan.specified_memory_gb is None:
+        return []
+    limit_gb, (least, most) = plan.working_set_gib * GIB / 1e9, plan.specified_memory_gb
+    expected = f"expected {plan.peak_memory_gib - plan.working_set_gib:+.1f} GiB against it"
+    specified = f"the specification's {least}-{most} GB {least - limit_gb:+.1f} to {most - limit_gb:+.1f} GB"
+    return [
+        ("", f"{plan.working_set_gib:.1f} GiB ({limit_gb:.1f} GB) is the GPU's working set: {expected}, {specified}")
     ]
 
 

@@ -8,9 +8,9 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.preflight import Preflight
 from finetune.fitting import fit
 from finetune.memory import peak_gib
+from finetune.platforms import WORKING_SET_SHARE
 
 UNIFIED_GIB = 32
-WORKING_SET_SHARE = 0.7  # of unified memory, for a Mac whose torch cannot be asked (22.9 of 32 GB, as reported)
 LOW_WATERMARK = 1.4  # torch's default
 
 
@@ -43,11 +43,15 @@ def _memory(preflight: Preflight) -> Finding:
     working_set, expected = preflight.torch.working_set_gib, peak_gib(preflight.config, preflight.geometry)
     if working_set is None:
         return skipped("torch sees no GPU")
-    found = f"{expected:.1f} GiB expected, {working_set:.1f} is the GPU's working set, beyond which macOS swaps"
-    if expected <= working_set:
+    free = preflight.machine.memory_free_gib
+    limits = f"{free:.1f} free, {working_set:.1f} is the GPU's working set, beyond which macOS swaps"
+    found = f"{expected:.1f} GiB expected, {limits}"
+    if expected <= min(free, working_set):
         return passed(found)
-    smaller = fit(preflight.config, preflight.geometry, working_set)
+    smaller = fit(preflight.config, preflight.geometry, min(free, working_set))
     fix = smaller.command if smaller else "train on a Mac with more memory, or --config h100"
+    if expected <= working_set:
+        fix = f"close other programs, or {smaller.command}" if smaller else "close other programs"
     if expected > preflight.machine.memory_gib:
         return failed(f"{found}; the whole Mac has {preflight.machine.memory_gib:.0f}", fix)
     return warned(found, fix)
@@ -92,7 +96,11 @@ CHECKS = (
     Check("mac.torch", "torch is built with MPS and can use it", _mps, M4, (*A_MAC, "libraries.imports")),
     Check("mac.chip", "an M4 with 32 GB", _chip, M4, (*A_MAC, "model.geometry"), level="warn"),
     Check(
-        "mac.memory", "the GPU's working set against the expected peak", _memory, M4, ("mac.torch", "model.geometry")
+        "mac.memory",
+        "free memory and the GPU's working set against the expected peak",
+        _memory,
+        M4,
+        ("mac.torch", "model.geometry"),
     ),
     Check("mac.watermarks", "PyTorch's MPS watermark variables", _watermarks, M4, A_MAC),
     Check("mac.pressure", "memory pressure and swap", _pressure, M4, A_MAC, level="warn"),

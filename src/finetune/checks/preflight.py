@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.config import Config, is_local, resolve
+from finetune.errors import CheckFailed
 from finetune.geometry import Geometry, read_geometry
 from finetune.machine import Machine
 from finetune.plan import Plan, make_plan
-from finetune.platforms import PLATFORMS, Platform, Torch, read_torch
+from finetune.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, Torch, choose, read_torch
 
 if TYPE_CHECKING:
     from finetune.chat import Chat
@@ -35,6 +36,22 @@ class Preflight:
     def torch(self) -> Torch:
         """What the installed torch reaches."""
         return read_torch()
+
+    @cached_property
+    def working_set_gib(self) -> float | None:
+        """What a Mac's GPU may use before macOS swaps; of a Mac with 32 GB where this is none. None but for m4.
+
+        As torch says, or by the Mac's size where it does not.
+        """
+        if self.platform.name != "m4":
+            return None
+        if choose(self.machine)[0] != self.platform:
+            return self.platform.memory_gib
+        try:
+            told = self.torch.working_set_gib
+        except CheckFailed:
+            told = None
+        return told or WORKING_SET_SHARE * self.machine.memory_gib
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -74,5 +91,6 @@ class Preflight:
         """What the run will cost."""
         prepared = self.prepared
         sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
-        counts = prepared.statistics
-        return make_plan(self.config, counts["train"], counts["validation"], sequences, self.geometry, self.machine)
+        train, validation = prepared.statistics["train"], prepared.statistics["validation"]
+        known = (sequences, self.geometry, self.machine, self.working_set_gib)
+        return make_plan(self.config, train, validation, *known)
