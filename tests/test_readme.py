@@ -235,3 +235,18 @@ def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() 
     assert len(rows) > 5
     assert [told for _, told, _ in rows] == [peak(settings(change)) for change, _, _ in rows]
     assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in section("Troubleshooting")
+
+
+def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
+    def peak(storage: str) -> str:
+        config = load("m4", [f"quantization.storage={storage}"])[0]
+        return f"{peak_gib(config, read_geometry(config)):.1f}"
+
+    expanded, packed = peak("expanded"), peak("packed")
+    environment = (ROOT / "environment-m4.yml").read_text(encoding="utf-8")
+    config = (ROOT / "configs" / "training_config_m4.yaml").read_text(encoding="utf-8")
+    assert f"comes first: {packed} GiB in place of {expanded}." in section("Troubleshooting")
+    assert f"- memory: {expanded} GiB expanded, {packed} packed, " in section("Mac M4")
+    assert f"this file takes {expanded} GiB, and {packed} with storage packed" in config
+    assert f"storage expanded, {expanded} GiB of a working set" in environment
+    assert f"storage=packed, {packed} GiB; " in environment
