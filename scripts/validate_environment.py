@@ -18,6 +18,7 @@ from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.config import load
 from finetune.machine import command, read_machine
+from finetune.paste import block
 from finetune.report import Terminal, quiet_libraries, tally
 
 # Which checks the specification's own functions stand for.
@@ -65,7 +66,8 @@ def parse() -> argparse.Namespace:
     cli.add_ids(parser, "--only", "only these checks, by id or group (gpu means each gpu.*)")
     cli.add_ids(parser, "--skip", "all but these")
     parser.add_argument("--list", action="store_true", help="name every check and what it looks at, check nothing")
-    parser.add_argument("--deep", action="store_true", help="also load the model and rehearse the largest batches")
+    deep = "also load the model, rehearse the largest batches, and print a block to paste into an issue"
+    parser.add_argument("--deep", action="store_true", help=deep)
     parser.add_argument("--strict", action="store_true", help="a warning counts as a failure")
     parser.add_argument("--receipt", metavar="FILE", type=Path, help="compare with another run's receipt.json")
     return parser.parse_args()
@@ -97,6 +99,8 @@ def main() -> None:
     terminal.say(f"{tally(results)}; {what_follows(results, options)}")
     if options.json:
         cli.print_json(document(results, code, preflight))
+    elif options.deep:
+        terminal.say("\n".join(["", *block(results, preflight, source)]))
     if code:
         raise SystemExit(code)
 

@@ -19,7 +19,7 @@ from finetune.config import ROOT
 LIGHT = (
     *("errors", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
     *("recompute", "throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
-    *("docker_host", "checks", "report", "cli", "starts", "evidence"),
+    *("docker_host", "checks", "report", "paste", "cli", "starts", "evidence"),
 )
 # What makes pages: above the light half, below the heavy one. It has matplotlib and NumPy, and nothing else heavy.
 PAGES = ("charts", "comparison", "report_page", "reporting")

@@ -112,6 +112,29 @@ def test_many_things_that_are_wrong_are_all_told_in_one_go(
     assert done.stdout.splitlines()[-1].endswith(" --only model.files,data.rows")
 
 
+@pytest.mark.parametrize("deep", [True, False])
+def test_after_deep_comes_one_block_to_paste(deep: bool, validate: Command, case: list[str], tmp_path: Path) -> None:
+    done = validate(*case, *["--deep"] * deep, "--only", "host.python,host.user", LOGNAME="mia", USER="mia")
+    lines = done.stdout.splitlines()
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert lines[2] == f"  pass  host.user                mia, HOME {tmp_path}"
+    assert lines[3].startswith("2 passed, 0 warnings, 0 failed, 0 skipped; next: ")
+    if not deep:
+        assert len(lines) == 4
+        return
+    assert lines[4:6] == ["", "----- paste from here -----"]
+    assert [line.split()[0] for line in lines[6:9]] == ["machine", "versions", "config"]
+    assert lines[9:] == [f"pass host.python: Python {python}", "pass host.user: USER, HOME ~", "----- to here -----"]
+    assert not {"mia", str(tmp_path)} & set(" ".join(lines[5:]).split())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_with_json_the_document_has_it_and_no_block_is_printed(validate: Command, case: list[str]) -> None:
+    done = validate(*case, "--deep", "--json", "--only", "host.python")
+    assert [row["id"] for row in json.loads(done.stdout)["checks"]] == ["host.python"]
+    assert "paste" not in done.stderr
+
+
 # A part of it ---------------------------------------------------------------------------------------------------------
 
 
