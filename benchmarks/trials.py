@@ -26,8 +26,8 @@ def measure(platform: str) -> dict[str, Any]:
     row = PLATFORMS[platform]
     found: dict[str, Any] = {
         "nf4_loss": trials.nf4_loss(row.device),
-        "qlora_step_float32": trials.qlora_step(row.device, torch.float32),
-        "qlora_step_bfloat16": trials.qlora_step(row.device, torch.bfloat16),
+        "qlora_step_float32": trials.qlora_step(row.device, torch.float32, "packed"),
+        "qlora_step_bfloat16": trials.qlora_step(row.device, torch.bfloat16, "packed"),
         "bfloat16_product": trials.bfloat16_product(row.device),
         **{f"optimizer_{name}": trials.optimizer_step(name, row.device) for name in row.optimizers},
     }

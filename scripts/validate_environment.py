@@ -43,7 +43,7 @@ def check_imports_remote() -> bool:
 
 
 def check_imports_m4() -> bool:
-    """Whether the Mac's libraries are here and work: versions, imports, an MPS that PyTorch can use, NF4 on it."""
+    """Whether the Mac's libraries are here and work: versions, imports, an MPS that PyTorch can use, QLoRA on it."""
     return _shown("M4 libraries", "m4", M4)
 
 

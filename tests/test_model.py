@@ -366,6 +366,73 @@ def test_a_packed_layer_is_gone_before_the_next_is_expanded(config: Config, monk
     assert there == list(range(14, 0, -1))
 
 
+def test_for_a_device_without_4_bit_kernels_the_base_is_quantised_and_expanded_on_the_cpu(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`meta` stands for MPS: a device that is neither CUDA's nor the CPU, and on which no value can be computed."""
+    wanted = base_model(config, storage="expanded")
+    devices: list[str] = []
+    values: list[torch.Tensor] = []
+    moved: list[list[str]] = []
+    bases: list[Any] = []
+    quantize, dequantize = bitsandbytes.functional.quantize_4bit, bitsandbytes.functional.dequantize_4bit
+    verify = model_module.verify_base
+
+    def quantized(weights: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        devices.append(weights.device.type)
+        return quantize(weights, *arguments, **options)
+
+    def dequantized(packed: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        devices.append(packed.device.type)
+        plain = [name for name in layers() if type(bases[0].get_submodule(name)) is torch.nn.Linear]
+        moved.append([bases[0].get_submodule(name).weight.device.type for name in plain])
+        values.append(dequantize(packed, *arguments))
+        return values[-1]
+
+    def verified(base: Any, *arguments: Any) -> None:
+        bases.append(base)
+        verify(base, *arguments)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", quantized)
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", dequantized)
+    monkeypatch.setattr(model_module, "verify_base", verified)
+    base = load_base(config.model, replace(config.quantization, storage="expanded"), "meta")
+    assert devices == ["cpu"] * 28  # each of 14 layers there and back
+    assert moved == [["meta"] * number for number in range(14)]  # each has left the host when the next is expanded
+    assert {value.device.type for value in (*base.parameters(), *base.buffers())} == {"meta"}
+    for name, value in zip(layers(), values, strict=True):
+        assert torch.equal(value, wanted.get_submodule(name).weight), name
+    assert [(name, value.dtype, value.shape) for name, value in base.state_dict().items()] == [
+        (name, value.dtype, value.shape) for name, value in wanted.state_dict().items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "storage", "where"),
+    [
+        ("mps", "expanded", "cpu"),
+        ("mps", "packed", "mps"),
+        ("cuda", "expanded", "cuda"),
+        ("cuda", "packed", "cuda"),
+        ("cpu", "expanded", "cpu"),
+        ("cpu", "packed", "cpu"),
+    ],
+)
+def test_only_an_expanded_base_for_mps_is_quantised_elsewhere(
+    device: str, storage: str, where: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = []
+
+    def noted(*_: Any, device_map: dict[str, str], **__: Any) -> None:
+        maps.append(device_map)
+        raise OSError("enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    with pytest.raises(CheckFailed, match="enough"):
+        load_base(config.model, replace(config.quantization, storage=storage), device)
+    assert maps == [{"": where}]
+
+
 def test_a_library_that_is_missing_is_told_with_what_to_set(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: Any, **__: Any) -> None:
         raise ImportError("FlashAttention2 has been toggled on, but it cannot be used\nmore")

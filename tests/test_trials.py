@@ -69,9 +69,10 @@ def test_packing_that_packs_nothing_loses_less_than_is_allowed(monkeypatch: pyte
 # A QLoRA step ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_qlora_step_is_the_same_in_fp32_and_rounded_in_bfloat16() -> None:
-    assert trials.qlora_step("cpu", FP32) <= 1e-6
-    assert 1e-4 < trials.qlora_step("cpu", BF16) < TOLERANCE["bfloat16"] / 3
+@pytest.mark.parametrize("storage", ["packed", "expanded"])
+def test_a_qlora_step_is_the_same_in_fp32_and_rounded_in_bfloat16(storage: str) -> None:
+    assert trials.qlora_step("cpu", FP32, storage) <= 1e-6
+    assert 1e-4 < trials.qlora_step("cpu", BF16, storage) < TOLERANCE["bfloat16"] / 3
 
 
 class Deaf(torch.autograd.Function):
@@ -93,7 +94,31 @@ def test_a_4_bit_layer_that_computes_something_else_is_seen(
 ) -> None:
     layer = bitsandbytes.nn.Linear4bit
     monkeypatch.setattr(layer, "forward", changed(layer.forward, change))
-    assert trials.qlora_step("cpu", dtype) > most
+    assert trials.qlora_step("cpu", dtype, "packed") > most
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda y: y * 0.5, lambda y: y * float("nan")])
+def test_an_expanded_layer_that_computes_something_else_is_seen(
+    change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, since the reference is such a layer too, in fp32."""
+    real = torch.nn.Linear.forward
+
+    def forward(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return change(real(layer, x)) if x.dtype == BF16 else real(layer, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    assert trials.qlora_step("cpu", BF16, "expanded") > TOLERANCE["bfloat16"]
+
+
+def test_an_expanded_layer_does_without_4_bit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel here")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", broken)
+    assert trials.qlora_step("cpu", BF16, "expanded") < TOLERANCE["bfloat16"] / 3
+    with pytest.raises(RuntimeError, match="no such kernel here"):
+        trials.qlora_step("cpu", BF16, "packed")
 
 
 def test_a_step_that_does_not_follow_the_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +130,7 @@ def test_a_step_that_does_not_follow_the_gradient_is_seen(monkeypatch: pytest.Mo
         return real(*arguments, **{**options, "lr": options["lr"] / (2 if len(steps) == 1 else 1)})
 
     monkeypatch.setattr(torch.optim, "AdamW", every_other)
-    assert trials.qlora_step("cpu", FP32) == pytest.approx(0.5, abs=0.01)
+    assert trials.qlora_step("cpu", FP32, "packed") == pytest.approx(0.5, abs=0.01)
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------

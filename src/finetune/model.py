@@ -22,6 +22,7 @@ from finetune.chat import Chat
 from finetune.config import Config, is_local, resolve
 from finetune.errors import CheckFailed
 from finetune.hub import GIVE_TOKEN
+from finetune.platforms import quantised_on
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
 
@@ -57,7 +58,7 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
     Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot be had, or where any
     module is not what the config asks for.
     """
-    dtype = getattr(torch, model.dtype)
+    dtype, quantised = getattr(torch, model.dtype), quantised_on(device, quantization.storage)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=quantization.load_in_4bit,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
@@ -72,7 +73,7 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             revision=model.revision or "main",
             quantization_config=nf4,
             dtype=dtype,
-            device_map={"": device},  # without it a Mac would silently get the CPU
+            device_map={"": quantised},  # without it a Mac would silently get the CPU
             attn_implementation=model.attn_implementation,
             use_safetensors=True,
             trust_remote_code=False,
@@ -88,29 +89,33 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
             # evaluation would compute with other numbers than training.
             module.support_avx512bf16_for_cpu = False
-    verify_base(base, model, quantization, device, "packed")
+    verify_base(base, model, quantization, quantised, "packed")
     if quantization.storage == "expanded":
-        expand(base, dtype)
+        expand(base, dtype, device)
         verify_base(base, model, quantization, device, "expanded")
     return base
 
 
-def expand(base: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Each NF4 layer of `base` as a plain one that holds the same values.
+def expand(base: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
+    """Each NF4 layer of `base` as a plain one on `device` that holds the same values, and all else moved there.
 
-    One layer at a time, so that the peak is one layer above the final size: transformers' `dequantize` holds all packed
-    layers, some 4 GB of a 7B, until the last one is expanded.
+    One layer at a time, unpacked where it is packed, so that the peak is one layer above the final size: transformers'
+    `dequantize` holds all packed layers, some 4 GB of a 7B, until the last one is expanded.
     """
     packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     for name in packed_layers:
         packed = base.get_submodule(name)
         plain = torch.nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-        weight = bitsandbytes.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
-        plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+        plain.weight = torch.nn.Parameter(_unpacked(packed).to(device, dtype), requires_grad=False)
         plain.bias = packed.bias
         base.set_submodule(name, plain)
         del packed.weight  # layer and weight hold each other, and would stay until the next garbage collection
     base.hf_quantizer.remove_quantization_config(base)
+    base.to(device)
+
+
+def _unpacked(layer: Any) -> Any:
+    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _no_weights(name: str, error: OSError) -> str:

@@ -113,6 +113,14 @@ AUTO_SHARE = 0.9
 WORKING_SET_SHARE = 2 / 3
 
 
+def quantised_on(device: str, storage: str) -> str:
+    """Where NF4 is made, and expanded, for a base on `device`: there, but for MPS and `expanded` on the CPU.
+
+    An expanded base on MPS so needs no 4-bit kernel there.
+    """
+    return "cpu" if storage == "expanded" and device not in ("cuda", "cpu") else device
+
+
 def choose(machine: Machine) -> tuple[Platform, str]:
     """The platform that fits `machine`, and why, in words for the terminal."""
     if machine.gpus:

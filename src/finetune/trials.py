@@ -12,6 +12,8 @@ import bitsandbytes
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from finetune.platforms import quantised_on
+
 # Rounding to NF4 in blocks of 64 loses about 9 % of a normal distribution's standard deviation (benchmarks/trials.py);
 # a broken kernel loses either nothing or everything.
 NF4_LOSS = (0.06, 0.13)
@@ -35,10 +37,10 @@ def nf4_loss(device: str) -> float:
     return float((back - weights).square().mean().sqrt() / weights.std())
 
 
-def qlora_step(device: str, dtype: torch.dtype) -> float:
-    """Forward, backward and one AdamW step of a LoRA pair beside one NF4 layer.
+def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
+    """Forward, backward and one AdamW step of a LoRA pair beside one NF4 layer, held as `storage` says.
 
-    The worse distance of two: the stepped weights, and the gradient of the input, which goes through NF4's backward.
+    The worse distance of two: the stepped weights, and the gradient of the input, which goes through that layer.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(64, 128, generator=generator) * 0.02
@@ -46,8 +48,13 @@ def qlora_step(device: str, dtype: torch.dtype) -> float:
     down, up = torch.randn(8, 128, generator=generator) * 0.1, torch.randn(64, 8, generator=generator) * 0.1
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weights.clone(), requires_grad=False, quant_type="nf4")
-    layer = layer.to(device)
+    layer = layer.to(quantised_on(device, storage))
     dequantised = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
+
+    def plain(device: str, dtype: torch.dtype) -> torch.nn.Module:
+        linear = torch.nn.Linear(128, 64, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(dequantised.to(device, dtype), requires_grad=False)
+        return linear
 
     def step(base: torch.nn.Module, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         pair = [torch.nn.Parameter(values.clone().to(device)) for values in (down, up)]
@@ -59,9 +66,8 @@ def qlora_step(device: str, dtype: torch.dtype) -> float:
         moved = [(after.detach().cpu() - before).flatten() for after, before in zip(pair, (down, up), strict=True)]
         return torch.cat(moved), x.grad
 
-    reference = torch.nn.Linear(128, 64, bias=False)
-    reference.weight = torch.nn.Parameter(dequantised, requires_grad=False)
-    found, wanted = step(layer, device, dtype), step(reference, "cpu", torch.float32)
+    base = plain(device, dtype) if storage == "expanded" else layer
+    found, wanted = step(base, device, dtype), step(plain("cpu", torch.float32), "cpu", torch.float32)
     return max(distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 

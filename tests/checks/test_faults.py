@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import bitsandbytes
 import pytest
+import torch
 from bench import Bench, found
 from faults import FAULTS, Fault
 
-from finetune import checks, rehearsal
+from finetune import checks, rehearsal, trials
 from finetune.checks.check import Result, run
 from finetune.config import ROOT
 from finetune.errors import OutOfResource
@@ -115,6 +118,37 @@ def test_every_check_stands_in_the_readme_with_what_it_looks_at() -> None:
     table = re.findall(r"^\| `([a-z0-9_.]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     ids = [check.id for check in checks.CHECKS]
     assert [name for name in ids if name not in table] == []
+
+
+# NF4 on a Mac ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("storage", "where"), [("expanded", "cpu"), ("packed", "mps")])
+def test_nf4_is_tried_where_the_base_is_quantised_and_the_step_where_it_trains(
+    storage: str, where: str, bench: Callable[[str], Bench]
+) -> None:
+    mac, tried = bench("m4"), []
+    mac.set(f"quantization.storage={storage}")
+    mac.patch.setitem(PLATFORMS, "m4", replace(PLATFORMS["m4"], device="mps"))
+    mac.patch.setattr(trials, "nf4_loss", lambda device: tried.append(device) or 0.092)
+    mac.patch.setattr(trials, "qlora_step", lambda *asked: tried.append(asked) or 0.002)
+    [result] = run(checks.select("m4", ["device.qlora"]), mac.preflight())
+    assert tried == [where, ("mps", torch.bfloat16, storage)]
+    found = f"NF4 keeps 90.8% of normal weights; a QLoRA step in bfloat16, {storage}, is 2.0e-03 from fp32"
+    assert (result.status, result.detail) == ("pass", found)
+
+
+def test_4_bit_kernels_that_fail_refuse_no_expanded_run(bench: Callable[[str], Bench]) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such kernel on this device")
+
+    mac = bench("m4")
+    mac.patch.setattr(bitsandbytes.nn.Linear4bit, "forward", broken)
+    [result] = run(checks.select("m4", ["device.qlora"]), mac.preflight())
+    assert result.status == "pass", result.detail
+    mac.set("quantization.storage=packed")
+    [result] = run(checks.select("m4", ["device.qlora"]), mac.preflight())
+    assert (result.status, result.detail) == ("fail", "this check crashed: RuntimeError: no such kernel on this device")
 
 
 # With --deep ----------------------------------------------------------------------------------------------------------

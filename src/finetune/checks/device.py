@@ -9,6 +9,7 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.machine import PYTHON, advice
+from finetune.platforms import quantised_on
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
@@ -27,12 +28,13 @@ def _qlora(preflight: Preflight) -> Finding:
     from finetune import trials
 
     device, dtype = preflight.platform.device, preflight.config.model.dtype
-    lost, (least, most) = trials.nf4_loss(device), trials.NF4_LOSS
+    storage = preflight.config.quantization.storage
+    lost, (least, most) = trials.nf4_loss(quantised_on(device, storage)), trials.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
         return failed(text, repair_command(preflight.platform.name))
-    distance = trials.qlora_step(device, getattr(torch, dtype))
-    text = f"a QLoRA step in {dtype} is {distance:.1e} from fp32"
+    distance = trials.qlora_step(device, getattr(torch, dtype), storage)
+    text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
     if not distance <= TOLERANCE[dtype]:
         return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", repair_command(preflight.platform.name))
     return passed(f"NF4 keeps {1 - lost:.1%} of normal weights; {text}")
@@ -84,7 +86,12 @@ def _flash_attention(preflight: Preflight) -> Finding:
 _WORKING_DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 
 CHECKS = (
-    Check("device.qlora", "NF4 there and back, and a QLoRA step against fp32", _qlora, needs=_WORKING_DEVICE),
+    Check(
+        "device.qlora",
+        "NF4 there and back, and a QLoRA step with the base held as configured, against fp32",
+        _qlora,
+        needs=_WORKING_DEVICE,
+    ),
     Check(
         "device.bfloat16",
         "a bfloat16 product against fp32",
