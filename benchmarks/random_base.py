@@ -37,7 +37,7 @@ def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrai
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False  # as load_base
     if config.quantization.storage == "expanded":
-        expand(base, dtype, device)
+        expand(base, dtype, platform.device)
     verify_base(base, config.model, config.quantization, platform.device, config.quantization.storage)
     return base
 
