@@ -139,7 +139,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     export.write_start(run, config, known, resumed)
     export.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:
+    with tracking.closed(), reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,
@@ -175,8 +175,6 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         )
     terminal.decision("self-test", proof.sentence())
     terminal.finished(run.folder, outcome)
-    if tracking.wandb and tracking.wandb.offline:
-        terminal.say(f"  {tracking.wandb.later()}")
 
 
 def rehearse(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
@@ -22,11 +23,13 @@ import psutil
 import pytest
 
 from finetune.config import ROOT, Config, load
+from finetune.errors import Stopped
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.trackers import TensorBoard, Wandb, make_trackers
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
+KNOWN = {"WANDB_API_KEY": "k" * 40, "NETRC": "/nonexistent", "no_proxy": "127.0.0.1"}  # somebody with an account
 
 
 @pytest.fixture
@@ -151,6 +154,67 @@ def test_what_breaks_in_wandb_is_told_once_and_then_left_out(nobody: Run) -> Non
     assert calls == ["log"]
 
 
+class Noted:
+    """A wandb that notes how its run was ended; it may fail to."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure, self.exit_codes = failure, list[int]()
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+        if self.failure:
+            raise self.failure
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_codes"),
+    [
+        (None, [0]),
+        (Stopped(143, "stopped"), [143]),
+        (ValueError("a bug"), [1]),
+        (KeyboardInterrupt(), []),  # the second Ctrl-C waits for nobody
+    ],
+)
+def test_wandb_hears_how_the_start_ended(
+    nobody: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, exit_codes: list[int]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers, noted = make_trackers(tracked_by("wandb"), nobody, Terminal(stream=StringIO())), Noted()
+    assert trackers.wandb is not None
+    trackers.wandb._wandb = noted
+    with pytest.raises(type(error)) if error else nullcontext(), trackers.closed():
+        if error:
+            raise error
+    assert noted.exit_codes == exit_codes
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (None, []),
+        (
+            TimeoutError("Timed out finishing run."),
+            [
+                "tracking: wandb has not got everything (no answer for 15 s at the end); "
+                "later: wandb sync --include-online {folder}/wandb/run-1"
+            ],
+        ),
+        (
+            ConnectionResetError("Connection lost"),
+            ["warning: wandb has failed and is left out from here (Connection lost); metrics.jsonl goes on"],
+        ),
+    ],
+)
+def test_what_is_left_at_the_end_is_told_with_what_sends_it(
+    nobody: Run, failure: Exception | None, told: list[str]
+) -> None:
+    stream = StringIO()
+    wandb = Wandb(nobody, Terminal(stream=stream), {}, None)
+    wandb._wandb, wandb.online = Noted(failure), "run-1"
+    wandb.close(0)
+    assert stream.getvalue().splitlines() == [line.format(folder=nobody.folder) for line in told]
+
+
 # --- the whole program beside a wandb that fails
 
 
@@ -178,8 +242,59 @@ class Hanging(BaseHTTPRequestHandler):
         pass
 
 
+class Failing(BaseHTTPRequestHandler):
+    """A wandb server that lets a run begin, and what becomes of it then. It notes the losses that it gets."""
+
+    protocol_version = "HTTP/1.1"
+    failing: str | None
+    losses: list[float]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.failing == "hangs":
+            time.sleep(120)
+        elif self.failing == "dies":
+            self.close_connection = True
+        elif self.failing == "refuses":
+            self.answer({}, 401)
+        elif self.path == "/graphql":
+            self.answer({"data": self.data(json.loads(body))})
+        else:
+            if self.path.endswith("/file_stream"):
+                lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"content": []})["content"]
+                self.losses.extend(entry["train/loss"] for entry in map(json.loads, lines) if "train/loss" in entry)
+            self.answer({})
+
+    do_PUT = do_POST
+
+    def data(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What wandb wants to know: which run has begun, and where its files go."""
+        given = asked.get("variables", {})
+        if asked["operationName"] == "UpsertBucket":
+            project = {"name": "mine", "entity": {"name": "somebody"}}
+            return {
+                "upsertBucket": {"inserted": True, "bucket": {"id": "1", "name": given["name"], "project": project}}
+            }
+        if asked["operationName"] == "CreateRunFiles":
+            address = f"http://{self.headers['Host']}/file"
+            files = [{"name": name, "uploadUrl": address} for name in given["files"]]
+            return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The server's address; after the block nobody listens there."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         server.block_on_close = False
@@ -224,30 +339,94 @@ def test_a_server_that_refuses_or_hangs_is_left_alone_within_seconds(
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     told = [line for line in output.splitlines() if "wandb is offline" in line]
-    assert len(told) == 2 and told[0].removeprefix("tracking: ") == told[1].strip()  # when it is found, and at the end
+    assert len(told) == 2 and told[0] == told[1]  # when it is found, and at the end
     assert told[1].endswith(f"later: wandb sync {tmp_path}/run/wandb/offline-run-*")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
     assert time.monotonic() - started < 60
 
 
+def losses(run: Path) -> list[float]:
+    """Those of metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def synced(line: str) -> list[float]:
+    """The losses that a server gets when this is typed."""
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        surroundings = {**os.environ, **KNOWN, "WANDB_BASE_URL": address}
+        subprocess.run([sys.executable, "-m", *line.split()], env=surroundings, check=True, timeout=60)
+    return Failing.losses
+
+
 @pytest.mark.slow
 def test_a_training_outlives_the_death_of_wandbs_own_process(
     tiny_mistral: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    process = training(tiny_mistral, conversations, tmp_path, 60)
-    assert process.stdout is not None
-    lines, killed = [], []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step 5/"):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if "wandb" in " ".join(child.cmdline()):
-                    child.kill()
-                    killed.append(child.pid)
-    assert process.wait(timeout=60) == 0, "".join(lines)
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        process = training(tiny_mistral, conversations, tmp_path, 60, WANDB_BASE_URL=address, **KNOWN)
+        assert process.stdout is not None
+        lines, killed = [], []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 5/"):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if "wandb" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+        assert process.wait(timeout=60) == 0, "".join(lines)
     assert killed
-    assert sum("wandb has failed and is left out from here" in line for line in lines) == 1
+    told = [re.sub(r"\(.*\)", "(REASON)", line) for line in lines if "wandb" in line]
+    assert told == ["warning: wandb has failed and is left out from here (REASON); metrics.jsonl goes on\n"]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["status"] == "complete"
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert sum("grad_norm" in json.loads(line) for line in metrics) == 60
+    assert len(losses(tmp_path / "run")) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "exit_code", "reason"),
+    [
+        ("hangs", 143, "no answer for 15 s at the end"),
+        ("dies", 0, "no answer for 15 s at the end"),
+        ("refuses", 0, "it gave up sending"),
+    ],
+)
+def test_a_server_that_fails_after_the_start_holds_nobody_and_can_be_sent_everything_later(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path, failing: str, exit_code: int, reason: str
+) -> None:
+    Failing.failing, Failing.losses = None, []
+    with ExitStack() as server:
+        address = server.enter_context(serving(Failing))
+        process = training(tiny_mistral, conversations, tmp_path, 60, WANDB_BASE_URL=address, **KNOWN)
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("step 5/"))
+        Failing.failing = failing
+        if failing == "dies":
+            server.close()
+        if exit_code == 143:
+            process.terminate()
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == exit_code, output
+    sync = f"wandb sync --include-online {next((tmp_path / 'run' / 'wandb').glob('run-*'))}"
+    told = [line for line in output.splitlines() if "wandb" in line]
+    assert told == [f"tracking: wandb has not got everything ({reason}); later: {sync}"]
+    assert synced(sync) == losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_everything_is_not_spoken_of(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path
+) -> None:
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        process = training(tiny_mistral, conversations, tmp_path, 3, WANDB_BASE_URL=address, **KNOWN)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "wandb" not in output
+    assert Failing.losses == losses(tmp_path / "run")

@@ -44,10 +44,13 @@ def command(script: str) -> str:
     return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
 
 
-def wandb_sync(run: Path | str) -> str:
-    """What sends the offline runs of wandb in a run's folder; on a Docker host there is no wandb but the image's."""
-    wandb = "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo"
-    return f"{advice('wandb', wandb)} sync {run}/wandb/offline-run-*"
+def wandb_sync(run: Path | str, online: str | None = None) -> str:
+    """What sends the offline runs of wandb in a run's folder, or the one that began `online` and was not sent whole.
+
+    On a Docker host there is no wandb but the image's.
+    """
+    wandb = advice("wandb", "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo")
+    return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"
 
 
 def shown(path: Path) -> Path:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.tracking import wandb_offline_reason
 
+FINISH_SECONDS = 15  # for what is left at the end: three tries of wandb's, a few seconds where the server is well
+
 
 @dataclass(frozen=True)
 class Trackers:
@@ -29,6 +33,18 @@ class Trackers:
     def all(self) -> list[TensorBoard | Wandb]:
         """Those that are there."""
         return [tracker for tracker in (self.tensorboard, self.wandb) if tracker is not None]
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """End wandb's run with the block, well or not; a signal that wants it to end at once is obeyed."""
+        try:
+            yield
+        except Exception as error:
+            if self.wandb:
+                self.wandb.close(getattr(error, "exit_code", 1))
+            raise
+        if self.wandb:
+            self.wandb.close(0)
 
 
 def make_trackers(config: Config, run: Run, terminal: Terminal) -> Trackers:
@@ -80,19 +96,39 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
 class Wandb(WandbCallback):  # type: ignore[misc]
     """transformers' own, but what fails in it is told once, and the training goes on.
 
-    `offline`: why it does not log online, or None. A run that goes on is the same run on the server too.
+    `offline`: why it does not log online, or None. `unsent`: why a run that began online is not whole on the server, or
+    None. A run that goes on is the same run on the server too.
     """
 
     def __init__(self, run: Run, terminal: Terminal, config: dict[str, Any], offline: str | None) -> None:
         super().__init__()
         self.run, self.terminal, self.config, self.offline = run, terminal, config, offline
         self.given_up = False
-        if offline:
-            terminal.decision("tracking", self.later())
+        self.unsent: str | None = None
+        self.online: str | None = None  # the folder that wandb writes, below its own in the run's
+        self._say_later()
 
-    def later(self) -> str:
-        """Why it is offline, and what sends what it wrote."""
-        return f"wandb is offline ({self.offline}); later: {wandb_sync(shown(self.run.folder))}"
+    def _say_later(self) -> None:
+        """Why the server has not got everything, and what sends it."""
+        folder = shown(self.run.folder)
+        if self.offline:
+            self.terminal.decision("tracking", f"wandb is offline ({self.offline}); later: {wandb_sync(folder)}")
+        elif self.unsent and self.online:
+            later = wandb_sync(folder, self.online)
+            self.terminal.decision("tracking", f"wandb has not got everything ({self.unsent}); later: {later}")
+
+    def close(self, exit_code: int) -> None:
+        """Send what is left, for FINISH_SECONDS at most, and say what sends the rest."""
+        self.terminal.status("sending the last values to wandb")
+        try:
+            self._wandb.finish(exit_code)
+        except TimeoutError:
+            self.unsent = f"no answer for {FINISH_SECONDS} s at the end"
+        except Exception as error:  # noqa: BLE001
+            self._give_up(error)
+            with suppress(Exception):
+                self._wandb.teardown()  # else it is tried once more at exit, with a traceback
+        self._say_later()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._try(super().on_train_begin, args, state, control, **kwargs)
@@ -131,14 +167,24 @@ class Wandb(WandbCallback):  # type: ignore[misc]
             self._start(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
         except self._wandb.errors.Error as error:
             self.offline = str(error).splitlines()[0]
-            self.terminal.decision("tracking", self.later())
+            self._say_later()
             self._wandb.teardown()  # its own process still holds this run's id
             self._start(mode="offline")
 
     def _start(self, **settings: Any) -> None:
         """One id for all starts of this run: `wandb sync`, too, then makes one run of the files of several starts."""
-        made = self._wandb.Settings(**settings)
-        self._wandb.init(name=self.run.name, id=self._id(), resume="allow", config=self.config, settings=made)
+        made = self._wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, **settings)
+        run = self._wandb.init(name=self.run.name, id=self._id(), resume="allow", config=self.config, settings=made)
+        self.online = None if self.offline else Path(run.dir).parent.name
+        unheard = logging.Logger("wandb")  # it is silent, and gives to this what it would print
+        unheard.addFilter(self._hear)
+        self._wandb.termsetup(run.settings, unheard)
+
+    def _hear(self, record: logging.LogRecord) -> bool:
+        """wandb says only in a warning that it sends no more, as where its key is no longer valid."""
+        if "Fatal error while uploading data" in record.getMessage():
+            self.unsent = "it gave up sending"
+        return False
 
     def _id(self) -> str:
         """wandb's name of this run, the same after each resume."""
@@ -154,6 +200,10 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         try:
             call(*arguments, **named)
         except Exception as error:  # noqa: BLE001  # whatever breaks in a tracker, the hours are worth more
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.given_up:
             self.given_up = True
             first = (str(error) or type(error).__name__).splitlines()[0]
             self.terminal.warn(f"wandb has failed and is left out from here ({first}); metrics.jsonl goes on")
