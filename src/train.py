@@ -24,13 +24,15 @@ from finetune.platforms import (
     peak_memory_gib,
     prepare_device,
 )
-from finetune.recompute import Choice, by_formula, settled
+from finetune.recompute import by_formula, settled
 from finetune.report import Terminal, cost_text, quiet_libraries, tally
 from finetune.runs import Run, open_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
+
+    from finetune.rehearsal import Rehearsal
 
 
 def parse() -> argparse.Namespace:
@@ -126,17 +128,19 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
 
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
     done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    rehearsed = None
     if over or "rehearsal" in skipped:
         pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
         if choice.reason and not over:
             terminal.decision("checkpointed layers", choice.reason)
     else:
-        pace, choice = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
+        rehearsed = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
+        pace, choice = rehearsed.pace, rehearsed.checkpointed
     known["checkpointed_layers"] = None if over else choice.layers  # after its last step a run computes no layer again
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
-    export.write_start(run, config, known, resumed)
+    export.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
     export.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
     with tracking.closed(), reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:
@@ -184,7 +188,7 @@ def rehearse(
     tokenizer: PreTrainedTokenizerFast,
     done: int,
     terminal: Terminal,
-) -> tuple[Pace, Choice]:
+) -> Rehearsal:
     from finetune import rehearsal
 
     config, folder = preflight.config, run.folder / "rehearsal"
@@ -199,7 +203,7 @@ def rehearse(
     budget = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
     if budget:
         terminal.decision("time budget", budget)
-    return found.pace, found.checkpointed
+    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def start(minutes: tuple[int, int | None], steps: tuple[int, int | None], end: s
     """One entry of the manifest's `starts`."""
     begun, ended = (minute and f"2026-03-01T{12 + minute // 60:02}:{minute % 60:02}:00+00:00" for minute in minutes)
     begun = begun or "2026-03-01T12:00:00+00:00"
-    return {"started": begun, "from_step": steps[0], "ended": ended, "step": steps[1], "end": end}
+    nothing = {"changed": [], "set_aside": [], "rehearsal": None}
+    return {"started": begun, "from_step": steps[0], "ended": ended, "step": steps[1], "end": end, **nothing}
 
 
 def rows(number: int, **more: Any) -> dict[str, Any]:

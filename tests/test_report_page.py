@@ -101,7 +101,8 @@ def test_the_page_of_a_complete_run_begins_with_the_verdict_and_shows_all_parts(
     assert page.order(
         "training held out", "conversations 100 10", "of them with loss 60% 60%", "cut at the length limit 3 0"
     )
-    assert page.order("optimizer steps 40 40 same", "most memory, GiB 11.50 11.90 +3%", "minutes 30.0 40.0 +33%")
+    memory = "most memory, GiB, by the plan 11.50 11.90 +3%"
+    assert page.order("optimizer steps 40 40 same", memory, "minutes 30.0 40.0 +33%")
     assert page.order("killed steps 0 to 25 2026-03-01 12:00 UTC, 20 min", "complete steps 20 to 40")
     assert page.order("pass finite 28 of 28 tensors", "abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
 
@@ -141,6 +142,18 @@ def test_what_a_run_has_not_made_is_called_so(tmp_path: Path) -> None:
     assert page.order("This run failed At step 0. no module named x", "Verdict", "an unknown base", "Not known yet")
     assert page.order("Not made: no prompts were answered by both.", "Nothing was logged yet.", "Not made.")
     assert page.order("optimizer steps not known 0", "minutes not known not known", "not a git clone")
+
+
+def test_what_a_start_rehearsed_accepted_and_set_aside_is_shown(tmp_path: Path) -> None:
+    rehearsal = {"peak_memory_gib": 11.8, "capacity_gib": 79.1, "hours": 0.6, "tokens_per_second": 5000.0}
+    first = start((0, 20), (0, 25), "killed") | {"rehearsal": rehearsal}
+    noted = {"changed": ["lora.r: 16 -> 8"], "set_aside": ["checkpoint-25 <cut>"]}
+    second = start((35, 55), (20, 40), "complete") | noted
+    plan = manifest()["plan"] | {"hours": None}
+    page = Reader(report_page.write(make_run(tmp_path / "run", manifest(starts=[first, second], plan=plan))))
+    assert page.order("most memory, GiB, by the rehearsal 11.80 11.90 +1%", "minutes 36.0 40.0 +11%")
+    assert page.order("steps 20 to 40", "went on although changed: lora.r: 16 -> 8", "checkpoint-25 <cut>")
+    assert page.order("From step 20 on it was trained with changes: lora.r: 16 -> 8.")
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])

@@ -26,12 +26,14 @@ def leave(folder: Path, starts: list[dict[str, Any]], *metrics: dict[str, Any]) 
 def test_a_first_start_is_open_and_begins_now(tmp_path: Path) -> None:
     (start,) = begin(tmp_path, 0)
     assert abs(datetime.fromisoformat(start.pop("started")).timestamp() - time.time()) < 5
-    assert start == {"from_step": 0, "ended": None, "step": None, "end": None, "changed": [], "set_aside": []}
+    nothing = {"changed": [], "set_aside": [], "rehearsal": None}
+    assert start == {"from_step": 0, "ended": None, "step": None, "end": None, **nothing}
 
 
-def test_a_start_says_what_it_accepted_and_what_it_set_aside(tmp_path: Path) -> None:
-    (start,) = begin(tmp_path, 4, ("lora.r: 16 -> 8",), ("checkpoint-6 is not whole",))
+def test_a_start_says_what_it_accepted_what_it_set_aside_and_what_it_rehearsed(tmp_path: Path) -> None:
+    (start,) = begin(tmp_path, 4, ("lora.r: 16 -> 8",), ("checkpoint-6 is not whole",), {"hours": 2.5})
     assert (start["changed"], start["set_aside"]) == (["lora.r: 16 -> 8"], ["checkpoint-6 is not whole"])
+    assert start["rehearsal"] == {"hours": 2.5}
 
 
 def test_a_start_that_never_wrote_its_end_was_killed_after_its_last_line(tmp_path: Path) -> None:

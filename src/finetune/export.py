@@ -137,10 +137,12 @@ def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
-def write_start(run: Run, config: Config, known: dict[str, Any], resumed: Resume) -> None:
+def write_start(
+    run: Run, config: Config, known: dict[str, Any], resumed: Resume, rehearsal: dict[str, float] | None
+) -> None:
     """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
     from_step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
-    known["starts"] = starts.begin(run.folder, from_step, resumed.changes, resumed.set_aside)
+    known["starts"] = starts.begin(run.folder, from_step, resumed.changes, resumed.set_aside, rehearsal)
     (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 

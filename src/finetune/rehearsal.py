@@ -49,6 +49,15 @@ class Rehearsal:
         """Of the steps that remain, with their evaluations and saves."""
         return self.schedule.seconds(self.pace, self.schedule.steps) / 3600
 
+    def as_dict(self) -> dict[str, float]:
+        """For the manifest: GiB, hours of the steps that remain, and tokens/s of the steps alone."""
+        return {
+            "peak_memory_gib": round(self.peak_gib, 3),
+            "capacity_gib": round(self.capacity_gib, 3),
+            "hours": round(self.hours, 4),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+
     def sentence(self, now: datetime) -> str:
         """For the terminal; `now` in local time."""
         end, step = now + timedelta(hours=self.hours), self.pace.step

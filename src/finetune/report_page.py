@@ -166,11 +166,14 @@ def _happened(run: Evidence) -> list[tuple[str, str, str, str]]:
     """The plan beside what happened: (what, planned, happened, how far off)."""
     peak = run.number("peak_memory_gib") or max((gib for _, gib in run.series("memory_gib")), default=None)
     seconds = run.number("seconds") or _seconds(run)
-    hours = run.number("plan", "hours")
+    rehearsal = run.starts[0].get("rehearsal") if run.starts else None
+    rehearsed_peak, rehearsed_hours = (rehearsal and rehearsal[key] for key in ("peak_memory_gib", "hours"))
+    hours = run.number("plan", "hours") or rehearsed_hours
     rows = [
         ("optimizer steps", run.number("plan", "steps"), run.last_step, "{:,.0f}"),
         ("evaluations", run.number("plan", "evaluations"), len(run.evaluations), "{:,.0f}"),
-        ("most memory, GiB", run.number("plan", "peak_memory_gib"), peak, "{:,.2f}"),
+        ("most memory, GiB, by the plan", run.number("plan", "peak_memory_gib"), peak, "{:,.2f}"),
+        ("most memory, GiB, by the rehearsal", rehearsed_peak, peak, "{:,.2f}"),
         ("minutes", hours and 60 * hours, seconds and seconds / 60, "{:,.1f}")
         if max(hours or 0, (seconds or 0) / 3600) < 2
         else ("hours", hours, seconds and seconds / 3600, "{:,.1f}"),

@@ -187,10 +187,9 @@ def _answers_end(tuned: PeftModel, prepared: Prepared) -> SelfCheck:
     ran_on = [line for (line, _, _), reply in zip(turns, replies, strict=True) if not reply.ended]
     end = chat.format.end
     if not ran_on:
-        most = max(reply.tokens for reply in replies)
-        return _check(
-            "answers_end", True, f"{len(replies)} of {len(replies)} answers end in {end}, within {most} tokens"
-        )
+        most, empty = max(reply.tokens for reply in replies), sum(reply.tokens == 0 for reply in replies)
+        found = f"{len(replies)} of {len(replies)} answers end in {end}, within {most} tokens"
+        return _check("answers_end", True, f"{found}; {empty} of them are empty" if empty else found)
     lines = ", ".join(map(str, ran_on))
     found = f"{len(ran_on)} of {len(replies)} answers have no {end} within {limit} tokens (rows of lines {lines})"
     return _check("answers_end", False, found)

@@ -13,17 +13,24 @@ from finetune.errors import OutOfResource, Stopped
 Start = dict[str, Any]
 
 
-def begin(folder: Path, from_step: int, changed: Sequence[str] = (), set_aside: Sequence[str] = ()) -> list[Start]:
+def begin(
+    folder: Path,
+    from_step: int,
+    changed: Sequence[str] = (),
+    set_aside: Sequence[str] = (),
+    rehearsal: dict[str, float] | None = None,
+) -> list[Start]:
     """All starts of the run in `folder`, the one that begins now last; one before that did not end was killed.
 
-    `changed` since the checkpoint, which --resume-changed accepted, and what was `set_aside`, each a sentence.
+    `changed` since the checkpoint, which --resume-changed accepted, and what was `set_aside`, each a sentence; and what
+    its `rehearsal` measured.
     """
     starts = _before(folder)
     if starts and starts[-1]["end"] is None:
         last = _last_sign(folder, starts[-1])
         starts[-1] |= {"ended": last.get("time"), "step": last["step"], "end": "killed"}
     now = {"started": _utc(), "from_step": from_step, "ended": None, "step": None, "end": None}
-    return [*starts, now | {"changed": list(changed), "set_aside": list(set_aside)}]
+    return [*starts, now | {"changed": list(changed), "set_aside": list(set_aside), "rehearsal": rehearsal}]
 
 
 def end(folder: Path, start: Start, error: Exception | None) -> None:
