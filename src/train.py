@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    quiet_libraries()
     options = parse()
     terminal = Terminal(options.json)
     skipped = checks.expand("--skip", options.skip)
@@ -83,7 +84,6 @@ def main() -> None:
 
 def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
     """What `scripts/validate_environment.py` looks at, too; a dry run looks at data and tokens only."""
-    quiet_libraries()
     only = ("data", "tokens") if dry_run else ()
     chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
     results: list[Result] = []

@@ -72,6 +72,26 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def hub_cache(tiny_mistral: Path, tmp_path: Path) -> Path:
+    """A Hub's cache that holds a Mistral as `hf download` leaves it, sharded as the real one is.
+
+    No mark says which other files the Hub does not have.
+    """
+    from transformers import MistralForCausalLM
+
+    from finetune.config import MISTRAL
+
+    cache, revision = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / f"models--{MISTRAL.replace('/', '--')}"
+    MistralForCausalLM.from_pretrained(tiny_mistral).save_pretrained(
+        repository / "snapshots" / revision, max_shard_size="10MB"
+    )
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision, encoding="utf-8")
+    return cache
+
+
+@pytest.fixture
 def conversations(tmp_path: Path) -> Path:
     """40 short conversations, each different."""
     path = tmp_path / "train.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,6 +57,23 @@ def base_state(model: Any) -> dict[str, torch.Tensor]:
 
 def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
     return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
+
+
+# --- the Hub
+
+
+@pytest.mark.parametrize("revision", [None, "0123456789abcdef0123456789abcdef01234567"])
+def test_a_base_in_the_hubs_cache_is_loaded_without_a_word_to_anybody(
+    hub_cache: Path, revision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(list(hub_cache.glob("*/snapshots/*/model-*.safetensors"))) > 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub_cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)  # as quiet_libraries does
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked"))
+    settings = [f"model.name={MISTRAL}", *([f"model.revision={revision}"] if revision else [])]
+    base = base_model(load("cpu", settings)[0])
+    assert (base.config.num_hidden_layers, base.name_or_path) == (2, MISTRAL)
 
 
 # --- storage

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
-from finetune.config import ROOT, load
+from finetune.config import MISTRAL, ROOT, load
 from finetune.machine import PYTHON
 from finetune.model_card import model_card
 
@@ -668,6 +669,25 @@ def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Fin
         "mend that, or leave it out: --skip model.files\n"
     )
     assert names(tmp_path / "output") == [".cache"]
+
+
+# --- the Hub
+
+
+def test_beside_a_silent_hub_a_base_in_its_cache_is_trained_on_and_nothing_is_asked(
+    finished: Finished, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name, value in {"HF_HOME": str(hub_cache.parent), "HF_ENDPOINT": address, "no_proxy": "127.0.0.1"}.items():
+            monkeypatch.setitem(ENVIRONMENT, name, value)
+        for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI"):
+            monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+        done = Command(Path(MISTRAL), finished.command.train_file, tmp_path / "output")()
+        assert done.returncode == 0, done.stderr
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has come
+            silent.accept()
 
 
 # --- trackers

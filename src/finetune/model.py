@@ -21,7 +21,7 @@ from finetune import levers
 from finetune.chat import Chat
 from finetune.config import Config, is_local, resolve
 from finetune.errors import CheckFailed
-from finetune.hub import GIVE_TOKEN
+from finetune.hub import GIVE_TOKEN, is_cached
 from finetune.platforms import quantised_on
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
@@ -66,11 +66,14 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
         bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
     )
     name = str(resolve(model.name)) if is_local(model.name) else model.name
+    here = is_local(model.name) or is_cached(model.name, model.revision)
     transformers.utils.logging.disable_progress_bar()
     try:
         base = AutoModelForCausalLM.from_pretrained(
             name,
             revision=model.revision or "main",
+            local_files_only=here,  # else a Hub that is silent is asked six times for each file that a base may have
+            adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
             quantization_config=nf4,
             dtype=dtype,
             device_map={"": quantised},  # without it a Mac would silently get the CPU

@@ -207,7 +207,11 @@ def counted(count: int, noun: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence what no user can act on: small progress bars, deprecations, advice. Call before they are imported."""
+    """Silence what no user can act on: small progress bars, deprecations, advice, and what TRL tells the Hub of a run.
+
+    Call before they are imported.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
