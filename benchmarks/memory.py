@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from finetune.config import Config, load  # noqa: E402
+from finetune.files import GIB  # noqa: E402
 from finetune.geometry import MISTRAL_7B, Geometry  # noqa: E402
-from finetune.machine import GIB  # noqa: E402
 from finetune.memory import checkpointed_layers, memory_parts, moments  # noqa: E402
 from finetune.platforms import PLATFORMS, peak_memory_gib  # noqa: E402
 
@@ -309,7 +309,7 @@ def resident_gib() -> float:
 
 def run_case(case: Case, platform: str, folder: Path) -> dict[str, Any]:
     """In the child process: train the model in `folder`, and give predicted beside measured."""
-    from finetune.report import quiet_libraries
+    from finetune.cli import quiet_libraries
 
     quiet_libraries()
     config = config_of(case, platform, folder)

@@ -12,7 +12,7 @@ from typing import Any
 from step_rows import make_steps, padding_share
 from variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
 
-from finetune.machine import GIB
+from finetune.files import GIB
 from finetune.platforms import PLATFORMS, Platform, forget_memory, peak_memory_gib, prepare_device, synchronize
 
 ROWS_SEED = 20

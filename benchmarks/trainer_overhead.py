@@ -40,10 +40,11 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune import checkpoints, model, trainer
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.chat import IGNORED, load_chat
+from finetune.cli import quiet_libraries
 from finetune.config import Config, load
 from finetune.geometry import Geometry
 from finetune.platforms import PLATFORMS
-from finetune.report import Terminal, quiet_libraries
+from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.sums import Sums
 

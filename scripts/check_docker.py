@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from finetune import cli
 from finetune.checks.check import exit_code, run, summary
 from finetune.checks.docker import CHECKS
+from finetune.cli import PYTHON
 from finetune.docker_host import DockerHost, Engine, read_docker_host
-from finetune.machine import PYTHON
 from finetune.report import Terminal, tally
 
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from finetune import cli
 from finetune.checks.libraries import install_command
 from finetune.errors import CheckFailed
-from finetune.machine import GIB, Machine, read_machine
+from finetune.files import GIB
+from finetune.machine import Machine, read_machine
 from finetune.platforms import Torch, accelerator, choose, read_torch
 from finetune.report import Terminal
 

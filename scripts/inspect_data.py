@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.config import Config, is_local, load, resolve
+from finetune.config import Config, is_local, load
 from finetune.errors import ConfigError, DataError
+from finetune.files import resolve
 from finetune.report import Terminal
 
 
@@ -74,7 +75,7 @@ def _note(full: int, kept: int | None, config: Config) -> str:
 def show(terminal: Terminal, row: dict[str, object]) -> None:
     """One row for people: the pieces in order, those with loss marked."""
     from finetune.chat import IGNORED
-    from finetune.data import one_line
+    from finetune.wording import one_line
 
     heading = terminal.paint(f"line {row['line']}", "bold")
     terminal.say(f"{heading}: {row['note']}")

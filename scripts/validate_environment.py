@@ -16,10 +16,11 @@ from finetune import checks, cli
 from finetune.checks.check import Check, Result, exit_code, run, summary
 from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
+from finetune.cli import command, quiet_libraries
 from finetune.config import load
-from finetune.machine import command, read_machine
+from finetune.machine import read_machine
 from finetune.paste import block
-from finetune.report import Terminal, quiet_libraries, tally
+from finetune.report import Terminal, tally
 
 # Which checks the specification's own functions stand for.
 REMOTE = ("libraries", "gpu.torch", "device.flash_attention")

@@ -13,10 +13,12 @@ from finetune.budget import Pace, check_budget, seconds_since_start
 from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
+from finetune.cli import quiet_libraries
 from finetune.config import load
 from finetune.errors import CheckFailed
+from finetune.files import shown
 from finetune.fitting import what_would_fit
-from finetune.machine import read_machine, shown
+from finetune.machine import read_machine
 from finetune.platforms import (
     capacity_gib,
     hardware,
@@ -25,7 +27,7 @@ from finetune.platforms import (
     prepare_device,
 )
 from finetune.recompute import by_formula, settled
-from finetune.report import Terminal, cost_text, quiet_libraries, tally
+from finetune.report import Terminal, cost_text, tally
 from finetune.runs import Run, open_run
 
 if TYPE_CHECKING:

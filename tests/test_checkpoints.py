@@ -10,19 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from finetune.checkpoints import (
-    newest_whole,
-    read_seal,
-    replace_best,
-    room_for,
-    saved,
-    seal,
-    sha256,
-    thin_out,
-    trusted_best,
-    write_json,
-)
+from finetune.checkpoints import newest_whole, read_seal, replace_best, room_for, saved, seal, thin_out, trusted_best
 from finetune.errors import DiskFull
+from finetune.files import sha256, write_json
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import config, typed
+from finetune import config, files, typed
+from finetune.cli import command
 from finetune.config import BASE_FILE, ROOT, Config
 from finetune.errors import ConfigError
-from finetune.machine import Machine, command
+from finetune.machine import Machine
 
 MACHINES = {
     "h100": (
@@ -234,7 +235,8 @@ def test_the_save_steps_that_the_message_suggests_are_accepted(save: int, evalua
 def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(config, "ROOT", tmp_path)
+    for module in (files, config):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     path = written(tmp_path, "model:\n  name: models/demo-135m\n")
     wanted = f"models/demo-135m is not there; type: {command('scripts/make_demo_model.py')}"
     assert problems(path) == (f"{path}:2  model.name: {wanted}",)
@@ -368,9 +370,9 @@ def test_relative_paths_are_from_the_projects_root_whatever_the_working_director
     here = load(str(BASE_FILE), local_model, "tracking.run_name=x").run_folder
     monkeypatch.chdir(tmp_path)
     assert load(str(BASE_FILE), local_model, "tracking.run_name=x").run_folder == here == ROOT / "adapters" / "x"
-    assert config.resolve("data/sample/train.jsonl") == ROOT / "data" / "sample" / "train.jsonl"
-    assert config.resolve(str(tmp_path)) == tmp_path
-    assert config.resolve("~/runs") == Path.home() / "runs"
+    assert files.resolve("data/sample/train.jsonl") == ROOT / "data" / "sample" / "train.jsonl"
+    assert files.resolve(str(tmp_path)) == tmp_path
+    assert files.resolve("~/runs") == Path.home() / "runs"
     elsewhere = load(str(BASE_FILE), local_model, f"output.dir={tmp_path}", "tracking.run_name=x")
     assert elsewhere.run_folder == tmp_path / "x"
 

@@ -30,9 +30,9 @@ from finetune.chat import (
 from finetune.data import Prepared, marked, prepare, preview
 from finetune.encoding import Encoder, Recipe, Statistics, control_tokens, segments, with_system_prompt
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
-from finetune.report import clean
 from finetune.rows import Rows, SplitWriter, histogram
 from finetune.schema import DatasetConfig
+from finetune.wording import clean
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
 SYSTEM_PROMPT = "Be kind."
@@ -468,7 +468,7 @@ def test_too_few_rows_for_a_split_are_told_with_the_limit_to_raise(case: Case) -
 
 
 def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "ROOT", case.folder)
+    monkeypatch.setattr(files, "ROOT", case.folder)
     write(case.train, *numbered(40))
     prepared = case.prepare(train_file="train.jsonl", validation_file="data/processed/val.jsonl", validation_split=0.1)
     assert prepared.split_reason == (
@@ -478,7 +478,7 @@ def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pyte
 
 
 def test_the_default_validation_file_is_used_where_it_is(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "ROOT", case.folder)
+    monkeypatch.setattr(files, "ROOT", case.folder)
     (case.folder / "data" / "processed").mkdir(parents=True)
     write(case.train, *numbered(5))
     write(case.folder / "data" / "processed" / "val.jsonl", *numbered(2, start=100))

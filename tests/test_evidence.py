@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from finetune import evidence
+from finetune.cli import PYTHON
 from finetune.config import MISTRAL
 from finetune.errors import ConfigError
 from finetune.evidence import Answer
-from finetune.machine import PYTHON
 from run_folders import PASSED, SAMPLES, make_run, manifest, rows, start, without_end
 
 NOT_LEFT_TO_TEST = "No check looks at whether what it says is true or harmless."

@@ -17,9 +17,9 @@ from finetune.config import ROOT
 
 # The light half, lowest first: each may import those before it. Every other file in src/finetune is heavy.
 LIGHT = (
-    *("errors", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
+    *("errors", "wording", "files", "cli", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
     *("recompute", "throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
-    *("docker_host", "checks", "report", "paste", "cli", "starts", "evidence"),
+    *("docker_host", "checks", "report", "paste", "starts", "evidence"),
 )
 # What makes pages: above the light half, below the heavy one. It has matplotlib and NumPy, and nothing else heavy.
 PAGES = ("charts", "comparison", "report_page", "reporting")

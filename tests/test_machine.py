@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from finetune import machine
+from finetune import files, machine
 from finetune.machine import GpuProcess, Machine, read_machine
 from finetune.platforms import choose
 
@@ -316,7 +316,7 @@ def in_an_image(expression: str) -> str:
     """What `expression` says in a process that docker/Dockerfile's environment surrounds; IMAGE_LOCK is read once."""
     imports = "from finetune import hub, machine; from finetune.checks import LIST, device, libraries"
     code = f"{imports}; print({expression})"
-    environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(machine.ROOT / "src")}
+    environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(files.ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

@@ -13,9 +13,9 @@ import pytest
 
 from finetune import config
 from finetune.config import ROOT, Config
+from finetune.files import GIB
 from finetune.fitting import Fit, fit
 from finetune.geometry import MISTRAL_7B, Geometry
-from finetune.machine import GIB
 from finetune.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
 
 EMBEDDING = 32_000 * 4096

@@ -11,7 +11,8 @@ import torch
 
 from finetune import platforms
 from finetune.errors import CheckFailed, OutOfResource
-from finetune.machine import GIB, Machine
+from finetune.files import GIB
+from finetune.machine import Machine
 from finetune.platforms import PLATFORMS, Torch, accelerator, choose, memory_available_gib, read_torch
 from recorded import A100_40, EIGHT, GH200, H100, INTEL_MAC, LINUX, LINUX_ARM, M2_32, M4, ROSETTA
 

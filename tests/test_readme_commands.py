@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from finetune import receipt, typed
-from finetune.checkpoints import write_json
 from finetune.checks.preflight import Preflight
 from finetune.config import ROOT, Config, load
+from finetune.files import write_json
 from finetune.machine import read_machine
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}

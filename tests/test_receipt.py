@@ -13,11 +13,11 @@ import pytest
 
 from finetune import data, encoding, receipt, typed
 from finetune.chat import Chat, load_chat
-from finetune.checkpoints import write_json
 from finetune.config import MISTRAL, Config, load
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.errors import ConfigError
+from finetune.files import write_json
 from finetune.receipt import BY_DESIGN, NOT_COMPARED, differences
 
 Row = list[dict[str, str]]

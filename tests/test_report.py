@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from finetune import machine
+from finetune import cli
 from finetune.checks.check import Result
 from finetune.plan import Plan
-from finetune.report import COLOURS, Terminal, clean, plan_lines, tally
+from finetune.report import COLOURS, Terminal, plan_lines, tally
+from finetune.wording import clean
 
 PLAN = Plan(
     rows_train=12_345,
@@ -345,7 +346,7 @@ def test_a_report_page_that_was_made_is_the_next_thing_to_look_at(
     system: str, image: str | None, next_line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(machine, "IMAGE_LOCK", image)
+    monkeypatch.setattr(cli, "IMAGE_LOCK", image)
     (tmp_path / "report.html").touch()
     outcome: Any = SimpleNamespace(first_eval_loss=None, eval_loss=1.0, best_step=1, steps=1, stopped_early=False)
     stream = io.StringIO()

@@ -18,11 +18,12 @@ import pytest
 from browser import PROGRAM, Browser
 from finetune import charts, report_page, reporting
 from finetune.charts import Line
+from finetune.cli import PYTHON
 from finetune.config import MISTRAL, ROOT
 from finetune.errors import Diverged, Stopped
-from finetune.machine import PYTHON
-from finetune.report import Terminal, clean
+from finetune.report import Terminal
 from finetune.runs import Run
+from finetune.wording import clean
 from run_folders import SAMPLES, make_run, manifest, rows, start, without_end
 
 SCRIPT = ROOT / "scripts" / "make_report.py"

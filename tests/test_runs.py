@@ -18,7 +18,8 @@ import pytest
 from finetune import config, runs
 from finetune.config import ROOT, Config
 from finetune.errors import ConfigError, OutOfResource
-from finetune.runs import Run, make_folder, open_run
+from finetune.files import make_folder
+from finetune.runs import Run, open_run
 
 NAME = "my.run"
 

@@ -19,12 +19,13 @@ import pytest
 from transformers import TrainerControl
 
 import train as program
-from finetune.budget import MARGIN, Pace, Schedule, check_budget, duration, seconds_since_start
+from finetune.budget import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.callbacks import Stopper, TimeBudget
 from finetune.config import load
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.runs import Run
 from finetune.schema import TrainingConfig
+from finetune.wording import duration
 
 PACE = Pace(step=10.0, evaluation=60.0, save=5.0)
 

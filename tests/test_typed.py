@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from finetune import typed
+from finetune import typed, wording
 from finetune.typed import Bounds, Problems
 
 
@@ -236,4 +236,4 @@ def test_the_paths_of_a_tree_are_in_its_order_sections_included() -> None:
     ],
 )
 def test_a_value_is_shown_short_and_without_control_characters(value: Any, shown: str) -> None:
-    assert typed.show(value) == shown
+    assert wording.show(value) == shown

@@ -7,12 +7,12 @@ import math
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 
 import psutil
 
 from finetune.errors import OutOfResource
 from finetune.schema import TrainingConfig
+from finetune.wording import duration
 
 # Two measurements of one config differ a little, and what is advised here must not be refused the next time.
 MARGIN = 1.05
@@ -21,19 +21,6 @@ MARGIN = 1.05
 def seconds_since_start() -> float:
     """Wall time since this process was started, imports and loading included."""
     return max(0.0, time.time() - psutil.Process().create_time())
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.4 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def clock(end: datetime, now: datetime) -> str:
-    """When `end` is, as said at `now`, both in local time: `14:05`, `Tue 14:05` or `24 Dec 14:05`."""
-    day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
-    return f"{day}{end:%H:%M}"
 
 
 @dataclass(frozen=True)

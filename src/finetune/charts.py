@@ -21,7 +21,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
-from finetune.report import clean  # noqa: E402
+from finetune.wording import clean  # noqa: E402
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 # What matplotlib is told to paint with, and which of the page's variables stands in its place afterwards.

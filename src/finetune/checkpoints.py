@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -17,32 +16,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import DiskFull
-from finetune.machine import shown
+from finetune.files import sha256, shown, write_json
 
 SEAL = "sha256.json"
 BEST = "best"
 ASIDE = "damaged-"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: another name, fsync, rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`content` as readable JSON, written whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,19 +1,23 @@
-"""What every command shares: its arguments, and how it ends."""
+"""What every command shares: its arguments, how it ends, and how it is typed again."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import json
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from finetune.errors import UserError
-from finetune.report import clean
+from finetune.files import ROOT
+from finetune.wording import clean
 
 
 def parser(description: str, config_help: str | None = None) -> argparse.ArgumentParser:
@@ -68,3 +72,40 @@ def _end(message: str, exit_code: int) -> NoReturn:
 
 def _leave(signal_number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit(128 + signal_number)
+
+
+_interpreter = Path(sys.executable)
+# This interpreter as it is typed in the project's root, for messages that say what to type.
+PYTHON = str(_interpreter.relative_to(ROOT) if _interpreter.is_relative_to(ROOT) else _interpreter)
+# Which lock this program's container image was made from, as docker/Dockerfile sets it; None outside of an image.
+IMAGE_LOCK = os.environ.get("IMAGE_LOCK")
+SERVICES = {  # of compose.yaml, by the script that each starts
+    "src/train.py": "train-h100",
+    "scripts/validate_environment.py": "validate",
+    "scripts/make_demo_model.py": "demo",
+}
+
+
+def advice(native: str, image: str) -> str:
+    """What to type: `native`, or `image` where this runs in its container, which a person stands outside of."""
+    return native if IMAGE_LOCK is None else image
+
+
+def command(script: str) -> str:
+    """How `script` is started again, to be followed by its arguments."""
+    service = SERVICES.get(script, f"--entrypoint python plan {script}")
+    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
+
+
+def quiet_libraries() -> None:
+    """Silence what no user can act on: small progress bars, deprecations, advice, and what TRL tells the Hub of a run.
+
+    Call before they are imported.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a CPU kernel that only inference uses
+    for library in ("transformers", "trl", "peft", "torch"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)

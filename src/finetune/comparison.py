@@ -9,10 +9,11 @@ import yaml
 from markupsafe import Markup
 
 from finetune import charts
-from finetune.budget import duration
 from finetune.charts import Line
+from finetune.cli import command
 from finetune.evidence import SCRIPT, Answer, Evidence
-from finetune.machine import command, shown
+from finetune.files import shown
+from finetune.wording import duration
 
 FOUND: tuple[tuple[str, Callable[[Evidence], Any], str], ...] = (
     ("status", lambda run: run.status, "{}"),

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune import typed, yaml_source
+from finetune import typed, wording, yaml_source
+from finetune.cli import command
 from finetune.errors import ConfigError
-from finetune.machine import ROOT, command, read_machine, shown
+from finetune.files import ROOT, resolve, shown
+from finetune.machine import read_machine
 from finetune.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
@@ -83,14 +85,6 @@ class Config:
     def run_folder(self) -> Path:
         """`output.dir`/`run_name`, absolute."""
         return resolve(self.output.dir) / self.run_name
-
-
-def resolve(path: str) -> Path:
-    """A path from a config: relative ones are from the project's root, whatever the working directory."""
-    try:
-        return ROOT / Path(path).expanduser()
-    except RuntimeError:  # ~name of nobody on this machine
-        return ROOT / path
 
 
 def config_file(choice: str | None) -> tuple[Path, str]:
@@ -171,7 +165,7 @@ def _base_model(config: Config, problems: typed.Problems) -> None:
     if resolve(name) == ROOT / "models" / "demo-135m":
         problems.add("model.name", f"{name} is not there; type: {command('scripts/make_demo_model.py')}")
     else:
-        problems.add("model.name", f"found {typed.show(name)}, wanted {MISTRAL} or a local folder that holds it")
+        problems.add("model.name", f"found {wording.show(name)}, wanted {MISTRAL} or a local folder that holds it")
 
 
 def _platform_values(config: Config, problems: typed.Problems) -> None:
@@ -256,7 +250,7 @@ def _system_prompt(config: Config, problems: typed.Problems) -> None:
 def _run_name(config: Config, problems: typed.Problems) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
         wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
-        problems.add("tracking.run_name", f"found {typed.show(config.run_name)}, wanted {wanted}")
+        problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, wanted {wanted}")
 
 
 RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (

@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 
 from finetune.chat import Chat, load_chat
-from finetune.checkpoints import sha256, write_json
-from finetune.config import DEFAULT_VALIDATION_FILE, resolve
+from finetune.config import DEFAULT_VALIDATION_FILE
 from finetune.encoding import Recipe, Statistics, chunks, segments
 from finetune.errors import CheckFailed, ConfigError, DataError
+from finetune.files import make_folder, resolve, sha256, write_json
 from finetune.jsonl import open_lines
 from finetune.packing import pack
-from finetune.report import clean
 from finetune.rows import Rows, SplitWriter, first_pair
-from finetune.runs import make_folder
 from finetune.schema import DatasetConfig
+from finetune.wording import one_line
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
@@ -213,11 +212,6 @@ def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
 def marked(parts: list[tuple[str, bool]]) -> str:
     """A preview without colour: what carries loss stands between >> and <<."""
     return "".join(f">>{text}<<" if supervised else text for text, supervised in parts)
-
-
-def one_line(text: str) -> str:
-    """`text` for one line of a terminal."""
-    return clean(text).replace("\n", "\\n")
 
 
 def _shortened(text: str, width: int) -> str:

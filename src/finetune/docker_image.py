@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from finetune.machine import GIB
+from finetune.files import GIB
 
 REPOSITORY = "mistral-7b-qlora"  # compose.yaml's image, tagged with the lock it was made from
 SOURCES = ("src", "scripts")  # the program in the image; configs are mounted over the image's own

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune.cli import command
 from finetune.errors import ConfigError
-from finetune.machine import command, shown
-from finetune.report import counted
+from finetune.files import shown
+from finetune.wording import counted
 
 MANIFEST, PAGE = "manifest.json", "report.html"
 SCRIPT = "scripts/make_report.py"  # makes the page again

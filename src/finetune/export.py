@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from finetune import hub, receipt, starts, yaml_source
-from finetune.checkpoints import sha256, step_of, write_json
-from finetune.config import Config, is_local, resolve
+from finetune.checkpoints import step_of
+from finetune.config import Config, is_local
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
-from finetune.machine import ROOT, shown
+from finetune.files import ROOT, resolve, sha256, shown, write_json
 from finetune.model_card import model_card
 from finetune.receipt import base_model
 from finetune.resume import Resume

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import MISTRAL, Config, is_local, resolve
+from finetune.config import MISTRAL, Config, is_local
 from finetune.errors import ConfigError
+from finetune.files import resolve
 from finetune.platforms import PLATFORMS
 
 

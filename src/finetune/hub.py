@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.cli import advice
 from finetune.errors import ConfigError
-from finetune.machine import advice
 
 if TYPE_CHECKING:
     import ssl

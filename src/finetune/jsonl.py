@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from finetune.errors import ConfigError
-from finetune.machine import shown
+from finetune.files import shown
 
 MAX_LINE_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"

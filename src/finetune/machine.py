@@ -10,38 +10,17 @@ import platform as host
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-GIB = 2**30
-ROOT = Path(__file__).resolve().parents[2]
-_interpreter = Path(sys.executable)
-# This interpreter as it is typed in the project's root, for messages that say what to type.
-PYTHON = str(_interpreter.relative_to(ROOT) if _interpreter.is_relative_to(ROOT) else _interpreter)
-# Which lock this program's container image was made from, as docker/Dockerfile sets it; None outside of an image.
-IMAGE_LOCK = os.environ.get("IMAGE_LOCK")
-SERVICES = {  # of compose.yaml, by the script that each starts
-    "src/train.py": "train-h100",
-    "scripts/validate_environment.py": "validate",
-    "scripts/make_demo_model.py": "demo",
-}
+from finetune.cli import advice
+from finetune.files import GIB
+
 ANSWER_SECONDS = 20
 CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
-
-
-def advice(native: str, image: str) -> str:
-    """What to type: `native`, or `image` where this runs in its container, which a person stands outside of."""
-    return native if IMAGE_LOCK is None else image
-
-
-def command(script: str) -> str:
-    """How `script` is started again, to be followed by its arguments."""
-    service = SERVICES.get(script, f"--entrypoint python plan {script}")
-    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
 
 
 def wandb_sync(run: Path | str, online: str | None = None) -> str:
@@ -51,11 +30,6 @@ def wandb_sync(run: Path | str, online: str | None = None) -> str:
     """
     wandb = advice("wandb", "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo")
     return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"
-
-
-def shown(path: Path) -> Path:
-    """`path` as it is typed in the project's root, where that is the working directory; an image has another root."""
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
 
 
 @dataclass(frozen=True)

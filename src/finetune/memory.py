@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finetune.config import Config
+from finetune.files import GIB
 from finetune.geometry import Geometry
-from finetune.machine import GIB
 
 BYTES = {"bfloat16": 2, "float32": 4}
 PARTS = ("weights", "lora", "optimizer", "activations", "attention_mask", "logits", "workspace", "program")

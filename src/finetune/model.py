@@ -19,8 +19,9 @@ from transformers import (
 
 from finetune import levers
 from finetune.chat import Chat
-from finetune.config import Config, is_local, resolve
+from finetune.config import Config, is_local
 from finetune.errors import CheckFailed
+from finetune.files import resolve
 from finetune.hub import GIVE_TOKEN, is_cached
 from finetune.platforms import quantised_on
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig

@@ -11,8 +11,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from finetune.config import MISTRAL, Config, is_local, resolve
-from finetune.report import clean
+from finetune.config import MISTRAL, Config, is_local
+from finetune.files import resolve
+from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
 HYPERPARAMETERS = (

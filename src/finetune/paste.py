@@ -12,9 +12,9 @@ from contextlib import suppress
 from finetune.checks import libraries
 from finetune.checks.check import Result
 from finetune.checks.preflight import Preflight
-from finetune.machine import ROOT
+from finetune.files import ROOT
 from finetune.platforms import accelerator
-from finetune.report import clean
+from finetune.wording import clean
 
 VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 BEGIN, END = "----- paste from here -----", "----- to here -----"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.config import Config
+from finetune.files import GIB
 from finetune.fitting import fit
 from finetune.geometry import Geometry
-from finetune.machine import GIB, Machine
+from finetune.machine import Machine
 from finetune.memory import lora_parameters, memory_parts
 from finetune.platforms import PLATFORMS, memory_available_gib
 from finetune.recompute import by_formula, settled

@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 
 from finetune.errors import CheckFailed, OutOfResource
-from finetune.machine import GIB, Machine, read_machine
+from finetune.files import GIB
+from finetune.machine import Machine, read_machine
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Config, is_local, resolve
-from finetune.data import Prepared, one_line
+from finetune.config import Config, is_local
+from finetune.data import Prepared
 from finetune.encoding import Statistics
 from finetune.errors import ConfigError
-from finetune.typed import show
+from finetune.files import resolve
+from finetune.wording import one_line, show
 
 FILE = "receipt.json"
 SCHEMA_VERSION = 1

@@ -15,17 +15,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from finetune.batches import example_lengths, train_load, validation_load
-from finetune.budget import Pace, Schedule, clock, duration
+from finetune.budget import Pace, Schedule
 from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import OutOfResource
+from finetune.files import make_folder
 from finetune.fitting import what_would_fit
 from finetune.geometry import read_geometry
 from finetune.plan import count_steps
 from finetune.platforms import PLATFORMS
 from finetune.recompute import Choice, by_formula, by_trials, with_layers
-from finetune.runs import Run, make_folder
+from finetune.runs import Run
 from finetune.trial import MemoryEnds, Stage, Trial
+from finetune.wording import clock, duration
 
 
 @dataclass(frozen=True)

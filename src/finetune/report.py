@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
 import textwrap
-import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from finetune.machine import GIB, advice, shown
+from finetune.cli import advice
+from finetune.files import GIB, shown
 from finetune.plan import Plan
 
 if TYPE_CHECKING:
     from finetune.checks.check import Result
     from finetune.trainer import Outcome
+
+from finetune.wording import clean, counted
 
 STATUSES = {"pass": ("pass", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red"), "skip": ("skip", "dim")}
 DETAIL_COLUMN = 33  # where what a check found begins
@@ -187,34 +187,3 @@ def tally(results: Iterable[Result]) -> str:
     counts = Counter(result.status for result in results)
     warnings = counted(counts["warn"], "warning")
     return f"{counts['pass']} passed, {warnings}, {counts['fail']} failed, {counts['skip']} skipped"
-
-
-def clean(text: str) -> str:
-    """`text` for a terminal: control and direction characters escaped, so that data cannot write escape sequences."""
-    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    joiners = "\n\u200c\u200d"  # the last two join letters and emoji
-    return "".join(
-        character.encode("unicode_escape", "surrogatepass").decode()
-        if unicodedata.category(character) in hidden and character not in joiners
-        else character
-        for character in text
-    )
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def quiet_libraries() -> None:
-    """Silence what no user can act on: small progress bars, deprecations, advice, and what TRL tells the Hub of a run.
-
-    Call before they are imported.
-    """
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a CPU kernel that only inference uses
-    for library in ("transformers", "trl", "peft", "torch"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=library)

@@ -11,13 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune import charts, evidence
-from finetune.budget import duration
 from finetune.charts import Line
+from finetune.cli import command
 from finetune.comparison import compare
 from finetune.config import MISTRAL
 from finetune.evidence import Evidence
-from finetune.machine import command, shown
-from finetune.report import clean, counted
+from finetune.files import shown
+from finetune.wording import clean, counted, duration
 
 ENDS = {
     "complete": ("complete", "good"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from finetune.cli import command
 from finetune.evidence import MANIFEST, PAGE, SCRIPT
-from finetune.machine import command, shown
+from finetune.files import shown
 from finetune.report import Terminal
 from finetune.runs import Run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from finetune.cli import advice
 from finetune.config import Config
-from finetune.errors import ConfigError, OutOfResource
-from finetune.machine import advice, shown
+from finetune.errors import OutOfResource
+from finetune.files import make_folder, shown
 
 WAIT_FOR_NAME_SECONDS = 1.0
 
@@ -97,21 +97,6 @@ def lock_holder(folder: Path) -> str | None:
     except FileNotFoundError:
         pass
     return None
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder below output.dir. Raises ConfigError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            why = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
-            raise OSError(why, os.strerror(why))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        take = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
-        problem = f"output.dir: {shown(folder)}: {error.strerror}; {take}set it to a folder that can be written"
-        raise ConfigError(problem) from None
 
 
 def _taken(first: Path) -> list[Path]:

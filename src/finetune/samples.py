@@ -13,13 +13,14 @@ from transformers import TrainerCallback
 
 from finetune.callbacks import Keeper
 from finetune.chat import Chat, Messages
-from finetune.checkpoints import write_text
 from finetune.config import Config
 from finetune.data import Prepared
 from finetune.encoding import with_system_prompt
+from finetune.files import write_text
 from finetune.jsonl import parse_row, read_lines
 from finetune.replies import reply_to
-from finetune.report import Terminal, clean
+from finetune.report import Terminal
+from finetune.wording import clean
 
 FILE = "samples.jsonl"
 MAX_NEW_TOKENS = 80  # of one answer: enough to hear the style, and the bound on its time

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from finetune import typed
+from finetune import typed, wording
 from finetune.config import Config
 from finetune.errors import ConfigError
+from finetune.files import ROOT
 from finetune.geometry import Geometry
-from finetune.machine import ROOT
 from finetune.memory import checkpointed_layers
 from finetune.schema import Count
 
@@ -106,7 +106,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
         return {}, []
     rows = document["throughput"]
     if not isinstance(rows, list):
-        raise ConfigError(f"{_shown(path)}: throughput: found {typed.show(rows)}, wanted a list of entries")
+        raise ConfigError(f"{_shown(path)}: throughput: found {wording.show(rows)}, wanted a list of entries")
     problems = typed.Problems({})
     entries = [_entry(row, f"throughput[{number}]", problems) for number, row in enumerate(rows)]
     if problems.found:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.wording import show
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -78,15 +80,6 @@ def paths(kind: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             found += paths(typing.cast(type, hint), f"{prefix}{name}.")
     return found
-
-
-def show(value: Any) -> str:
-    """A value as a message quotes it: `'fast' (text)`, short, control characters escaped."""
-    names = {str: "text", bool: "true/false", int: "whole number", float: "number", dict: "section", list: "list"}
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({names.get(type(value), type(value).__name__)})"
 
 
 def did_you_mean(path: str, everywhere: Iterable[str]) -> str:

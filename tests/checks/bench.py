@@ -27,8 +27,9 @@ from finetune.checks.check import Result, exit_code
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.config import ROOT, load
+from finetune.files import GIB
 from finetune.geometry import read_geometry
-from finetune.machine import GIB, Machine
+from finetune.machine import Machine
 from finetune.memory import peak_gib
 from finetune.platforms import PLATFORMS
 from recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH

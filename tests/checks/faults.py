@@ -17,9 +17,11 @@ import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
 from finetune import chat, encoding, hub, receipt, trials
-from finetune.checkpoints import set_aside, write_json
+from finetune.checkpoints import set_aside
 from finetune.checks import host, preflight, run
-from finetune.machine import PYTHON, Machine
+from finetune.cli import PYTHON
+from finetune.files import write_json
+from finetune.machine import Machine
 from recorded import (
     A100_40,
     A100_80,

@@ -9,7 +9,7 @@ from bench import Bench
 
 from finetune import paste
 from finetune.checks.check import Result
-from finetune.machine import ROOT
+from finetune.files import ROOT
 
 RESULTS = [
     Result("host.system", "pass", "macOS 15.1 on arm64", "", 0.0),

@@ -10,8 +10,8 @@ import pytest
 
 from finetune import checks
 from finetune.checks.check import Check, Finding, Result, exit_code, failed, passed, run, skipped, warned
+from finetune.cli import PYTHON
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource, UserError
-from finetune.machine import PYTHON
 
 NOTHING: Any = None  # a preflight for checks that look at none
 

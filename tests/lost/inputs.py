@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from finetune.config import Config, load
 from finetune.errors import ConfigError
 from finetune.jsonl import read_lines
-from finetune.report import clean
+from finetune.wording import clean
 
 if TYPE_CHECKING:
     from finetune.encoding import Encoder

@@ -7,6 +7,7 @@ word, at a moment in time, or at a point: each time it creates, writes, renames 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import resource
@@ -136,7 +137,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT / "src"))
-    from finetune.report import quiet_libraries
+    from finetune.cli import quiet_libraries
 
     quiet_libraries()
     import bitsandbytes  # noqa: F401
@@ -144,7 +145,8 @@ def main() -> None:
     import peft.tuners.lora.bnb  # noqa: F401
     import transformers.models.mistral.modeling_mistral  # noqa: F401
 
-    from finetune import callbacks, checkpoints, export, model, rehearsal, resume, trainer  # noqa: F401
+    for module in ("callbacks", "checkpoints", "export", "model", "rehearsal", "resume", "trainer"):
+        importlib.import_module(f"finetune.{module}")
 
     gc.freeze()  # what is imported stays, so that no child looks through it
     while line := sys.stdin.readline():

@@ -14,9 +14,10 @@ from types import ModuleType
 import pytest
 
 from commands import load_script
+from finetune.cli import PYTHON
 from finetune.config import ROOT
 from finetune.errors import CheckFailed
-from finetune.machine import PYTHON, Machine
+from finetune.machine import Machine
 from finetune.platforms import Torch
 from recorded import (
     A100_40,

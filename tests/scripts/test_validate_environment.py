@@ -17,11 +17,11 @@ import pytest
 
 from commands import load_script
 from finetune import checks, receipt
-from finetune.checkpoints import write_json
 from finetune.checks.check import Check, Result
 from finetune.checks.preflight import Preflight
+from finetune.cli import PYTHON
 from finetune.config import ROOT, load
-from finetune.machine import PYTHON
+from finetune.files import write_json
 from recorded import LINUX, M4
 
 SCRIPT = ROOT / "scripts" / "validate_environment.py"

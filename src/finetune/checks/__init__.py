@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from finetune.checks import base_model, data, device, gpu, host, libraries, mac, run
 from finetune.checks.check import Check
 from finetune.checks.preflight import Preflight
+from finetune.cli import command
 from finetune.errors import ConfigError
-from finetune.machine import command
 from finetune.typed import did_you_mean
 
 CHECKS: tuple[Check[Preflight], ...] = (

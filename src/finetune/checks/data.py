@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.checks.check import Check, Finding, passed, warned
 from finetune.checks.preflight import Preflight
-from finetune.machine import command
+from finetune.cli import command
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
 LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
-from finetune.machine import PYTHON, advice
+from finetune.cli import PYTHON, advice
 from finetune.platforms import quantised_on
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has

@@ -10,8 +10,9 @@ from pathlib import Path
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
+from finetune.cli import advice
 from finetune.fitting import fit
-from finetune.machine import GpuProcess, advice
+from finetune.machine import GpuProcess
 from finetune.memory import peak_gib
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12

@@ -6,10 +6,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import machine
+from finetune import cli
 from finetune.checks.check import Check, Finding, failed, passed, warned
 from finetune.checks.preflight import Preflight
-from finetune.machine import PYTHON, ROOT, advice
+from finetune.cli import PYTHON, advice
+from finetune.files import ROOT
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -34,7 +35,7 @@ LISTED = 5  # libraries named in one finding, then a count
 
 def lock_file(preflight: Preflight) -> Path:
     """The lock that this environment was made from; on a Mac the demo runs on the Mac's, in an image on the image's."""
-    name = machine.IMAGE_LOCK or preflight.platform.name
+    name = cli.IMAGE_LOCK or preflight.platform.name
     if preflight.machine.system == "Darwin" and name == "cpu":
         name = "m4"
     return ROOT / "requirements" / f"{name}.lock"

@@ -6,8 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import Config, is_local, resolve
+from finetune.config import Config, is_local
 from finetune.errors import CheckFailed
+from finetune.files import resolve
 from finetune.geometry import Geometry, read_geometry
 from finetune.machine import Machine
 from finetune.plan import Plan, make_plan

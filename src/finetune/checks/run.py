@@ -13,13 +13,14 @@ from finetune import hub
 from finetune.budget import check_budget
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
-from finetune.config import resolve
+from finetune.cli import advice, command
+from finetune.files import GIB, make_folder, resolve, shown
 from finetune.fitting import fit, what_would_fit
-from finetune.machine import GIB, advice, command, shown, wandb_sync
+from finetune.machine import wandb_sync
 from finetune.memory import peak_gib
 from finetune.plan import hours_problem
 from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
-from finetune.runs import find_run, lock_holder, make_folder
+from finetune.runs import find_run, lock_holder
 from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together

@@ -1,0 +1,64 @@
+"""Files as this program names, reads and writes them: whole or not at all, hashed, and with room on the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shown(path: Path) -> Path:
+    """`path` as it is typed in the project's root, where that is the working directory; an image has another root."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all: another name, fsync, rename."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`content` as readable JSON, written whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def resolve(path: str) -> Path:
+    """A path from a config: relative ones are from the project's root, whatever the working directory."""
+    try:
+        return ROOT / Path(path).expanduser()
+    except RuntimeError:  # ~name of nobody on this machine
+        return ROOT / path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder below output.dir. Raises ConfigError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            why = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(why, os.strerror(why))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        take = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
+        problem = f"output.dir: {shown(folder)}: {error.strerror}; {take}set it to a folder that can be written"
+        raise ConfigError(problem) from None

@@ -1,0 +1,51 @@
+"""Small pieces of wording that every message shares: counts, durations, values, text that is safe for a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import datetime, timedelta
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def clock(end: datetime, now: datetime) -> str:
+    """When `end` is, as said at `now`, both in local time: `14:05`, `Tue 14:05` or `24 Dec 14:05`."""
+    day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
+    return f"{day}{end:%H:%M}"
+
+
+def clean(text: str) -> str:
+    """`text` for a terminal: control and direction characters escaped, so that data cannot write escape sequences."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    joiners = "\n\u200c\u200d"  # the last two join letters and emoji
+    return "".join(
+        character.encode("unicode_escape", "surrogatepass").decode()
+        if unicodedata.category(character) in hidden and character not in joiners
+        else character
+        for character in text
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def show(value: Any) -> str:
+    """A value as a message quotes it: `'fast' (text)`, short, control characters escaped."""
+    names = {str: "text", bool: "true/false", int: "whole number", float: "number", dict: "section", list: "list"}
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({names.get(type(value), type(value).__name__)})"
+
+
+def one_line(text: str) -> str:
+    """`text` for one line of a terminal."""
+    return clean(text).replace("\n", "\\n")
