@@ -36,8 +36,9 @@ sys.path.insert(0, str(ROOT / "src"))
 from finetune.config import Config, load  # noqa: E402
 from finetune.files import GIB  # noqa: E402
 from finetune.geometry import MISTRAL_7B, Geometry  # noqa: E402
+from finetune.machine.device import peak_memory_gib  # noqa: E402
+from finetune.machine.platforms import PLATFORMS  # noqa: E402
 from finetune.memory import checkpointed_layers, memory_parts, moments  # noqa: E402
-from finetune.platforms import PLATFORMS, peak_memory_gib  # noqa: E402
 
 BOUND = 0.10  # of a measured peak
 PEAKS = ("peak", "loss", "backward", "evaluation")
@@ -162,7 +163,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
     from finetune import model, trainer
     from finetune.chat import load_chat
-    from finetune.platforms import prepare_device
+    from finetune.machine.device import prepare_device
     from finetune.runs import Run
 
     platform = PLATFORMS[config.platform]

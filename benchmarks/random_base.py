@@ -11,8 +11,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config import Config
 from finetune.geometry import Geometry
+from finetune.machine.platforms import Platform
 from finetune.model import expand, verify_base
-from finetune.platforms import Platform
 
 SEED = 0  # of the weights
 

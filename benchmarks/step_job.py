@@ -13,7 +13,8 @@ from step_rows import make_steps, padding_share
 from variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
 
 from finetune.files import GIB
-from finetune.platforms import PLATFORMS, Platform, forget_memory, peak_memory_gib, prepare_device, synchronize
+from finetune.machine.device import forget_memory, peak_memory_gib, prepare_device, synchronize
+from finetune.machine.platforms import PLATFORMS, Platform
 
 ROWS_SEED = 20
 

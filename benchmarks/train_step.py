@@ -37,8 +37,8 @@ from step_rows import Shape  # noqa: E402
 from variants import GEOMETRIES, VARIANTS, Job, choose_attention, job_config  # noqa: E402
 
 from finetune.cli import quiet_libraries  # noqa: E402
-from finetune.machine import read_machine  # noqa: E402
-from finetune.platforms import PLATFORMS, choose  # noqa: E402
+from finetune.machine.inspect import read_machine  # noqa: E402
+from finetune.machine.platforms import PLATFORMS, choose  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 DATA = ("mixed", "full")

@@ -43,7 +43,7 @@ from finetune.chat import IGNORED, load_chat
 from finetune.cli import quiet_libraries
 from finetune.config import Config, load
 from finetune.geometry import Geometry
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.sums import Sums

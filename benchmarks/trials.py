@@ -18,7 +18,7 @@ from machine import describe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import trials
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 
 
 def measure(platform: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 from finetune.config import MISTRAL, Config, load
 from finetune.geometry import MISTRAL_7B, Geometry
-from finetune.platforms import Platform, capacity_gib
+from finetune.machine.device import capacity_gib
+from finetune.machine.platforms import Platform
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from finetune import cli
 from finetune.checks.check import exit_code, run, summary
 from finetune.checks.docker import CHECKS
 from finetune.cli import PYTHON
-from finetune.docker_host import DockerHost, Engine, read_docker_host
+from finetune.machine.docker_host import DockerHost, Engine, read_docker_host
 from finetune.report import Terminal, tally
 
 

@@ -14,8 +14,9 @@ from finetune import cli
 from finetune.checks.libraries import install_command
 from finetune.errors import CheckFailed
 from finetune.files import GIB
-from finetune.machine import Machine, read_machine
-from finetune.platforms import Torch, accelerator, choose, read_torch
+from finetune.machine.device import Torch, read_torch
+from finetune.machine.inspect import Machine, read_machine
+from finetune.machine.platforms import accelerator, choose
 from finetune.report import Terminal
 
 

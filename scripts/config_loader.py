@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli, config, typed, yaml_source
 from finetune.errors import ConfigError
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 from finetune.yaml_source import deep_merge, get_config_value, load_yaml, validate_required_fields
 
 __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fields"]

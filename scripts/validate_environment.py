@@ -18,7 +18,7 @@ from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.cli import command, quiet_libraries
 from finetune.config import load
-from finetune.machine import read_machine
+from finetune.machine.inspect import read_machine
 from finetune.paste import block
 from finetune.report import Terminal, tally
 

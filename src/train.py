@@ -18,14 +18,9 @@ from finetune.config import load
 from finetune.errors import CheckFailed
 from finetune.files import shown
 from finetune.fitting import what_would_fit
-from finetune.machine import read_machine
-from finetune.platforms import (
-    capacity_gib,
-    hardware,
-    memory_errors_explained,
-    peak_memory_gib,
-    prepare_device,
-)
+from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import hardware
 from finetune.recompute import by_formula, settled
 from finetune.report import Terminal, cost_text, tally
 from finetune.runs import Run, open_run

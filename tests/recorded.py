@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finetune.machine import GpuProcess, Machine
-from finetune.platforms import Torch
+from finetune.machine.device import Torch
+from finetune.machine.inspect import GpuProcess, Machine
 
 H100 = Machine(
     system="Linux",

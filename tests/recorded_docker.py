@@ -17,8 +17,8 @@ from socketserver import ThreadingMixIn, UnixStreamServer
 from threading import Thread
 from typing import Any
 
-from finetune.docker_host import Disk, DockerHost, Engine, Place, Settings
-from finetune.docker_image import Image
+from finetune.machine.docker_host import Disk, DockerHost, Engine, Place, Settings
+from finetune.machine.docker_image import Image
 from recorded import H100
 
 FOLDERS = tuple(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from finetune import platforms, trial
+from finetune import trial
 from finetune.errors import OutOfResource
 from finetune.export import fingerprint
+from finetune.machine import device as device_module
+from finetune.machine import platforms
 from finetune.recompute import Choice
 from finetune.trainer import Trainer
 from test_rehearsal import attributes, loaded, rehearsed
@@ -157,8 +159,8 @@ def test_on_an_nvidia_gpu_what_torch_holds_is_measured_and_a_cpu_is_not_measured
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 70 * 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 60 * 2**30)
     rows = platforms.PLATFORMS
-    assert (platforms.peak_held_gib(rows["h100"]), platforms.peak_memory_gib(rows["h100"])) == (70, 60)
-    assert platforms.peak_held_gib(rows["cpu"]) == platforms.peak_memory_gib(rows["cpu"])
+    assert (device_module.peak_held_gib(rows["h100"]), device_module.peak_memory_gib(rows["h100"])) == (70, 60)
+    assert device_module.peak_held_gib(rows["cpu"]) == device_module.peak_memory_gib(rows["cpu"])
     assert {name: row.peak_begins_anew for name, row in rows.items()} == {"h100": True, "m4": True, "cpu": False}
 
 

@@ -14,7 +14,7 @@ from finetune import config, files, typed
 from finetune.cli import command
 from finetune.config import BASE_FILE, ROOT, Config
 from finetune.errors import ConfigError
-from finetune.machine import Machine
+from finetune.machine.inspect import Machine
 
 MACHINES = {
     "h100": (

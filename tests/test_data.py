@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import config, data, encoding
+from finetune import data, encoding, files
 from finetune.chat import (
     CHATML_FORMAT,
     IGNORED,

@@ -17,7 +17,21 @@ from finetune.config import ROOT
 
 # The light half, lowest first: each may import those before it. Every other file in src/finetune is heavy.
 LIGHT = (
-    *("errors", "wording", "files", "cli", "machine", "platforms", "yaml_source", "typed", "schema", "config", "geometry", "memory", "fitting"),
+    *(
+        "errors",
+        "wording",
+        "files",
+        "cli",
+        "machine",
+        "platforms",
+        "yaml_source",
+        "typed",
+        "schema",
+        "config",
+        "geometry",
+        "memory",
+        "fitting",
+    ),
     *("recompute", "throughput", "runs", "plan", "budget", "hub", "tracking", "docker_image"),
     *("docker_host", "checks", "report", "paste", "starts", "evidence"),
 )

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from finetune import files, machine
-from finetune.machine import GpuProcess, Machine, read_machine
-from finetune.platforms import choose
+from finetune import files
+from finetune.machine import inspect
+from finetune.machine.inspect import GpuProcess, Machine, read_machine
+from finetune.machine.platforms import choose
 
 Tool = Callable[[str, str], None]
 
@@ -164,7 +165,7 @@ def test_a_gpu_in_instances_does_not_tell_the_memory_of_one(
     ],
 )
 def test_a_driver_that_does_not_answer_is_no_gpu(tool: Tool, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(inspect, "ANSWER_SECONDS", 0.2)
     tool("nvidia-smi", script)
     assert (read_machine().gpus, read_machine().driver) == ((), None)
 
@@ -178,7 +179,7 @@ def test_a_file_that_cannot_be_started_is_no_gpu(content: str, tool: Tool, tmp_p
 
 @pytest.mark.usefixtures("tool")
 def test_without_nvidia_smi_there_is_no_gpu_and_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr(inspect.subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     assert read_machine().gpus == ()
 
@@ -192,7 +193,7 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path))
     memory = SimpleNamespace(total=16 * 2**30, available=12 * 2**30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(machine, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(inspect, "CGROUP", tmp_path / "cgroup")
     (tmp_path / "cgroup" / "memory").mkdir(parents=True)
     return tmp_path / "cgroup"
 
@@ -225,17 +226,17 @@ def test_without_cgroup_files_there_is_no_limit() -> None:
 def test_shared_memory_is_as_large_as_its_file_system_or_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "SHM", tmp_path)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26 * (path == tmp_path)))
+    monkeypatch.setattr(inspect, "SHM", tmp_path)
+    monkeypatch.setattr(inspect.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26 * (path == tmp_path)))
     assert read_machine().shm_gib == 0.0625
-    monkeypatch.setattr(machine, "SHM", tmp_path / "nowhere")
+    monkeypatch.setattr(inspect, "SHM", tmp_path / "nowhere")
     assert read_machine().shm_gib is None
 
 
 @pytest.mark.usefixtures("tool")
 @pytest.mark.parametrize(("pid", "process_1"), [(1, True), (4711, False)])
 def test_a_program_knows_whether_it_is_process_1(pid: int, process_1: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.os, "getpid", lambda: pid)
+    monkeypatch.setattr(inspect.os, "getpid", lambda: pid)
     assert read_machine().process_1 == process_1
 
 

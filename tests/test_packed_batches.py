@@ -12,9 +12,9 @@ from finetune.chat import load_chat
 from finetune.config import Config, load
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
+from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base, make_tokenizer
 from finetune.packing import Collator
-from finetune.platforms import PLATFORMS
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 

@@ -18,7 +18,7 @@ from finetune import config
 from finetune.config import ROOT, Config
 from finetune.encoding import Statistics
 from finetune.geometry import MISTRAL_7B
-from finetune.machine import Machine
+from finetune.machine.inspect import Machine
 from finetune.plan import Plan, count_steps, disk_bytes, make_plan
 from finetune.throughput import Throughput
 from recorded import M4

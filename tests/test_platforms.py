@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import platforms
 from finetune.errors import CheckFailed, OutOfResource
 from finetune.files import GIB
-from finetune.machine import Machine
-from finetune.platforms import PLATFORMS, Torch, accelerator, choose, memory_available_gib, read_torch
+from finetune.machine import device
+from finetune.machine.device import Torch, read_torch
+from finetune.machine.inspect import Machine
+from finetune.machine.platforms import PLATFORMS, accelerator, choose, memory_available_gib
 from recorded import A100_40, EIGHT, GH200, H100, INTEL_MAC, LINUX, LINUX_ARM, M2_32, M4, ROSETTA
 
 
@@ -147,12 +148,12 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
 ) -> None:
     torch_sees(monkeypatch, nvidia=False, mps=False)
     with pytest.raises(CheckFailed) as failure:
-        platforms.prepare_device(PLATFORMS[name])
+        device.prepare_device(PLATFORMS[name])
     assert str(failure.value) == (
         f"device: this config is for {label} ({name}), and torch {torch.__version__} sees none; "
         "try --config cpu, or --dry-run, which needs no device"
     )
-    platforms.prepare_device(PLATFORMS["cpu"])
+    device.prepare_device(PLATFORMS["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -164,13 +165,13 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
     ],
 )
 def test_too_little_memory_on_any_device_is_told_with_what_to_lower(found: str) -> None:
-    with pytest.raises(OutOfResource) as failure, platforms.memory_errors_explained("lower it"):
+    with pytest.raises(OutOfResource) as failure, device.memory_errors_explained("lower it"):
         raise RuntimeError(f"{found}\nand more")
     assert str(failure.value) == (f"out of memory: {found}\nlower it")
 
 
 def test_any_other_error_of_the_device_is_passed_on() -> None:
-    with pytest.raises(RuntimeError, match=r"^shape mismatch$"), platforms.memory_errors_explained("lower it"):
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"), device.memory_errors_explained("lower it"):
         raise RuntimeError("shape mismatch")
 
 
@@ -183,6 +184,6 @@ def test_on_a_mac_memory_is_what_its_driver_gave_and_may_fill_the_working_set(
 ) -> None:
     monkeypatch.setattr("torch.mps.driver_allocated_memory", lambda: 14 * GIB)
     monkeypatch.setattr("torch.mps.recommended_max_memory", lambda: 22.9 * GIB)
-    monkeypatch.setattr(platforms, "read_machine", lambda: replace(M4, memory_free_gib=free_gib))
-    assert platforms.capacity_gib(PLATFORMS["m4"]) == pytest.approx(capacity_gib)
-    assert platforms.peak_memory_gib(PLATFORMS["m4"]) == 14.0
+    monkeypatch.setattr(device, "read_machine", lambda: replace(M4, memory_free_gib=free_gib))
+    assert device.capacity_gib(PLATFORMS["m4"]) == pytest.approx(capacity_gib)
+    assert device.peak_memory_gib(PLATFORMS["m4"]) == 14.0

@@ -17,7 +17,7 @@ from finetune import receipt, typed
 from finetune.checks.preflight import Preflight
 from finetune.config import ROOT, Config, load
 from finetune.files import write_json
-from finetune.machine import read_machine
+from finetune.machine.inspect import read_machine
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 # Indented or fenced blocks that are no commands, by how they begin.

@@ -22,16 +22,17 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 
-from finetune import fitting, platforms, trial
+from finetune import fitting, trial
 from finetune.batches import Load, example_lengths, train_load, validation_load
 from finetune.budget import Pace, Schedule
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import seal
 from finetune.config import Config
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
-from finetune.machine import read_machine
+from finetune.machine import device
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base
-from finetune.platforms import PLATFORMS
 from finetune.putback import put_back
 from finetune.recompute import Choice
 from finetune.rehearsal import Rehearsal, rehearse
@@ -290,9 +291,9 @@ def test_a_device_is_waited_for_asked_for_its_random_numbers_and_relieved(
     )
     monkeypatch.setattr(torch, "get_device_module", {platform.device: device}.__getitem__)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    platforms.synchronize(platform)
-    platforms.set_random_state(platform, platforms.random_state(platform))
-    platforms.forget_memory(platform)
+    device.synchronize(platform)
+    device.set_random_state(platform, device.random_state(platform))
+    device.forget_memory(platform)
     reset = ["reset"] if name == "h100" else []  # only CUDA counts a peak
     assert calls == ["synchronize", "set a state", "empty", *reset]
 
@@ -302,13 +303,13 @@ def test_the_capacity_is_what_is_free_and_what_this_process_holds_but_no_more_th
 ) -> None:
     machine = read_machine()
     held_gib = psutil.Process().memory_info().rss / 2**30
-    monkeypatch.setattr(platforms, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=None))
-    assert platforms.capacity_gib(CPU) == pytest.approx(5.0 + held_gib, rel=0.05)
-    monkeypatch.setattr(platforms, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=4.5))
-    assert platforms.capacity_gib(CPU) == 4.5
+    monkeypatch.setattr(device, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=None))
+    assert device.capacity_gib(CPU) == pytest.approx(5.0 + held_gib, rel=0.05)
+    monkeypatch.setattr(device, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=4.5))
+    assert device.capacity_gib(CPU) == 4.5
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 12 * 2**30)
-    assert platforms.capacity_gib(PLATFORMS["h100"]) == 72.0
+    assert device.capacity_gib(PLATFORMS["h100"]) == 72.0
 
 
 # --- what it refuses

@@ -14,7 +14,7 @@ import pytest
 from finetune.config import Config, load
 from finetune.errors import CheckFailed
 from finetune.geometry import MISTRAL_7B
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -36,8 +36,8 @@ from finetune.budget import Pace
 from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.checkpoints import read_seal, saved
 from finetune.errors import DiskFull, Diverged, Stopped
+from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base
-from finetune.platforms import PLATFORMS
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over

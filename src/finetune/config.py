@@ -20,8 +20,8 @@ from finetune import typed, wording, yaml_source
 from finetune.cli import command
 from finetune.errors import ConfigError
 from finetune.files import ROOT, resolve, shown
-from finetune.machine import read_machine
-from finetune.platforms import PLATFORMS, choose
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import PLATFORMS, choose
 from finetune.schema import (
     DatasetConfig,
     LoraConfig,

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.config import MISTRAL, Config, is_local
 from finetune.errors import ConfigError
 from finetune.files import resolve
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from finetune.config import Config, is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.hub import GIVE_TOKEN, is_cached
-from finetune.platforms import quantised_on
+from finetune.machine.platforms import quantised_on
 from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
 

@@ -13,7 +13,7 @@ from finetune.checks import libraries
 from finetune.checks.check import Result
 from finetune.checks.preflight import Preflight
 from finetune.files import ROOT
-from finetune.platforms import accelerator
+from finetune.machine.platforms import accelerator
 from finetune.wording import clean
 
 VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes")

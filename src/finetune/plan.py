@@ -11,9 +11,9 @@ from finetune.config import Config
 from finetune.files import GIB
 from finetune.fitting import fit
 from finetune.geometry import Geometry
-from finetune.machine import Machine
+from finetune.machine.inspect import Machine
+from finetune.machine.platforms import PLATFORMS, memory_available_gib
 from finetune.memory import lora_parameters, memory_parts
-from finetune.platforms import PLATFORMS, memory_available_gib
 from finetune.recompute import by_formula, settled
 from finetune.throughput import Throughput, find
 

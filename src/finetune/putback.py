@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 
-from finetune.platforms import Platform, forget_memory, random_state, set_random_state
+from finetune.machine.device import forget_memory, random_state, set_random_state
+from finetune.machine.platforms import Platform
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from finetune.config import Config
 from finetune.geometry import Geometry
+from finetune.machine.platforms import AUTO_SHARE
 from finetune.memory import checkpointed_layers, peak_gib
-from finetune.platforms import AUTO_SHARE
 
 TRIALS = 6  # at most; each takes two steps, an evaluation and a save
 

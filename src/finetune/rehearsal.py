@@ -22,8 +22,8 @@ from finetune.errors import OutOfResource
 from finetune.files import make_folder
 from finetune.fitting import what_would_fit
 from finetune.geometry import read_geometry
+from finetune.machine.platforms import PLATFORMS
 from finetune.plan import count_steps
-from finetune.platforms import PLATFORMS
 from finetune.recompute import Choice, by_formula, by_trials, with_layers
 from finetune.runs import Run
 from finetune.trial import MemoryEnds, Stage, Trial

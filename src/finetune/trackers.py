@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from finetune.config import Config
 from finetune.files import shown
 from finetune.hub import PROBE_SECONDS
-from finetune.machine import wandb_sync
+from finetune.machine.inspect import wandb_sync
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.tracking import wandb_offline_reason

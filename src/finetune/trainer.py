@@ -26,8 +26,9 @@ from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progres
 from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for, saved
 from finetune.errors import Diverged
+from finetune.machine.device import peak_memory_gib, random_state, set_random_state
+from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.packing import Collator
-from finetune.platforms import PLATFORMS, Platform, peak_memory_gib, random_state, set_random_state
 from finetune.runs import Run
 from finetune.schema import TrainingConfig
 from finetune.sums import Sums

@@ -21,16 +21,9 @@ from finetune.config import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.geometry import Geometry
+from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
+from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.memory import checkpointed_layers
-from finetune.platforms import (
-    PLATFORMS,
-    Platform,
-    forget_memory,
-    memory_errors_explained,
-    peak_held_gib,
-    peak_memory_gib,
-    synchronize,
-)
 from finetune.putback import put_back
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer

@@ -12,7 +12,7 @@ import bitsandbytes
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune.platforms import quantised_on
+from finetune.machine.platforms import quantised_on
 
 # Rounding to NF4 in blocks of 64 loses about 9 % of a normal distribution's standard deviation (benchmarks/trials.py);
 # a broken kernel loses either nothing or everything.

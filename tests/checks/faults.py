@@ -21,7 +21,7 @@ from finetune.checkpoints import set_aside
 from finetune.checks import host, preflight, run
 from finetune.cli import PYTHON
 from finetune.files import write_json
-from finetune.machine import Machine
+from finetune.machine.inspect import Machine
 from recorded import (
     A100_40,
     A100_80,

@@ -17,7 +17,7 @@ from finetune import checks, rehearsal, trials
 from finetune.checks.check import Result, run
 from finetune.config import ROOT
 from finetune.errors import OutOfResource
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

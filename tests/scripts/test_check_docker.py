@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from commands import load_script
-from finetune import docker_host, docker_image
 from finetune.checks.check import run
 from finetune.checks.docker import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
 from finetune.cli import PYTHON
 from finetune.config import ROOT
-from finetune.docker_host import DockerHost, Engine, Place, Settings, Unreachable, read_docker_host
-from finetune.docker_image import Image
 from finetune.errors import CheckFailed
+from finetune.machine import docker_host, docker_image
+from finetune.machine.docker_host import DockerHost, Engine, Place, Settings, Unreachable, read_docker_host
+from finetune.machine.docker_image import Image
 from recorded import A100_80, H100, M4
 from recorded_docker import (
     FOLDERS,

@@ -17,8 +17,8 @@ from commands import load_script
 from finetune.cli import PYTHON
 from finetune.config import ROOT
 from finetune.errors import CheckFailed
-from finetune.machine import Machine
-from finetune.platforms import Torch
+from finetune.machine.device import Torch
+from finetune.machine.inspect import Machine
 from recorded import (
     A100_40,
     A100_80,

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
 from finetune.errors import CheckFailed, ConfigError, DataError, UserError
-from finetune.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS
 
 Facts = TypeVar("Facts")  # what a check looks at: a Preflight, or a Docker host
 CRASHED = "report it; --skip {id} goes on without it"

@@ -9,7 +9,7 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.cli import PYTHON, advice
-from finetune.platforms import quantised_on
+from finetune.machine.platforms import quantised_on
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.

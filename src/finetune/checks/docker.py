@@ -11,8 +11,8 @@ from finetune.checks import docker_image
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.docker_image import BUILD
 from finetune.checks.gpu import DRIVER, OLDEST_DRIVER
-from finetune.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
-from finetune.platforms import accelerator
+from finetune.machine.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
+from finetune.machine.platforms import accelerator
 
 OLDEST_ENGINE = Version("20.10")  # older ones were not tried
 # Tried was 2.26. The youngest word of compose.yaml and its tests is `!reset`, of 2.18; what lies between is expected.

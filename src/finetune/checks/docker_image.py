@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.run import BASE_GIB
-from finetune.docker_host import Disk, DockerHost
-from finetune.docker_image import REPOSITORY, SOURCES, Image
+from finetune.machine.docker_host import Disk, DockerHost
+from finetune.machine.docker_image import REPOSITORY, SOURCES, Image
 
 IMAGE_GIB = 40  # an expectation: the image, its stages and uv's cache, which the engine keeps beside it
 LISTED = 3  # files named in one finding, then a count

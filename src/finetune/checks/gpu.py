@@ -12,7 +12,7 @@ from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
 from finetune.cli import advice
 from finetune.fitting import fit
-from finetune.machine import GpuProcess
+from finetune.machine.inspect import GpuProcess
 from finetune.memory import peak_gib
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12

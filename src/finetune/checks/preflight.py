@@ -10,9 +10,10 @@ from finetune.config import Config, is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.geometry import Geometry, read_geometry
-from finetune.machine import Machine
+from finetune.machine.device import Torch, read_torch
+from finetune.machine.inspect import Machine
+from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, choose
 from finetune.plan import Plan, make_plan
-from finetune.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, Torch, choose, read_torch
 
 if TYPE_CHECKING:
     from finetune.chat import Chat

@@ -16,10 +16,10 @@ from finetune.checks.preflight import Preflight
 from finetune.cli import advice, command
 from finetune.files import GIB, make_folder, resolve, shown
 from finetune.fitting import fit, what_would_fit
-from finetune.machine import wandb_sync
+from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
+from finetune.machine.inspect import wandb_sync
 from finetune.memory import peak_gib
 from finetune.plan import hours_problem
-from finetune.platforms import capacity_gib, memory_errors_explained, prepare_device
 from finetune.runs import find_run, lock_holder
 from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
 

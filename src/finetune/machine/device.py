@@ -1,0 +1,164 @@
+"""The device that a platform computes on, as torch reaches it: memory, random state, and what it must be told first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from finetune.errors import CheckFailed, OutOfResource
+from finetune.files import GIB
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What the installed torch can reach. `built_for` is the CUDA version that it was built for, None for none.
+
+    `capability` is the first NVIDIA GPU's compute capability, (9, 0) on an H100; `working_set_gib` is how much of a
+    Mac's unified memory its GPU may use before the system swaps.
+    """
+
+    version: str
+    built_for: str | None = None
+    sees_nvidia: bool = False
+    capability: tuple[int, int] | None = None
+    mps_built: bool = False
+    sees_mps: bool = False
+    working_set_gib: float | None = None
+
+
+def read_torch() -> Torch:
+    """Ask torch. Raises CheckFailed where it cannot be imported."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:  # a broken shared library is an OSError
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckFailed(f"torch cannot be imported: {first}") from None
+    nvidia, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return Torch(
+        version=str(torch.__version__),
+        built_for=torch.version.cuda,
+        sees_nvidia=nvidia,
+        capability=torch.cuda.get_device_capability(0) if nvidia else None,
+        mps_built=torch.backends.mps.is_built(),
+        sees_mps=mps,
+        working_set_gib=torch.mps.recommended_max_memory() / GIB if mps else None,
+    )
+
+
+def prepare_device(platform: Platform) -> None:
+    """See that torch has the device, and tell it what it must know before the first kernel runs.
+
+    Raises CheckFailed where the config is for a device that is not here.
+    """
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not present[platform.device]:
+        found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
+        raise CheckFailed(f"device: {found}; try --config cpu, or --dry-run, which needs no device")
+    if platform.name == "h100":
+        # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def memory_errors_explained(advice: str) -> Iterator[None]:
+    """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(
+            "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE
+        ):
+            raise
+        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
+
+
+def peak_memory_gib(platform: Platform) -> float:
+    """Most memory this process has held where the model lives, in GiB: allocated on an NVIDIA GPU, resident on a CPU.
+
+    A Mac's driver tells only what is allocated now; since torch keeps what it has once had, until `forget_memory`, that
+    is the most so far.
+    """
+    import resource
+    import sys
+
+    if platform.name == "h100":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated() / GIB)
+    if platform.name == "m4":
+        import torch
+
+        return float(torch.mps.driver_allocated_memory() / GIB)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
+
+
+def peak_held_gib(platform: Platform) -> float:
+    """As `peak_memory_gib`, and on an NVIDIA GPU what torch held beside what was allocated: what its driver saw."""
+    if platform.name == "h100":
+        import torch
+
+        return float(torch.cuda.max_memory_reserved() / GIB)
+    return peak_memory_gib(platform)
+
+
+def capacity_gib(platform: Platform) -> float:
+    """Memory that this process may fill where the model lives, GiB: what is free, and what it holds already.
+
+    On a Mac at most the GPU's working set, beyond which the system swaps.
+    """
+    if platform.name == "h100":
+        import torch
+
+        return float((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
+    machine = read_machine()
+    if platform.name == "m4":
+        import torch
+
+        held_gib = torch.mps.driver_allocated_memory() / GIB
+        return float(min(machine.memory_free_gib + held_gib, torch.mps.recommended_max_memory() / GIB))
+    held_gib = psutil.Process().memory_info().rss / GIB
+    return min(machine.memory_free_gib + held_gib, machine.memory_limit_gib or machine.memory_gib)
+
+
+def synchronize(platform: Platform) -> None:
+    """Wait until the device has done all that it was given, so that a clock may be read."""
+    import torch
+
+    torch.get_device_module(platform.device).synchronize()
+
+
+def random_state(platform: Platform) -> Any:
+    """The state of the device's own random numbers, which dropout draws from."""
+    import torch
+
+    return torch.get_rng_state() if platform.name == "cpu" else torch.get_device_module(platform.device).get_rng_state()
+
+
+def set_random_state(platform: Platform, state: Any) -> None:
+    """Put back what `random_state` gave."""
+    import torch
+
+    if platform.name == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(platform.device).set_rng_state(state)
+
+
+def forget_memory(platform: Platform) -> None:
+    """Give unused device memory back, and count the peak from here on where that can be done."""
+    import torch
+
+    if platform.name != "cpu":
+        torch.get_device_module(platform.device).empty_cache()
+    if platform.name == "h100":
+        torch.cuda.reset_peak_memory_stats()
