@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.geometry import Geometry
 from finetune.memory import lora_parameters
 

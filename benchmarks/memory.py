@@ -33,7 +33,8 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from finetune.config import Config, load  # noqa: E402
+from finetune.config.load import load  # noqa: E402
+from finetune.config.schema import Config  # noqa: E402
 from finetune.files import GIB  # noqa: E402
 from finetune.geometry import MISTRAL_7B, Geometry  # noqa: E402
 from finetune.machine.device import peak_memory_gib  # noqa: E402

@@ -49,7 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def prepare_ours(path: Path, cache: Path, certificate: bool) -> dict[str, float]:
     from finetune import data
-    from finetune.config import load
+    from finetune.config.load import load
     from finetune.encoding import Recipe
 
     config, _ = load("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])

@@ -9,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.geometry import Geometry
 from finetune.machine.platforms import Platform
 from finetune.model import expand, verify_base

@@ -9,7 +9,8 @@ import numpy as np
 from flops import utilisation
 from variants import OURS, VARIANTS
 
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.geometry import MISTRAL_7B, Geometry
 from finetune.throughput import conditions
 

@@ -41,7 +41,8 @@ from finetune import checkpoints, model, trainer
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.chat import IGNORED, load_chat
 from finetune.cli import quiet_libraries
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.geometry import Geometry
 from finetune.machine.platforms import PLATFORMS
 from finetune.report import Terminal

@@ -10,7 +10,8 @@ from typing import Any
 
 from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
-from finetune.config import MISTRAL, Config, load
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL, Config
 from finetune.geometry import MISTRAL_7B, Geometry
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import Platform

@@ -7,10 +7,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from finetune import cli, config, typed, yaml_source
+from finetune import cli
+from finetune.config import load, schema, typed, yaml_file
+from finetune.config.yaml_file import deep_merge, get_config_value, load_yaml, validate_required_fields
 from finetune.errors import ConfigError
 from finetune.machine.platforms import PLATFORMS
-from finetune.yaml_source import deep_merge, get_config_value, load_yaml, validate_required_fields
 
 __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fields"]
 
@@ -20,14 +21,14 @@ def wanted(tree: dict[str, Any], key: str) -> Any:
     absent = object()
     value = get_config_value(tree, key, absent)
     if value is absent:
-        raise ConfigError(f"--get {key}: unknown key{typed.did_you_mean(key, typed.paths(config.Config))}")
+        raise ConfigError(f"--get {key}: unknown key{typed.did_you_mean(key, typed.paths(schema.Config))}")
     return value
 
 
 def readable(value: Any) -> str:
     """Sections and lists as YAML, text bare, so that a shell can use it."""
     if isinstance(value, dict | list):
-        return yaml_source.dump(value).rstrip()
+        return yaml_file.dump(value).rstrip()
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE", help=f"a config file, or one of: {', '.join(PLATFORMS)}")
     parser.add_argument("--get", metavar="KEY", help="print one value or section, such as lora.r")
     options = parser.parse_args(arguments)
-    tree = config.load(options.file, options.set)[0].as_dict()
+    tree = load.load(options.file, options.set)[0].as_dict()
     value = tree if options.get is None else wanted(tree, options.get)
     if options.json:
         cli.print_json(value)

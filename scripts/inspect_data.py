@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.config import Config, is_local, load
+from finetune.config.load import load
+from finetune.config.schema import Config, is_local
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve
 from finetune.report import Terminal

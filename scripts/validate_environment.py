@@ -17,7 +17,7 @@ from finetune.checks.check import Check, Result, exit_code, run, summary
 from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.cli import command, quiet_libraries
-from finetune.config import load
+from finetune.config.load import load
 from finetune.machine.inspect import read_machine
 from finetune.paste import block
 from finetune.report import Terminal, tally

@@ -14,7 +14,7 @@ from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.cli import quiet_libraries
-from finetune.config import load
+from finetune.config.load import load
 from finetune.errors import CheckFailed
 from finetune.files import shown
 from finetune.fitting import what_would_fit

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune.config import MISTRAL, load
-from finetune.yaml_source import dump
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL
+from finetune.config.yaml_file import dump
 
 BEGAN = 1_772_366_400  # 2026-03-01 12:00 UTC
 HASH = "5d" * 32

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finetune import cli
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from finetune.errors import (
     CheckFailed,
     ConfigError,

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import config, files, typed
+from finetune import files
 from finetune.cli import command
-from finetune.config import BASE_FILE, ROOT, Config
+from finetune.config import load as config_load
+from finetune.config import rules, schema, typed
+from finetune.config.load import BASE_FILE, ROOT
+from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.machine.inspect import Machine
 
@@ -47,12 +50,12 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 
 def load(choice: str, *settings: str) -> Config:
-    return config.load(choice, settings)[0]
+    return config_load.load(choice, settings)[0]
 
 
 def problems(choice: str | None, *settings: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        config.load(choice, settings)
+        config_load.load(choice, settings)
     return caught.value.problems
 
 
@@ -83,7 +86,7 @@ output: adapters
 """
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
-        config.load(path, [local_model, "training.seed=1.5"])
+        config_load.load(path, [local_model, "training.seed=1.5"])
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "config: 8 problems\n"
@@ -101,7 +104,7 @@ output: adapters
 def test_all_rules_that_are_broken_are_reported_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, "quantization: {load_in_4bit: false}\ntraining: {fp16: true}\n")
     with pytest.raises(ConfigError) as caught:
-        config.load(path, ["model.name=someone/else", "training.max_steps=0", "lora.target_modules=[q]"])
+        config_load.load(path, ["model.name=someone/else", "training.max_steps=0", "lora.target_modules=[q]"])
     assert str(caught.value) == (
         "config: 5 problems\n"
         "  --set lora.target_modules=[q]  lora.target_modules: found q, "
@@ -235,7 +238,7 @@ def test_the_save_steps_that_the_message_suggests_are_accepted(save: int, evalua
 def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module in (files, config):
+    for module in (files, rules):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     path = written(tmp_path, "model:\n  name: models/demo-135m\n")
     wanted = f"models/demo-135m is not there; type: {command('scripts/make_demo_model.py')}"
@@ -246,8 +249,8 @@ def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
 
 def test_a_local_folder_is_accepted_as_base_model_absolute_or_from_the_root(tmp_path: Path) -> None:
     for name in (str(tmp_path), "data/sample"):
-        assert config.is_local(load(str(BASE_FILE), f"model.name={name}").model.name)
-    assert not config.is_local("mistralai/Mistral-7B-Instruct-v0.2")
+        assert schema.is_local(load(str(BASE_FILE), f"model.name={name}").model.name)
+    assert not schema.is_local("mistralai/Mistral-7B-Instruct-v0.2")
 
 
 @pytest.mark.parametrize("name", ["''", "~nobody-of-this-name/model", "x" * 300, "pyproject.toml"])
@@ -320,9 +323,9 @@ def test_without_a_choice_the_detected_platforms_file_is_used_and_the_reason_tol
     name: str, local_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine, reason = MACHINES[name]
-    monkeypatch.setattr(config, "read_machine", lambda: machine)
+    monkeypatch.setattr(config_load, "read_machine", lambda: machine)
     monkeypatch.chdir(ROOT)
-    tree, sentence = config.load(None, [local_model])
+    tree, sentence = config_load.load(None, [local_model])
     assert tree.platform == name
     assert sentence == f"configs/training_config_{name}.yaml ({reason})"
 
@@ -331,9 +334,9 @@ def test_without_a_choice_the_detected_platforms_file_is_used_and_the_reason_tol
 def test_a_platforms_name_means_its_file_and_looks_at_no_machine(
     name: str, local_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "read_machine", lambda: pytest.fail("looked at the machine"))
+    monkeypatch.setattr(config_load, "read_machine", lambda: pytest.fail("looked at the machine"))
     monkeypatch.chdir(ROOT)
-    tree, sentence = config.load(name, [local_model])
+    tree, sentence = config_load.load(name, [local_model])
     assert tree.platform == name
     assert sentence == f"configs/training_config_{name}.yaml (--config {name})"
 
@@ -343,7 +346,7 @@ def test_a_path_is_taken_from_the_working_directory(
 ) -> None:
     written(tmp_path, "lora: {r: 8}\n")
     monkeypatch.chdir(tmp_path)
-    tree, sentence = config.load("mine.yaml", [local_model])
+    tree, sentence = config_load.load("mine.yaml", [local_model])
     assert tree.lora.r == 8
     assert sentence == "mine.yaml (--config mine.yaml)"
 
@@ -436,15 +439,15 @@ def test_a_step_takes_the_micro_batch_times_the_accumulation(local_model: str) -
 
 
 def test_what_a_config_must_bring_is_in_the_schema_and_in_the_base(local_model: str) -> None:
-    assert set(config.REQUIRED) <= set(typed.paths(Config))
-    assert len(config.REQUIRED) == 11
+    assert set(load.REQUIRED) <= set(typed.paths(Config))
+    assert len(load.REQUIRED) == 11
     load(str(BASE_FILE), local_model)
 
 
 def test_every_missing_required_key_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = Path(written(tmp_path, "platform: cpu\nmodel: {}\nlora: {r: 8}\ntraining: {}\n"))
-    monkeypatch.setattr(config, "BASE_FILE", bare)
-    missing = [key for key in config.REQUIRED if key != "lora.r"]
+    monkeypatch.setattr(config_load, "BASE_FILE", bare)
+    missing = [key for key in load.REQUIRED if key != "lora.r"]
     assert problems(str(bare)) == tuple(f"{key}: missing; add it to the config file" for key in missing)
 
 

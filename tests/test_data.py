@@ -27,11 +27,11 @@ from finetune.chat import (
     Reference,
     load_chat,
 )
+from finetune.config.schema import DatasetConfig
 from finetune.data import Prepared, marked, prepare, preview
 from finetune.encoding import Encoder, Recipe, Statistics, control_tokens, segments, with_system_prompt
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
 from finetune.rows import Rows, SplitWriter, histogram
-from finetune.schema import DatasetConfig
 from finetune.wording import clean
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)

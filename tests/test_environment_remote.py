@@ -9,7 +9,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from finetune.config import ROOT, load
+from finetune.config.load import ROOT, load
 
 FILE = ROOT / "environment-remote.yml"
 TEXT = FILE.read_text(encoding="utf-8")

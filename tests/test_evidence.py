@@ -12,7 +12,7 @@ import pytest
 
 from finetune import evidence
 from finetune.cli import PYTHON
-from finetune.config import MISTRAL
+from finetune.config.schema import MISTRAL
 from finetune.errors import ConfigError
 from finetune.evidence import Answer
 from run_folders import PASSED, SAMPLES, make_run, manifest, rows, start, without_end

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import receipt
-from finetune.config import MISTRAL, Config, load
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL, Config
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.errors import Diverged, OutOfResource, Stopped

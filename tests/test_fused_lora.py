@@ -15,7 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from finetune import fused_lora
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.geometry import read_geometry
 from finetune.memory import _Sizes
 from finetune.model import add_lora, load_base

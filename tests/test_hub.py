@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import hub
-from finetune.config import MISTRAL
+from finetune.config.schema import MISTRAL
 from finetune.errors import ConfigError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"

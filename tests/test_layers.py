@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 
 # The light half, lowest first: each may import those before it. Every other file in src/finetune is heavy.
 LIGHT = (

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from finetune.config import ROOT, load
+from finetune.config.load import ROOT, load
 
 # Where it computes, how large it is, and where things lie. All else is what configs/training_config_m4.yaml says:
 # bfloat16 and autocast, NF4, LoRA, dropout, sdpa, optimizer, schedule, 1 x 16 sequences, checkpointing, packing.

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from finetune import config
-from finetune.config import ROOT, Config
+from finetune.config import load as config_load
+from finetune.config.load import ROOT
+from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.fitting import Fit, fit
 from finetune.geometry import MISTRAL_7B, Geometry
@@ -24,7 +25,7 @@ BOUND = 0.02  # of what is measured; the README says so
 
 
 def load(*settings: str, platform: str = "h100") -> Config:
-    return config.load(platform, settings)[0]
+    return config_load.load(platform, settings)[0]
 
 
 def at(moment: str, *settings: str, platform: str = "h100") -> dict[str, float]:

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune import model as model_module
-from finetune.config import MISTRAL, Config, load
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL, Config
 from finetune.errors import CheckFailed
 from finetune.model import add_lora, load_base, verify_base
 

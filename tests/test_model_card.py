@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
-from finetune.config import MISTRAL, Config, load
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL, Config
 from finetune.model_card import hub_base, metadata, model_card
 from finetune.self_test import SelfCheck, SelfTest
 from finetune.wording import clean

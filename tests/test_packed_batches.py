@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from finetune.chat import load_chat
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.machine.platforms import PLATFORMS

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from finetune import config
-from finetune.config import ROOT, Config
+from finetune.config import load as config_load
+from finetune.config.load import ROOT
+from finetune.config.schema import Config
 from finetune.encoding import Statistics
 from finetune.geometry import MISTRAL_7B
 from finetune.machine.inspect import Machine
@@ -35,7 +36,7 @@ VALIDATION = Statistics(
 
 
 def load(*settings: str) -> Config:
-    return config.load("h100", settings)[0]
+    return config_load.load("h100", settings)[0]
 
 
 def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> Config:
@@ -298,7 +299,7 @@ def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
 def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_set_gib: float | None = None) -> Plan:
     """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
     rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
-    mac = config.load("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
+    mac = config_load.load("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
     return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, machine, working_set_gib)
 
 

@@ -55,7 +55,7 @@ def test_free_memory_is_where_the_model_would_live_or_unknown(
 
 
 def test_every_platform_has_a_config_file_and_offers_what_works_everywhere() -> None:
-    from finetune.config import ROOT
+    from finetune.config.load import ROOT
 
     assert list(PLATFORMS) == ["h100", "m4", "cpu"]
     for row in PLATFORMS.values():

@@ -12,7 +12,7 @@ import pytest
 
 from finetune import checks
 from finetune.checks import docker
-from finetune.config import ROOT, load
+from finetune.config.load import ROOT, load
 from finetune.fitting import EFFECTS
 from finetune.geometry import read_geometry
 from finetune.memory import peak_gib

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import receipt, typed
+from finetune import receipt
 from finetune.checks.preflight import Preflight
-from finetune.config import ROOT, Config, load
+from finetune.config import typed
+from finetune.config.load import ROOT, load
+from finetune.config.schema import Config
 from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from finetune import data, encoding, receipt, typed
+from finetune import data, encoding, receipt
 from finetune.chat import Chat, load_chat
-from finetune.config import MISTRAL, Config, load
+from finetune.config import typed
+from finetune.config.load import load
+from finetune.config.schema import MISTRAL, Config
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.errors import ConfigError

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from finetune import config
-from finetune.config import Config
+from finetune.config import load as config_load
+from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.geometry import MISTRAL_7B
 from finetune.memory import checkpointed_layers, peak_gib
@@ -17,7 +17,7 @@ AUTO = "training.checkpointed_layers=auto"
 
 
 def load(*settings: str) -> Config:
-    return config.load("h100", settings)[0]
+    return config_load.load("h100", settings)[0]
 
 
 # The key --------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from finetune.batches import Load, example_lengths, train_load, validation_load
 from finetune.budget import Pace, Schedule
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import seal
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
 from finetune.machine import device
 from finetune.machine.inspect import read_machine

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.chat import Chat, load_chat
-from finetune.config import load
+from finetune.config.load import load
 from finetune.model import add_lora, load_base
 from finetune.replies import TOGETHER, Reply, reply_to
 

@@ -19,7 +19,8 @@ from browser import PROGRAM, Browser
 from finetune import charts, report_page, reporting
 from finetune.charts import Line
 from finetune.cli import PYTHON
-from finetune.config import MISTRAL, ROOT
+from finetune.config.load import ROOT
+from finetune.config.schema import MISTRAL
 from finetune.errors import Diverged, Stopped
 from finetune.report import Terminal
 from finetune.runs import Run

@@ -15,8 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import config, runs
-from finetune.config import ROOT, Config
+from finetune import runs
+from finetune.config import load
+from finetune.config.load import ROOT
+from finetune.config.schema import Config
 from finetune.errors import ConfigError, OutOfResource
 from finetune.files import make_folder
 from finetune.runs import Run, open_run
@@ -26,7 +28,7 @@ NAME = "my.run"
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Config:
-    return config.load("h100", [f"output.dir={tmp_path}/adapters", f"tracking.run_name={NAME}"])[0]
+    return load.load("h100", [f"output.dir={tmp_path}/adapters", f"tracking.run_name={NAME}"])[0]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from finetune import self_test as self_test_module
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.chat import load_chat
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.model import load_base, make_tokenizer
 from finetune.report import Terminal

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import config, typed, yaml_source
+from finetune.config import load, schema, typed, yaml_file
 
-FILES = sorted((config.ROOT / "configs").glob("*.yaml"))
+FILES = sorted((load.ROOT / "configs").glob("*.yaml"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 both_platforms = pytest.mark.parametrize("name", ["h100", "m4"])
 
@@ -87,14 +87,14 @@ SHARED = {
 
 
 def platform_file(name: str) -> Path:
-    return config.ROOT / "configs" / f"training_config_{name}.yaml"
+    return load.ROOT / "configs" / f"training_config_{name}.yaml"
 
 
-def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> config.Config:
+def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> schema.Config:
     """The resolved config; where the file's base model is the demo, which may not be made yet, a folder stands in."""
-    on_cpu = yaml_source.load_yaml(path)["platform"] == "cpu"
+    on_cpu = yaml_file.load_yaml(path)["platform"] == "cpu"
     stand_in = [f"model.name={local_model}"] if on_cpu else []
-    return config.load(str(path), [*stand_in, *settings])[0]
+    return load.load(str(path), [*stand_in, *settings])[0]
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,15 +137,15 @@ def test_a_shipped_config_loads(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_loads_alone_and_holds_every_key_of_the_schema(tmp_path: Path) -> None:
-    base = leaves(yaml_source.load_yaml(config.BASE_FILE))
+    base = leaves(yaml_file.load_yaml(load.BASE_FILE))
     sections = {"model", "quantization", "lora", "training", "dataset", "tracking", "output"}
-    assert list(base) == [path for path in typed.paths(config.Config) if path not in sections]
-    assert load(config.BASE_FILE, tmp_path).platform == "cpu"
+    assert list(base) == [path for path in typed.paths(schema.Config) if path not in sections]
+    assert load(load.BASE_FILE, tmp_path).platform == "cpu"
 
 
 @both_platforms
 def test_a_platform_file_restates_every_key_of_the_base_in_its_order(name: str) -> None:
-    base, platform = (leaves(yaml_source.load_yaml(path)) for path in (config.BASE_FILE, platform_file(name)))
+    base, platform = (leaves(yaml_file.load_yaml(path)) for path in (load.BASE_FILE, platform_file(name)))
     assert list(platform) == list(base)
 
 
@@ -153,7 +153,7 @@ def test_a_platform_file_restates_every_key_of_the_base_in_its_order(name: str) 
 def test_a_platform_file_holds_exactly_the_values_of_the_specification(name: str, tmp_path: Path) -> None:
     own = {key: values[("h100", "m4").index(name)] for key, values in OWN.items()}
     assert leaves(load(platform_file(name), tmp_path).as_dict()) == SHARED | own
-    assert leaves(yaml_source.load_yaml(platform_file(name))) == SHARED | own
+    assert leaves(yaml_file.load_yaml(platform_file(name))) == SHARED | own
 
 
 def test_the_two_platforms_differ_in_their_own_keys_only(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_what_the_notes_tell_a_person_to_type_is_accepted(name: str, tmp_path: P
 
 
 def test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows(tmp_path: Path) -> None:
-    section = (config.ROOT / "README.md").read_text(encoding="utf-8").split("\n## Mac M4\n")[1].split("\n## ")[0]
+    section = (load.ROOT / "README.md").read_text(encoding="utf-8").split("\n## Mac M4\n")[1].split("\n## ")[0]
     packed, here, there = quoted_settings(section)
     for name, command in (("m4", packed), ("m4", here), ("h100", there)):
         load(platform_file(name), tmp_path, tuple(command))

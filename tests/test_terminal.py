@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from test_train import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
 
 COLUMNS = 200

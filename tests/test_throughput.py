@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune import config
-from finetune.config import Config
+from finetune.config import load as config_load
+from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.geometry import MISTRAL_7B
 from finetune.throughput import RESULTS, Throughput, find, read
@@ -32,7 +32,7 @@ ENTRY = {
 
 
 def load(*settings: str) -> Config:
-    return config.load("h100", settings)[0]
+    return config_load.load("h100", settings)[0]
 
 
 def write(folder: Path, name: str, date: str, *entries: dict[str, Any]) -> Path:

@@ -21,10 +21,10 @@ from transformers import TrainerControl
 import train as program
 from finetune.budget import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.callbacks import Stopper, TimeBudget
-from finetune.config import load
+from finetune.config.load import load
+from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.runs import Run
-from finetune.schema import TrainingConfig
 from finetune.wording import duration
 
 PACE = Pace(step=10.0, evaluation=60.0, save=5.0)

@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.config import ROOT, Config, load
+from finetune.config.load import ROOT, load
+from finetune.config.schema import Config
 from finetune.errors import Stopped
 from finetune.report import Terminal
 from finetune.runs import Run

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.cli import PYTHON
-from finetune.config import MISTRAL, ROOT, load
+from finetune.config.load import ROOT, load
+from finetune.config.schema import MISTRAL
 from finetune.model_card import model_card
 
 STEPS = 6

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.errors import CheckFailed
 from finetune.geometry import MISTRAL_7B
 from finetune.machine.platforms import PLATFORMS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 
 
 @pytest.mark.slow

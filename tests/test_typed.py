@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from finetune import typed, wording
-from finetune.typed import Bounds, Problems
+from finetune import wording
+from finetune.config import typed
+from finetune.config.typed import Bounds, Problems
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def test_an_unknown_key_comes_with_the_likeliest_known_one(
 
 
 def test_every_synonym_is_a_key_of_the_config() -> None:
-    from finetune.config import Config
+    from finetune.config.schema import Config
 
     known = typed.paths(Config)
     assert [target for target in typed._SYNONYMS.values() if target not in known] == []

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import yaml_source
-from finetune.errors import ConfigError
-from finetune.yaml_source import (
+from finetune.config import yaml_file
+from finetune.config.yaml_file import (
     deep_merge,
     get_config_value,
     load_yaml,
@@ -24,6 +23,7 @@ from finetune.yaml_source import (
     read,
     validate_required_fields,
 )
+from finetune.errors import ConfigError
 
 # What YAML gives a meaning to, so that a fuzzer made of it gets past the first character.
 FRAGMENTS = [
@@ -228,9 +228,9 @@ def test_a_file_that_is_not_utf8_says_at_which_byte(tmp_path: Path) -> None:
 def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.yaml"
     path.write_text("seed: 42\n", encoding="utf-8")
-    monkeypatch.setattr(yaml_source, "MAX_BYTES", 9)
+    monkeypatch.setattr(yaml_file, "MAX_BYTES", 9)
     assert load_yaml(path) == {"seed": 42}
-    monkeypatch.setattr(yaml_source, "MAX_BYTES", 8)
+    monkeypatch.setattr(yaml_file, "MAX_BYTES", 8)
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
     assert caught.value.problems == (f"{path}: 9 bytes, at most 8 are read",)

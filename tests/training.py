@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import saved
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
 from finetune.geometry import read_geometry

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from finetune.config.schema import TrainingConfig
 from finetune.errors import OutOfResource
-from finetune.schema import TrainingConfig
 from finetune.wording import duration
 
 # Two measurements of one config differ a little, and what is advised here must not be refused the next time.

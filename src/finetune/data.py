@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from finetune.chat import Chat, load_chat
-from finetune.config import DEFAULT_VALIDATION_FILE
+from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.encoding import Recipe, Statistics, chunks, segments
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.files import make_folder, resolve, sha256, write_json
 from finetune.jsonl import open_lines
 from finetune.packing import pack
 from finetune.rows import Rows, SplitWriter, first_pair
-from finetune.schema import DatasetConfig
 from finetune.wording import one_line
 
 LISTED_PROBLEMS = 20

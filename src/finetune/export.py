@@ -15,9 +15,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import hub, receipt, starts, yaml_source
+from finetune import hub, receipt, starts
 from finetune.checkpoints import step_of
-from finetune.config import Config, is_local
+from finetune.config import yaml_file
+from finetune.config.schema import Config, is_local
 from finetune.data import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.files import ROOT, resolve, sha256, shown, write_json
@@ -143,7 +144,7 @@ def write_start(
     """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
     from_step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
     known["starts"] = starts.begin(run.folder, from_step, resumed.changes, resumed.set_aside, rehearsal)
-    (run.folder / "config.yaml").write_text(yaml_source.dump(config.as_dict()), encoding="utf-8")
+    (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 
 

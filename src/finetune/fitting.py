@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.geometry import Geometry
 from finetune.memory import peak_gib
 

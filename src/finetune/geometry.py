@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import MISTRAL, Config, is_local
+from finetune.config.schema import MISTRAL, Config, is_local
 from finetune.errors import ConfigError
 from finetune.files import resolve
 from finetune.machine.platforms import PLATFORMS

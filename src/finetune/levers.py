@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from finetune.schema import TrainingConfig
+from finetune.config.schema import TrainingConfig
 
 
 def install(model: PeftModel, training: TrainingConfig) -> None:

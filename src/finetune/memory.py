@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.geometry import Geometry
 

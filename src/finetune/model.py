@@ -19,12 +19,11 @@ from transformers import (
 
 from finetune import levers
 from finetune.chat import Chat
-from finetune.config import Config, is_local
+from finetune.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.hub import GIVE_TOKEN, is_cached
 from finetune.machine.platforms import quantised_on
-from finetune.schema import LoraConfig, ModelConfig, QuantizationConfig
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from finetune.config import MISTRAL, Config, is_local
+from finetune.config.schema import MISTRAL, Config, is_local
 from finetune.files import resolve
 from finetune.wording import clean
 

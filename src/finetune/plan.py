@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.fitting import fit
 from finetune.geometry import Geometry

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Config, is_local
+from finetune.config.schema import Config, is_local
 from finetune.data import Prepared
 from finetune.encoding import Statistics
 from finetune.errors import ConfigError

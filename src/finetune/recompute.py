@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.geometry import Geometry
 from finetune.machine.platforms import AUTO_SHARE
 from finetune.memory import checkpointed_layers, peak_gib

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.batches import example_lengths, train_load, validation_load
 from finetune.budget import Pace, Schedule
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.errors import OutOfResource
 from finetune.files import make_folder

@@ -14,7 +14,7 @@ from finetune import charts, evidence
 from finetune.charts import Line
 from finetune.cli import command
 from finetune.comparison import compare
-from finetune.config import MISTRAL
+from finetune.config.schema import MISTRAL
 from finetune.evidence import Evidence
 from finetune.files import shown
 from finetune.wording import clean, counted, duration

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from finetune.cli import advice
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.errors import OutOfResource
 from finetune.files import make_folder, shown
 

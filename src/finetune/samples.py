@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from finetune.callbacks import Keeper
 from finetune.chat import Chat, Messages
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.encoding import with_system_prompt
 from finetune.files import write_text

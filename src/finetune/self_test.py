@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune.chat import IGNORED
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.replies import evaluating, reply_to
 from finetune.rows import Rows

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from finetune import typed, wording
-from finetune.config import Config
+from finetune import wording
+from finetune.config import typed
+from finetune.config.schema import Config, Count
 from finetune.errors import ConfigError
 from finetune.files import ROOT
 from finetune.geometry import Geometry
 from finetune.memory import checkpointed_layers
-from finetune.schema import Count
 
 RESULTS = ROOT / "benchmarks" / "results"
 Speed = Annotated[float, typed.Bounds(above=0)]

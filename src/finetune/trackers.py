@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.files import shown
 from finetune.hub import PROBE_SECONDS
 from finetune.machine.inspect import wandb_sync

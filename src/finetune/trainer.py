@@ -25,12 +25,12 @@ from trl import SFTConfig, SFTTrainer
 from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
 from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for, saved
+from finetune.config.schema import TrainingConfig
 from finetune.errors import Diverged
 from finetune.machine.device import peak_memory_gib, random_state, set_random_state
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.packing import Collator
 from finetune.runs import Run
-from finetune.schema import TrainingConfig
 from finetune.sums import Sums
 
 DEVICE_RANDOM_STATE = "device_rng.safetensors"

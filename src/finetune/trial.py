@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from finetune.batches import Load
 from finetune.checkpoints import read_seal, seal
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.geometry import Geometry

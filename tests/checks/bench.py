@@ -26,7 +26,7 @@ from finetune.checks import gpu, host, libraries, preflight, run
 from finetune.checks.check import Result, exit_code
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
-from finetune.config import ROOT, load
+from finetune.config.load import ROOT, load
 from finetune.files import GIB
 from finetune.geometry import read_geometry
 from finetune.machine.inspect import Machine

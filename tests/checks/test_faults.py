@@ -15,7 +15,7 @@ from faults import FAULTS, Fault
 
 from finetune import checks, rehearsal, trials
 from finetune.checks.check import Result, run
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from finetune.errors import OutOfResource
 from finetune.machine.platforms import PLATFORMS
 

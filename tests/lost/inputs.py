@@ -8,7 +8,8 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import Config, load
+from finetune.config.load import load
+from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.jsonl import read_lines
 from finetune.wording import clean

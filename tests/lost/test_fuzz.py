@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from inputs import LENGTH, check_config, check_jsonl
 
-from finetune.config import load
+from finetune.config.load import load
 from finetune.encoding import Encoder, Recipe
 from finetune.errors import ConfigError
 from test_jsonl import damaged

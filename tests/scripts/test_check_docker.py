@@ -22,7 +22,7 @@ from commands import load_script
 from finetune.checks.check import run
 from finetune.checks.docker import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
 from finetune.cli import PYTHON
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from finetune.errors import CheckFailed
 from finetune.machine import docker_host, docker_image
 from finetune.machine.docker_host import DockerHost, Engine, Place, Settings, Unreachable, read_docker_host

@@ -15,7 +15,7 @@ import pytest
 
 from commands import load_script
 from finetune.cli import PYTHON
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from finetune.errors import CheckFailed
 from finetune.machine.device import Torch
 from finetune.machine.inspect import Machine

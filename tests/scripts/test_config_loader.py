@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from commands import load_script
-from finetune import config, yaml_source
+from finetune.config import load, yaml_file
 
-SCRIPT = config.ROOT / "scripts" / "config_loader.py"
+SCRIPT = load.ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]
-FILES = sorted((config.ROOT / "configs").glob("*.yaml"))
+FILES = sorted((load.ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +42,20 @@ def test_four_config_files_are_shipped() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_config_is_printed_and_reads_back_the_same(run: Run, path: Path, tmp_path: Path) -> None:
-    expected = config.load(str(path), [f"model.name={tmp_path}"])[0]
+    expected = load.load(str(path), [f"model.name={tmp_path}"])[0]
     code, out, err = run(str(path), *local(tmp_path))
     assert (code, err) == (0, "")
     printed = tmp_path / "printed.yaml"
     printed.write_text(out, encoding="utf-8")
-    assert config.load(str(printed))[0] == expected
+    assert load.load(str(printed))[0] == expected
     code, out, err = run(str(path), *local(tmp_path), "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == expected.as_dict()
 
 
 def test_a_platforms_name_is_as_good_as_its_file(run: Run) -> None:
-    assert run("h100") == run(str(config.ROOT / "configs" / "training_config_h100.yaml"))
-    assert yaml_source.parse(run("h100")[1], "stdout")[0]["platform"] == "h100"
+    assert run("h100") == run(str(load.ROOT / "configs" / "training_config_h100.yaml"))
+    assert yaml_file.parse(run("h100")[1], "stdout")[0]["platform"] == "h100"
 
 
 def test_settings_are_in_what_is_printed(run: Run) -> None:
@@ -68,7 +68,7 @@ def test_settings_are_in_what_is_printed(run: Run) -> None:
 def test_text_that_looks_like_something_else_is_still_text_when_read_back(run: Run, text: str) -> None:
     setting = f"tracking.project={json.dumps(text)}"
     _, out, _ = run("h100", "--set", setting)
-    assert yaml_source.parse(out, "stdout")[0]["tracking"]["project"] == text
+    assert yaml_file.parse(out, "stdout")[0]["tracking"]["project"] == text
     assert run("h100", "--set", setting, "--get", "tracking.project")[1] == f"{text}\n"
 
 
@@ -122,7 +122,7 @@ def test_wrong_usage_is_exit_2(run: Run, arguments: list[str]) -> None:
 def test_the_four_functions_of_the_specification_are_the_packages_own(script: ModuleType) -> None:
     names = ["load_yaml", "deep_merge", "validate_required_fields", "get_config_value"]
     assert sorted(script.__all__) == sorted(names)
-    assert [getattr(script, name) for name in names] == [getattr(yaml_source, name) for name in names]
+    assert [getattr(script, name) for name in names] == [getattr(yaml_file, name) for name in names]
 
 
 def test_it_works_from_any_directory(tmp_path: Path) -> None:

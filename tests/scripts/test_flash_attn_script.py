@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 
 TOOLS = ("bash", "cp", "dirname", "mkdir", "mktemp", "mv", "rmdir", "sed")
 VERSION = "2.8.3.post2"

@@ -16,7 +16,7 @@ import pytest
 
 from commands import load_script
 from finetune import chat
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 from finetune.encoding import with_system_prompt
 
 SCRIPT = ROOT / "scripts" / "inspect_data.py"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 
 SCRIPTS = ("mac.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
 TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "mv", "rm", "sleep")

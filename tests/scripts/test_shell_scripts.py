@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import ROOT
+from finetune.config.load import ROOT
 
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 CPU_TORCH = ["--no-deps", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]

@@ -20,7 +20,7 @@ from finetune import checks, receipt
 from finetune.checks.check import Check, Result
 from finetune.checks.preflight import Preflight
 from finetune.cli import PYTHON
-from finetune.config import ROOT, load
+from finetune.config.load import ROOT, load
 from finetune.files import write_json
 from recorded import LINUX, M4
 

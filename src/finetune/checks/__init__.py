@@ -8,8 +8,8 @@ from finetune.checks import base_model, data, device, gpu, host, libraries, mac,
 from finetune.checks.check import Check
 from finetune.checks.preflight import Preflight
 from finetune.cli import command
+from finetune.config.typed import did_you_mean
 from finetune.errors import ConfigError
-from finetune.typed import did_you_mean
 
 CHECKS: tuple[Check[Preflight], ...] = (
     *host.CHECKS,

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import Config, is_local
+from finetune.config.schema import Config, is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.geometry import Geometry, read_geometry

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from finetune.typed import Bounds
+from finetune.config.typed import Bounds
+from finetune.files import resolve
 
 Dtype = Literal["bfloat16", "float32"]
 Count = Annotated[int, Bounds(least=1)]
@@ -111,3 +116,55 @@ class OutputConfig:
     """Where runs are written."""
 
     dir: str
+
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree; what a run is."""
+
+    platform: Literal["h100", "m4", "cpu"]
+    model: ModelConfig
+    quantization: QuantizationConfig
+    lora: LoraConfig
+    training: TrainingConfig
+    dataset: DatasetConfig
+    system_prompt: str | None
+    tracking: TrackingConfig
+    output: OutputConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tree as plain mappings and lists, as YAML and JSON hold it."""
+        tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return tree
+
+    def sha256(self) -> str:
+        """Hash of the resolved values."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Sequences per optimizer step."""
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def run_name(self) -> str:
+        """`tracking.run_name`, which `load` fills in where a file leaves it null."""
+        assert self.tracking.run_name is not None
+        return self.tracking.run_name
+
+    @property
+    def run_folder(self) -> Path:
+        """`output.dir`/`run_name`, absolute."""
+        return resolve(self.output.dir) / self.run_name
+
+
+def is_local(name: str) -> bool:
+    """Whether `model.name` is a folder here rather than a Hub id."""
+    try:
+        return resolve(name).is_dir()
+    except OSError:  # too long, or not ours to look at
+        return False

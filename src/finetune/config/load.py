@@ -1,0 +1,98 @@
+"""The config: one frozen, typed tree from the base file, the platform's file and `--set`; all problems at once.
+
+What a config means for one platform is checked by rules.py; the types and bounds of its keys are schema.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from finetune.config import typed, yaml_file
+from finetune.config.rules import RULES
+from finetune.config.schema import (
+    Config,
+)
+from finetune.errors import ConfigError
+from finetune.files import ROOT, shown
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import PLATFORMS, choose
+
+BASE_FILE = ROOT / "configs" / "training_config.yaml"
+
+# What no run can do without; the base brings them all, unless somebody broke it.
+REQUIRED = (
+    "model.name",
+    "model.max_seq_length",
+    *(f"lora.{key}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")),
+    "training.per_device_train_batch_size",
+    "training.per_device_eval_batch_size",
+    "training.gradient_accumulation_steps",
+)
+
+
+def config_file(choice: str | None) -> tuple[Path, str]:
+    """The file that `--config` names (a path, or a platform's name) and why; without one, the detected platform's."""
+    if choice is None:
+        platform, reason = choose(read_machine())
+        return shown(ROOT / "configs" / f"training_config_{platform.name}.yaml"), reason
+    if choice in PLATFORMS:
+        return shown(ROOT / "configs" / f"training_config_{choice}.yaml"), f"--config {choice}"
+    path = Path(choice)
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"--config {choice}: {error.strerror}") from None
+    if not found:
+        names = ", ".join(PLATFORMS)
+        raise ConfigError(f"--config {choice}: no such file; type a path or one of: {names}")
+    return path, f"--config {choice}"
+
+
+def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]:
+    """The resolved config and one sentence on which file it comes from and why.
+
+    Raises ConfigError with every problem: unknown, missing and duplicate keys, wrong types and values, and combinations
+    that the platform cannot honour.
+    """
+    path, reason = config_file(choice)
+    merged, places = yaml_file.read(BASE_FILE)
+    unread: list[str] = []
+    sources = [partial(yaml_file.read, path), *(partial(yaml_file.override, [setting]) for setting in settings)]
+    for source in sources:
+        try:
+            values, value_places = source()
+        except ConfigError as error:
+            unread += error.problems
+            continue
+        merged = yaml_file.deep_merge(merged, values)
+        places |= value_places
+    sections = {name for name, value in merged.items() if isinstance(value, dict)}
+    yaml_file.validate_required_fields(merged, (path for path in REQUIRED if path.split(".")[0] in sections))
+    problems = typed.Problems(places, unread)
+    everywhere = typed.paths(Config)
+    config = typed.build(Config, merged, "", problems, everywhere)
+    if not problems.found:
+        config = _with_run_name(config, path)
+        for rule in RULES:
+            rule(config, problems)
+    if problems.found:
+        raise ConfigError(*sorted(set(problems.found), key=_by_line))
+    return config, f"{os.path.relpath(path)} ({reason})"
+
+
+def _by_line(problem: str) -> list[str | int]:
+    # Digits as numbers, so that line 9 comes before line 10.
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]{1,18})", problem))]
+
+
+def _with_run_name(config: Config, path: Path) -> Config:
+    """Stable from the config file's name, so that the same command means the same run."""
+    if config.tracking.run_name is not None:
+        return config
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)
+    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
