@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune.config.schema import Config
-from finetune.geometry import Geometry
-from finetune.memory import lora_parameters
+from finetune.plan.memory import lora_parameters
+from finetune.plan.model_shape import Geometry
 
 # Dense bf16, FLOP/s; NVIDIA's data sheets of the H100 SXM and the H200 SXM state 1,979e12 with sparsity, which is twice
 # that. By a part of the name that the driver gives; a PCIe card, whose clock is lower, is called "H100 PCIe".

@@ -36,10 +36,10 @@ sys.path.insert(0, str(ROOT / "src"))
 from finetune.config.load import load  # noqa: E402
 from finetune.config.schema import Config  # noqa: E402
 from finetune.files import GIB  # noqa: E402
-from finetune.geometry import MISTRAL_7B, Geometry  # noqa: E402
 from finetune.machine.device import peak_memory_gib  # noqa: E402
 from finetune.machine.platforms import PLATFORMS  # noqa: E402
-from finetune.memory import checkpointed_layers, memory_parts, moments  # noqa: E402
+from finetune.plan.memory import checkpointed_layers, memory_parts, moments  # noqa: E402
+from finetune.plan.model_shape import MISTRAL_7B, Geometry  # noqa: E402
 
 BOUND = 0.10  # of a measured peak
 PEAKS = ("peak", "loss", "backward", "evaluation")

@@ -23,9 +23,9 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from finetune import throughput  # noqa: E402
 from finetune.config.load import load  # noqa: E402
-from finetune.geometry import read_geometry  # noqa: E402
+from finetune.plan import throughput  # noqa: E402
+from finetune.plan.model_shape import read_geometry  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 

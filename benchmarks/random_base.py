@@ -10,9 +10,9 @@ from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, 
 from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config.schema import Config
-from finetune.geometry import Geometry
 from finetune.machine.platforms import Platform
 from finetune.model import expand, verify_base
+from finetune.plan.model_shape import Geometry
 
 SEED = 0  # of the weights
 

@@ -11,8 +11,8 @@ from variants import OURS, VARIANTS
 
 from finetune.config.load import load
 from finetune.config.schema import Config
-from finetune.geometry import MISTRAL_7B, Geometry
-from finetune.throughput import conditions
+from finetune.plan.model_shape import MISTRAL_7B, Geometry
+from finetune.plan.throughput import conditions
 
 # Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
 # weights to bf16. In float32 some ten times what --tiny comes to; in bfloat16 an expectation, not measured.

@@ -43,8 +43,8 @@ from finetune.chat import IGNORED, load_chat
 from finetune.cli import quiet_libraries
 from finetune.config.load import load
 from finetune.config.schema import Config
-from finetune.geometry import Geometry
 from finetune.machine.platforms import PLATFORMS
+from finetune.plan.model_shape import Geometry
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.sums import Sums

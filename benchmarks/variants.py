@@ -12,9 +12,9 @@ from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 from finetune.config.load import load
 from finetune.config.schema import MISTRAL, Config
-from finetune.geometry import MISTRAL_7B, Geometry
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import Platform
+from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
 
 @dataclass(frozen=True)
@@ -227,11 +227,12 @@ def our_varlen_trainer(work: Work) -> Any:
 
 
 def _ours(work: Work, base: Any) -> Any:
-    from finetune import model, recompute, trainer
+    from finetune import model, trainer
+    from finetune.plan import checkpointed_layers
     from finetune.runs import Run
 
     config = work.config
-    choice = recompute.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
+    choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
     peft_model = model.adapt(base, config)
     run = Run(work.folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune import checks, cli, reporting
-from finetune.budget import Pace, check_budget, seconds_since_start
 from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
@@ -17,12 +16,14 @@ from finetune.cli import quiet_libraries
 from finetune.config.load import load
 from finetune.errors import CheckFailed
 from finetune.files import shown
-from finetune.fitting import what_would_fit
 from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import hardware
-from finetune.recompute import by_formula, settled
-from finetune.report import Terminal, cost_text, tally
+from finetune.plan.checkpointed_layers import by_formula, settled
+from finetune.plan.describe import cost_text
+from finetune.plan.fit import what_would_fit
+from finetune.plan.schedule import Pace, check_budget, seconds_since_start
+from finetune.report import Terminal, tally
 from finetune.runs import Run, open_run
 
 if TYPE_CHECKING:

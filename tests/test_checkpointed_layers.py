@@ -15,7 +15,7 @@ from finetune.errors import OutOfResource
 from finetune.export import fingerprint
 from finetune.machine import device as device_module
 from finetune.machine import platforms
-from finetune.recompute import Choice
+from finetune.plan.checkpointed_layers import Choice
 from finetune.trainer import Trainer
 from test_rehearsal import attributes, loaded, rehearsed
 from training import Case, adapter_weights, same

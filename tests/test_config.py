@@ -439,15 +439,15 @@ def test_a_step_takes_the_micro_batch_times_the_accumulation(local_model: str) -
 
 
 def test_what_a_config_must_bring_is_in_the_schema_and_in_the_base(local_model: str) -> None:
-    assert set(load.REQUIRED) <= set(typed.paths(Config))
-    assert len(load.REQUIRED) == 11
+    assert set(config_load.REQUIRED) <= set(typed.paths(Config))
+    assert len(config_load.REQUIRED) == 11
     load(str(BASE_FILE), local_model)
 
 
 def test_every_missing_required_key_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = Path(written(tmp_path, "platform: cpu\nmodel: {}\nlora: {r: 8}\ntraining: {}\n"))
     monkeypatch.setattr(config_load, "BASE_FILE", bare)
-    missing = [key for key in load.REQUIRED if key != "lora.r"]
+    missing = [key for key in config_load.REQUIRED if key != "lora.r"]
     assert problems(str(bare)) == tuple(f"{key}: missing; add it to the config file" for key in missing)
 
 

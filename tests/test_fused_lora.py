@@ -17,9 +17,9 @@ from safetensors import safe_open
 from finetune import fused_lora
 from finetune.config.load import load
 from finetune.config.schema import Config
-from finetune.geometry import read_geometry
-from finetune.memory import _Sizes
 from finetune.model import add_lora, load_base
+from finetune.plan.memory import _Sizes
+from finetune.plan.model_shape import read_geometry
 from training import Case, adapter_weights, same
 
 TOLERANCE = 5e-6  # relative, float32: sums in another order

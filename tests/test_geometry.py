@@ -11,7 +11,7 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
-from finetune.geometry import MISTRAL_7B, Geometry, read_geometry
+from finetune.plan.model_shape import MISTRAL_7B, Geometry, read_geometry
 
 SMALL: dict[str, Any] = {
     "architectures": ["MistralForCausalLM"],

@@ -15,9 +15,9 @@ from finetune.config import load as config_load
 from finetune.config.load import ROOT
 from finetune.config.schema import Config
 from finetune.files import GIB
-from finetune.fitting import Fit, fit
-from finetune.geometry import MISTRAL_7B, Geometry
-from finetune.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
+from finetune.plan.fit import Fit, fit
+from finetune.plan.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
+from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
 EMBEDDING = 32_000 * 4096
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)

@@ -13,9 +13,9 @@ import pytest
 from finetune import checks
 from finetune.checks import docker
 from finetune.config.load import ROOT, load
-from finetune.fitting import EFFECTS
-from finetune.geometry import read_geometry
-from finetune.memory import peak_gib
+from finetune.plan.fit import EFFECTS
+from finetune.plan.memory import peak_gib
+from finetune.plan.model_shape import read_geometry
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"

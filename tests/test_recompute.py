@@ -9,9 +9,9 @@ import pytest
 from finetune.config import load as config_load
 from finetune.config.schema import Config
 from finetune.errors import ConfigError
-from finetune.geometry import MISTRAL_7B
-from finetune.memory import checkpointed_layers, peak_gib
-from finetune.recompute import TRIALS, Choice, by_formula, by_trials, settled, with_layers
+from finetune.plan.checkpointed_layers import TRIALS, Choice, by_formula, by_trials, settled, with_layers
+from finetune.plan.memory import checkpointed_layers, peak_gib
+from finetune.plan.model_shape import MISTRAL_7B
 
 AUTO = "training.checkpointed_layers=auto"
 

@@ -22,9 +22,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 
-from finetune import fitting, trial
+from finetune import trial
 from finetune.batches import Load, example_lengths, train_load, validation_load
-from finetune.budget import Pace, Schedule
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import seal
 from finetune.config.schema import Config
@@ -33,8 +32,10 @@ from finetune.machine import device
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base
+from finetune.plan import fit
+from finetune.plan.checkpointed_layers import Choice
+from finetune.plan.schedule import Pace, Schedule
 from finetune.putback import put_back
-from finetune.recompute import Choice
 from finetune.rehearsal import Rehearsal, rehearse
 from finetune.report import Terminal
 from finetune.trainer import Trainer, arguments, make_trainer, train
@@ -337,11 +338,11 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float | None]]:
     """(capacity, measured peak) of each time that a change is asked for; the answer is always the same."""
     asked: list[tuple[float, float | None]] = []
 
-    def fit(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fitting.Fit:
+    def fit(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fit.Fit:
         asked.append((capacity_gib, measured_gib))
-        return fitting.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
+        return fit.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
 
-    monkeypatch.setattr(fitting, "fit", fit)
+    monkeypatch.setattr(fit, "fit", fit)
     return asked
 
 
@@ -358,7 +359,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
     monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
-    monkeypatch.setattr(fitting, "fit", lambda *_: None)
+    monkeypatch.setattr(fit, "fit", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
         "no change of the config would fit, only a machine with more memory"

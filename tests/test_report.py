@@ -12,8 +12,9 @@ import pytest
 
 from finetune import cli
 from finetune.checks.check import Result
-from finetune.plan import Plan
-from finetune.report import COLOURS, Terminal, plan_lines, tally
+from finetune.plan.describe import plan_lines
+from finetune.plan.plan import Plan
+from finetune.report import COLOURS, Terminal, tally
 from finetune.wording import clean
 
 PLAN = Plan(

@@ -11,8 +11,8 @@ import pytest
 from finetune.config import load as config_load
 from finetune.config.schema import Config
 from finetune.errors import ConfigError
-from finetune.geometry import MISTRAL_7B
-from finetune.throughput import RESULTS, Throughput, find, read
+from finetune.plan.model_shape import MISTRAL_7B
+from finetune.plan.throughput import RESULTS, Throughput, find, read
 
 ENTRY = {
     "platform": "h100",

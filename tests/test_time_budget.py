@@ -19,11 +19,11 @@ import pytest
 from transformers import TrainerControl
 
 import train as program
-from finetune.budget import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.callbacks import Stopper, TimeBudget
 from finetune.config.load import load
 from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
+from finetune.plan.schedule import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.runs import Run
 from finetune.wording import duration
 

@@ -14,8 +14,8 @@ import pytest
 from finetune.config.load import load
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
-from finetune.geometry import MISTRAL_7B
 from finetune.machine.platforms import PLATFORMS
+from finetune.plan.model_shape import MISTRAL_7B
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -32,12 +32,12 @@ from trl import SFTTrainer
 
 from finetune import callbacks
 from finetune import trainer as trainer_module
-from finetune.budget import Pace
 from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.checkpoints import read_seal, saved
 from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base
+from finetune.plan.schedule import Pace
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over

@@ -17,10 +17,10 @@ from finetune.config.load import load
 from finetune.config.schema import Config
 from finetune.data import Prepared, prepare
 from finetune.encoding import Recipe
-from finetune.geometry import read_geometry
 from finetune.machine.platforms import PLATFORMS
-from finetune.memory import checkpointed_layers
 from finetune.model import adapt, load_base
+from finetune.plan.memory import checkpointed_layers
+from finetune.plan.model_shape import read_geometry
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, make_trainer, train

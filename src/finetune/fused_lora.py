@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
-from finetune.memory import NOISE_TOKENS
+from finetune.plan.memory import NOISE_TOKENS
 
 
 def install(model: PeftModel) -> None:

@@ -15,16 +15,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from finetune.batches import example_lengths, train_load, validation_load
-from finetune.budget import Pace, Schedule
 from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.errors import OutOfResource
 from finetune.files import make_folder
-from finetune.fitting import what_would_fit
-from finetune.geometry import read_geometry
 from finetune.machine.platforms import PLATFORMS
-from finetune.plan import count_steps
-from finetune.recompute import Choice, by_formula, by_trials, with_layers
+from finetune.plan.checkpointed_layers import Choice, by_formula, by_trials, with_layers
+from finetune.plan.fit import what_would_fit
+from finetune.plan.model_shape import read_geometry
+from finetune.plan.plan import count_steps
+from finetune.plan.schedule import Pace, Schedule
 from finetune.runs import Run
 from finetune.trial import MemoryEnds, Stage, Trial
 from finetune.wording import clock, duration

@@ -20,10 +20,10 @@ from finetune.checkpoints import read_seal, seal
 from finetune.config.schema import Config
 from finetune.data import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
-from finetune.geometry import Geometry
 from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
 from finetune.machine.platforms import PLATFORMS, Platform
-from finetune.memory import checkpointed_layers
+from finetune.plan.memory import checkpointed_layers
+from finetune.plan.model_shape import Geometry
 from finetune.putback import put_back
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer

@@ -28,10 +28,10 @@ from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.config.load import ROOT, load
 from finetune.files import GIB
-from finetune.geometry import read_geometry
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS
-from finetune.memory import peak_gib
+from finetune.plan.memory import peak_gib
+from finetune.plan.model_shape import read_geometry
 from recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
 from stand_ins import by_document, install_flash_attn
 

@@ -11,9 +11,9 @@ from finetune.checks.check import Check, Finding, failed, passed, skipped, warne
 from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
 from finetune.cli import advice
-from finetune.fitting import fit
 from finetune.machine.inspect import GpuProcess
-from finetune.memory import peak_gib
+from finetune.plan.fit import fit
+from finetune.plan.memory import peak_gib
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12
 DRIVER = "sudo apt install nvidia-driver-570-server, then restart"

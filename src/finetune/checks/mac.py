@@ -6,9 +6,9 @@ import os
 
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
-from finetune.fitting import fit
 from finetune.machine.platforms import WORKING_SET_SHARE
-from finetune.memory import peak_gib
+from finetune.plan.fit import fit
+from finetune.plan.memory import peak_gib
 
 UNIFIED_GIB = 32
 LOW_WATERMARK = 1.4  # torch's default

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from finetune.config.schema import Config, is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
-from finetune.geometry import Geometry, read_geometry
 from finetune.machine.device import Torch, read_torch
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, choose
-from finetune.plan import Plan, make_plan
+from finetune.plan.model_shape import Geometry, read_geometry
+from finetune.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from finetune.chat import Chat

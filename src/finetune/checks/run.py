@@ -10,16 +10,16 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune import hub
-from finetune.budget import check_budget
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
 from finetune.cli import advice, command
 from finetune.files import GIB, make_folder, resolve, shown
-from finetune.fitting import fit, what_would_fit
 from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
 from finetune.machine.inspect import wandb_sync
-from finetune.memory import peak_gib
-from finetune.plan import hours_problem
+from finetune.plan.fit import fit, what_would_fit
+from finetune.plan.memory import peak_gib
+from finetune.plan.plan import hours_problem
+from finetune.plan.schedule import check_budget
 from finetune.runs import find_run, lock_holder
 from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
 

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from finetune.config.schema import Config
 from finetune.files import GIB
-from finetune.fitting import fit
-from finetune.geometry import Geometry
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, memory_available_gib
-from finetune.memory import lora_parameters, memory_parts
-from finetune.recompute import by_formula, settled
-from finetune.throughput import Throughput, find
+from finetune.plan.checkpointed_layers import by_formula, settled
+from finetune.plan.fit import fit
+from finetune.plan.memory import lora_parameters, memory_parts
+from finetune.plan.model_shape import Geometry
+from finetune.plan.throughput import Throughput, find
 
 BEFORE = "a rehearsal decides"  # so the formula is what the plan has
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.config.schema import Config
-from finetune.geometry import Geometry
-from finetune.memory import peak_gib
+from finetune.plan.memory import peak_gib
+from finetune.plan.model_shape import Geometry
 
 # What `fit` may change, and what follows the change in its sentence.
 EFFECTS = {

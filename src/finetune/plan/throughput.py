@@ -13,8 +13,8 @@ from finetune.config import typed
 from finetune.config.schema import Config, Count
 from finetune.errors import ConfigError
 from finetune.files import ROOT
-from finetune.geometry import Geometry
-from finetune.memory import checkpointed_layers
+from finetune.plan.memory import checkpointed_layers
+from finetune.plan.model_shape import Geometry
 
 RESULTS = ROOT / "benchmarks" / "results"
 Speed = Annotated[float, typed.Bounds(above=0)]

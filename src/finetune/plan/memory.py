@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from finetune.config.schema import Config
 from finetune.files import GIB
-from finetune.geometry import Geometry
+from finetune.plan.model_shape import Geometry
 
 BYTES = {"bfloat16": 2, "float32": 4}
 PARTS = ("weights", "lora", "optimizer", "activations", "attention_mask", "logits", "workspace", "program")

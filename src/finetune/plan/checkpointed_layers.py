@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.config.schema import Config
-from finetune.geometry import Geometry
 from finetune.machine.platforms import AUTO_SHARE
-from finetune.memory import checkpointed_layers, peak_gib
+from finetune.plan.memory import checkpointed_layers, peak_gib
+from finetune.plan.model_shape import Geometry
 
 TRIALS = 6  # at most; each takes two steps, an evaluation and a save
 

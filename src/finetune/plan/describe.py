@@ -1,0 +1,70 @@
+"""The plan in words: rows of a name and a sentence."""
+
+from __future__ import annotations
+
+from finetune.files import GIB
+from finetune.plan.plan import Plan
+from finetune.wording import counted
+
+
+def plan_lines(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as (name, sentence) rows."""
+    supervised = plan.supervised_tokens_train / max(1, plan.tokens_train)
+    certified = plan.certificate["rows"]
+    free = plan.memory_available_gib
+    available = "not this machine" if free is None else f"{free:.1f} GiB free"
+    rows = f"{plan.rows_train:,} to train on, {plan.rows_validation:,} held out"
+    changed = [(plan.rows_truncated, "cut"), (plan.rows_dropped, "dropped")]
+    rows += "".join(f", {count:,} {name}" for count, name in changed if count)
+    return [
+        ("rows", rows),
+        ("tokens", f"{plan.tokens_train:,} ({supervised:.0%} with loss)"),
+        (
+            "certificate",
+            f"{certified:,} rows equal mistral-common's" if certified else "none (not Mistral's tokenizer, or off)",
+        ),
+        (
+            "sequences",
+            f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
+        ),
+        ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
+        ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
+        ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
+        *working_set_rows(plan),
+        *([("recomputed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
+        ("disk", f"{plan.disk_gib:.1f} GiB"),
+        ("time", time_text(plan)),
+        *([] if plan.cost_per_hour is None else [("cost", cost_text(plan.cost, plan.cost_per_hour))]),
+    ]
+
+
+def working_set_rows(plan: Plan) -> list[tuple[str, str]]:
+    """On a Mac: what its GPU may use, and how far from that the expected peak and the specification's are."""
+    if plan.working_set_gib is None or plan.specified_memory_gb is None:
+        return []
+    limit_gb, (least, most) = plan.working_set_gib * GIB / 1e9, plan.specified_memory_gb
+    expected = f"expected {plan.peak_memory_gib - plan.working_set_gib:+.1f} GiB against it"
+    specified = f"the specification's {least}-{most} GB {least - limit_gb:+.1f} to {most - limit_gb:+.1f} GB"
+    return [
+        ("", f"{plan.working_set_gib:.1f} GiB ({limit_gb:.1f} GB) is the GPU's working set: {expected}, {specified}")
+    ]
+
+
+def memory_shares(plan: Plan) -> str:
+    """The parts of the peak, largest first; those that would read 0.0 GiB are left out."""
+    parts = sorted(plan.memory_parts.items(), key=lambda part: -part[1])
+    shown = [(name.replace("_", " "), gib) for name, gib in parts if gib >= 0.05] or parts[:1]
+    return ", ".join(f"{name} {gib:.1f}" for name, gib in shown)
+
+
+def time_text(plan: Plan) -> str:
+    """Hours, or minutes where there are fewer than two, and who measured the speed."""
+    if plan.hours is None:
+        return "not measured"
+    text = f"{plan.hours * 60:.0f} min" if plan.hours < 2 else f"{plan.hours:.1f} h"
+    return text if plan.hours_from is None else f"{text} at {plan.hours_from}"
+
+
+def cost_text(cost: float | None, cost_per_hour: float) -> str:
+    """What the hours come to, in the currency that `tracking.cost_per_hour` is in."""
+    return f"{'not measured' if cost is None else f'{cost:,.2f}'} ({cost_per_hour:,.2f} an hour)"
