@@ -163,7 +163,7 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
     from finetune import model, trainer
-    from finetune.chat import load_chat
+    from finetune.data.tokenizer import load_chat
     from finetune.machine.device import prepare_device
     from finetune.runs import Run
 

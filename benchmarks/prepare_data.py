@@ -48,14 +48,14 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def prepare_ours(path: Path, cache: Path, certificate: bool) -> dict[str, float]:
-    from finetune import data
     from finetune.config.load import load
-    from finetune.encoding import Recipe
+    from finetune.data import prepare
+    from finetune.data.encode import Recipe
 
     config, _ = load("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])
     started = time.perf_counter()
     recipe = Recipe(None, None, MAX_SEQ_LENGTH, truncation=True, certificate=certificate)
-    prepared = data.prepare(config.dataset, recipe, packing=True, cache=cache)
+    prepared = prepare.prepare(config.dataset, recipe, packing=True, cache=cache)
     seconds = time.perf_counter() - started
     counts = prepared.statistics.values()
     return {"seconds": seconds, "rows": sum(c.rows for c in counts), "tokens": sum(c.tokens for c in counts)}
@@ -66,7 +66,7 @@ def prepare_trl(path: Path, cache: Path, processes: int | None) -> dict[str, flo
     from transformers import MistralConfig, MistralForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.chat import load_chat
+    from finetune.data.tokenizer import load_chat
     from finetune.model import make_tokenizer
 
     tokenizer = make_tokenizer(load_chat(None), "right")

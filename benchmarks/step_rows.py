@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.packing import pack
+from finetune.data.packing import pack
 
 MEAN_SHARE = 490 / 4096  # chats of 490 tokens on average in sequences of 4096
 SIGMA = 0.9  # of the logarithm of a row's length: median 330, one row in a hundred over 2,600 (at 4096)

@@ -39,10 +39,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune import checkpoints, model, trainer
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.chat import IGNORED, load_chat
 from finetune.cli import quiet_libraries
 from finetune.config.load import load
 from finetune.config.schema import Config
+from finetune.data.template import IGNORED
+from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
 from finetune.plan.model_shape import Geometry
 from finetune.report import Terminal

@@ -121,7 +121,7 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
 
 
 def _tokenizer() -> Any:
-    from finetune.chat import load_chat
+    from finetune.data.tokenizer import load_chat
     from finetune.model import make_tokenizer
 
     return make_tokenizer(load_chat(None), "right")

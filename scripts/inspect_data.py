@@ -36,9 +36,10 @@ def line_range(text: str) -> range:
 
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
     """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
-    from finetune.chat import load_chat, truncate
-    from finetune.encoding import segments, with_system_prompt
-    from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
+    from finetune.data.encode import truncate, with_system_prompt
+    from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
+    from finetune.data.preview import segments
+    from finetune.data.tokenizer import load_chat
 
     chat = load_chat(resolve(config.model.name) if is_local(config.model.name) else None)
     with open_lines(path) as stream:
@@ -75,7 +76,7 @@ def _note(full: int, kept: int | None, config: Config) -> str:
 
 def show(terminal: Terminal, row: dict[str, object]) -> None:
     """One row for people: the pieces in order, those with loss marked."""
-    from finetune.chat import IGNORED
+    from finetune.data.template import IGNORED
     from finetune.wording import one_line
 
     heading = terminal.paint(f"line {row['line']}", "bold")

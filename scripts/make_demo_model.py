@@ -179,7 +179,7 @@ def chat_tokenizer(fields: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from finetune.chat import CHATML_TEMPLATE
+    from finetune.data.template import CHATML_TEMPLATE
 
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]

@@ -13,17 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 
-from finetune.chat import (
-    CHATML_FORMAT,
-    IGNORED,
-    MISTRAL_FORMAT,
-    Chat,
-    Encoded,
-    Messages,
-    Reference,
-    load_chat,
-    truncate,
-)
+from finetune.data.encode import truncate
+from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, Encoded, Messages
+from finetune.data.tokenizer import Chat, Reference, load_chat
 from finetune.errors import ConfigError
 
 BOS, EOS = 1, 2

@@ -16,22 +16,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import data, encoding, files
-from finetune.chat import (
-    CHATML_FORMAT,
-    IGNORED,
-    MISTRAL_FORMAT,
-    Chat,
-    ChatFormat,
-    Messages,
-    Reference,
-    load_chat,
-)
+from finetune import files
 from finetune.config.schema import DatasetConfig
-from finetune.data import Prepared, marked, prepare, preview
-from finetune.encoding import Encoder, Recipe, Statistics, control_tokens, segments, with_system_prompt
+from finetune.data import encode
+from finetune.data import prepare as prepare_module
+from finetune.data.encode import Encoder, Recipe, Statistics, control_tokens, with_system_prompt
+from finetune.data.prepare import Prepared, prepare
+from finetune.data.preview import marked, preview, segments
+from finetune.data.store import Rows, SplitWriter, histogram
+from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Messages
+from finetune.data.tokenizer import Chat, Reference, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource
-from finetune.rows import Rows, SplitWriter, histogram
 from finetune.wording import clean
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
@@ -44,9 +39,9 @@ the_reference = functools.cache(Reference)
 
 @pytest.fixture(autouse=True)
 def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load_chat", the_chat)
-    monkeypatch.setattr(encoding, "load_chat", the_chat)
-    monkeypatch.setattr(encoding, "Reference", the_reference)
+    monkeypatch.setattr(prepare_module, "load_chat", the_chat)
+    monkeypatch.setattr(encode, "load_chat", the_chat)
+    monkeypatch.setattr(encode, "Reference", the_reference)
 
 
 def conversation(*turns: str, system: str | None = None) -> Messages:
@@ -228,7 +223,7 @@ def test_lengths_are_of_the_kept_rows_before_they_are_cut(case: Case) -> None:
 def test_control_tokens_in_messages_are_counted_with_their_first_line(
     case: Case, monkeypatch: pytest.MonkeyPatch, chunk_lines: int
 ) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_LINES", chunk_lines)
+    monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)
     rows = [conversation("What is </s>?", "An end."), conversation("Hi", "[/INST] is text"), NO_TURN_FITS]
     write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
     write(case.validation, conversation("a", "b", system="<s>"))
@@ -305,7 +300,7 @@ def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
 @given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
 def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
     slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
-    assert encoding._normalised_digest(conversation(*texts)) == encoding._normalised_digest(slow)
+    assert encode._normalised_digest(conversation(*texts)) == encode._normalised_digest(slow)
 
 
 def test_copies_within_one_split_are_no_leak(case: Case) -> None:
@@ -605,7 +600,7 @@ def test_the_certificate_compares_every_row(two_files: Case) -> None:
 
 
 def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "Reference", LyingReference)
+    monkeypatch.setattr(encode, "Reference", LyingReference)
     statistics = two_files.prepare(replace(RECIPE, certificate=False)).statistics
     assert (statistics["train"].certified, statistics["validation"].certified) == (0, 0)
 
@@ -613,7 +608,7 @@ def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch
 def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_file_and_line(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "Reference", LyingReference)
+    monkeypatch.setattr(encode, "Reference", LyingReference)
     write(two_files.train, *numbered(2), "", *numbered(3, start=2))
     last = length(numbered(1, start=2)[0]) - 1
     assert two_files.failure(CheckFailed, replace(RECIPE, certificate=True)) == (
@@ -643,7 +638,7 @@ def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, c
         def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
             return change(*super().encode(messages))
 
-    monkeypatch.setattr(encoding, "Reference", Different)
+    monkeypatch.setattr(encode, "Reference", Different)
     chunk = Encoder(replace(RECIPE, certificate=True)).encode([(3, json.dumps({"messages": SHORT}).encode())])
     assert chunk.mismatch is not None
     assert chunk.mismatch == f"3: token {told}"
@@ -688,7 +683,7 @@ def same(first: Prepared, second: Prepared) -> bool:
 def test_a_second_time_the_rows_come_from_the_cache(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     write(two_files.train, SHORT, TWO_TURNS, "{}")
     first = two_files.prepare(packing=True, on_bad_row="drop")
-    monkeypatch.setattr(encoding, "Encoder", no_encoder)
+    monkeypatch.setattr(encode, "Encoder", no_encoder)
     assert same(two_files.prepare(packing=True, on_bad_row="drop"), first)
     assert len(two_files.caches()) == 1
 
@@ -698,7 +693,7 @@ def test_the_same_content_in_another_place_comes_from_the_cache(
 ) -> None:
     two_files.prepare()
     moved = shutil.copy(two_files.train, two_files.folder / "moved.jsonl")
-    monkeypatch.setattr(encoding, "Encoder", no_encoder)
+    monkeypatch.setattr(encode, "Encoder", no_encoder)
     assert two_files.prepare(train_file=str(moved)).files["train"]["path"] == str(moved)
 
 
@@ -736,7 +731,7 @@ def test_changed_content_makes_a_new_cache(two_files: Case, name: str) -> None:
 def test_another_tokenizer_or_template_makes_a_new_cache(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     two_files.prepare()
     other: Chat = replace(the_chat(None), fingerprint="another")
-    monkeypatch.setattr(data, "load_chat", lambda _: other)
+    monkeypatch.setattr(prepare_module, "load_chat", lambda _: other)
     two_files.prepare()
     assert len(two_files.caches()) == 2
 
@@ -745,8 +740,8 @@ def test_another_tokenizer_or_template_makes_a_new_cache(two_files: Case, monkey
 def test_changed_code_makes_a_new_cache(two_files: Case, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     two_files.prepare()
     code = two_files.folder / "code"
-    shutil.copytree(Path(data.__file__).parent, code)
-    monkeypatch.setattr(data, "__file__", str(code / "data.py"))
+    shutil.copytree(Path(prepare_module.__file__).parent, code)
+    monkeypatch.setattr(prepare_module, "__file__", str(code / "data.py"))
     two_files.prepare()
     assert len(two_files.caches()) == 1
     (code / name).write_text((code / name).read_text() + "\n# another version\n")
@@ -779,8 +774,8 @@ def test_what_a_killed_process_of_the_same_number_left_stands_in_no_ones_way(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as killed:  # as kill -9 does: no clean-up runs
-        killed.setattr(data, "_check_splits", no_encoder)
-        killed.setattr(data.shutil, "rmtree", lambda *_, **__: None)
+        killed.setattr(prepare_module, "_check_splits", no_encoder)
+        killed.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(AssertionError):
             two_files.prepare()
     assert [name for name in two_files.caches() if name.endswith(".partial")]
@@ -808,7 +803,7 @@ def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch:
     write(case.train, *rows)
     prepared = []
     for workers, chunk_lines in ((0, 256), (2, 64)):
-        monkeypatch.setattr(encoding, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
+        monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
         case.cache = case.folder / f"cache-{workers}"
         prepared.append(
             case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=workers)
@@ -873,7 +868,7 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
     for start in range(0, len(rows), chunk_rows):
         part = rows[start : start + chunk_rows]
         ids = np.array([token for _, row in part for token in row], np.int32)
-        chunk = encoding.Chunk(
+        chunk = encode.Chunk(
             np.array([line for line, _ in part], np.int32),
             np.arange(start, start + len(part)).astype(np.uint64),
             np.arange(start, start + len(part)).astype(np.uint64),
@@ -962,10 +957,10 @@ def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
 
 
 def test_workers_are_the_cores_this_process_may_use_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert data.worker_count() == 3
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
-    assert data.worker_count() == 8
+    monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert prepare.worker_count() == 3
+    monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
+    assert prepare.worker_count() == 8
 
 
 def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -980,10 +975,10 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypat
         def submit(self, *arguments: Any) -> None:
             raise BrokenProcessPool
 
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", Broken)
     write(case.train, SHORT)
     with pytest.raises(OutOfResource) as failure:
-        list(encoding.chunks(case.train, RECIPE, 2))
+        list(encode.chunks(case.train, RECIPE, 2))
     assert str(failure.value) == (
         f"{case.train}: a process that encodes it was killed, probably for want of memory; free some and try again"
     )

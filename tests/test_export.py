@@ -13,8 +13,8 @@ import pytest
 from finetune import receipt
 from finetune.config.load import load
 from finetune.config.schema import MISTRAL, Config
-from finetune.data import Prepared, prepare
-from finetune.encoding import Recipe
+from finetune.data.encode import Recipe
+from finetune.data.prepare import Prepared, prepare
 from finetune.errors import Diverged, OutOfResource, Stopped
 from finetune.export import describe, recorded, write_receipt
 from finetune.receipt import base_model

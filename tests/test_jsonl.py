@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import jsonl
+from finetune.data import jsonl
+from finetune.data.jsonl import BOM, BadRow, open_lines, parse_row, read_lines
 from finetune.errors import ConfigError
-from finetune.jsonl import BOM, BadRow, open_lines, parse_row, read_lines
 
 USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.chat import load_chat
 from finetune.config.load import load
 from finetune.config.schema import Config
-from finetune.data import Prepared, prepare
-from finetune.encoding import Recipe
+from finetune.data.encode import Recipe
+from finetune.data.packing import Collator
+from finetune.data.prepare import Prepared, prepare
+from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import add_lora, load_base, make_tokenizer
-from finetune.packing import Collator
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.chat import load_chat
-from finetune.packing import Collator, pack
+from finetune.data.packing import Collator, pack
+from finetune.data.tokenizer import load_chat
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:

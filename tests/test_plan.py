@@ -17,7 +17,7 @@ import pytest
 from finetune.config import load as config_load
 from finetune.config.load import ROOT
 from finetune.config.schema import Config
-from finetune.encoding import Statistics
+from finetune.data.encode import Statistics
 from finetune.machine.inspect import Machine
 from finetune.plan.model_shape import MISTRAL_7B
 from finetune.plan.plan import Plan, count_steps, disk_bytes, make_plan

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from finetune import data, encoding, receipt
-from finetune.chat import Chat, load_chat
+from finetune import receipt
 from finetune.config import typed
 from finetune.config.load import load
 from finetune.config.schema import MISTRAL, Config
-from finetune.data import Prepared, prepare
-from finetune.encoding import Recipe
+from finetune.data import encode
+from finetune.data import prepare as prepare_module
+from finetune.data.encode import Recipe
+from finetune.data.prepare import Prepared, prepare
+from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError
 from finetune.files import write_json
 from finetune.receipt import BY_DESIGN, NOT_COMPARED, differences
@@ -31,8 +33,8 @@ the_chat = functools.cache(load_chat)
 
 @pytest.fixture(autouse=True)
 def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "load_chat", the_chat)
-    monkeypatch.setattr(encoding, "load_chat", the_chat)
+    monkeypatch.setattr(prepare_module, "load_chat", the_chat)
+    monkeypatch.setattr(encode, "load_chat", the_chat)
 
 
 def row(*texts: str) -> Row:

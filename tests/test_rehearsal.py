@@ -23,10 +23,10 @@ from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 
 from finetune import trial
-from finetune.batches import Load, example_lengths, train_load, validation_load
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import seal
 from finetune.config.schema import Config
+from finetune.data.batches import Load, example_lengths, train_load, validation_load
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
 from finetune.machine import device
 from finetune.machine.inspect import read_machine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.chat import Chat, load_chat
 from finetune.config.load import load
+from finetune.data.tokenizer import Chat, load_chat
 from finetune.model import add_lora, load_base
 from finetune.replies import TOGETHER, Reply, reply_to
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune import self_test as self_test_module
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.chat import load_chat
 from finetune.config.schema import Config
-from finetune.data import Prepared
+from finetune.data.prepare import Prepared
+from finetune.data.tokenizer import load_chat
 from finetune.model import load_base, make_tokenizer
 from finetune.report import Terminal
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test

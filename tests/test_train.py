@@ -23,11 +23,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune.chat import load_chat
 from finetune.checkpoints import read_seal
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load
 from finetune.config.schema import MISTRAL
+from finetune.data.tokenizer import load_chat
 from finetune.model_card import model_card
 
 STEPS = 6

@@ -15,8 +15,8 @@ from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import saved
 from finetune.config.load import load
 from finetune.config.schema import Config
-from finetune.data import Prepared, prepare
-from finetune.encoding import Recipe
+from finetune.data.encode import Recipe
+from finetune.data.prepare import Prepared, prepare
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import adapt, load_base
 from finetune.plan.memory import checkpointed_layers

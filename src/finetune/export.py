@@ -19,7 +19,7 @@ from finetune import hub, receipt, starts
 from finetune.checkpoints import step_of
 from finetune.config import yaml_file
 from finetune.config.schema import Config, is_local
-from finetune.data import Prepared
+from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.files import ROOT, resolve, sha256, shown, write_json
 from finetune.model_card import model_card

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from finetune import levers
-from finetune.chat import Chat
 from finetune.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, is_local
+from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.hub import GIVE_TOKEN, is_cached

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import Config, is_local
-from finetune.data import Prepared
-from finetune.encoding import Statistics
+from finetune.data.encode import Statistics
+from finetune.data.prepare import Prepared
 from finetune.errors import ConfigError
 from finetune.files import resolve
 from finetune.wording import one_line, show

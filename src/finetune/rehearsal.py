@@ -14,9 +14,9 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune.batches import example_lengths, train_load, validation_load
 from finetune.config.schema import Config
-from finetune.data import Prepared
+from finetune.data.batches import example_lengths, train_load, validation_load
+from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource
 from finetune.files import make_folder
 from finetune.machine.platforms import PLATFORMS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from finetune.chat import Chat
+from finetune.data.tokenizer import Chat
 
 TOGETHER = 8  # prompts in one batch: reading the weights once for all is what makes it fast, the caches what limits it
 

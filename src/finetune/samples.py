@@ -12,12 +12,13 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from finetune.callbacks import Keeper
-from finetune.chat import Chat, Messages
 from finetune.config.schema import Config
-from finetune.data import Prepared
-from finetune.encoding import with_system_prompt
+from finetune.data.encode import with_system_prompt
+from finetune.data.jsonl import parse_row, read_lines
+from finetune.data.prepare import Prepared
+from finetune.data.template import Messages
+from finetune.data.tokenizer import Chat
 from finetune.files import write_text
-from finetune.jsonl import parse_row, read_lines
 from finetune.replies import reply_to
 from finetune.report import Terminal
 from finetune.wording import clean

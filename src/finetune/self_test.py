@@ -19,11 +19,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from finetune.chat import IGNORED
 from finetune.config.schema import Config
-from finetune.data import Prepared
+from finetune.data.prepare import Prepared
+from finetune.data.store import Rows
+from finetune.data.template import IGNORED
 from finetune.replies import evaluating, reply_to
-from finetune.rows import Rows
 from finetune.trainer import Outcome
 
 LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more

@@ -23,13 +23,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
-from finetune.chat import IGNORED
 from finetune.checkpoints import BEST, room_for, saved
 from finetune.config.schema import TrainingConfig
+from finetune.data.packing import Collator
+from finetune.data.template import IGNORED
 from finetune.errors import Diverged
 from finetune.machine.device import peak_memory_gib, random_state, set_random_state
 from finetune.machine.platforms import PLATFORMS, Platform
-from finetune.packing import Collator
 from finetune.runs import Run
 from finetune.sums import Sums
 

@@ -15,10 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
-from finetune.batches import Load
 from finetune.checkpoints import read_seal, seal
 from finetune.config.schema import Config
-from finetune.data import Prepared
+from finetune.data.batches import Load
+from finetune.data.prepare import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
 from finetune.machine.platforms import PLATFORMS, Platform

@@ -20,13 +20,14 @@ import pytest
 import torch
 from packaging.version import Version
 
-from finetune import chat, checks
+from finetune import checks
 from finetune.checkpoints import seal
 from finetune.checks import gpu, host, libraries, preflight, run
 from finetune.checks.check import Result, exit_code
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.config.load import ROOT, load
+from finetune.data import tokenizer
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS
@@ -36,7 +37,7 @@ from recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
 from stand_ins import by_document, install_flash_attn
 
 MACHINES = {"h100": (H100, H100_TORCH), "m4": (M4, M4_TORCH), "cpu": (LINUX, LINUX_TORCH)}
-TOKENIZER = functools.cache(chat.mistral_tokenizer)
+TOKENIZER = functools.cache(tokenizer.mistral_tokenizer)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -125,7 +126,7 @@ class Bench:
 
     def _tokenizer(self) -> None:
         """Mistral's tokenizer takes a fifth of a second to make, three times a run: it is made once for all tests."""
-        self.patch.setattr(chat, "mistral_tokenizer", TOKENIZER)
+        self.patch.setattr(tokenizer, "mistral_tokenizer", TOKENIZER)
 
     def _device(self) -> None:
         """The trials run for real, on this machine's CPU; flash-attn, which it cannot run, has a stand-in."""

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
-from finetune import chat, encoding, hub, receipt, trials
+from finetune import hub, receipt, trials
 from finetune.checkpoints import set_aside
 from finetune.checks import host, preflight, run
 from finetune.cli import PYTHON
+from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
 from recorded import (
@@ -124,10 +125,10 @@ def silent_hub(bench: Bench) -> None:
     bench.patch.setattr(hub, "PROBE_SECONDS", 0.1)
 
 
-class OtherReference(chat.Reference):
+class OtherReference(tokenizer.Reference):
     """Ends every conversation with one more token."""
 
-    def encode(self, messages: chat.Messages) -> tuple[list[int], list[int]]:
+    def encode(self, messages: template.Messages) -> tuple[list[int], list[int]]:
         input_ids, labels = super().encode(messages)
         return [*input_ids, 2], [*labels, 2]
 
@@ -398,7 +399,7 @@ FAULTS = (
           fail("model.access", "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base",
                f"unset HF_HUB_OFFLINE; {LOCAL}")),
     fault("the fixed conversations have other tokens than Mistral's", "h100",
-          lambda b: b.patch.setattr(chat, "Reference", OtherReference),
+          lambda b: b.patch.setattr(tokenizer, "Reference", OtherReference),
           fail("tokens.certificate", "conversation 1 of 6 has other ids or labels than mistral-common gives",
                REINSTALL)),
 
@@ -599,7 +600,7 @@ FAULTS = (
                "/bench/val.jsonl:1",
                "remove them from one"), exit_code=4),
     fault("a row has other tokens than Mistral's", "m4",
-          lambda b: b.patch.setattr(encoding, "Reference", OtherReference),
+          lambda b: b.patch.setattr(encode, "Reference", OtherReference),
           fail("data.rows", "certificate: /bench/train.jsonl:1: token 22 is the end, mistral-common says 2+",
                "Report this row: no run may start on it.")),
     fault("many rows are too long", "cpu", lambda b: b.set("model.max_seq_length=32"),

@@ -35,7 +35,7 @@ def reader(name: str, folder: Path) -> Callable[[bytes], None]:
         if name == "config":
             path = folder.with_suffix(".yaml")
             return lambda content: check_config(content, path)
-        from finetune.encoding import Encoder, Recipe
+        from finetune.data.encode import Encoder, Recipe
 
         encoder = Encoder(Recipe(None, None, LENGTH, True, True))
         return lambda content: check_jsonl(content, encoder)

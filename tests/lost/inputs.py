@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from finetune.config.load import load
 from finetune.config.schema import Config
+from finetune.data.jsonl import read_lines
 from finetune.errors import ConfigError
-from finetune.jsonl import read_lines
 from finetune.wording import clean
 
 if TYPE_CHECKING:
-    from finetune.encoding import Encoder
+    from finetune.data.encode import Encoder
 
 LENGTH = 64  # tokens a row, in these tests
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from inputs import LENGTH, check_config, check_jsonl
 
 from finetune.config.load import load
-from finetune.encoding import Encoder, Recipe
+from finetune.data.encode import Encoder, Recipe
 from finetune.errors import ConfigError
 from test_jsonl import damaged
 

@@ -15,16 +15,16 @@ from types import ModuleType
 import pytest
 
 from commands import load_script
-from finetune import chat
 from finetune.config.load import ROOT
-from finetune.encoding import with_system_prompt
+from finetune.data import tokenizer
+from finetune.data.encode import with_system_prompt
 
 SCRIPT = ROOT / "scripts" / "inspect_data.py"
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
 Run = Callable[..., tuple[int, str, str]]
 
 # Making Mistral's tokenizer takes a third of a second.
-the_chat = functools.cache(chat.load_chat)
+the_chat = functools.cache(tokenizer.load_chat)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Run:
     """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(chat, "load_chat", the_chat)
+    monkeypatch.setattr(tokenizer, "load_chat", the_chat)
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def running(*arguments: str | Path) -> tuple[int, str, str]:

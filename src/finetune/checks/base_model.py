@@ -104,7 +104,7 @@ def _access(preflight: Preflight) -> Finding:
 
 
 def _certificate(preflight: Preflight) -> Finding:
-    from finetune.chat import Reference
+    from finetune.data.tokenizer import Reference
 
     chat = preflight.chat
     if not chat.certifiable:

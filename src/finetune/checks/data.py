@@ -93,7 +93,7 @@ def _control_tokens(preflight: Preflight) -> Finding:
 
 
 def _preview(preflight: Preflight) -> Finding:
-    from finetune.data import marked, preview
+    from finetune.data.preview import marked, preview
 
     return passed(f"loss on what stands in >><<: {marked(preview(preflight.prepared, PREVIEW_WIDTH))}")
 

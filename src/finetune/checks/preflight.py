@@ -16,8 +16,8 @@ from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:
-    from finetune.chat import Chat
-    from finetune.data import Prepared
+    from finetune.data.prepare import Prepared
+    from finetune.data.tokenizer import Chat
 
 
 class Preflight:
@@ -68,15 +68,15 @@ class Preflight:
     @cached_property
     def chat(self) -> Chat:
         """The base's tokenizer and template."""
-        from finetune.chat import load_chat
+        from finetune.data.tokenizer import load_chat
 
         return load_chat(self.tokenizer_folder)
 
     @cached_property
     def prepared(self) -> Prepared:
         """The data, read, checked, split and encoded, or taken from the cache."""
-        from finetune.data import prepare
-        from finetune.encoding import Recipe
+        from finetune.data.encode import Recipe
+        from finetune.data.prepare import prepare
 
         config = self.config
         recipe = Recipe(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.chat import IGNORED
-from finetune.encoding import Chunk, Statistics
+from finetune.data.encode import Chunk, Statistics
+from finetune.data.template import IGNORED
 
 if TYPE_CHECKING:
     import datasets

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.chat import IGNORED
+from finetune.data.template import IGNORED
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -17,20 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune.chat import Chat, load_chat
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
-from finetune.encoding import Recipe, Statistics, chunks, segments
+from finetune.data.encode import Recipe, Statistics, chunks
+from finetune.data.jsonl import open_lines
+from finetune.data.packing import pack
+from finetune.data.store import Rows, SplitWriter, first_pair
+from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.files import make_folder, resolve, sha256, write_json
-from finetune.jsonl import open_lines
-from finetune.packing import pack
-from finetune.rows import Rows, SplitWriter, first_pair
-from finetune.wording import one_line
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
-ELLIPSIS = " ... "
-LEAST_SHOWN = 24  # characters of a segment in a preview, below which it tells nothing
 MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
 
 
@@ -105,7 +102,7 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
 def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
     """Content, template, tokenizer, length and this code: whatever decides a token is in the key."""
     here = Path(__file__).parent
-    code = [sha256(here / f"{name}.py") for name in ("chat", "jsonl", "encoding", "rows", "data")]
+    code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store", "prepare")]
     parts = [
         {name: entry["sha256"] for name, entry in files.items()},
         {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
@@ -187,35 +184,6 @@ def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) ->
         heading = f"data: {len(bad)} bad row{'s' * (len(bad) != 1)}"
         advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
         raise DataError("\n".join([heading, *bad[:LISTED_PROBLEMS], *more, advice]))
-
-
-def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
-    """The first training row as its stored ids say it: (text, whether it carries loss), in order.
-
-    Text is safe for a terminal, on one line, and `width` characters in all (50 or more). Long segments lose their
-    middle, so that both ends of a turn stay visible; the last of many turns are left out.
-    """
-    _, input_ids, labels = prepared.train.row(0)
-    found = [
-        (one_line(text), supervised)
-        for text, supervised in segments(prepared.chat, input_ids.tolist(), labels.tolist())
-    ]
-    if sum(len(text) for text, _ in found) <= width:
-        return found
-    shown = found[: width // LEAST_SHOWN]
-    left_out = [(ELLIPSIS, False)] if len(shown) < len(found) else []
-    share = (width - len(ELLIPSIS)) // len(shown)
-    return [(_shortened(text, share), supervised) for text, supervised in shown] + left_out
-
-
-def marked(parts: list[tuple[str, bool]]) -> str:
-    """A preview without colour: what carries loss stands between >> and <<."""
-    return "".join(f">>{text}<<" if supervised else text for text, supervised in parts)
-
-
-def _shortened(text: str, width: int) -> str:
-    half = (width - len(ELLIPSIS)) // 2
-    return text if len(text) <= width else f"{text[:half]}{ELLIPSIS}{text[-half:]}"
 
 
 def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_rows: int | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data import Prepared
+from finetune.data.prepare import Prepared
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.chat import IGNORED, Chat, ChatFormat, Encoded, Messages, Reference, load_chat, truncate
+from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
+from finetune.data.template import IGNORED, ChatFormat, Encoded, Messages
+from finetune.data.tokenizer import Reference, load_chat
 from finetune.errors import OutOfResource
-from finetune.jsonl import BadRow, open_lines, parse_row, read_lines
 
 CHUNK_LINES = 256
 ROW_HASH_BYTES = 16
@@ -246,17 +247,6 @@ def _hash64(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def segments(chat: Chat, input_ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:
-    """What a row's ids say, cut wherever loss begins or ends: (text, supervised), in order, control tokens included."""
-    guard = chat.token_id(chat.format.end)  # decoders strip a space at the start, so this stands there
-    runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
-    found = []
-    for supervised, pairs in runs:
-        text = chat.tokenizer.decode([guard, *(token for token, _ in pairs)], skip_special_tokens=False)
-        found.append((text.removeprefix(chat.format.end), supervised))
-    return found
-
-
 def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
     """`messages`, led by the config's system prompt where they bring none of their own."""
     if system_prompt is None or messages[0]["role"] == "system":
@@ -302,3 +292,11 @@ def _start_worker(recipe: Recipe) -> None:
 
 def _work(lines: list[tuple[int, bytes]]) -> Chunk:
     return _encoder.encode(lines)
+
+
+def truncate(encoded: Encoded, max_seq_length: int) -> Encoded | None:
+    """The conversation up to the last whole assistant turn that fits; None where not even the first does."""
+    if len(encoded.input_ids) <= max_seq_length:
+        return encoded
+    ends = [end for end in encoded.turn_ends if end <= max_seq_length]
+    return Encoded(encoded.input_ids[: ends[-1]], encoded.labels[: ends[-1]], ends) if ends else None
