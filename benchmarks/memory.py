@@ -33,7 +33,7 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from finetune.config.load import load  # noqa: E402
+from finetune.config.load import load_config  # noqa: E402
 from finetune.config.schema import Config  # noqa: E402
 from finetune.files import GIB  # noqa: E402
 from finetune.machine.device import peak_memory_gib  # noqa: E402
@@ -129,7 +129,7 @@ CASES = {
 
 def config_of(case: Case, platform: str, folder: Path) -> Config:
     """The config of a case whose model lies in `folder`."""
-    return load(platform, [f"model.name={folder}", f"output.dir={folder}", *case.settings()])[0]
+    return load_config(platform, [f"model.name={folder}", f"output.dir={folder}", *case.settings()])[0]
 
 
 def make_model(geometry: Geometry, dtype: str, folder: Path) -> None:

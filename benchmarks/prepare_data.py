@@ -48,11 +48,11 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def prepare_ours(path: Path, cache: Path, certificate: bool) -> dict[str, float]:
-    from finetune.config.load import load
+    from finetune.config.load import load_config
     from finetune.data import prepare
     from finetune.data.encode import Recipe
 
-    config, _ = load("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])
+    config, _ = load_config("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])
     started = time.perf_counter()
     recipe = Recipe(None, None, MAX_SEQ_LENGTH, truncation=True, certificate=certificate)
     prepared = prepare.prepare(config.dataset, recipe, packing=True, cache=cache)

@@ -23,7 +23,7 @@ from machine import describe
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from finetune.config.load import load  # noqa: E402
+from finetune.config.load import load_config  # noqa: E402
 from finetune.plan import throughput  # noqa: E402
 from finetune.plan.model_shape import read_geometry  # noqa: E402
 
@@ -60,7 +60,7 @@ def throughput_entry(clone: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the plan may reckon with: the conditions of the run, and the slower speeds of `runs`."""
     settings = yaml.safe_load((newest_run(clone) / "config.yaml").read_text(encoding="utf-8"))
     name = f"model.name={clone / settings['model']['name']}"
-    config, _ = load(str(newest_run(clone) / "config.yaml"), [name])
+    config, _ = load_config(str(newest_run(clone) / "config.yaml"), [name])
     entry = vars(throughput.conditions(config, read_geometry(config)))
     for speed in ("tokens_per_second", "eval_tokens_per_second"):
         measured = [run[speed] for run in runs if run[speed] is not None]

@@ -9,7 +9,7 @@ import numpy as np
 from flops import utilisation
 from variants import OURS, VARIANTS
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 from finetune.plan.throughput import conditions
@@ -104,7 +104,7 @@ def throughput(
     """
     if geometry != MISTRAL_7B or "mixed" not in variants.get(OURS, {}):
         return []
-    found, shipped = configs[OURS], load(configs[OURS].platform)[0]
+    found, shipped = configs[OURS], load_config(configs[OURS].platform)[0]
     here = conditions(found, geometry)
     batch, usual = (
         (config.training.per_device_train_batch_size, config.effective_batch_size) for config in (found, shipped)

@@ -40,7 +40,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune import checkpoints, model, trainer
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.cli import quiet_libraries
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.template import IGNORED
 from finetune.data.tokenizer import load_chat
@@ -84,7 +84,7 @@ class Case:
             "training.save_steps": 1000,
             "training.logging_steps": self.logging_steps,
         }
-        return load("cpu", [f"{key}={value}" for key, value in settings.items()])[0]
+        return load_config("cpu", [f"{key}={value}" for key, value in settings.items()])[0]
 
 
 CASES = (
@@ -134,14 +134,14 @@ def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     run.checkpoints.mkdir(parents=True)
     sft = trainer.arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
-    made = trainer.make_trainer(model.load(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
+    made = trainer.make_trainer(model.load_model(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper
 
 
 def make_trl(case: Case, folder: Path) -> Any:
     config = case.config(folder)
-    training, made = config.training, model.load(config, "cpu")
+    training, made = config.training, model.load_model(config, "cpu")
     arguments = SFTConfig(
         output_dir=str(folder / "run" / "checkpoints"), max_steps=training.max_steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=case.micro_batches, learning_rate=training.learning_rate,
@@ -192,7 +192,7 @@ def first_loss(made: Any) -> float:
 def bare(case: Case, folder: Path, clock: Clock) -> float:
     """The same by a loop that does what a training must and no more."""
     config = case.config(folder)
-    training, made = config.training, model.load(config, "cpu")
+    training, made = config.training, model.load_model(config, "cpu")
     add_fused_lm_head(made.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     parameters = [value for value in made.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)

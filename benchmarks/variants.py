@@ -10,7 +10,7 @@ from typing import Any
 
 from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import Platform
@@ -114,7 +114,7 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
     if job.task == "losses":
         settings += ["lora.lora_dropout=0", "training.learning_rate=1.0e-3"]
         settings += ["training.lr_scheduler_type=constant", "training.warmup_ratio=0"]
-    return load(job.platform, settings)[0]
+    return load_config(job.platform, settings)[0]
 
 
 # Trainers -------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", metavar="FILE", help=f"a config file, or one of: {', '.join(PLATFORMS)}")
     parser.add_argument("--get", metavar="KEY", help="print one value or section, such as lora.r")
     options = parser.parse_args(arguments)
-    tree = load.load(options.file, options.set)[0].as_dict()
+    tree = load.load_config(options.file, options.set)[0].as_dict()
     value = tree if options.get is None else wanted(tree, options.get)
     if options.json:
         cli.print_json(value)

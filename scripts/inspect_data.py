@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config, is_local
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve
@@ -96,7 +96,7 @@ def main() -> None:
     options = parse()
     terminal = Terminal(options.json)
     rows = line_range(options.rows)
-    config, source = load(options.config, options.set)
+    config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
     shown = 0
     for row in encoded_rows(options.file, rows, config):

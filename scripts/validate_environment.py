@@ -17,7 +17,7 @@ from finetune.checks.check import Check, Result, exit_code, run, summary
 from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.cli import command, quiet_libraries
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
 from finetune.paste import block
 from finetune.report import Terminal, tally
@@ -56,7 +56,7 @@ def check_gpu(platform: str) -> bool:
 def _shown(title: str, platform: str, only: Iterable[str]) -> bool:
     print_header(title)
     results = []
-    for result in run(checks.select(platform, only), Preflight(load(platform)[0], read_machine())):
+    for result in run(checks.select(platform, only), Preflight(load_config(platform)[0], read_machine())):
         print_check(result)
         results.append(result)
     return exit_code(results) == 0
@@ -82,7 +82,7 @@ def main() -> None:
         list_checks(terminal, options.json)
         return
     checks.expand("--skip", options.skip)  # before anything is read: a typo must not wait
-    config, source = load(options.config, options.set)
+    config, source = load_config(options.config, options.set)
     if options.receipt:
         read_receipt(options.receipt)
     else:

@@ -13,7 +13,7 @@ from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
 from finetune.cli import quiet_libraries
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.errors import CheckFailed
 from finetune.files import shown
 from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
@@ -48,7 +48,7 @@ def main() -> None:
     terminal = Terminal(options.json)
     skipped = checks.expand("--skip", options.skip)
 
-    config, source = load(options.config, options.set)
+    config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
     preflight = Preflight(config, read_machine())
     preflight.geometry  # noqa: B018  # a base of another shape is told before anything is written
@@ -120,7 +120,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     capacity = capacity_gib(platform)
     terminal.status(f"loading {config.model.name}")
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = model.load(config, platform.device)
+        peft_model = model.load_model(config, platform.device)
     tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
     start = self_test.before_training(peft_model)
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL
 from finetune.config.yaml_file import dump
 
@@ -89,7 +89,7 @@ def make_run(folder: Path, content: dict[str, Any], steps: int = 40, settings: t
     (folder / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     lines = "".join(json.dumps(entry) + "\n" for entry in metrics(steps))
     (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "config.yaml").write_text(dump(load("h100", list(settings))[0].as_dict()), encoding="utf-8")
+    (folder / "config.yaml").write_text(dump(load_config("h100", list(settings))[0].as_dict()), encoding="utf-8")
     return folder
 
 

@@ -50,12 +50,12 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 
 def load(choice: str, *settings: str) -> Config:
-    return config_load.load(choice, settings)[0]
+    return config_load.load_config(choice, settings)[0]
 
 
 def problems(choice: str | None, *settings: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        config_load.load(choice, settings)
+        config_load.load_config(choice, settings)
     return caught.value.problems
 
 
@@ -86,7 +86,7 @@ output: adapters
 """
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
-        config_load.load(path, [local_model, "training.seed=1.5"])
+        config_load.load_config(path, [local_model, "training.seed=1.5"])
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "config: 8 problems\n"
@@ -104,7 +104,7 @@ output: adapters
 def test_all_rules_that_are_broken_are_reported_at_once(tmp_path: Path) -> None:
     path = written(tmp_path, "quantization: {load_in_4bit: false}\ntraining: {fp16: true}\n")
     with pytest.raises(ConfigError) as caught:
-        config_load.load(path, ["model.name=someone/else", "training.max_steps=0", "lora.target_modules=[q]"])
+        config_load.load_config(path, ["model.name=someone/else", "training.max_steps=0", "lora.target_modules=[q]"])
     assert str(caught.value) == (
         "config: 5 problems\n"
         "  --set lora.target_modules=[q]  lora.target_modules: found q, "
@@ -325,7 +325,7 @@ def test_without_a_choice_the_detected_platforms_file_is_used_and_the_reason_tol
     machine, reason = MACHINES[name]
     monkeypatch.setattr(config_load, "read_machine", lambda: machine)
     monkeypatch.chdir(ROOT)
-    tree, sentence = config_load.load(None, [local_model])
+    tree, sentence = config_load.load_config(None, [local_model])
     assert tree.platform == name
     assert sentence == f"configs/training_config_{name}.yaml ({reason})"
 
@@ -336,7 +336,7 @@ def test_a_platforms_name_means_its_file_and_looks_at_no_machine(
 ) -> None:
     monkeypatch.setattr(config_load, "read_machine", lambda: pytest.fail("looked at the machine"))
     monkeypatch.chdir(ROOT)
-    tree, sentence = config_load.load(name, [local_model])
+    tree, sentence = config_load.load_config(name, [local_model])
     assert tree.platform == name
     assert sentence == f"configs/training_config_{name}.yaml (--config {name})"
 
@@ -346,7 +346,7 @@ def test_a_path_is_taken_from_the_working_directory(
 ) -> None:
     written(tmp_path, "lora: {r: 8}\n")
     monkeypatch.chdir(tmp_path)
-    tree, sentence = config_load.load("mine.yaml", [local_model])
+    tree, sentence = config_load.load_config("mine.yaml", [local_model])
     assert tree.lora.r == 8
     assert sentence == "mine.yaml (--config mine.yaml)"
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 
 FILE = ROOT / "environment-remote.yml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -85,6 +85,6 @@ def test_its_figures_are_those_of_the_configs_notes(said: str) -> None:
 
 
 def test_its_lora_values_are_the_configs() -> None:
-    lora = load("h100", [])[0].lora
+    lora = load_config("h100", [])[0].lora
     assert f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} on all seven linear layers" in COMMENTS
     assert len(lora.target_modules) == 7

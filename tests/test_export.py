@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune import receipt
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
@@ -56,14 +56,14 @@ def test_whatever_a_library_says_of_a_full_disk_it_is_exit_6_with_the_free_space
 def test_a_base_in_a_folder_has_no_revision_and_keeps_its_path_to_itself(tmp_path: Path) -> None:
     folder = tmp_path / "mistral-7b"
     folder.mkdir()
-    assert base_model(load("h100", [f"model.name={folder}"])[0]) == {"name": "mistral-7b", "revision": None}
-    hub = base_model(load("h100")[0])
+    assert base_model(load_config("h100", [f"model.name={folder}"])[0]) == {"name": "mistral-7b", "revision": None}
+    hub = base_model(load_config("h100")[0])
     assert hub == {"name": MISTRAL, "revision": "63a8b081895390a26e140280378bc85ec8bce07a"}
 
 
 @pytest.fixture
 def prepared(tmp_path: Path, conversations: Path) -> tuple[Config, Prepared]:
-    config, _ = load("h100", [f"dataset.train_file={conversations}", "dataset.validation_file=null"])
+    config, _ = load_config("h100", [f"dataset.train_file={conversations}", "dataset.validation_file=null"])
     recipe = Recipe(None, None, max_seq_length=4096, truncation=True, certificate=False)
     return config, prepare(config.dataset, recipe, True, tmp_path / "cache")
 

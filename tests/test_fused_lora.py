@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from finetune import fused_lora
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.model import add_lora, load_base
 from finetune.plan.memory import _Sizes
@@ -28,7 +28,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def settings(tiny_mistral: Path, *more: str) -> Config:
-    return load("cpu", [f"model.name={tiny_mistral}", *more])[0]
+    return load_config("cpu", [f"model.name={tiny_mistral}", *more])[0]
 
 
 def in_training(config: Config, fused: bool) -> PeftModel:

@@ -32,7 +32,7 @@ def read(folder: Path, content: object, platform: str = "cpu") -> Geometry:
     if content is not None:
         text = content if isinstance(content, str) else json.dumps(content)
         (folder / "config.json").write_text(text, encoding="utf-8")
-    return read_geometry(load.load(platform, [f"model.name={folder}"])[0])
+    return read_geometry(load.load_config(platform, [f"model.name={folder}"])[0])
 
 
 def problem(folder: Path, content: object, platform: str = "cpu") -> str:
@@ -43,7 +43,7 @@ def problem(folder: Path, content: object, platform: str = "cpu") -> str:
 
 @pytest.mark.parametrize("platform", ["h100", "m4"])
 def test_the_hub_id_is_mistral_7b_without_a_look_at_any_file(platform: str) -> None:
-    assert read_geometry(load.load(platform)[0]) == Geometry(4096, 14336, 32, 32, 8, 32000, False)
+    assert read_geometry(load.load_config(platform)[0]) == Geometry(4096, 14336, 32, 32, 8, 32000, False)
 
 
 @pytest.mark.parametrize("platform", ["h100", "cpu"])
@@ -51,9 +51,9 @@ def test_more_layers_to_checkpoint_than_the_model_has_are_refused(platform: str,
     (tmp_path / "config.json").write_text(json.dumps(LARGE), encoding="utf-8")
     on_cpu = [f"model.name={tmp_path}", "training.gradient_checkpointing=true"]
     local = on_cpu if platform == "cpu" else []
-    assert read_geometry(load.load(platform, [*local, "training.checkpointed_layers=32"])[0]) == MISTRAL_7B
+    assert read_geometry(load.load_config(platform, [*local, "training.checkpointed_layers=32"])[0]) == MISTRAL_7B
     with pytest.raises(ConfigError) as caught:
-        read_geometry(load.load(platform, [*local, "training.checkpointed_layers=33"])[0])
+        read_geometry(load.load_config(platform, [*local, "training.checkpointed_layers=33"])[0])
     text = "training.checkpointed_layers: 33, but the model has 32 layers; wanted 0 to 32, all or auto"
     assert caught.value.problems == (text,)
 
@@ -73,7 +73,7 @@ def test_the_seven_linear_layers_of_mistral_7b_have_their_published_shapes() -> 
 def test_the_shapes_are_those_of_transformers_own_mistral(tiny_mistral: Path) -> None:
     from safetensors import safe_open
 
-    geometry = read_geometry(load.load("cpu", [f"model.name={tiny_mistral}"])[0])
+    geometry = read_geometry(load.load_config("cpu", [f"model.name={tiny_mistral}"])[0])
     with safe_open(tiny_mistral / "model.safetensors", "pt") as tensors:
         found = {
             name.split(".")[-2]: tuple(reversed(tensors.get_slice(name).get_shape()))

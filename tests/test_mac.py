@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 
 # Where it computes, how large it is, and where things lie. All else is what configs/training_config_m4.yaml says:
 # bfloat16 and autocast, NF4, LoRA, dropout, sdpa, optimizer, schedule, 1 x 16 sequences, checkpointing, packing.
@@ -76,7 +76,7 @@ def test_packed_and_expanded_end_in_the_same_adapter_bit_for_bit(trained: Path) 
 @pytest.mark.parametrize("storage", ["packed", "expanded"])
 def test_the_two_runs_had_the_macs_own_values_but_for_where_they_ran_and_how_large(trained: Path, storage: str) -> None:
     ran = flat(yaml.safe_load((trained / storage / "config.yaml").read_text(encoding="utf-8")))
-    own = flat(load("m4", [f"quantization.storage={storage}"])[0].as_dict())
+    own = flat(load_config("m4", [f"quantization.storage={storage}"])[0].as_dict())
     assert {key for key in own if ran[key] != own[key]} == {*OVERRIDDEN, *ELSEWHERE}
     manifest = json.loads((trained / storage / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest["status"], manifest["steps"]) == ("complete", 2)

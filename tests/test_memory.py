@@ -25,7 +25,7 @@ BOUND = 0.02  # of what is measured; the README says so
 
 
 def load(*settings: str, platform: str = "h100") -> Config:
-    return config_load.load(platform, settings)[0]
+    return config_load.load_config(platform, settings)[0]
 
 
 def at(moment: str, *settings: str, platform: str = "h100") -> dict[str, float]:

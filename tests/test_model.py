@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune import model as model_module
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.errors import CheckFailed
 from finetune.model import add_lora, load_base, verify_base
@@ -26,7 +26,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def config(tiny_mistral: Path) -> Config:
-    return load("cpu", [f"model.name={tiny_mistral}", "lora.lora_dropout=0"])[0]
+    return load_config("cpu", [f"model.name={tiny_mistral}", "lora.lora_dropout=0"])[0]
 
 
 def base_model(config: Config, **quantization: Any) -> Any:
@@ -73,7 +73,7 @@ def test_a_base_in_the_hubs_cache_is_loaded_without_a_word_to_anybody(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)  # as quiet_libraries does
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked"))
     settings = [f"model.name={MISTRAL}", *([f"model.revision={revision}"] if revision else [])]
-    base = base_model(load("cpu", settings)[0])
+    base = base_model(load_config("cpu", settings)[0])
     assert (base.config.num_hidden_layers, base.name_or_path) == (2, MISTRAL)
 
 
@@ -307,7 +307,7 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, m
 
 @pytest.fixture(scope="module")
 def lora_config(tiny_mistral: Path) -> Config:
-    return load("cpu", [f"model.name={tiny_mistral}", "lora.target_modules=[q_proj, down_proj]", "lora.r=4"])[0]
+    return load_config("cpu", [f"model.name={tiny_mistral}", "lora.target_modules=[q_proj, down_proj]", "lora.r=4"])[0]
 
 
 def adapter(config: Config, seed: int, draws: int) -> dict[str, torch.Tensor]:

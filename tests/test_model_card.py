@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.model_card import hub_base, metadata, model_card
 from finetune.self_test import SelfCheck, SelfTest
@@ -62,13 +62,13 @@ HOSTILE = [
 
 @pytest.fixture
 def h100() -> Config:
-    return load("h100")[0]
+    return load_config("h100")[0]
 
 
 @pytest.fixture
 def local(tmp_path: Path) -> Config:
     """A base in a folder, which says nothing of where it came from."""
-    return load("cpu", [f"model.name={tmp_path}"])[0]
+    return load_config("cpu", [f"model.name={tmp_path}"])[0]
 
 
 def header(card: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.encode import Recipe
 from finetune.data.packing import Collator
@@ -80,7 +80,7 @@ def case(tiny_mistral: Path, conversations: Path, tmp_path: Path) -> Case:
         "lora.lora_dropout=0",
         "training.gradient_checkpointing=false",
     ]
-    return Case(load("cpu", settings)[0], conversations, tmp_path)
+    return Case(load_config("cpu", settings)[0], conversations, tmp_path)
 
 
 ROWS = [3, 0, 11, 4, 7]

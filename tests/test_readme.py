@@ -12,7 +12,7 @@ import pytest
 
 from finetune import checks
 from finetune.checks import docker
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.plan.fit import EFFECTS
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
@@ -228,7 +228,7 @@ def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() 
     """Alone on the H100's config, as the table says of itself."""
 
     def peak(changes: list[str]) -> str:
-        config = load("h100", changes)[0]
+        config = load_config("h100", changes)[0]
         return f"{peak_gib(config, read_geometry(config)):.1f} GiB"
 
     rows = against_full_memory()
@@ -239,7 +239,7 @@ def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() 
 
 def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
     def peak(storage: str) -> str:
-        config = load("m4", [f"quantization.storage={storage}"])[0]
+        config = load_config("m4", [f"quantization.storage={storage}"])[0]
         return f"{peak_gib(config, read_geometry(config)):.1f}"
 
     expanded, packed = peak("expanded"), peak("packed")

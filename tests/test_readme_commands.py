@@ -16,7 +16,7 @@ import yaml
 from finetune import receipt
 from finetune.checks.preflight import Preflight
 from finetune.config import typed
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.config.schema import Config
 from finetune.files import write_json
 from finetune.machine.inspect import read_machine
@@ -196,7 +196,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run, tried in (("RUN", ()), ("local-try", TRIED.split()[1::2])):
         path = folder / "adapters" / run
         path.mkdir(parents=True)
-        config = load("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *tried])[0]
+        config = load_config("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *tried])[0]
         write_json(path / "receipt.json", receipt.make(config, Preflight(config, read_machine()).prepared))
     return folder
 

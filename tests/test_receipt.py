@@ -13,7 +13,7 @@ import pytest
 
 from finetune import receipt
 from finetune.config import typed
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.data import encode
 from finetune.data import prepare as prepare_module
@@ -60,7 +60,7 @@ class Machine:
 
     def prepared(self, platform: str, *settings: str) -> tuple[Config, Prepared]:
         files = f"dataset.train_file={self.train}", f"dataset.validation_file={self.validation}"
-        config, _ = load(platform, [*files, *settings])
+        config, _ = load_config(platform, [*files, *settings])
         recipe = Recipe(
             None, config.system_prompt, config.model.max_seq_length, config.dataset.truncation, certificate=False
         )

@@ -17,7 +17,7 @@ AUTO = "training.checkpointed_layers=auto"
 
 
 def load(*settings: str) -> Config:
-    return config_load.load("h100", settings)[0]
+    return config_load.load_config("h100", settings)[0]
 
 
 # The key --------------------------------------------------------------------------------------------------------------

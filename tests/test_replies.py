@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.model import add_lora, load_base
 from finetune.replies import TOGETHER, Reply, reply_to
@@ -29,7 +29,7 @@ def prompts(chat: Chat) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def model(tiny_mistral: Path) -> Any:
     """LoRA on NF4, moved off its start; its </s> is a token like all others."""
-    config = load("cpu", [f"model.name={tiny_mistral}"])[0]
+    config = load_config("cpu", [f"model.name={tiny_mistral}"])[0]
     made = add_lora(load_base(config.model, config.quantization, "cpu"), config.lora, 1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

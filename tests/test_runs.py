@@ -28,7 +28,7 @@ NAME = "my.run"
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Config:
-    return load.load("h100", [f"output.dir={tmp_path}/adapters", f"tracking.run_name={NAME}"])[0]
+    return load.load_config("h100", [f"output.dir={tmp_path}/adapters", f"tracking.run_name={NAME}"])[0]
 
 
 @pytest.fixture

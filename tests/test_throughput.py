@@ -32,7 +32,7 @@ ENTRY = {
 
 
 def load(*settings: str) -> Config:
-    return config_load.load("h100", settings)[0]
+    return config_load.load_config("h100", settings)[0]
 
 
 def write(folder: Path, name: str, date: str, *entries: dict[str, Any]) -> Path:

@@ -20,7 +20,7 @@ from transformers import TrainerControl
 
 import train as program
 from finetune.callbacks import Stopper, TimeBudget
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.plan.schedule import MARGIN, Pace, Schedule, check_budget, seconds_since_start
@@ -31,7 +31,7 @@ PACE = Pace(step=10.0, evaluation=60.0, save=5.0)
 
 
 def training(*settings: str) -> TrainingConfig:
-    return load("h100", [f"training.{setting}" for setting in settings])[0].training
+    return load_config("h100", [f"training.{setting}" for setting in settings])[0].training
 
 
 # --- what a schedule takes
@@ -177,7 +177,7 @@ def test_epochs_are_advised_as_they_will_be_counted_rounding_errors_and_all() ->
 def test_a_partial_run_without_a_budget_is_a_config_problem() -> None:
     setting = "training.time_budget_partial=true"
     with pytest.raises(ConfigError) as refused:
-        load("h100", [setting])
+        load_config("h100", [setting])
     text = "true has no effect without training.time_budget_hours; set those hours, or this to false"
     assert str(refused.value) == f"config: 1 problem\n  --set {setting}  training.time_budget_partial: {text}"
 

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.config.schema import Config
 from finetune.errors import Stopped
 from finetune.report import Terminal
@@ -64,7 +64,7 @@ class Said:
 
 
 def tracked_by(name: str) -> Config:
-    return load("h100", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
+    return load_config("h100", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
 
 
 def made(run: Run, name: str = "wandb") -> Said:

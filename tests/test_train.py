@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.checkpoints import read_seal
 from finetune.cli import PYTHON
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.config.schema import MISTRAL
 from finetune.data.tokenizer import load_chat
 from finetune.model_card import model_card
@@ -201,7 +201,7 @@ def test_the_manifest_has_these_fields_of_these_types(finished: Finished) -> Non
 
 def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     manifest = finished.manifest
-    config = load("cpu", finished.command.settings())[0]
+    config = load_config("cpu", finished.command.settings())[0]
     assert manifest["status"] == "complete"
     assert manifest["config_sha256"] == config.sha256()
     path = finished.command.train_file
@@ -246,8 +246,8 @@ def test_the_manifests_tokens_are_those_of_the_encoded_rows(finished: Finished) 
 
 
 def test_config_yaml_loads_to_the_same_config(finished: Finished) -> None:
-    loaded = load(str(finished.folder / "config.yaml"))[0]
-    assert loaded == load("cpu", finished.command.settings())[0]
+    loaded = load_config(str(finished.folder / "config.yaml"))[0]
+    assert loaded == load_config("cpu", finished.command.settings())[0]
     tree = yaml.safe_load((finished.folder / "config.yaml").read_text(encoding="utf-8"))
     assert tree == loaded.as_dict()
 
@@ -316,7 +316,7 @@ def test_the_tokenizer_reloads_with_transformers_and_its_template_gives_our_ids(
 
 def test_the_model_card_is_that_of_the_manifest(finished: Finished) -> None:
     card = (finished.folder / "README.md").read_text(encoding="utf-8")
-    assert card == model_card(load("cpu", finished.command.settings())[0], finished.manifest)
+    assert card == model_card(load_config("cpu", finished.command.settings())[0], finished.manifest)
     assert str(finished.command.base) not in card
 
 

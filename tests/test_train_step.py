@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
 from finetune.machine.platforms import PLATFORMS
@@ -34,7 +34,7 @@ ON_CUDA = ("C", "C-packed", "D-varlen", "E", "E-0")
 
 @pytest.fixture
 def h100() -> Config:
-    return load("h100")[0]
+    return load_config("h100")[0]
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------

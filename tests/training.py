@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.checkpoints import saved
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
@@ -45,7 +45,7 @@ class Case:
 
     def config(self, *settings: str) -> Config:
         files = (f"model.name={self.base}", f"dataset.train_file={self.train_file}")
-        return load("cpu", [*files, *QUICK, *settings])[0]
+        return load_config("cpu", [*files, *QUICK, *settings])[0]
 
     def data(self, config: Config) -> Prepared:
         recipe = Recipe(None, None, config.model.max_seq_length, True, False)

@@ -40,7 +40,7 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
     )
 
 
-def load(config: Config, device: str) -> PeftModel:
+def load_model(config: Config, device: str) -> PeftModel:
     """What is trained: the base on `device`, and `adapt`. Raises CheckFailed as both do."""
     return adapt(load_base(config.model, config.quantization, device), config)
 

@@ -26,7 +26,7 @@ from finetune.checks import gpu, host, libraries, preflight, run
 from finetune.checks.check import Result, exit_code
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.data import tokenizer
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
@@ -165,7 +165,7 @@ class Bench:
 
     def cached_base(self) -> Path:
         """A snapshot in the Hub's cache, with a config.json and nothing else."""
-        revision, name = load("h100")[0].model.revision, "models--mistralai--Mistral-7B-Instruct-v0.2"
+        revision, name = load_config("h100")[0].model.revision, "models--mistralai--Mistral-7B-Instruct-v0.2"
         folder = self.folder / "hf" / "hub" / name / "snapshots" / str(revision)
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
@@ -204,12 +204,12 @@ class Bench:
     def preflight(self) -> Preflight:
         """As the command makes it, with the recorded machine and torch."""
         self.patch.setattr(preflight, "read_torch", lambda: self.torch)
-        config = load(self.platform, self.settings)[0]
+        config = load_config(self.platform, self.settings)[0]
         return Preflight(config, self.machine, self.receipt)
 
     def peak_gib(self) -> float:
         """What the run is expected to take of memory."""
-        config = load(self.platform, self.settings)[0]
+        config = load_config(self.platform, self.settings)[0]
         return peak_gib(config, read_geometry(config))
 
     def results(self) -> list[Result]:

@@ -8,7 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.jsonl import read_lines
 from finetune.errors import ConfigError
@@ -24,7 +24,7 @@ def check_config(content: bytes, path: Path) -> None:
     """Written to `path`, it is a config, or a config error that prints."""
     path.write_bytes(content)
     try:
-        config, _ = load(str(path))
+        config, _ = load_config(str(path))
     except ConfigError as error:
         assert error.problems
         said = clean(str(error)).replace("\n", "")

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from inputs import LENGTH, check_config, check_jsonl
 
-from finetune.config.load import load
+from finetune.config.load import load_config
 from finetune.data.encode import Encoder, Recipe
 from finetune.errors import ConfigError
 from test_jsonl import damaged
@@ -162,6 +162,6 @@ def test_a_config_made_to_take_memory_or_time_is_refused_at_once(tmp_path: Path,
     path.write_bytes(make())
     started = time.process_time()
     with pytest.raises(ConfigError) as refused:
-        load(str(path))
+        load_config(str(path))
     assert time.process_time() - started < 2
     assert refused.value.problems == (said.format(path=path),)

@@ -20,7 +20,7 @@ from finetune import checks, receipt
 from finetune.checks.check import Check, Result
 from finetune.checks.preflight import Preflight
 from finetune.cli import PYTHON
-from finetune.config.load import ROOT, load
+from finetune.config.load import ROOT, load_config
 from finetune.files import write_json
 from recorded import LINUX, M4
 
@@ -261,7 +261,7 @@ def test_wrong_usage_is_2_before_anything_is_looked_at(
 def test_a_receipt_that_agrees_is_0_and_that_of_another_training_is_3(
     validate: Command, case: list[str], tmp_path: Path
 ) -> None:
-    config, _ = load("cpu", case[3::2])
+    config, _ = load_config("cpu", case[3::2])
     file = tmp_path / "receipt.json"
     write_json(file, receipt.make(config, Preflight(config, LINUX).prepared))
     given = (*case, "--only", "receipt", "--receipt", file)

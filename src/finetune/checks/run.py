@@ -237,7 +237,7 @@ def _rehearsal(preflight: Preflight) -> Finding:
     prepare_device(platform)
     capacity = capacity_gib(platform)
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = model.load(config, platform.device)
+        peft_model = model.load_model(config, platform.device)
     tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
     found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)

@@ -53,7 +53,7 @@ def config_file(choice: str | None) -> tuple[Path, str]:
     return path, f"--config {choice}"
 
 
-def load(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]:
+def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]:
     """The resolved config and one sentence on which file it comes from and why.
 
     Raises ConfigError with every problem: unknown, missing and duplicate keys, wrong types and values, and combinations
