@@ -162,9 +162,10 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
-    from finetune import model, trainer
+    from finetune import trainer
     from finetune.data.tokenizer import load_chat
     from finetune.machine.device import prepare_device
+    from finetune.model import load
     from finetune.runs import Run
 
     platform = PLATFORMS[config.platform]
@@ -174,11 +175,11 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
 
         base = make_base(config, case.geometry, platform)
     else:
-        base = model.load_base(config.model, config.quantization, platform.device)
-    peft_model = model.adapt(base, config)
+        base = load.load_base(config.model, config.quantization, platform.device)
+    peft_model = load.adapt(base, config)
     run = Run(folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], platform, evaluate_first=True)
-    tokenizer = model.make_tokenizer(load_chat(None), "right")
+    tokenizer = load.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
     rows = 2 * config.effective_batch_size
     train_rows = examples(rows, case.length, vocab, case.packing)

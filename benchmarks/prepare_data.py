@@ -67,7 +67,7 @@ def prepare_trl(path: Path, cache: Path, processes: int | None) -> dict[str, flo
     from trl import SFTConfig, SFTTrainer
 
     from finetune.data.tokenizer import load_chat
-    from finetune.model import make_tokenizer
+    from finetune.model.load import make_tokenizer
 
     tokenizer = make_tokenizer(load_chat(None), "right")
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}

@@ -11,7 +11,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config.schema import Config
 from finetune.machine.platforms import Platform
-from finetune.model import expand, verify_base
+from finetune.model.load import expand
+from finetune.model.verify import verify_base
 from finetune.plan.model_shape import Geometry
 
 SEED = 0  # of the weights

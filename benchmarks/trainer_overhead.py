@@ -37,7 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune import checkpoints, model, trainer
+from finetune import checkpoints, trainer
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
@@ -45,6 +45,7 @@ from finetune.config.schema import Config
 from finetune.data.template import IGNORED
 from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
+from finetune.model import load
 from finetune.plan.model_shape import Geometry
 from finetune.report import Terminal
 from finetune.runs import Run
@@ -126,7 +127,7 @@ def rows(case: Case) -> Any:
 
 
 def tokenizer() -> Any:
-    return model.make_tokenizer(load_chat(None), "right")
+    return load.make_tokenizer(load_chat(None), "right")
 
 
 def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
@@ -134,14 +135,14 @@ def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     run.checkpoints.mkdir(parents=True)
     sft = trainer.arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
-    made = trainer.make_trainer(model.load_model(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
+    made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper
 
 
 def make_trl(case: Case, folder: Path) -> Any:
     config = case.config(folder)
-    training, made = config.training, model.load_model(config, "cpu")
+    training, made = config.training, load.load_model(config, "cpu")
     arguments = SFTConfig(
         output_dir=str(folder / "run" / "checkpoints"), max_steps=training.max_steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=case.micro_batches, learning_rate=training.learning_rate,
@@ -192,7 +193,7 @@ def first_loss(made: Any) -> float:
 def bare(case: Case, folder: Path, clock: Clock) -> float:
     """The same by a loop that does what a training must and no more."""
     config = case.config(folder)
-    training, made = config.training, model.load_model(config, "cpu")
+    training, made = config.training, load.load_model(config, "cpu")
     add_fused_lm_head(made.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
     parameters = [value for value in made.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)

@@ -122,7 +122,7 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
 
 def _tokenizer() -> Any:
     from finetune.data.tokenizer import load_chat
-    from finetune.model import make_tokenizer
+    from finetune.model.load import make_tokenizer
 
     return make_tokenizer(load_chat(None), "right")
 
@@ -227,13 +227,14 @@ def our_varlen_trainer(work: Work) -> Any:
 
 
 def _ours(work: Work, base: Any) -> Any:
-    from finetune import model, trainer
+    from finetune import trainer
+    from finetune.model import load
     from finetune.plan import checkpointed_layers
     from finetune.runs import Run
 
     config = work.config
     choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
-    peft_model = model.adapt(base, config)
+    peft_model = load.adapt(base, config)
     run = Run(work.folder / "run", False, None)
     arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark

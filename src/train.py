@@ -106,7 +106,8 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, checkpoints, export, model, resume, samples, self_test, trackers, trainer
+    from finetune import callbacks, checkpoints, export, resume, samples, self_test, trackers, trainer
+    from finetune.model import load
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = export.describe(config, prepared, hardware(platform, preflight.machine))
@@ -120,8 +121,8 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     capacity = capacity_gib(platform)
     terminal.status(f"loading {config.model.name}")
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = model.load_model(config, platform.device)
-    tokenizer = model.make_tokenizer(prepared.chat, config.dataset.padding_side)
+        peft_model = load.load_model(config, platform.device)
+    tokenizer = load.make_tokenizer(prepared.chat, config.dataset.padding_side)
     start = self_test.before_training(peft_model)
 
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)

@@ -107,7 +107,7 @@ def conversations(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     from finetune.data.tokenizer import load_chat
-    from finetune.model import make_tokenizer
+    from finetune.model.load import make_tokenizer
 
     return make_tokenizer(load_chat(None), "right")
 

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers.models.mistral import modeling_mistral
 
-from finetune import fused_kernels
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
+from finetune.model import fused_kernels
 from test_fused_lora import BFLOAT16, checkpointings, distance, in_training, loss_and_gradients, settings
 from training import Case, adapter_weights, same
 

@@ -14,10 +14,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
-from finetune import fused_lora
 from finetune.config.load import load_config
 from finetune.config.schema import Config
-from finetune.model import add_lora, load_base
+from finetune.model import fused_lora
+from finetune.model.load import load_base
+from finetune.model.lora import add_lora
 from finetune.plan.memory import _Sizes
 from finetune.plan.model_shape import read_geometry
 from training import Case, adapter_weights, same

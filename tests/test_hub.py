@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune import hub
 from finetune.config.schema import MISTRAL
 from finetune.errors import ConfigError
+from finetune.model import hub
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

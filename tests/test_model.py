@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune import model as model_module
 from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.errors import CheckFailed
-from finetune.model import add_lora, load_base, verify_base
+from finetune.model import load as model_module
+from finetune.model import lora as lora_module
+from finetune.model.load import load_base
+from finetune.model.lora import add_lora
+from finetune.model.verify import verify_base
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -349,8 +352,8 @@ def test_lora_on_a_bfloat16_base_is_fp32(lora_config: Config) -> None:
 
 
 def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = model_module.get_peft_model
-    monkeypatch.setattr(model_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
+    real = lora_module.get_peft_model
+    monkeypatch.setattr(lora_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
     with pytest.raises(CheckFailed) as failure:
         adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
@@ -395,7 +398,7 @@ def test_for_a_device_without_4_bit_kernels_the_base_is_quantised_and_expanded_o
     moved: list[list[str]] = []
     bases: list[Any] = []
     quantize, dequantize = bitsandbytes.functional.quantize_4bit, bitsandbytes.functional.dequantize_4bit
-    verify = model_module.verify_base
+    verify = verify_base
 
     def quantized(weights: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         devices.append(weights.device.type)

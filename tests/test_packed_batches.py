@@ -15,7 +15,8 @@ from finetune.data.packing import Collator
 from finetune.data.prepare import Prepared, prepare
 from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
-from finetune.model import add_lora, load_base, make_tokenizer
+from finetune.model.load import load_base, make_tokenizer
+from finetune.model.lora import add_lora
 from finetune.runs import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 

@@ -31,7 +31,8 @@ from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
 from finetune.machine import device
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS
-from finetune.model import add_lora, load_base
+from finetune.model.load import load_base
+from finetune.model.lora import add_lora
 from finetune.plan import fit
 from finetune.plan.checkpointed_layers import Choice
 from finetune.plan.schedule import Pace, Schedule

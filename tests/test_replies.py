@@ -10,8 +10,9 @@ import torch
 
 from finetune.config.load import load_config
 from finetune.data.tokenizer import Chat, load_chat
-from finetune.model import add_lora, load_base
-from finetune.replies import TOGETHER, Reply, reply_to
+from finetune.model.generate import TOGETHER, Reply, reply_to
+from finetune.model.load import load_base
+from finetune.model.lora import add_lora
 
 QUESTIONS = ("What is two plus one?", "Why?", "Name a colour that is neither red nor blue, and say why you like it.")
 

@@ -22,7 +22,7 @@ from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
-from finetune.model import load_base, make_tokenizer
+from finetune.model.load import load_base, make_tokenizer
 from finetune.report import Terminal
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.trainer import Outcome, train

@@ -36,7 +36,8 @@ from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.checkpoints import read_seal, saved
 from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.machine.platforms import PLATFORMS
-from finetune.model import add_lora, load_base
+from finetune.model.load import load_base
+from finetune.model.lora import add_lora
 from finetune.plan.schedule import Pace
 from finetune.report import Terminal
 from finetune.runs import Run

@@ -18,7 +18,7 @@ from finetune.config.schema import Config
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.machine.platforms import PLATFORMS
-from finetune.model import adapt, load_base
+from finetune.model.load import adapt, load_base
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import read_geometry
 from finetune.report import Terminal

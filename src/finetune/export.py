@@ -15,13 +15,14 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from finetune import hub, receipt, starts
+from finetune import receipt, starts
 from finetune.checkpoints import step_of
 from finetune.config import yaml_file
 from finetune.config.schema import Config, is_local
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, SelfTestFailed, Stopped
 from finetune.files import ROOT, resolve, sha256, shown, write_json
+from finetune.model import hub
 from finetune.model_card import model_card
 from finetune.receipt import base_model
 from finetune.resume import Resume

@@ -19,7 +19,7 @@ from finetune.data.prepare import Prepared
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
 from finetune.files import write_text
-from finetune.replies import reply_to
+from finetune.model.generate import reply_to
 from finetune.report import Terminal
 from finetune.wording import clean
 

@@ -23,7 +23,7 @@ from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.store import Rows
 from finetune.data.template import IGNORED
-from finetune.replies import evaluating, reply_to
+from finetune.model.generate import evaluating, reply_to
 from finetune.trainer import Outcome
 
 LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more

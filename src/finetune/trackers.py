@@ -15,8 +15,8 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from finetune.config.schema import Config
 from finetune.files import shown
-from finetune.hub import PROBE_SECONDS
 from finetune.machine.inspect import wandb_sync
+from finetune.model.hub import PROBE_SECONDS
 from finetune.report import Terminal
 from finetune.runs import Run
 from finetune.tracking import wandb_offline_reason

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune.hub import PROBE_SECONDS
+from finetune.model.hub import PROBE_SECONDS
 
 NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
-from finetune import hub, receipt, trials
+from finetune import receipt, trials
 from finetune.checkpoints import set_aside
 from finetune.checks import host, preflight, run
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
+from finetune.model import hub
 from recorded import (
     A100_40,
     A100_80,

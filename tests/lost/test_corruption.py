@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.checkpoints import SEAL, read_seal
 from finetune.errors import CheckFailed
-from finetune.hub import weights_digest
+from finetune.model.hub import weights_digest
 from finetune.report import Terminal
 from finetune.resume import find
 from finetune.runs import Run

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from finetune import hub
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.config.schema import MISTRAL
+from finetune.model import hub
 
 PIN = "set model.revision to the commit in configs/training_config_h100.yaml"
 # What every run's tokens are compared on before its data is: turns, a system text, spaces, code, emoji, control tokens.

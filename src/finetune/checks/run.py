@@ -9,13 +9,13 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from finetune import hub
 from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
 from finetune.cli import advice, command
 from finetune.files import GIB, make_folder, resolve, shown
 from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
 from finetune.machine.inspect import wandb_sync
+from finetune.model import hub
 from finetune.plan.fit import fit, what_would_fit
 from finetune.plan.memory import peak_gib
 from finetune.plan.plan import hours_problem
@@ -230,15 +230,16 @@ def _receipt(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
-    from finetune import model, rehearsal
+    from finetune import rehearsal
+    from finetune.model import load
 
     config, platform = preflight.config, preflight.platform
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
     prepare_device(platform)
     capacity = capacity_gib(platform)
     with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = model.load_model(config, platform.device)
-    tokenizer = model.make_tokenizer(preflight.chat, config.dataset.padding_side)
+        peft_model = load.load_model(config, platform.device)
+    tokenizer = load.make_tokenizer(preflight.chat, config.dataset.padding_side)
     found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity)
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None

@@ -1,4 +1,4 @@
-"""The base model in NF4, LoRA on top, and the proof that what was asked for is what was loaded."""
+"""The base model in NF4 and LoRA on top of it, verified."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 import bitsandbytes
 import torch
 import transformers
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    set_seed,
 )
 
-from finetune import levers
-from finetune.config.schema import Config, LoraConfig, ModelConfig, QuantizationConfig, is_local
+from finetune.config.schema import Config, ModelConfig, QuantizationConfig, is_local
 from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
 from finetune.files import resolve
-from finetune.hub import GIVE_TOKEN, is_cached
 from finetune.machine.platforms import quantised_on
+from finetune.model.hub import GIVE_TOKEN, is_cached
+from finetune.model.lora import add_lora, install_fused
+from finetune.model.verify import verify_base
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
@@ -48,7 +47,7 @@ def load_model(config: Config, device: str) -> PeftModel:
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
     """A new adapter on `base`, and what makes their steps faster. Raises CheckFailed where that does not work here."""
     model = add_lora(base, config.lora, config.training.seed)
-    levers.install(model, config.training)
+    install_fused(model, config.training)
     return model
 
 
@@ -130,70 +129,3 @@ def _no_weights(name: str, error: OSError) -> str:
         f"Accept its terms at https://huggingface.co/{name} once, then {GIVE_TOKEN}; or put its files in a folder "
         "and type --set model.name=FOLDER"
     )
-
-
-def verify_base(
-    base: PreTrainedModel, model: ModelConfig, quantization: QuantizationConfig, device: str, storage: str
-) -> None:
-    """Compare every parameter and linear layer with the config; a silent downgrade raises CheckFailed naming it.
-
-    `storage` is what the layers should be by now: packed, as they are loaded, or expanded.
-    """
-    problems = [
-        f"{name} is on {parameter.device.type}, wanted {device}"
-        for name, parameter in base.named_parameters()
-        if parameter.device.type != device
-    ]
-    for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            packed = storage == "packed" and name != "lm_head"  # the output layer is never quantised
-            wanted_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
-            if type(module) is not wanted_class:
-                problems.append(f"{name} is {type(module).__name__}, wanted {wanted_class.__name__}")
-            elif packed:
-                problems += _packed_problems(name, module, quantization)
-    problems += [
-        f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, wanted {model.dtype}"
-        for name, parameter in base.named_parameters()
-        if not isinstance(parameter, bitsandbytes.nn.Params4bit) and parameter.dtype != getattr(torch, model.dtype)
-    ]
-    attention = base.config._attn_implementation
-    if attention != model.attn_implementation:
-        problems.append(f"attention is {attention}, wanted {model.attn_implementation}")
-    if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckFailed("model: not loaded as the config asks\n  " + "\n  ".join(problems[:10]) + more)
-
-
-def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list[str]:
-    state = module.weight.quant_state
-    if state is None:
-        return [f"{name} is not quantised, wanted {wanted.bnb_4bit_quant_type}"]
-    found = {
-        "bnb_4bit_quant_type": state.quant_type,
-        "bnb_4bit_use_double_quant": state.nested,
-        "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch."),
-    }
-    return [
-        f"{name} has {key} {value}, wanted {getattr(wanted, key)}"
-        for key, value in found.items()
-        if value != getattr(wanted, key)
-    ]
-
-
-def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """LoRA on `base` with fp32 adapter weights, the same for the same seed whatever happened before."""
-    set_seed(seed)
-    peft_config = PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.target_modules),
-        bias=lora.bias,
-        task_type=lora.task_type,
-    )
-    model = get_peft_model(base, peft_config)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, wanted float32 adapter weights")
-    return model
