@@ -166,7 +166,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     from finetune.data.tokenizer import load_chat
     from finetune.machine.device import prepare_device
     from finetune.model import load
-    from finetune.runs import Run
+    from finetune.runs.folder import Run
 
     platform = PLATFORMS[config.platform]
     prepare_device(platform)

@@ -37,7 +37,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune import checkpoints, trainer
+from finetune import trainer
 from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
@@ -47,9 +47,10 @@ from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import load
 from finetune.plan.model_shape import Geometry
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs import checkpoints
+from finetune.runs.folder import Run
 from finetune.sums import Sums
+from finetune.terminal import Terminal
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
 # A sixteenth of Mistral-7B in every dimension; with 16 times its rank, the adapter has the 7B's 448 tensors and size.

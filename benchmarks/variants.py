@@ -230,7 +230,7 @@ def _ours(work: Work, base: Any) -> Any:
     from finetune import trainer
     from finetune.model import load
     from finetune.plan import checkpointed_layers
-    from finetune.runs import Run
+    from finetune.runs.folder import Run
 
     config = work.config
     choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")

@@ -15,7 +15,7 @@ from finetune.checks.check import exit_code, run, summary
 from finetune.checks.docker import CHECKS
 from finetune.cli import PYTHON
 from finetune.machine.docker_host import DockerHost, Engine, read_docker_host
-from finetune.report import Terminal, tally
+from finetune.terminal import Terminal, tally
 
 
 def parse() -> argparse.Namespace:

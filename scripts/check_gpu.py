@@ -17,7 +17,7 @@ from finetune.files import GIB
 from finetune.machine.device import Torch, read_torch
 from finetune.machine.inspect import Machine, read_machine
 from finetune.machine.platforms import accelerator, choose
-from finetune.report import Terminal
+from finetune.terminal import Terminal
 
 
 def bytes_to_gb(size: float) -> float:

@@ -16,7 +16,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import Config, is_local
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve
-from finetune.report import Terminal
+from finetune.terminal import Terminal
 
 
 def parse() -> argparse.Namespace:

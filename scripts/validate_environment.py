@@ -20,7 +20,7 @@ from finetune.cli import command, quiet_libraries
 from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
 from finetune.paste import block
-from finetune.report import Terminal, tally
+from finetune.terminal import Terminal, tally
 
 # Which checks the specification's own functions stand for.
 REMOTE = ("libraries", "gpu.torch", "device.flash_attention")
@@ -108,7 +108,7 @@ def main() -> None:
 
 def read_receipt(path: Path) -> None:
     """Raise ConfigError now, not after all other checks, where the file is no receipt."""
-    from finetune.receipt import read
+    from finetune.runs.receipt import read
 
     read(path)
 

@@ -23,8 +23,8 @@ from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
 from finetune.plan.schedule import Pace, check_budget, seconds_since_start
-from finetune.report import Terminal, tally
-from finetune.runs import Run, open_run
+from finetune.runs.folder import Run, open_run
+from finetune.terminal import Terminal, tally
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -106,13 +106,14 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, checkpoints, export, resume, samples, self_test, trackers, trainer
+    from finetune import callbacks, export, samples, self_test, trackers, trainer
     from finetune.model import load
+    from finetune.runs import checkpoints, manifest, resume
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
-    known = export.describe(config, prepared, hardware(platform, preflight.machine))
+    known = manifest.describe(config, prepared, hardware(platform, preflight.machine))
     known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
-    fingerprint = export.fingerprint(config, prepared)
+    fingerprint = manifest.fingerprint(config, prepared)
     resumed = resume.find(run, fingerprint, resume_changed, terminal)
     checkpoint = resumed.checkpoint
     tracking = trackers.make_trackers(config, run, terminal)
@@ -139,10 +140,10 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     hours = config.training.time_budget_hours
     budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
 
-    export.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
-    export.write_receipt(run, config, prepared)
+    manifest.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
+    manifest.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with tracking.closed(), reporting.reported(run, terminal), export.recorded(run, known), out_of_memory:
+    with tracking.closed(), reporting.reported(run, terminal), manifest.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from finetune import trial
 from finetune.errors import OutOfResource
-from finetune.export import fingerprint
 from finetune.machine import device as device_module
 from finetune.machine import platforms
 from finetune.plan.checkpointed_layers import Choice
+from finetune.runs.manifest import fingerprint
 from finetune.trainer import Trainer
 from test_rehearsal import attributes, loaded, rehearsed
 from training import Case, adapter_weights, same

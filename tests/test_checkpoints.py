@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from finetune.checkpoints import newest_whole, read_seal, replace_best, room_for, saved, seal, thin_out, trusted_best
 from finetune.errors import DiskFull
 from finetune.files import sha256, write_json
+from finetune.runs.checkpoints import (
+    newest_whole,
+    read_seal,
+    replace_best,
+    room_for,
+    saved,
+    seal,
+    thin_out,
+    trusted_best,
+)
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -221,7 +230,7 @@ def test_a_removal_cut_short_leaves_a_folder_that_no_seal_vouches_for(
     def killed(_folder: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("finetune.runs.checkpoints.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         thin_out(tmp_path, 1)
     with pytest.raises(ValueError, match=NO_SEAL):

@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import receipt
 from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.errors import Diverged, OutOfResource, Stopped
-from finetune.export import describe, recorded, write_receipt
-from finetune.receipt import base_model
-from finetune.runs import Run
+from finetune.runs import receipt
+from finetune.runs.folder import Run
+from finetune.runs.manifest import describe, recorded, write_receipt
+from finetune.runs.receipt import base_model
 
 
 @pytest.fixture

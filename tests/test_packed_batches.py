@@ -17,7 +17,7 @@ from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base, make_tokenizer
 from finetune.model.lora import add_lora
-from finetune.runs import Run
+from finetune.runs.folder import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 
 TOLERANCE = 1e-5  # relative; sums in another order

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import receipt
 from finetune.checks.preflight import Preflight
 from finetune.config import typed
 from finetune.config.load import ROOT, load_config
 from finetune.config.schema import Config
 from finetune.files import write_json
 from finetune.machine.inspect import read_machine
+from finetune.runs import receipt
 
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 # Indented or fenced blocks that are no commands, by how they begin.

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from finetune import receipt
 from finetune.config import typed
 from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
@@ -22,7 +21,8 @@ from finetune.data.prepare import Prepared, prepare
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError
 from finetune.files import write_json
-from finetune.receipt import BY_DESIGN, NOT_COMPARED, differences
+from finetune.runs import receipt
+from finetune.runs.receipt import BY_DESIGN, NOT_COMPARED, differences
 
 Row = list[dict[str, str]]
 Receipt = dict[str, Any]

@@ -24,7 +24,6 @@ from peft import PeftModel
 
 from finetune import trial
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.checkpoints import seal
 from finetune.config.schema import Config
 from finetune.data.batches import Load, example_lengths, train_load, validation_load
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
@@ -38,7 +37,8 @@ from finetune.plan.checkpointed_layers import Choice
 from finetune.plan.schedule import Pace, Schedule
 from finetune.putback import put_back
 from finetune.rehearsal import Rehearsal, rehearse
-from finetune.report import Terminal
+from finetune.runs.checkpoints import seal
+from finetune.terminal import Terminal
 from finetune.trainer import Trainer, arguments, make_trainer, train
 from training import FINGERPRINT, Case, adapter_weights, same
 

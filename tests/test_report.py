@@ -14,7 +14,7 @@ from finetune import cli
 from finetune.checks.check import Result
 from finetune.plan.describe import plan_lines
 from finetune.plan.plan import Plan
-from finetune.report import COLOURS, Terminal, tally
+from finetune.terminal import COLOURS, Terminal, tally
 from finetune.wording import clean
 
 PLAN = Plan(

@@ -22,8 +22,8 @@ from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.config.schema import MISTRAL
 from finetune.errors import Diverged, Stopped
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 from finetune.wording import clean
 from run_folders import SAMPLES, make_run, manifest, rows, start, without_end
 

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune import runs
 from finetune.config import load
 from finetune.config.load import ROOT
 from finetune.config.schema import Config
 from finetune.errors import ConfigError, OutOfResource
 from finetune.files import make_folder
-from finetune.runs import Run, open_run
+from finetune.runs import folder as run_folder
+from finetune.runs.folder import Run, open_run
 
 NAME = "my.run"
 
@@ -226,7 +226,9 @@ def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(
     lock = settings.run_folder / "lock"
     words = lock.read_text(encoding="utf-8")
     lock.write_text("", encoding="utf-8")
-    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: lock.write_text(words)))
+    monkeypatch.setattr(
+        run_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: lock.write_text(words))
+    )
     with pytest.raises(OutOfResource, match=f"is being written by pid {holder.pid} on"):
         open_run(settings, False)
 

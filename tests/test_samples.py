@@ -15,11 +15,12 @@ import torch
 
 from finetune import samples as samples_module
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.checkpoints import read_seal
 from finetune.errors import Stopped
-from finetune.report import Terminal
+from finetune.runs.checkpoints import read_seal
+from finetune.runs.outcome import Outcome
 from finetune.samples import FILE, Question, Sampler, questions
-from finetune.trainer import Outcome, evaluates_first, train
+from finetune.terminal import Terminal
+from finetune.trainer import evaluates_first, train
 from training import FINGERPRINT, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")

@@ -23,9 +23,10 @@ from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
 from finetune.model.load import load_base, make_tokenizer
-from finetune.report import Terminal
+from finetune.runs.outcome import Outcome
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
-from finetune.trainer import Outcome, train
+from finetune.terminal import Terminal
+from finetune.trainer import train
 from training import FINGERPRINT, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import Diverged, Stopped
-from finetune.starts import begin, end
+from finetune.runs.starts import begin, end
 
 AGO = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 OPEN = {"started": "2026-03-01T12:00:00+00:00", "from_step": 4, "ended": None, "step": None, "end": None}

@@ -24,7 +24,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.plan.schedule import MARGIN, Pace, Schedule, check_budget, seconds_since_start
-from finetune.runs import Run
+from finetune.runs.folder import Run
 from finetune.wording import duration
 
 PACE = Pace(step=10.0, evaluation=60.0, save=5.0)

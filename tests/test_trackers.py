@@ -25,8 +25,8 @@ import pytest
 from finetune.config.load import ROOT, load_config
 from finetune.config.schema import Config
 from finetune.errors import Stopped
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 from finetune.trackers import TensorBoard, Wandb, make_trackers
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")

@@ -23,12 +23,12 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from finetune.checkpoints import read_seal
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.config.schema import MISTRAL
 from finetune.data.tokenizer import load_chat
 from finetune.model_card import model_card
+from finetune.runs.checkpoints import read_seal
 
 STEPS = 6
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")

@@ -33,15 +33,16 @@ from trl import SFTTrainer
 from finetune import callbacks
 from finetune import trainer as trainer_module
 from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
-from finetune.checkpoints import read_seal, saved
 from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
 from finetune.plan.schedule import Pace
-from finetune.report import Terminal
-from finetune.runs import Run
-from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, is_over
+from finetune.runs.checkpoints import read_seal, saved
+from finetune.runs.folder import Run
+from finetune.runs.outcome import Outcome
+from finetune.terminal import Terminal
+from finetune.trainer import Trainer, arguments, evaluates_first, is_over
 from training import FINGERPRINT, Case, adapter_weights, same
 
 # --- steps

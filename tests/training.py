@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from finetune.callbacks import Keeper, Progress, Stopper
-from finetune.checkpoints import saved
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.encode import Recipe
@@ -21,9 +20,11 @@ from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import adapt, load_base
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import read_geometry
-from finetune.report import Terminal
-from finetune.runs import Run
-from finetune.trainer import Outcome, Trainer, arguments, evaluates_first, make_trainer, train
+from finetune.runs.checkpoints import saved
+from finetune.runs.folder import Run
+from finetune.runs.outcome import Outcome
+from finetune.terminal import Terminal
+from finetune.trainer import Trainer, arguments, evaluates_first, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",

@@ -18,12 +18,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from finetune.checkpoints import BEST, read_seal, replace_best, room_for, saved, seal, thin_out
 from finetune.errors import OutOfResource, Stopped
 from finetune.files import write_text
 from finetune.plan.schedule import Pace, Schedule, seconds_since_start
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.checkpoints import BEST, read_seal, replace_best, room_for, saved, seal, thin_out
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 from finetune.wording import clock, duration
 
 

@@ -25,7 +25,7 @@ from finetune.plan.fit import what_would_fit
 from finetune.plan.model_shape import read_geometry
 from finetune.plan.plan import count_steps
 from finetune.plan.schedule import Pace, Schedule
-from finetune.runs import Run
+from finetune.runs.folder import Run
 from finetune.trial import MemoryEnds, Stage, Trial
 from finetune.wording import clock, duration
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from finetune.cli import command
 from finetune.evidence import MANIFEST, PAGE, SCRIPT
 from finetune.files import shown
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 
 
 @contextmanager

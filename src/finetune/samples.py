@@ -20,7 +20,7 @@ from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
 from finetune.files import write_text
 from finetune.model.generate import reply_to
-from finetune.report import Terminal
+from finetune.terminal import Terminal
 from finetune.wording import clean
 
 FILE = "samples.jsonl"

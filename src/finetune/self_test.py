@@ -24,7 +24,7 @@ from finetune.data.prepare import Prepared
 from finetune.data.store import Rows
 from finetune.data.template import IGNORED
 from finetune.model.generate import evaluating, reply_to
-from finetune.trainer import Outcome
+from finetune.runs.outcome import Outcome
 
 LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more
 ANSWERS = 4  # validation rows whose first question is answered

@@ -17,8 +17,8 @@ from finetune.config.schema import Config
 from finetune.files import shown
 from finetune.machine.inspect import wandb_sync
 from finetune.model.hub import PROBE_SECONDS
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 from finetune.tracking import wandb_offline_reason
 
 FINISH_SECONDS = 15  # for what is left at the end: three tries of wandb's, a few seconds where the server is well

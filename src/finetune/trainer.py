@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,18 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from finetune.callbacks import Checkpointing, EvaluationStopped, Keeper, Progress, Stopper, adapter_bytes
-from finetune.checkpoints import BEST, room_for, saved
 from finetune.config.schema import TrainingConfig
 from finetune.data.packing import Collator
 from finetune.data.template import IGNORED
 from finetune.errors import Diverged
 from finetune.machine.device import peak_memory_gib, random_state, set_random_state
 from finetune.machine.platforms import PLATFORMS, Platform
-from finetune.runs import Run
+from finetune.runs.checkpoints import BEST, room_for, saved
+from finetune.runs.folder import Run
+from finetune.runs.outcome import Outcome
 from finetune.sums import Sums
 
 DEVICE_RANDOM_STATE = "device_rng.safetensors"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training came to, all starts together. Losses are mean nats a supervised token."""
-
-    steps: int
-    train_loss: float
-    first_eval_loss: float | None
-    eval_loss: float
-    best_step: int
-    tokens_per_second: float
-    seconds: float
-    stopped_early: bool
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]

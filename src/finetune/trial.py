@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
-from finetune.checkpoints import read_seal, seal
 from finetune.config.schema import Config
 from finetune.data.batches import Load
 from finetune.data.prepare import Prepared
@@ -25,7 +24,8 @@ from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import Geometry
 from finetune.putback import put_back
-from finetune.runs import Run
+from finetune.runs.checkpoints import read_seal, seal
+from finetune.runs.folder import Run
 from finetune.trainer import Trainer, arguments, make_trainer
 
 STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured

@@ -21,7 +21,6 @@ import torch
 from packaging.version import Version
 
 from finetune import checks
-from finetune.checkpoints import seal
 from finetune.checks import gpu, host, libraries, preflight, run
 from finetune.checks.check import Result, exit_code
 from finetune.checks.check import run as run_checks
@@ -33,6 +32,7 @@ from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
+from finetune.runs.checkpoints import seal
 from recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
 from stand_ins import by_document, install_flash_attn
 
@@ -173,7 +173,7 @@ class Bench:
 
     def checkpoint(self, step: int, optimizer: object = None) -> Path:
         """A whole checkpoint of this very training, the best so far, and the best adapter; `optimizer` is pickled."""
-        from finetune.export import fingerprint
+        from finetune.runs.manifest import fingerprint
 
         now = self.preflight()
         facts = {"fingerprint": fingerprint(now.config, now.prepared)}

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
-from finetune import receipt, trials
-from finetune.checkpoints import set_aside
+from finetune import trials
 from finetune.checks import host, preflight, run
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
 from finetune.model import hub
+from finetune.runs import receipt
+from finetune.runs.checkpoints import set_aside
 from recorded import (
     A100_40,
     A100_80,

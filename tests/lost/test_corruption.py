@@ -14,12 +14,12 @@ import pytest
 from harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences, names, result
 from safetensors.torch import load_file, save_file
 
-from finetune.checkpoints import SEAL, read_seal
 from finetune.errors import CheckFailed
 from finetune.model.hub import weights_digest
-from finetune.report import Terminal
-from finetune.resume import find
-from finetune.runs import Run
+from finetune.runs.checkpoints import SEAL, read_seal
+from finetune.runs.folder import Run
+from finetune.runs.resume import find
+from finetune.terminal import Terminal
 
 FLIPS = 400 if NIGHTLY else 20  # bytes flipped in each file, spread over it
 CHANGED = "is not what was saved (sha256 differs)"

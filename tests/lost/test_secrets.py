@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import Command, Warm, Whole, differences
 
-from finetune.checkpoints import read_seal, seal
+from finetune.runs.checkpoints import read_seal, seal
 
 MARK = "c0ffee5ec2e7"
 PASSWORD = f"{MARK}-password"

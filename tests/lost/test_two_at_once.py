@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from harness import ENVIRONMENT, NIGHTLY, ROOT, Command, Warm, Whole, differences, names
 
-from finetune.checkpoints import read_seal
+from finetune.runs.checkpoints import read_seal
 
 
 @pytest.mark.slow

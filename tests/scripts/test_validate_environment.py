@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from commands import load_script
-from finetune import checks, receipt
+from finetune import checks
 from finetune.checks.check import Check, Result
 from finetune.checks.preflight import Preflight
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.files import write_json
+from finetune.runs import receipt
 from recorded import LINUX, M4
 
 SCRIPT = ROOT / "scripts" / "validate_environment.py"

@@ -20,7 +20,7 @@ from finetune.plan.fit import fit, what_would_fit
 from finetune.plan.memory import peak_gib
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
-from finetune.runs import find_run, lock_holder
+from finetune.runs.folder import find_run, lock_holder
 from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
@@ -155,9 +155,9 @@ def _wandb(preflight: Preflight) -> Finding:
 
 
 def _state(preflight: Preflight) -> Finding:
-    from finetune.checkpoints import ASIDE, SEAL, has_best, read_seal, refuse_code, saved, step_of
-    from finetune.export import fingerprint
-    from finetune.resume import best_step, differences
+    from finetune.runs.checkpoints import ASIDE, SEAL, has_best, read_seal, refuse_code, saved, step_of
+    from finetune.runs.manifest import fingerprint
+    from finetune.runs.resume import best_step, differences
 
     folder, finished = find_run(preflight.config, fresh=False)
     if finished:
@@ -191,7 +191,7 @@ def _state(preflight: Preflight) -> Finding:
 
 def _set_aside(checkpoints: Path) -> list[str]:
     """What earlier starts have set aside, and why where that can still be seen."""
-    from finetune.checkpoints import ASIDE, SEAL, read_seal
+    from finetune.runs.checkpoints import ASIDE, SEAL, read_seal
 
     notes = []
     for folder in sorted(checkpoints.glob(f"{ASIDE}*")):
@@ -216,7 +216,7 @@ def _resume(goes_on: str, notes: list[str], changes: list[str]) -> Finding:
 
 
 def _receipt(preflight: Preflight) -> Finding:
-    from finetune import receipt
+    from finetune.runs import receipt
 
     assert preflight.receipt is not None  # only chosen where there is one
     ours = receipt.make(preflight.config, preflight.prepared)

@@ -17,7 +17,7 @@ from finetune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from finetune.checks.check import Result
-    from finetune.trainer import Outcome
+    from finetune.runs.outcome import Outcome
 
 from finetune.plan.describe import plan_lines
 from finetune.wording import clean, counted

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoints import ASIDE, BEST, SEAL, newest_whole, read_seal, set_aside, step_of, trusted_best
 from finetune.errors import CheckFailed, ConfigError
-from finetune.report import Terminal
-from finetune.runs import Run
+from finetune.runs.checkpoints import ASIDE, BEST, SEAL, newest_whole, read_seal, set_aside, step_of, trusted_best
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
 
 
 @dataclass(frozen=True)
