@@ -162,11 +162,12 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     """The project's trainer on the case's model, as src/train.py makes it."""
-    from finetune import trainer
     from finetune.data.tokenizer import load_chat
     from finetune.machine.device import prepare_device
     from finetune.model import load
     from finetune.runs.folder import Run
+    from finetune.training import trainer
+    from finetune.training.arguments import training_arguments
 
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
@@ -178,7 +179,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
         base = load.load_base(config.model, config.quantization, platform.device)
     peft_model = load.adapt(base, config)
     run = Run(folder / "run", False, None)
-    arguments = trainer.arguments(config.training, run, [], platform, evaluate_first=True)
+    arguments = training_arguments(config.training, run, [], platform, evaluate_first=True)
     tokenizer = load.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
     rows = 2 * config.effective_batch_size

@@ -37,8 +37,6 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune import trainer
-from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
 from finetune.config.schema import Config
@@ -49,8 +47,13 @@ from finetune.model import load
 from finetune.plan.model_shape import Geometry
 from finetune.runs import checkpoints
 from finetune.runs.folder import Run
-from finetune.sums import Sums
 from finetune.terminal import Terminal
+from finetune.training import trainer
+from finetune.training.arguments import training_arguments  # noqa: E402
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.stopper import Stopper
+from finetune.training.totals import Sums
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
 # A sixteenth of Mistral-7B in every dimension; with 16 times its rank, the adapter has the 7B's 448 tensors and size.
@@ -134,7 +137,7 @@ def tokenizer() -> Any:
 def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     config, run = case.config(folder), Run(folder / "run", False, None)
     run.checkpoints.mkdir(parents=True)
-    sft = trainer.arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
+    sft = training_arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
     made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)

@@ -227,16 +227,17 @@ def our_varlen_trainer(work: Work) -> Any:
 
 
 def _ours(work: Work, base: Any) -> Any:
-    from finetune import trainer
     from finetune.model import load
     from finetune.plan import checkpointed_layers
     from finetune.runs.folder import Run
+    from finetune.training import trainer
+    from finetune.training.arguments import training_arguments
 
     config = work.config
     choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
     peft_model = load.adapt(base, config)
     run = Run(work.folder / "run", False, None)
-    arguments = trainer.arguments(config.training, run, [], work.platform, evaluate_first=False)
+    arguments = training_arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
     examples = packed_by_us(work.steps)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerFast
 
-    from finetune.rehearsal import Rehearsal
+    from finetune.training.rehearsal import Rehearsal
 
 
 def parse() -> argparse.Namespace:
@@ -106,9 +106,11 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import callbacks, export, samples, self_test, trackers, trainer
+    from finetune import export, self_test
     from finetune.model import load
     from finetune.runs import checkpoints, manifest, resume
+    from finetune.training import keeper, progress, samples, stopper, trackers, trainer
+    from finetune.training.arguments import training_arguments
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = manifest.describe(config, prepared, hardware(platform, preflight.machine))
@@ -138,7 +140,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         pace, choice = rehearsed.pace, rehearsed.checkpointed
     known["checkpointed_layers"] = None if over else choice.layers  # after its last step a run computes no layer again
     hours = config.training.time_budget_hours
-    budget = None if hours is None else callbacks.TimeBudget(hours, pace, seconds_since_start)
+    budget = None if hours is None else stopper.TimeBudget(hours, pace, seconds_since_start)
 
     manifest.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
     manifest.write_receipt(run, config, prepared)
@@ -150,13 +152,13 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             prepared.train.dataset(prepared.sequences),
             prepared.validation.dataset(None),
             config.dataset.train_file,
-            trainer.arguments(config.training, run, [], platform, trainer.evaluates_first(checkpoint)),
+            training_arguments(config.training, run, [], platform, trainer.evaluates_first(checkpoint)),
             choice.layers,
         )
         for tracker in tracking.all():
             made.add_callback(tracker)
-        keeper = callbacks.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes)
-        stopper = callbacks.Stopper(run, budget)
+        keeper = keeper.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes)
+        stopper = stopper.Stopper(run, budget)
         sampler = samples.Sampler(
             run.folder,
             prepared.chat,
@@ -167,7 +169,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
             tracking.all(),
         )
         peak_now = partial(peak_memory_gib, platform)
-        watchers = (keeper, stopper, callbacks.Progress(terminal, pace, config.tracking.cost_per_hour, peak_now))
+        watchers = (keeper, stopper, progress.Progress(terminal, pace, config.tracking.cost_per_hour, peak_now))
         outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint, sampler)
 
         answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
@@ -189,7 +191,7 @@ def rehearse(
     done: int,
     terminal: Terminal,
 ) -> Rehearsal:
-    from finetune import rehearsal
+    from finetune.training import rehearsal
 
     config, folder = preflight.config, run.folder / "rehearsal"
     capacity = capacity_gib(preflight.platform)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from finetune import trial
 from finetune.errors import OutOfResource
 from finetune.machine import device as device_module
 from finetune.machine import platforms
 from finetune.plan.checkpointed_layers import Choice
 from finetune.runs.manifest import fingerprint
-from finetune.trainer import Trainer
+from finetune.training import short_training
+from finetune.training.trainer import Trainer
 from test_rehearsal import attributes, loaded, rehearsed
 from training import Case, adapter_weights, same
 
@@ -128,7 +128,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def device(monkeypatch: pytest.MonkeyPatch, tried: list[int]) -> None:
     """A device whose peak can be measured again: 1.0 GiB with both layers checkpointed, 0.4 more for each whole one."""
     monkeypatch.setattr(platforms.Platform, "peak_begins_anew", True)
-    monkeypatch.setattr(trial, "peak_held_gib", lambda _: 1.0 + 0.4 * (LAYERS - tried[-1]))
+    monkeypatch.setattr(short_training, "peak_held_gib", lambda _: 1.0 + 0.4 * (LAYERS - tried[-1]))
     compute_loss = Trainer.compute_loss
 
     def never_twice(self: Trainer, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -185,7 +185,7 @@ def test_a_rehearsal_measures_and_picks_the_fewest_layers_within_the_budget(
     choice: Choice,
     trials: list[int],
 ) -> None:
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: 0.5)  # allocated, of what is held
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: 0.5)  # allocated, of what is held
     config = case.config(*AUTO)
     model = loaded(config)
     before, weights = attributes(model), adapter_weights(model)
@@ -201,13 +201,13 @@ def test_memory_that_ends_in_a_trial_is_told_given_back_and_no_reason_to_refuse(
 ) -> None:
     ended = out_of_memory_below(monkeypatch, 1)
     alive: list[int] = []
-    load_back = trial.Stage.load_back
+    load_back = short_training.Stage.load_back
 
     def watched(self: Any, watch: Any) -> None:
         alive.append(sum(trainer() is not None for trainer in ended))
         load_back(self, watch)
 
-    monkeypatch.setattr(trial.Stage, "load_back", watched)
+    monkeypatch.setattr(short_training.Stage, "load_back", watched)
     config = case.config(*AUTO)
     gc.disable()  # what is left of the ended trial has to be gone without luck
     try:
@@ -224,7 +224,7 @@ def test_a_trial_that_takes_more_than_there_is_counts_as_one_in_which_memory_end
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks = iter([0.0, 1.0, 0.0, 5.0])  # before and after each trial
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: next(peaks))
     config = case.config(*AUTO)
     found = rehearsed(case, config, loaded(config), capacity_gib=4.0)
     text = "2 of 2: peak 1.0 GiB measured, at most 3.6 of 4.0 (1.0 with 2, out of memory with 1)"

@@ -18,7 +18,8 @@ from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base, make_tokenizer
 from finetune.model.lora import add_lora
 from finetune.runs.folder import Run
-from finetune.trainer import Trainer, arguments, make_trainer
+from finetune.training.arguments import training_arguments
+from finetune.training.trainer import Trainer, make_trainer
 
 TOLERANCE = 1e-5  # relative; sums in another order
 
@@ -38,7 +39,7 @@ class Case:
                 torch.nn.init.normal_(parameter, std=0.2)
         tokenizer = make_tokenizer(load_chat(None), "right")
         self.collator = Collator(tokenizer)
-        sft = arguments(config.training, Run(folder / "run", False, None), [], PLATFORMS["cpu"], True)
+        sft = training_arguments(config.training, Run(folder / "run", False, None), [], PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
         self.trainer: Trainer = make_trainer(self.model, tokenizer, rows, rows, str(train_file), sft)
         self.model.train()

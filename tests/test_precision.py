@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerFast
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralMLP, MistralRMSNorm
 
-from finetune.trainer import Trainer
+from finetune.training.trainer import Trainer
 from training import Case
 
 BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.bf16=true")

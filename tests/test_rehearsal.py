@@ -22,8 +22,6 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from bitsandbytes.functional import GlobalPageManager
 from peft import PeftModel
 
-from finetune import trial
-from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.config.schema import Config
 from finetune.data.batches import Load, example_lengths, train_load, validation_load
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
@@ -35,11 +33,16 @@ from finetune.model.lora import add_lora
 from finetune.plan import fit
 from finetune.plan.checkpointed_layers import Choice
 from finetune.plan.schedule import Pace, Schedule
-from finetune.putback import put_back
-from finetune.rehearsal import Rehearsal, rehearse
 from finetune.runs.checkpoints import seal
 from finetune.terminal import Terminal
-from finetune.trainer import Trainer, arguments, make_trainer, train
+from finetune.training import short_training
+from finetune.training.arguments import training_arguments
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.rehearsal import Rehearsal, rehearse
+from finetune.training.restore import put_back
+from finetune.training.stopper import Stopper
+from finetune.training.trainer import Trainer, make_trainer, train
 from training import FINGERPRINT, Case, adapter_weights, same
 
 CPU = PLATFORMS["cpu"]
@@ -116,8 +119,8 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     settings = ("training.gradient_accumulation_steps=3", "training.per_device_train_batch_size=2")
     config = case.config(*settings, "training.packing=true", "training.max_steps=100", "training.eval_steps=10")
     clock = itertools.count(step=2.0)
-    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=clock.__next__))
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: 3.0)
+    monkeypatch.setattr(short_training, "time", SimpleNamespace(monotonic=clock.__next__))
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: 3.0)
     found = rehearsed(case, config, loaded(config), done=20)
     data = case.data(config)
     lengths = example_lengths(data)
@@ -183,7 +186,7 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     if rehearsal_first:
         rehearsed(case, config, model, done=2 if checkpoint else 0)
     data = case.data(config)
-    sft = arguments(config.training, case.run, [], CPU, evaluate_first=checkpoint is None)
+    sft = training_arguments(config.training, case.run, [], CPU, evaluate_first=checkpoint is None)
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
     made = make_trainer(model, case.tokenizer, rows, held_out, case.train_file, sft)
     keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)
@@ -351,7 +354,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
     case: Case, monkeypatch: pytest.MonkeyPatch, advice: list[tuple[float, float | None]]
 ) -> None:
     peaks = iter([1.5, 2.5])
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: next(peaks))
     refused = fails(case, case.config(), capacity_gib=2.0)
     assert str(refused) == f"rehearsal: peak 2.5 GiB, and there are 2.0 GiB; {CHANGE}"
     assert (refused.exit_code, advice) == (6, [(2.0, 2.5)])
@@ -359,7 +362,7 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: next(peaks))
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: next(peaks))
     monkeypatch.setattr(fit, "fit", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
@@ -381,7 +384,7 @@ def test_the_advice_on_memory_that_ran_out_changes_the_config_also_where_the_pla
 def test_a_peak_that_the_loading_reached_and_passed_is_no_reason_to_refuse(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "peak_memory_gib", lambda _: 2.5)
+    monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: 2.5)
     config = case.config()
     assert rehearsed(case, config, loaded(config), capacity_gib=2.0).peak_gib == 2.5
 
@@ -477,7 +480,7 @@ def test_a_checkpoint_whose_bytes_change_on_the_way_is_refused(case: Case, monke
         path = folder / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(trial, "seal", damaged)
+    monkeypatch.setattr(short_training, "seal", damaged)
     refused = fails(case, case.config())
     assert (refused.exit_code, str(refused)) == (
         3,
@@ -539,7 +542,7 @@ def test_what_a_killed_rehearsal_left_is_removed_before_the_next(case: Case, mon
         sealed.extend(path.name for path in folder.iterdir())
         seal(folder, facts)
 
-    monkeypatch.setattr(trial, "seal", listing)
+    monkeypatch.setattr(short_training, "seal", listing)
     config = case.config()
     rehearsed(case, config, loaded(config))
     assert "optimizer.pt" in sealed

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import samples as samples_module
-from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.errors import Stopped
 from finetune.runs.checkpoints import read_seal
 from finetune.runs.outcome import Outcome
-from finetune.samples import FILE, Question, Sampler, questions
 from finetune.terminal import Terminal
-from finetune.trainer import evaluates_first, train
+from finetune.training import samples as samples_module
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.samples import FILE, Question, Sampler, questions
+from finetune.training.stopper import Stopper
+from finetune.training.trainer import evaluates_first, train
 from training import FINGERPRINT, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")

@@ -18,7 +18,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune import self_test as self_test_module
-from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
@@ -26,7 +25,10 @@ from finetune.model.load import load_base, make_tokenizer
 from finetune.runs.outcome import Outcome
 from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.terminal import Terminal
-from finetune.trainer import train
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.stopper import Stopper
+from finetune.training.trainer import train
 from training import FINGERPRINT, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"

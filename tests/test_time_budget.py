@@ -19,12 +19,12 @@ import pytest
 from transformers import TrainerControl
 
 import train as program
-from finetune.callbacks import Stopper, TimeBudget
 from finetune.config.load import load_config
 from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.plan.schedule import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.runs.folder import Run
+from finetune.training.stopper import Stopper, TimeBudget
 from finetune.wording import duration
 
 PACE = Pace(step=10.0, evaluation=60.0, save=5.0)

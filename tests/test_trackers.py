@@ -27,7 +27,7 @@ from finetune.config.schema import Config
 from finetune.errors import Stopped
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
-from finetune.trackers import TensorBoard, Wandb, make_trackers
+from finetune.training.trackers import TensorBoard, Wandb, make_trackers
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
 KNOWN = {"WANDB_API_KEY": "k" * 40, "NETRC": "/nonexistent", "no_proxy": "127.0.0.1"}  # somebody with an account

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.tracking import wandb_offline_reason
+from finetune.training.wandb_access import wandb_offline_reason
 
 KEY = "k" * 40
 

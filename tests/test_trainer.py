@@ -30,9 +30,6 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from finetune import callbacks
-from finetune import trainer as trainer_module
-from finetune.callbacks import EvaluationStopped, Keeper, Progress, Stopper
 from finetune.errors import DiskFull, Diverged, Stopped
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
@@ -42,7 +39,13 @@ from finetune.runs.checkpoints import read_seal, saved
 from finetune.runs.folder import Run
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
-from finetune.trainer import Trainer, arguments, evaluates_first, is_over
+from finetune.training import progress as progress_module
+from finetune.training import trainer as trainer_module
+from finetune.training.arguments import training_arguments
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.stopper import EvaluationStopped, Stopper
+from finetune.training.trainer import Trainer, evaluates_first, is_over
 from training import FINGERPRINT, Case, adapter_weights, same
 
 # --- steps
@@ -117,7 +120,7 @@ def test_only_one_gpu_is_used_however_many_are_in_sight(case: Case, monkeypatch:
         return torch.device("cpu")
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(eight))
-    assert arguments(case.config().training, case.run, [], PLATFORMS["cpu"], True).n_gpu == 1
+    assert training_arguments(case.config().training, case.run, [], PLATFORMS["cpu"], True).n_gpu == 1
 
 
 # --- the keeper
@@ -700,14 +703,14 @@ def at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, _: Any = None) -> Any:
             return datetime(2024, 1, 31, 12)
 
-    monkeypatch.setattr(callbacks, "datetime", Noon)
-    monkeypatch.setattr(callbacks, "seconds_since_start", lambda: 120.0)
+    monkeypatch.setattr(progress_module, "datetime", Noon)
+    monkeypatch.setattr(progress_module, "seconds_since_start", lambda: 120.0)
 
 
 def progressed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 30 s of 100, each logged, then an evaluation."""
     clock = iter([0.0, 30.0, 100.0, 130.0])
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     state = TrainerState(global_step=0, max_steps=100, eval_steps=10, save_steps=50)
     progress.on_train_begin(None, state, None)
     for step in (1, 2):

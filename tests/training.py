@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from finetune.callbacks import Keeper, Progress, Stopper
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.encode import Recipe
@@ -24,7 +23,11 @@ from finetune.runs.checkpoints import saved
 from finetune.runs.folder import Run
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
-from finetune.trainer import Trainer, arguments, evaluates_first, make_trainer, train
+from finetune.training.arguments import training_arguments
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.stopper import Stopper
+from finetune.training.trainer import Trainer, evaluates_first, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -60,7 +63,7 @@ class Case:
         model = adapt(base, config)
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
-        sft = arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
+        sft = training_arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
         layers = checkpointed_layers(config, read_geometry(config))
         return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, layers)
 

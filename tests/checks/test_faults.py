@@ -13,11 +13,12 @@ import torch
 from bench import Bench, found
 from faults import FAULTS, Fault
 
-from finetune import checks, rehearsal, trials
+from finetune import checks, trials
 from finetune.checks.check import Result, run
 from finetune.config.load import ROOT
 from finetune.errors import OutOfResource
 from finetune.machine.platforms import PLATFORMS
+from finetune.training import rehearsal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

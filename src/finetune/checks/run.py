@@ -21,7 +21,7 @@ from finetune.plan.memory import peak_gib
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
 from finetune.runs.folder import find_run, lock_holder
-from finetune.tracking import KEY_FILE, NO_KEY, wandb_offline_reason
+from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
 
@@ -230,8 +230,8 @@ def _receipt(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
-    from finetune import rehearsal
     from finetune.model import load
+    from finetune.training import rehearsal
 
     config, platform = preflight.config, preflight.platform
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from finetune.callbacks import Progress
+from finetune.training.progress import Progress
 
 if TYPE_CHECKING:
-    from finetune.trainer import Trainer
+    from finetune.training.trainer import Trainer
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]

@@ -26,7 +26,7 @@ from finetune.plan.model_shape import read_geometry
 from finetune.plan.plan import count_steps
 from finetune.plan.schedule import Pace, Schedule
 from finetune.runs.folder import Run
-from finetune.trial import MemoryEnds, Stage, Trial
+from finetune.training.short_training import MemoryEnds, Stage, Trial
 from finetune.wording import clock, duration
 
 

@@ -23,10 +23,11 @@ from finetune.machine.device import forget_memory, memory_errors_explained, peak
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import Geometry
-from finetune.putback import put_back
 from finetune.runs.checkpoints import read_seal, seal
 from finetune.runs.folder import Run
-from finetune.trainer import Trainer, arguments, make_trainer
+from finetune.training.arguments import training_arguments
+from finetune.training.restore import put_back
+from finetune.training.trainer import Trainer, make_trainer
 
 STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured
 
@@ -180,7 +181,7 @@ class Stage:
             eval_steps=STEPS,
             save_steps=STEPS,
         )
-        sft = arguments(training, self.run, [], PLATFORMS[self.config.platform], evaluate_first=False)
+        sft = training_arguments(training, self.run, [], PLATFORMS[self.config.platform], evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
 

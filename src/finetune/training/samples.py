@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from finetune.callbacks import Keeper
 from finetune.config.schema import Config
 from finetune.data.encode import with_system_prompt
 from finetune.data.jsonl import parse_row, read_lines
@@ -21,6 +20,7 @@ from finetune.data.tokenizer import Chat
 from finetune.files import write_text
 from finetune.model.generate import reply_to
 from finetune.terminal import Terminal
+from finetune.training.keeper import Keeper
 from finetune.wording import clean
 
 FILE = "samples.jsonl"

@@ -1,0 +1,56 @@
+"""The config as transformers' and TRL's arguments."""
+
+from __future__ import annotations
+
+from trl import SFTConfig
+
+from finetune.config.schema import TrainingConfig
+from finetune.machine.platforms import Platform
+from finetune.runs.folder import Run
+
+
+def training_arguments(
+    training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, evaluate_first: bool
+) -> SFTConfig:
+    """The config as transformers' and TRL's arguments; `evaluate_first` as `evaluates_first` says."""
+    sft = SFTConfig(
+        output_dir=str(run.checkpoints),
+        run_name=run.name,
+        report_to=report_to,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optim,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        activation_checkpointing=training.gradient_checkpointing,  # transformers' name since 5.x
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # it would show a loss of 0 for one that is not a number
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        eval_on_start=evaluate_first,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        metric_for_best_model=training.metric_for_best_model,
+        greater_is_better=False,
+        load_best_model_at_end=False,  # the best adapter is kept by Keeper, also between two saves
+        seed=training.seed,
+        use_cpu=platform.device == "cpu",
+        dataloader_pin_memory=platform.pin_memory,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        max_length=None,  # rows are cut and packed already
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    sft._n_gpu = min(sft.n_gpu, 1)  # with more in sight, transformers would spread each batch over all of them
+    return sft

@@ -1,0 +1,87 @@
+"""The callback that keeps a run: checkpoints sealed, the best adapter, metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from finetune.files import write_text
+from finetune.runs.checkpoints import BEST, read_seal, replace_best, room_for, seal, thin_out
+from finetune.runs.folder import Run
+
+
+def adapter_bytes(model: PeftModel) -> int:
+    """Of the trainable weights in fp32."""
+    return 4 * sum(int(parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
+
+
+class Keeper(TrainerCallback):  # type: ignore[misc]
+    """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
+
+    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int, save_minutes: float | None = None) -> None:
+        self.run, self.fingerprint, self.keep = run, fingerprint, keep
+        self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self._saved = 0.0
+        self.eval_losses: dict[int, float] = {}
+        folder = run.checkpoints / BEST
+        self.best: dict[str, Any] | None = read_seal(folder) if folder.is_dir() else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+        # Steps after the checkpoint are done again, so what they logged goes.
+        metrics = self.run.folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
+        write_text(metrics, "".join(line for line in lines if line.endswith("\n") and self._stays(line, state)))
+
+    def _stays(self, line: str, state: Any) -> bool:
+        entry = json.loads(line)
+        made = "eval_loss" not in entry or entry["step"] in self.eval_losses  # else it is made now
+        return made and 0 < state.global_step >= entry["step"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = control.should_log = True
+        if time.monotonic() - self._saved >= self.save_seconds:
+            control.should_save = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        loss = metrics["eval_loss"]
+        self.eval_losses[state.global_step] = loss
+        control.should_save = control.should_save or control.should_training_stop
+        folder = self._folder(state)
+        if folder.is_dir():  # saved where a signal cut this evaluation short; retention goes by the loss
+            seal(folder, {**read_seal(folder), "eval_loss": loss})
+        if self.best is None or loss < self.best["eval_loss"]:
+            self.best = {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint}
+            self._keep_best(kwargs["model"], self.best)
+
+    def _keep_best(self, model: PeftModel, facts: dict[str, Any]) -> None:
+        partial = self.run.checkpoints / f"{BEST}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        with room_for(self.run.checkpoints, adapter_bytes(model)):
+            model.save_pretrained(partial, save_embedding_layers=False)
+            seal(partial, facts)
+            replace_best(self.run.checkpoints, partial)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
+        seal(self._folder(state), {**facts, "fingerprint": self.fingerprint})
+        self._saved = time.monotonic()
+        thin_out(self.run.checkpoints, self.keep)
+
+    def _folder(self, state: Any) -> Path:
+        return self.run.checkpoints / f"checkpoint-{state.global_step}"
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            return  # transformers' closing summary, of this invocation only
+        entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")

@@ -1,0 +1,101 @@
+"""The callback that shows a training as it runs: step, loss, speed, time left, cost, memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune.plan.schedule import Pace, Schedule, seconds_since_start
+from finetune.terminal import Terminal
+from finetune.wording import clock, duration
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """One line that lives on a terminal, plain lines elsewhere: step, loss, speed, time left and end, cost, memory.
+
+    Counts tokens and seconds of the run's training steps only: evaluation and saves are not in `tokens_per_second`, but
+    in the time left, as long as the rehearsal's `pace` says. The cost is that of this start, all of its wall time.
+    """
+
+    def __init__(
+        self,
+        terminal: Terminal,
+        pace: Pace | None = None,
+        cost_per_hour: float | None = None,
+        peak_gib: Callable[[], float] | None = None,
+    ) -> None:
+        self.terminal, self.pace = terminal, pace or Pace()
+        self.cost_per_hour, self._peak_gib = cost_per_hour, peak_gib
+        self.step_seconds, self.tokens = 0.0, 0
+        self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
+        self._lap = (0, 0.0)
+        self._loss = self._eval = ""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 before the first log."""
+        return self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0
+
+    def lap(self, tokens: int) -> float:
+        """Tokens a second since the last call, or this start's first step; `tokens` are the whole run's."""
+        tokens_before, seconds_before = self._lap
+        self._lap = (tokens, self.step_seconds)
+        seconds = self.step_seconds - seconds_before
+        return (tokens - tokens_before) / seconds if seconds > 0 else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._lap = (self.tokens, self.step_seconds)
+        self._first_step, self._seconds_before = state.global_step, self.step_seconds
+        self.terminal.status(f"step {state.global_step}/{state.max_steps}")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_seconds += time.monotonic() - self._step_started
+        self._show(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.tokens = int(logs.get("num_tokens", self.tokens))
+        if "loss" in logs:
+            self._loss = f"loss {logs['loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            if not self.terminal.live:
+                self.terminal.say(", ".join(self._parts(state)))
+        elif "eval_loss" in logs:
+            self._eval = f"eval_loss {logs['eval_loss']:.4f}"
+            self.terminal.say(f"step {state.global_step}/{state.max_steps}: {self._eval}")
+        self._show(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.terminal.clear()
+
+    def _show(self, state: Any) -> None:
+        if self.terminal.live:
+            step, *others = self._parts(state)
+            self.terminal.status(step, *others[:2], *filter(None, [self._eval]), *others[2:])
+
+    def _parts(self, state: Any) -> list[str]:
+        """What is known at this step, the most important first."""
+        parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}" if self._loss else "")]
+        left = self._seconds_left(state)
+        if left is not None:
+            now = datetime.now()
+            parts += [f"{duration(left)} left", f"ends about {clock(now + timedelta(seconds=left), now)}"]
+            if self.cost_per_hour is not None:
+                spent = seconds_since_start()
+                so_far, whole = (seconds / 3600 * self.cost_per_hour for seconds in (spent, spent + left))
+                parts.append(f"cost {so_far:,.2f} of {whole:,.2f}")
+        return parts if self._peak_gib is None else [*parts, f"peak {self._peak_gib():.1f} GiB"]
+
+    def _seconds_left(self, state: Any) -> float | None:
+        done = state.global_step - self._first_step
+        if done <= 0:
+            return None
+        seconds = self.step_seconds - self._seconds_before  # of this start: another may have had another machine
+        schedule = Schedule(state.global_step, state.max_steps, 1, state.eval_steps, state.save_steps)
+        return schedule.seconds(replace(self.pace, step=seconds / done), state.max_steps)
