@@ -49,7 +49,7 @@ from finetune.runs import checkpoints
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.training import trainer
-from finetune.training.arguments import training_arguments  # noqa: E402
+from finetune.training.arguments import training_arguments
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.stopper import Stopper

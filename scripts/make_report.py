@@ -22,12 +22,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    from finetune import report_page  # matplotlib, which --help need not wait for
+    from finetune.results.report import page  # matplotlib, which --help need not wait for
 
-    if options.other is None:
-        path = report_page.write(options.run)
-    else:
-        path = report_page.write_comparison(options.run, options.other)
+    path = page.write(options.run) if options.other is None else page.write_comparison(options.run, options.other)
     if options.json:
         cli.print_json({"report": str(path.resolve())})
     else:

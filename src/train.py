@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from finetune import checks, cli, reporting
+from finetune import checks, cli
 from finetune.checks.check import Result
 from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
@@ -23,6 +23,7 @@ from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
 from finetune.plan.schedule import Pace, check_budget, seconds_since_start
+from finetune.results.report import refresh
 from finetune.runs.folder import Run, open_run
 from finetune.terminal import Terminal, tally
 
@@ -56,7 +57,7 @@ def main() -> None:
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
         terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run beside it")
-        reporting.make(run, terminal)  # a kill may have come between the manifest and the page
+        refresh.make(run, terminal)  # a kill may have come between the manifest and the page
         print_manifest(run, options.json)
         return
 
@@ -106,8 +107,8 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune import export, self_test
     from finetune.model import load
+    from finetune.results import export, self_test
     from finetune.runs import checkpoints, manifest, resume
     from finetune.training import keeper, progress, samples, stopper, trackers, trainer
     from finetune.training.arguments import training_arguments
@@ -145,7 +146,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     manifest.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
     manifest.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with tracking.closed(), reporting.reported(run, terminal), manifest.recorded(run, known), out_of_memory:
+    with tracking.closed(), refresh.reported(run, terminal), manifest.recorded(run, known), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,

@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 
 from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
-from finetune.model_card import hub_base, metadata, model_card
-from finetune.self_test import SelfCheck, SelfTest
+from finetune.results.model_card import hub_base, metadata, model_card
+from finetune.results.self_test import SelfCheck, SelfTest
 from finetune.wording import clean
 
 REVISION = "63a8b081895390a26e140280378bc85ec8bce07a"

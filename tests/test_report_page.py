@@ -16,12 +16,13 @@ from xml.etree import ElementTree
 import pytest
 
 from browser import PROGRAM, Browser
-from finetune import charts, report_page, reporting
-from finetune.charts import Line
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.config.schema import MISTRAL
 from finetune.errors import Diverged, Stopped
+from finetune.results.report import charts, refresh
+from finetune.results.report import page as report_page
+from finetune.results.report.charts import Line
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.wording import clean
@@ -287,7 +288,7 @@ class Told:
 def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception | None) -> None:
     told = Told()
     try:
-        with reporting.reported(Run(complete, False, None), told.terminal):
+        with refresh.reported(Run(complete, False, None), told.terminal):
             if error:
                 raise error
     except Exception as raised:  # noqa: BLE001  # compared on the next line
@@ -297,7 +298,7 @@ def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception 
 
 
 def test_a_signal_that_wants_it_to_end_at_once_is_not_kept_waiting(complete: Path) -> None:
-    with pytest.raises(SystemExit), reporting.reported(Run(complete, False, None), Told().terminal):
+    with pytest.raises(SystemExit), refresh.reported(Run(complete, False, None), Told().terminal):
         raise SystemExit(143)
     assert not (complete / "report.html").exists()
 
@@ -307,7 +308,7 @@ def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
 ) -> None:
     monkeypatch.setattr(report_page, "write", lambda _folder: 1 / 0)
     told = Told()
-    with reporting.reported(Run(complete, False, None), told.terminal):
+    with refresh.reported(Run(complete, False, None), told.terminal):
         pass
     again = f"{PYTHON} scripts/make_report.py {complete}"
     assert told.text == f"warning: the report page was not made (division by zero); this makes it again: {again}\n"
@@ -315,14 +316,14 @@ def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
 
 def test_a_page_that_is_as_new_as_the_run_is_left_alone_and_an_older_one_made_again(complete: Path) -> None:
     run, told = Run(complete, True, None), Told()
-    reporting.make(run, told.terminal)
+    refresh.make(run, told.terminal)
     page, manifest_file = complete / "report.html", complete / "manifest.json"
     page.write_text("mine", encoding="utf-8")
-    reporting.make(run, told.terminal)
+    refresh.make(run, told.terminal)
     assert page.read_text(encoding="utf-8") == "mine"
     later = page.stat().st_mtime_ns + 10**9
     os.utime(manifest_file, ns=(later, later))
-    reporting.make(run, told.terminal)
+    refresh.make(run, told.terminal)
     assert page.read_text(encoding="utf-8") != "mine"
 
 

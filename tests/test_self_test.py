@@ -17,13 +17,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from finetune import self_test as self_test_module
 from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
 from finetune.model.load import load_base, make_tokenizer
+from finetune.results import self_test as self_test_module
+from finetune.results.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.runs.outcome import Outcome
-from finetune.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
 from finetune.terminal import Terminal
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress

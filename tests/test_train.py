@@ -27,7 +27,7 @@ from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.config.schema import MISTRAL
 from finetune.data.tokenizer import load_chat
-from finetune.model_card import model_card
+from finetune.results.model_card import model_card
 from finetune.runs.checkpoints import read_seal
 
 STEPS = 6

@@ -14,14 +14,13 @@ from finetune.checks.preflight import Preflight
 from finetune.cli import advice, command
 from finetune.files import GIB, make_folder, resolve, shown
 from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
-from finetune.machine.inspect import wandb_sync
 from finetune.model import hub
 from finetune.plan.fit import fit, what_would_fit
 from finetune.plan.memory import peak_gib
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
 from finetune.runs.folder import find_run, lock_holder
-from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason
+from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason, wandb_sync
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
 

@@ -16,20 +16,10 @@ from typing import Any
 
 import psutil
 
-from finetune.cli import advice
 from finetune.files import GIB
 
 ANSWER_SECONDS = 20
 CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
-
-
-def wandb_sync(run: Path | str, online: str | None = None) -> str:
-    """What sends the offline runs of wandb in a run's folder, or the one that began `online` and was not sent whole.
-
-    On a Docker host there is no wandb but the image's.
-    """
-    wandb = advice("wandb", "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo")
-    return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from finetune.config.schema import Config
 from finetune.files import shown
-from finetune.machine.inspect import wandb_sync
 from finetune.model.hub import PROBE_SECONDS
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
-from finetune.training.wandb_access import wandb_offline_reason
+from finetune.training.wandb_access import wandb_offline_reason, wandb_sync
 
 FINISH_SECONDS = 15  # for what is left at the end: three tries of wandb's, a few seconds where the server is well
 

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from finetune.cli import advice
 from finetune.model.hub import PROBE_SECONDS
 
 NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
@@ -50,3 +51,12 @@ def _in_netrc(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def wandb_sync(run: Path | str, online: str | None = None) -> str:
+    """What sends the offline runs of wandb in a run's folder, or the one that began `online` and was not sent whole.
+
+    On a Docker host there is no wandb but the image's.
+    """
+    wandb = advice("wandb", "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo")
+    return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"

@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from finetune import charts
-from finetune.charts import Line
 from finetune.cli import command
-from finetune.evidence import SCRIPT, Answer, Evidence
 from finetune.files import shown
+from finetune.results.report import charts
+from finetune.results.report.charts import Line
+from finetune.results.report.run_summary import SCRIPT, Evidence
+from finetune.results.report.verdicts import Answer
 from finetune.wording import duration
 
 FOUND: tuple[tuple[str, Callable[[Evidence], Any], str], ...] = (

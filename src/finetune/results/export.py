@@ -13,11 +13,11 @@ from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.errors import SelfTestFailed
 from finetune.files import sha256, shown
-from finetune.model_card import model_card
+from finetune.results.model_card import model_card
+from finetune.results.self_test import SelfTest, Start, self_test
 from finetune.runs.folder import Run
 from finetune.runs.manifest import write_end
 from finetune.runs.outcome import Outcome
-from finetune.self_test import SelfTest, Start, self_test
 
 REJECTED = "rejected"
 

@@ -10,13 +10,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from finetune import charts, evidence
-from finetune.charts import Line
 from finetune.cli import command
-from finetune.comparison import compare
 from finetune.config.schema import MISTRAL
-from finetune.evidence import Evidence
 from finetune.files import shown
+from finetune.results.report import charts, run_summary, verdicts
+from finetune.results.report.charts import Line
+from finetune.results.report.comparison import compare
+from finetune.results.report.run_summary import Evidence
 from finetune.wording import clean, counted, duration
 
 ENDS = {
@@ -45,19 +45,19 @@ SPLITS = ("train", "validation")
 
 def write(folder: Path) -> Path:
     """Make the page of the run in `folder` from what lies there, and return its path."""
-    return _write(folder / evidence.PAGE, "report.html", _report(evidence.read(folder)))
+    return _write(folder / run_summary.PAGE, "report.html", _report(run_summary.read(folder)))
 
 
 def write_comparison(folder: Path, other: Path) -> Path:
     """Make the page of two runs, in the first one's folder, and return its path."""
-    first, second = evidence.read(folder), evidence.read(other)
+    first, second = run_summary.read(folder), run_summary.read(other)
     return _write(folder / f"compare-{second.name}.html", "compare.html", compare(first, second))
 
 
 def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
     """Whole or not at all; not forced to the disk, since it can be made again."""
     pages = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("pages")),
+        loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -71,13 +71,13 @@ def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
 
 
 def _report(run: Evidence) -> dict[str, Any]:
-    """All that pages/report.html shows."""
+    """All that templates/report.html shows."""
     base = run.get("base_model", "name")
     return {
         "name": run.name,
         "status": run.status,
-        "unfinished": evidence.unfinished(run),
-        "answers": [evidence.trained(run), evidence.helped(run), evidence.safe(run)],
+        "unfinished": verdicts.unfinished(run),
+        "answers": [verdicts.trained(run), verdicts.helped(run), verdicts.safe(run)],
         "base": base or "not recorded",
         "base_link": f"https://huggingface.co/{MISTRAL}" if base == MISTRAL else None,
         "curves": [chart for chart in _curves(run) if chart],
@@ -94,7 +94,7 @@ def _report(run: Evidence) -> dict[str, Any]:
         "checks": (run.get("self_test") or {}).get("checks", []),
         "config": run.config,
         "facts": list(_facts(run)),
-        "again": f"{command(evidence.SCRIPT)} {shown(run.folder)}",
+        "again": f"{command(run_summary.SCRIPT)} {shown(run.folder)}",
     }
 
 

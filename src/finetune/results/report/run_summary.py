@@ -1,0 +1,117 @@
+"""What a run's folder holds, read once for its report."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigError
+from finetune.files import shown
+
+MANIFEST, PAGE = "manifest.json", "report.html"
+SCRIPT = "scripts/make_report.py"  # makes the page again
+Losses = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lies in a run's folder: `metrics` and `samples` are the whole lines of their files, [] where there is none.
+
+    Nothing else is read, so the same folder tells the same on every machine.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    config: str
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def status(self) -> str:
+        """complete, interrupted or failed."""
+        return str(self.manifest.get("status"))
+
+    def get(self, *keys: str) -> Any:
+        """What the manifest has under these keys, one below the other; None where it has not."""
+        found: Any = self.manifest
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    def number(self, *keys: str) -> float | None:
+        """As `get`, but None for all that is no finite number."""
+        found = self.get(*keys)
+        return found if isinstance(found, int | float) and math.isfinite(found) else None
+
+    def series(self, key: str) -> Losses:
+        """(step, value) of each line of metrics.jsonl that has `key`."""
+        return [(entry["step"], entry[key]) for entry in self.metrics if isinstance(entry.get(key), int | float)]
+
+    @cached_property
+    def evaluations(self) -> Losses:
+        """(step, held-out loss), finite ones only."""
+        return [(step, loss) for step, loss in self.series("eval_loss") if math.isfinite(loss)]
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The evaluation whose adapter is, or would be, the final one."""
+        chosen = [pair for pair in self.evaluations if pair[0] == self.number("best_step")]
+        return min(chosen or self.evaluations, key=lambda pair: pair[1], default=None)
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """Each start of the run, oldest first."""
+        return self.get("starts") or []
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything tells of."""
+        steps = [*(step for step, _ in self.series("step")), *(start["step"] or 0 for start in self.starts)]
+        return int(max([self.number("steps") or 0, *steps]))
+
+    @property
+    def answers(self) -> list[dict[str, str]]:
+        """The final prompts with both answers, else those of the newest best step."""
+        final = self.get("samples")
+        return final or (self.samples[-1]["samples"] if self.samples else [])
+
+
+def read(folder: Path) -> Evidence:
+    """Raises ConfigError where `folder` is no run's folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"{shown(folder)}: no such folder; name a run's, as in adapters/RUN")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{shown(folder)}: no {MANIFEST} in it; name a run's folder, as in adapters/RUN") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shown(folder / MANIFEST)}: cannot be read ({error})") from None
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{shown(folder / MANIFEST)}: found {type(manifest).__name__}, wanted an object")
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    metrics = [entry for entry in _lines(folder / "metrics.jsonl") if "step" in entry]
+    samples = [entry for entry in _lines(folder / "samples.jsonl") if entry.get("samples")]
+    return Evidence(folder.resolve(), manifest, metrics, samples, text)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line; a line that a kill cut short is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
