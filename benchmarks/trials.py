@@ -17,7 +17,7 @@ from machine import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from finetune import trials
+from finetune.checks import numerics
 from finetune.machine.platforms import PLATFORMS
 
 
@@ -25,14 +25,14 @@ def measure(platform: str) -> dict[str, Any]:
     """Each trial's number on the platform's device; optimizers that it can run, flash-attn where it is installed."""
     row = PLATFORMS[platform]
     found: dict[str, Any] = {
-        "nf4_loss": trials.nf4_loss(row.device),
-        "qlora_step_float32": trials.qlora_step(row.device, torch.float32, "packed"),
-        "qlora_step_bfloat16": trials.qlora_step(row.device, torch.bfloat16, "packed"),
-        "bfloat16_product": trials.bfloat16_product(row.device),
-        **{f"optimizer_{name}": trials.optimizer_step(name, row.device) for name in row.optimizers},
+        "nf4_loss": numerics.nf4_loss(row.device),
+        "qlora_step_float32": numerics.qlora_step(row.device, torch.float32, "packed"),
+        "qlora_step_bfloat16": numerics.qlora_step(row.device, torch.bfloat16, "packed"),
+        "bfloat16_product": numerics.bfloat16_product(row.device),
+        **{f"optimizer_{name}": numerics.optimizer_step(name, row.device) for name in row.optimizers},
     }
     if importlib.util.find_spec("flash_attn"):
-        found["flash_attention"] = trials.flash_attention(row.device)
+        found["flash_attention"] = numerics.flash_attention(row.device)
     return found
 
 

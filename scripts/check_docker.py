@@ -11,8 +11,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.checks.check import exit_code, run, summary
-from finetune.checks.docker import CHECKS
+from finetune.checks.docker.host import CHECKS
+from finetune.checks.runner import exit_code, run, summary
 from finetune.cli import PYTHON
 from finetune.machine.docker_host import DockerHost, Engine, read_docker_host
 from finetune.terminal import Terminal, tally

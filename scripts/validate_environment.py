@@ -13,13 +13,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import checks, cli
-from finetune.checks.check import Check, Result, exit_code, run, summary
+from finetune.checks.issue_block import block
 from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Result, exit_code, run, summary
 from finetune.cli import command, quiet_libraries
 from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
-from finetune.paste import block
 from finetune.terminal import Terminal, tally
 
 # Which checks the specification's own functions stand for.

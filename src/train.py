@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune import checks, cli
-from finetune.checks.check import Result
-from finetune.checks.check import run as run_checks
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Result
+from finetune.checks.runner import run as run_checks
 from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
 from finetune.errors import CheckFailed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune import cli
-from finetune.checks.check import Result
+from finetune.checks.runner import Result
 from finetune.plan.describe import plan_lines
 from finetune.plan.plan import Plan
 from finetune.terminal import COLOURS, Terminal, tally

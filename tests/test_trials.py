@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune import trials
+from finetune.checks import numerics
 from finetune.checks.device import OPTIMIZER_TOLERANCE, TOLERANCE
 from stand_ins import across_documents, by_document, install_flash_attn
 
@@ -31,15 +31,15 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def test_distance_is_the_largest_difference_over_the_largest_value(
     found: list[float], wanted: list[float], far: float
 ) -> None:
-    assert trials.distance(torch.tensor(found, dtype=BF16), torch.tensor(wanted)) == far
+    assert numerics.distance(torch.tensor(found, dtype=BF16), torch.tensor(wanted)) == far
 
 
 # NF4 ------------------------------------------------------------------------------------------------------------------
 
 
 def test_nf4_loses_what_was_measured() -> None:
-    least, most = trials.NF4_LOSS
-    assert trials.nf4_loss("cpu") == pytest.approx(0.0920, abs=0.0005)
+    least, most = numerics.NF4_LOSS
+    assert numerics.nf4_loss("cpu") == pytest.approx(0.0920, abs=0.0005)
     assert least < 0.092 < most
 
 
@@ -56,14 +56,14 @@ def test_unpacking_that_gives_other_weights_loses_more_than_is_allowed(
 ) -> None:
     real = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", changed(real, change))
-    assert trials.nf4_loss("cpu") == pytest.approx(lost, abs=0.02)
-    assert trials.nf4_loss("cpu") > trials.NF4_LOSS[1]
+    assert numerics.nf4_loss("cpu") == pytest.approx(lost, abs=0.02)
+    assert numerics.nf4_loss("cpu") > numerics.NF4_LOSS[1]
 
 
 def test_packing_that_packs_nothing_loses_less_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", lambda weights, **_: (weights, None))
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda packed, _: packed)
-    assert trials.nf4_loss("cpu") < trials.NF4_LOSS[0]
+    assert numerics.nf4_loss("cpu") < numerics.NF4_LOSS[0]
 
 
 # A QLoRA step ---------------------------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def test_packing_that_packs_nothing_loses_less_than_is_allowed(monkeypatch: pyte
 
 @pytest.mark.parametrize("storage", ["packed", "expanded"])
 def test_a_qlora_step_is_the_same_in_fp32_and_rounded_in_bfloat16(storage: str) -> None:
-    assert trials.qlora_step("cpu", FP32, storage) <= 1e-6
-    assert 1e-4 < trials.qlora_step("cpu", BF16, storage) < TOLERANCE["bfloat16"] / 3
+    assert numerics.qlora_step("cpu", FP32, storage) <= 1e-6
+    assert 1e-4 < numerics.qlora_step("cpu", BF16, storage) < TOLERANCE["bfloat16"] / 3
 
 
 class Deaf(torch.autograd.Function):
@@ -94,7 +94,7 @@ def test_a_4_bit_layer_that_computes_something_else_is_seen(
 ) -> None:
     layer = bitsandbytes.nn.Linear4bit
     monkeypatch.setattr(layer, "forward", changed(layer.forward, change))
-    assert trials.qlora_step("cpu", dtype, "packed") > most
+    assert numerics.qlora_step("cpu", dtype, "packed") > most
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda y: y * 0.5, lambda y: y * float("nan")])
@@ -108,7 +108,7 @@ def test_an_expanded_layer_that_computes_something_else_is_seen(
         return change(real(layer, x)) if x.dtype == BF16 else real(layer, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    assert trials.qlora_step("cpu", BF16, "expanded") > TOLERANCE["bfloat16"]
+    assert numerics.qlora_step("cpu", BF16, "expanded") > TOLERANCE["bfloat16"]
 
 
 def test_an_expanded_layer_does_without_4_bit_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,9 +116,9 @@ def test_an_expanded_layer_does_without_4_bit_kernels(monkeypatch: pytest.Monkey
         raise RuntimeError("no such kernel here")
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", broken)
-    assert trials.qlora_step("cpu", BF16, "expanded") < TOLERANCE["bfloat16"] / 3
+    assert numerics.qlora_step("cpu", BF16, "expanded") < TOLERANCE["bfloat16"] / 3
     with pytest.raises(RuntimeError, match="no such kernel here"):
-        trials.qlora_step("cpu", BF16, "packed")
+        numerics.qlora_step("cpu", BF16, "packed")
 
 
 def test_a_step_that_does_not_follow_the_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,14 +130,14 @@ def test_a_step_that_does_not_follow_the_gradient_is_seen(monkeypatch: pytest.Mo
         return real(*arguments, **{**options, "lr": options["lr"] / (2 if len(steps) == 1 else 1)})
 
     monkeypatch.setattr(torch.optim, "AdamW", every_other)
-    assert trials.qlora_step("cpu", FP32, "packed") == pytest.approx(0.5, abs=0.01)
+    assert numerics.qlora_step("cpu", FP32, "packed") == pytest.approx(0.5, abs=0.01)
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_bfloat16_product_is_rounded_and_no_more() -> None:
-    assert 1e-3 < trials.bfloat16_product("cpu") < TOLERANCE["bfloat16"] / 3
+    assert 1e-3 < numerics.bfloat16_product("cpu") < TOLERANCE["bfloat16"] / 3
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda y: y * 1.1, lambda y: y.flip(0)])
@@ -150,7 +150,7 @@ def test_a_bfloat16_product_that_is_another_is_seen(
         return change(real(left, right)) if left.dtype == BF16 else real(left, right)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    assert trials.bfloat16_product("cpu") > TOLERANCE["bfloat16"]
+    assert numerics.bfloat16_product("cpu") > TOLERANCE["bfloat16"]
 
 
 # Optimizers -----------------------------------------------------------------------------------------------------------
@@ -164,11 +164,11 @@ def most(name: str) -> float:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_that_a_config_may_name_moves_like_adamw(name: str) -> None:
-    assert trials.optimizer_step(name, "cpu") < most(name) / 5
+    assert numerics.optimizer_step(name, "cpu") < most(name) / 5
 
 
 def test_the_8_bit_optimizer_keeps_8_bits() -> None:
-    assert trials.optimizer_step("paged_adamw_8bit", "cpu") > TOLERANCE["float32"]
+    assert numerics.optimizer_step("paged_adamw_8bit", "cpu") > TOLERANCE["float32"]
 
 
 def made_with(make: Callable[..., Any], **wrong: Any) -> Callable[..., Any]:
@@ -181,13 +181,13 @@ def made_with(make: Callable[..., Any], **wrong: Any) -> Callable[..., Any]:
 def test_another_beta_epsilon_rate_or_decay_is_seen(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     optim = bitsandbytes.optim
     monkeypatch.setattr(optim, "PagedAdamW32bit", made_with(optim.PagedAdamW32bit, **wrong))
-    assert trials.optimizer_step("paged_adamw_32bit", "cpu") > most("paged_adamw_32bit")
+    assert numerics.optimizer_step("paged_adamw_32bit", "cpu") > most("paged_adamw_32bit")
 
 
 @pytest.mark.parametrize("make", [made_with(torch.optim.SGD), made_with(torch.optim.AdamW, lr=0.011)])
 def test_an_8_bit_optimizer_that_is_another_is_seen(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW8bit", make)
-    assert trials.optimizer_step("paged_adamw_8bit", "cpu") > most("paged_adamw_8bit")
+    assert numerics.optimizer_step("paged_adamw_8bit", "cpu") > most("paged_adamw_8bit")
 
 
 # flash-attn -----------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def forgets_the_gradient_of_values(q: Any, k: Any, v: Any, *packed: Any, causal:
 
 def test_attention_over_each_document_alone_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     install_flash_attn(monkeypatch, by_document)
-    assert 1e-3 < trials.flash_attention("cpu") < TOLERANCE["bfloat16"] / 3
+    assert 1e-3 < numerics.flash_attention("cpu") < TOLERANCE["bfloat16"] / 3
 
 
 @pytest.mark.parametrize("function", [across_documents, sees_the_future, forgets_the_gradient_of_values])
@@ -211,13 +211,13 @@ def test_attention_that_leaks_or_loses_a_gradient_is_seen(
     function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_flash_attn(monkeypatch, function)
-    assert trials.flash_attention("cpu") > 10 * TOLERANCE["bfloat16"]
+    assert numerics.flash_attention("cpu") > 10 * TOLERANCE["bfloat16"]
 
 
 def test_without_flash_attn_it_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
     install_flash_attn(monkeypatch, None)
     with pytest.raises(ImportError):
-        trials.flash_attention("cpu")
+        numerics.flash_attention("cpu")
 
 
 # The device -----------------------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def test_without_flash_attn_it_is_an_import_error(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "trial",
     [
-        trials.nf4_loss,
-        trials.bfloat16_product,
-        trials.flash_attention,
-        *(partial(trials.optimizer_step, name) for name in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")),
+        numerics.nf4_loss,
+        numerics.bfloat16_product,
+        numerics.flash_attention,
+        *(partial(numerics.optimizer_step, name) for name in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")),
     ],
 )
 def test_a_trial_computes_on_the_device_that_is_named(

@@ -16,7 +16,7 @@ from finetune.files import shown
 from finetune.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from finetune.checks.check import Result
+    from finetune.checks.runner import Result
     from finetune.runs.outcome import Outcome
 
 from finetune.plan.describe import plan_lines

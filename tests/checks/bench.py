@@ -21,10 +21,11 @@ import torch
 from packaging.version import Version
 
 from finetune import checks
-from finetune.checks import gpu, host, libraries, preflight, run
-from finetune.checks.check import Result, exit_code
-from finetune.checks.check import run as run_checks
+from finetune.checks import gpu, host, libraries, preflight
+from finetune.checks import paths as paths_module
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Result, exit_code
+from finetune.checks.runner import run as run_checks
 from finetune.config.load import ROOT, load_config
 from finetune.data import tokenizer
 from finetune.files import GIB
@@ -105,7 +106,7 @@ class Bench:
         paths = SimpleNamespace(get_path=lambda _: str(self.folder), get_python_version=lambda: "3.11")
         self.patch.setattr(gpu, "sysconfig", paths)
         disk = SimpleNamespace(disk_usage=lambda _: Usage(2**40, 0, self.free_gib * GIB))
-        self.patch.setattr(run, "shutil", disk)
+        self.patch.setattr(paths_module, "shutil", disk)
 
     def _libraries(self) -> None:
         """The versions of the platform's lock, as if they were installed here."""

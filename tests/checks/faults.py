@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import bitsandbytes
 from bench import Bench, Clock, conversations, watermarks
 
-from finetune import trials
-from finetune.checks import host, preflight, run
+from finetune.checks import host, numerics, paths, preflight
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
@@ -182,7 +181,7 @@ def small_disk_for_the_base(bench: Bench) -> None:
         def stat(self, **_: Any) -> Any:
             return SimpleNamespace(st_dev=-1)
 
-    bench.patch.setattr(run, "_existing", Elsewhere)
+    bench.patch.setattr(paths, "_existing", Elsewhere)
     bench.free_gib = 5.0
 
 
@@ -533,10 +532,10 @@ FAULTS = (
           fail("device.qlora",
                "a QLoRA step in bfloat16, packed, is 1.6e-01 from fp32, wanted at most 0.03",
                NEW_VENV)),
-    fault("bfloat16 is wrong", "m4", lambda b: b.patch.setattr(trials, "bfloat16_product", lambda *_: 0.5),
+    fault("bfloat16 is wrong", "m4", lambda b: b.patch.setattr(numerics, "bfloat16_product", lambda *_: 0.5),
           fail("device.bfloat16", "a bfloat16 product is 5.0e-01 from fp32, wanted at most 0.03", NEW_VENV)),
     fault("the paged optimizer is wrong", "h100",
-          lambda b: b.patch.setattr(trials, "optimizer_step", lambda *_: float("inf")),
+          lambda b: b.patch.setattr(numerics, "optimizer_step", lambda *_: float("inf")),
           fail("device.optimizer",
                "three steps of paged_adamw_32bit are inf from PyTorch's AdamW, wanted at most 0.0001",
                REINSTALL)),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from bench import Bench
 
-from finetune import paste
-from finetune.checks.check import Result
+from finetune.checks import issue_block
+from finetune.checks.runner import Result
 from finetune.files import ROOT
 
 RESULTS = [
@@ -38,7 +38,7 @@ def mac(bench: Callable[[str], Bench], monkeypatch: pytest.MonkeyPatch) -> Bench
 
 def test_the_block_has_machine_versions_config_and_every_finding_and_no_name_or_secret(mac: Bench) -> None:
     source = "../../Users/mia/qlora/configs/training_config_m4.yaml (--config m4)"
-    assert paste.block(RESULTS, mac.preflight(), source) == [
+    assert issue_block.block(RESULTS, mac.preflight(), source) == [
         "----- paste from here -----",
         "machine  Darwin 15.1 on arm64; Apple M4; 32.0 GiB of memory, 20.5 free",
         "versions python 3.11.9, torch 2.14.1, transformers 5.23.0, peft 0.19.0, trl 1.16.0, "
@@ -60,12 +60,12 @@ def test_the_block_has_machine_versions_config_and_every_finding_and_no_name_or_
 
 @pytest.mark.usefixtures("mac")
 def test_what_only_looks_like_a_name_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paste.nameless("/Users/mia2/mia2.txt amiable") == "~/mia2.txt amiable"
-    assert paste.nameless(f"../..{ROOT}/configs") == "./configs"
+    assert issue_block.nameless("/Users/mia2/mia2.txt amiable") == "~/mia2.txt amiable"
+    assert issue_block.nameless(f"../..{ROOT}/configs") == "./configs"
     monkeypatch.setenv("HOME", "/home2/mi")
-    assert paste.nameless("/home2/mi/a /home2/mint/b") == "~/a /home2/mint/b"
+    assert issue_block.nameless("/home2/mi/a /home2/mint/b") == "~/a /home2/mint/b"
     monkeypatch.setenv("HOME", "/")
-    assert paste.nameless("a / b /c") == "a / b /c"
+    assert issue_block.nameless("a / b /c") == "a / b /c"
 
 
 @pytest.mark.usefixtures("mac")
@@ -74,4 +74,4 @@ def test_a_user_without_a_name_is_no_error(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no name")
 
     monkeypatch.setattr("getpass.getuser", nameless)
-    assert paste.nameless("/Users/mia on mias-mac") == "~ on HOST"
+    assert issue_block.nameless("/Users/mia on mias-mac") == "~ on HOST"

@@ -9,7 +9,7 @@ from bench import Bench
 
 from finetune import checks
 from finetune.checks import preflight
-from finetune.checks.check import run
+from finetune.checks.runner import run
 from finetune.errors import CheckFailed
 from recorded import LINUX, M4_16
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune import checks
-from finetune.checks.check import Check, Finding, Result, exit_code, failed, passed, run, skipped, warned
+from finetune.checks.runner import Check, Finding, Result, exit_code, failed, passed, run, skipped, warned
 from finetune.cli import PYTHON
 from finetune.errors import CheckFailed, ConfigError, DataError, OutOfResource, UserError
 

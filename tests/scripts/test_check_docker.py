@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from commands import load_script
-from finetune.checks.check import run
-from finetune.checks.docker import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
+from finetune.checks.docker.host import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
+from finetune.checks.runner import run
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.errors import CheckFailed

@@ -17,8 +17,8 @@ import pytest
 
 from commands import load_script
 from finetune import checks
-from finetune.checks.check import Check, Result
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Result
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.files import write_json

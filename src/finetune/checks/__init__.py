@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune.checks import base_model, data, device, gpu, host, libraries, mac, run
-from finetune.checks.check import Check
+from finetune.checks import base_model, data, device, gpu, host, libraries, mac, paths, plan, resume
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check
 from finetune.cli import command
 from finetune.config.typed import did_you_mean
 from finetune.errors import ConfigError
@@ -18,9 +18,12 @@ CHECKS: tuple[Check[Preflight], ...] = (
     *gpu.CHECKS,
     *mac.CHECKS,
     *device.CHECKS,
-    *run.PATHS,  # before the data, which is cached below output.dir
+    *paths.BEFORE_DATA,
     *data.CHECKS,
-    *run.CHECKS,
+    *plan.CHECKS,
+    *paths.CHECKS,
+    *resume.CHECKS,
+    *plan.REHEARSAL,
 )
 
 LIST = f"{command('scripts/validate_environment.py')} --list names them all"

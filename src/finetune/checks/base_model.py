@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.config.schema import MISTRAL
 from finetune.model import hub
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.checks.check import Check, Finding, passed, warned
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, passed, warned
 from finetune.cli import command
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look

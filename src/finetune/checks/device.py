@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped
 from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped
 from finetune.cli import PYTHON, advice
 from finetune.machine.platforms import quantised_on
 
@@ -25,15 +25,15 @@ BUILD_FLASH_ATTENTION = advice(
 def _qlora(preflight: Preflight) -> Finding:
     import torch
 
-    from finetune import trials
+    from finetune.checks import numerics
 
     device, dtype = preflight.platform.device, preflight.config.model.dtype
     storage = preflight.config.quantization.storage
-    lost, (least, most) = trials.nf4_loss(quantised_on(device, storage)), trials.NF4_LOSS
+    lost, (least, most) = numerics.nf4_loss(quantised_on(device, storage)), numerics.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
         return failed(text, repair_command(preflight.platform.name))
-    distance = trials.qlora_step(device, getattr(torch, dtype), storage)
+    distance = numerics.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
     if not distance <= TOLERANCE[dtype]:
         return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", repair_command(preflight.platform.name))
@@ -41,11 +41,11 @@ def _qlora(preflight: Preflight) -> Finding:
 
 
 def _bfloat16(preflight: Preflight) -> Finding:
-    from finetune import trials
+    from finetune.checks import numerics
 
     if preflight.config.model.dtype != "bfloat16":
         return skipped(f"model.dtype is {preflight.config.model.dtype}")
-    distance = trials.bfloat16_product(preflight.platform.device)
+    distance = numerics.bfloat16_product(preflight.platform.device)
     text = f"a bfloat16 product is {distance:.1e} from fp32"
     if not distance <= TOLERANCE["bfloat16"]:
         return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", repair_command(preflight.platform.name))
@@ -53,11 +53,11 @@ def _bfloat16(preflight: Preflight) -> Finding:
 
 
 def _optimizer(preflight: Preflight) -> Finding:
-    from finetune import trials
+    from finetune.checks import numerics
 
     name = preflight.config.training.optim
     most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
-    distance = trials.optimizer_step(name, preflight.platform.device)
+    distance = numerics.optimizer_step(name, preflight.platform.device)
     text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
     if not distance <= most:
         return failed(f"{text}, wanted at most {most:g}", repair_command(preflight.platform.name))
@@ -70,10 +70,10 @@ def _flash_attention(preflight: Preflight) -> Finding:
     without = "or without it: --set model.attn_implementation=sdpa"
     if importlib.util.find_spec("flash_attn") is None:
         return failed("flash-attn is not installed", f"{BUILD_FLASH_ATTENTION}  {without}")
-    from finetune import trials
+    from finetune.checks import numerics
 
     try:
-        distance = trials.flash_attention(preflight.platform.device)
+        distance = numerics.flash_attention(preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return failed(f"flash-attn is installed and does not work: {first}", f"{BUILD_FLASH_ATTENTION}  {without}")

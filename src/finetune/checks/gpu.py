@@ -7,9 +7,9 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.libraries import install_command
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
 from finetune.machine.inspect import GpuProcess
 from finetune.plan.fit import fit

@@ -7,8 +7,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 
 MADE = datetime(2026, 11, 1, tzinfo=UTC)  # before this program was: a clock that says less is wrong
 # An expectation: three shards of up to 5 GB are read on the way to the GPU, and the data is prepared beside it.

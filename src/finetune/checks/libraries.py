@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import cli
-from finetune.checks.check import Check, Finding, failed, passed, warned
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, warned
 from finetune.cli import PYTHON, advice
 from finetune.files import ROOT
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.platforms import WORKING_SET_SHARE
 from finetune.plan.fit import fit
 from finetune.plan.memory import peak_gib

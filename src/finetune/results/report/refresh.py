@@ -29,7 +29,9 @@ def make(run: Run, terminal: Terminal) -> None:
         page, manifest = run.folder / PAGE, run.folder / MANIFEST
         if page.is_file() and page.stat().st_mtime_ns >= manifest.stat().st_mtime_ns:
             return
-        from finetune.results.report import page  # here: it takes a second, and matplotlib may be what is broken
+        from finetune.results.report import (
+            page as report_page,  # here: it takes a second, and matplotlib may be what is broken
+        )
 
         report_page.write(run.folder)
     except Exception as error:  # noqa: BLE001  # whatever breaks in a page, the run is worth more

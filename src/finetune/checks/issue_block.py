@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from finetune.checks import libraries
-from finetune.checks.check import Result
 from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Result
 from finetune.files import ROOT
 from finetune.machine.platforms import accelerator
 from finetune.wording import clean

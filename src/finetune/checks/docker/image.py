@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
-from finetune.checks.run import BASE_GIB
+from finetune.checks.paths import BASE_GIB
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.docker_host import Disk, DockerHost
 from finetune.machine.docker_image import REPOSITORY, SOURCES, Image
 

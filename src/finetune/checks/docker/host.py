@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from packaging.version import Version
 
-from finetune.checks import docker_image
-from finetune.checks.check import Check, Finding, failed, passed, skipped, warned
-from finetune.checks.docker_image import BUILD
+from finetune.checks.docker import image
+from finetune.checks.docker.image import BUILD
 from finetune.checks.gpu import DRIVER, OLDEST_DRIVER
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
 from finetune.machine.platforms import accelerator
 
@@ -280,5 +280,5 @@ CHECKS: tuple[Check[DockerHost], ...] = (
     Check("docker.secrets", "files with tokens are there, and UID may read them", _secrets, needs=_ENV),
     Check("docker.binds", "data, configs, models and adapters are there; UID may write adapters", _binds, needs=_ENV),
     Check("docker.config", "Compose takes compose.yaml", _config, needs=("docker.compose", "docker.env")),
-    *docker_image.CHECKS,
+    *image.CHECKS,
 )

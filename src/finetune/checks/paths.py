@@ -1,0 +1,118 @@
+"""What a run writes to: output folder, caches, disk and tracker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
+from finetune.cli import advice
+from finetune.files import GIB, make_folder, resolve, shown
+from finetune.model import hub
+from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason, wandb_sync
+
+BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
+
+
+def _write(folder: Path) -> str | None:
+    """Why `folder` cannot be written, by doing: a file in a new subfolder, synced, moved up by a rename."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as made:
+            path = Path(made) / "file"
+            with path.open("wb") as stream:
+                stream.write(b"written")
+                stream.flush()
+                os.fsync(stream.fileno())
+            path.rename(folder / f"{Path(made).name}.moved").unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _output(preflight: Preflight) -> Finding:
+    folder = resolve(preflight.config.output.dir)
+    if reason := _write(folder):
+        return failed(
+            f"{shown(folder)} cannot be written: {reason}",
+            f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER",
+        )
+    return passed(f"{shown(folder)}: written, synced, renamed")
+
+
+def caches() -> dict[str, Path]:
+    """Folders that libraries write to, by the variable that moves each."""
+    home = Path(os.environ.get("HOME") or "/nonexistent")
+    return {
+        "HF_HOME": Path(
+            os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
+        ),
+        "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "TMPDIR": Path(tempfile.gettempdir()),
+    }
+
+
+def _caches(preflight: Preflight) -> Finding:
+    """Only those that this run will write: a base that is here already may lie where nobody can write."""
+    model, folders = preflight.config.model, caches()
+    if preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
+        del folders["HF_HOME"]
+    if preflight.platform.name != "h100":
+        del folders["TRITON_CACHE_DIR"]
+    wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
+    if wrong:
+        each = "; ".join(f"{folders[name]} cannot be written: {reason}" for name, reason in wrong.items())
+        fresh = "the UID that filled it back into .env, or docker compose down --volumes, which empties it"
+        return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in wrong)}", fresh))
+    return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
+
+
+def _disk(preflight: Preflight) -> Finding:
+    config, folder = preflight.config, resolve(preflight.config.output.dir)
+    make_folder(folder)
+    free_gib, needed_gib = shutil.disk_usage(folder).free / GIB, preflight.plan.disk_gib
+    parts = f"{needed_gib:.2f} for checkpoints, adapter and data"
+    if preflight.tokenizer_folder is None and not hub.is_cached(config.model.name, config.model.revision):
+        cache = _existing(caches()["HF_HOME"])
+        if cache.stat().st_dev == folder.stat().st_dev:
+            needed_gib, parts = needed_gib + BASE_GIB, f"{parts}, {BASE_GIB} for the base"
+        elif shutil.disk_usage(cache).free / GIB < BASE_GIB:
+            found = f"{shutil.disk_usage(cache).free / GIB:.1f} GiB free in {cache}, {BASE_GIB} needed for the base"
+            return failed(found, "free some, or export HF_HOME=FOLDER on another disk")
+    found = f"{free_gib:.1f} GiB free in {shown(folder)}, {needed_gib:.2f} needed ({parts})"
+    if free_gib < needed_gib:
+        return failed(found, "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk")
+    return passed(found)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above, or this one, that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _wandb(preflight: Preflight) -> Finding:
+    report_to = preflight.config.tracking.report_to
+    if report_to != "wandb":
+        return skipped(f"tracking.report_to is {report_to}")
+    reason = wandb_offline_reason()
+    if reason is None:
+        return passed("wandb answers, and a key is here")
+    later = f"{wandb_sync('adapters/RUN')} sends it later"
+    return warned(
+        f"wandb will be offline: {reason}; TensorBoard files and metrics.jsonl are written",
+        f"{advice('export WANDB_API_KEY=..., or ', f'{KEY_FILE} in .env, or ') if reason == NO_KEY else ''}{later}",
+    )
+
+
+_ROWS = ("data.rows",)
+BEFORE_DATA = (  # which is cached below output.dir
+    Check("paths.output", "output.dir can be written, by doing", _output),
+    Check("paths.caches", "the libraries' caches can be written, by doing", _caches),
+)
+CHECKS = (
+    Check("paths.disk", "free disk against base, checkpoints and adapter", _disk, needs=_ROWS),
+    Check("tracking.wandb", "wandb has a key and answers, or will be offline", _wandb, level="warn", network=True),
+)

@@ -1,0 +1,88 @@
+"""The run's arithmetic: steps, memory, hours; and, with --deep, the rehearsal that measures them."""
+
+from __future__ import annotations
+
+import math
+import os
+from datetime import datetime
+
+from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
+from finetune.files import resolve
+from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
+from finetune.plan.fit import fit, what_would_fit
+from finetune.plan.memory import peak_gib
+from finetune.plan.plan import hours_problem
+from finetune.plan.schedule import check_budget
+
+
+def _steps(preflight: Preflight) -> Finding:
+    plan = preflight.plan
+    found = (
+        f"{plan.steps:,} steps of {plan.effective_batch_size}, {plan.warmup_steps:,} of warm-up, "
+        f"evaluations {plan.evaluations:,}, checkpoints {plan.checkpoints:,}"
+    )
+    problem = plan.schedule_problem(preflight.config.training.eval_steps)
+    return warned(f"{found}; {problem[0]}", problem[1]) if problem else passed(found)
+
+
+def _memory(preflight: Preflight) -> Finding:
+    config, free = preflight.config, preflight.machine.memory_free_gib
+    expected = peak_gib(config, preflight.geometry)
+    found = f"{expected:.1f} GiB expected, {free:.1f} free"
+    if expected <= free:
+        return passed(found)
+    smaller = fit(config, preflight.geometry, free)
+    return failed(found, smaller.command if smaller else "close other programs, or take a machine with more memory")
+
+
+def _hours(preflight: Preflight) -> Finding:
+    training, plan = preflight.config.training, preflight.plan
+    budget = training.time_budget_hours
+    problem = hours_problem(plan, preflight.config)
+    if problem:
+        return warned(*problem)
+    if plan.hours is None:
+        limit = "" if budget is None else f"; the rehearsal will compare with training.time_budget_hours {budget:g}"
+        return skipped(f"not measured on this platform{limit}")
+    found = f"{plan.hours:.1f} h expected"
+    if budget is None or plan.hours <= budget:
+        return passed(found)
+    epochs = math.floor(100 * training.num_train_epochs * budget / plan.hours) / 100  # rounded up it would not fit
+    share = f"--set training.num_train_epochs={epochs:g}"
+    whole = f"--set training.time_budget_hours={plan.hours * 1.1:.1f}"
+    return warned(f"{found}, training.time_budget_hours is {budget:g}", f"{share}, or {whole}")
+
+
+def _rehearsal(preflight: Preflight) -> Finding:
+    from finetune.model import load
+    from finetune.training import rehearsal
+
+    config, platform = preflight.config, preflight.platform
+    folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
+    prepare_device(platform)
+    capacity = capacity_gib(platform)
+    with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
+        peft_model = load.load_model(config, platform.device)
+    tokenizer = load.make_tokenizer(preflight.chat, config.dataset.padding_side)
+    found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity)
+    partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
+    chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
+    return passed("; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial))))
+
+
+_ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)
+CHECKS = (
+    Check("plan.steps", "steps, warm-up, evaluations and checkpoints", _steps, needs=_ROWS, level="warn"),
+    Check("plan.memory", "free memory against the expected peak", _memory, ("cpu",), _GEOMETRY),
+    Check("plan.hours", "expected hours against training.time_budget_hours", _hours, needs=_ROWS, level="warn"),
+)
+REHEARSAL = (
+    Check(
+        "rehearsal",
+        "with --deep: the largest batches, an evaluation, a save and a load",
+        _rehearsal,
+        needs=_ROWS,
+        deep=True,
+    ),
+)
