@@ -98,7 +98,7 @@ def check_losses(results: list[dict[str, Any]]) -> dict[str, Any]:
 def throughput(
     variants: dict[str, dict[str, Any]], configs: dict[str, Config], geometry: Geometry
 ) -> list[dict[str, Any]]:
-    """What src/finetune/throughput.py reads, so that the plan can count hours: ours on rows as chats have them.
+    """What src/finetune/plan/throughput.py reads, so that the plan can count hours: ours on rows as chats have them.
 
     Nothing unless it ran as its platform's config has it, on Mistral-7B.
     """

@@ -60,8 +60,8 @@ def start(folder: Path, part: int, parts: int) -> subprocess.Popen[bytes]:
 
 def files(part: int, parts: int) -> Iterator[str]:
     """The test files of a part. The kills take longest and are in each, which takes its share of them."""
-    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "lost").glob("test_*.py"))
-    kills = "tests/lost/test_kills.py"
+    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "faults").glob("test_*.py"))
+    kills = "tests/faults/test_kills.py"
     yield kills
     yield from [path for path in found if path != kills][part::parts]
 

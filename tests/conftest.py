@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from training import Case
+    from support.training import Case
 
 Ending = tuple[int, str, str]  # exit code, stdout, stderr
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +114,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def case(tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Case:
-    from training import Case
+    from support.training import Case
 
     return Case(tiny_mistral, conversations, tmp_path, tokenizer)

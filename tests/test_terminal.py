@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune.config.load import ROOT
-from test_train import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
+from support.train_command import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
 
 COLUMNS = 200
 # What these would find of the machine at hand is not what is looked at here.

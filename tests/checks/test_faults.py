@@ -10,8 +10,6 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from bench import Bench, found
-from faults import FAULTS, Fault
 
 from finetune import checks
 from finetune.checks import numerics
@@ -20,6 +18,8 @@ from finetune.config.load import ROOT
 from finetune.errors import OutOfResource
 from finetune.machine.platforms import PLATFORMS
 from finetune.training import rehearsal
+from support.bench import Bench, found
+from support.check_faults import FAULTS, Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

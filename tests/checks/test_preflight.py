@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from bench import Bench
 
 from finetune import checks
 from finetune.checks import preflight
 from finetune.checks.runner import run
 from finetune.errors import CheckFailed
-from recorded import LINUX, M4_16
+from support.bench import Bench
+from support.recorded import LINUX, M4_16
 
 
 def test_the_gpus_working_set_is_what_torch_says(bench: Callable[[str], Bench]) -> None:

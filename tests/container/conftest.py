@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docker_project import COMMIT, KEY, PRIVATE, TOKEN, UID, Project, copied
+
+from support.docker_project import COMMIT, KEY, PRIVATE, TOKEN, UID, Project, copied
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from docker_project import ROOT
+
+from support.docker_project import ROOT
 
 TRAIN = ["python", "src/train.py", "--config", "h100"]
 VALIDATE = ["python", "scripts/validate_environment.py", "--config", "h100"]

@@ -8,7 +8,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from docker_project import COMMIT, KEY, PRIVATE, ROOT, TOKEN, UID, Project
+
+from support.docker_project import COMMIT, KEY, PRIVATE, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 IMAGE = "mistral-7b-qlora:cpu"

@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
-from docker_project import COMMIT, KEY, ROOT, TOKEN, UID, Project
+
+from support.docker_project import COMMIT, KEY, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 SETTINGS = (

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from commands import load_script
 from finetune.checks.docker.host import CHECKS, CONFIGURE, INSTALL, MAKE_ENV, MEND_ENV, TOOLKIT
 from finetune.checks.runner import run
 from finetune.cli import PYTHON
@@ -27,8 +26,9 @@ from finetune.errors import CheckFailed
 from finetune.machine import docker_host, docker_image
 from finetune.machine.docker_host import DockerHost, Engine, Place, Settings, Unreachable, read_docker_host
 from finetune.machine.docker_image import Image
-from recorded import A100_80, H100, M4
-from recorded_docker import (
+from support.commands import load_script
+from support.recorded import A100_80, H100, M4
+from support.recorded_docker import (
     FOLDERS,
     INFO_20,
     INFO_BARE,

@@ -13,13 +13,13 @@ from types import ModuleType
 
 import pytest
 
-from commands import load_script
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.errors import CheckFailed
 from finetune.machine.device import Torch
 from finetune.machine.inspect import Machine
-from recorded import (
+from support.commands import load_script
+from support.recorded import (
     A100_40,
     A100_80,
     EIGHT,

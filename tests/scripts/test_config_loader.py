@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-from commands import load_script
 from finetune.config import load, yaml_file
+from support.commands import load_script
 
 SCRIPT = load.ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]

@@ -14,10 +14,10 @@ from types import ModuleType
 
 import pytest
 
-from commands import load_script
 from finetune.config.load import ROOT
 from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
+from support.commands import load_script
 
 SCRIPT = ROOT / "scripts" / "inspect_data.py"
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"

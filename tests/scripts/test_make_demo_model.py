@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from commands import load_script
 from finetune.errors import CheckFailed, OutOfResource
+from support.commands import load_script
 
 Run = Callable[[Path], tuple[int, str, str]]
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_model.py"

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from commands import load_script
 from finetune import checks
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Result
@@ -23,7 +22,8 @@ from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.files import write_json
 from finetune.runs import receipt
-from recorded import LINUX, M4
+from support.commands import load_script
+from support.recorded import LINUX, M4
 
 SCRIPT = ROOT / "scripts" / "validate_environment.py"
 Done = subprocess.CompletedProcess[str]

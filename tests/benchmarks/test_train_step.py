@@ -1,0 +1,417 @@
+"""benchmarks/train_step.py: the same rows for everybody, honest arithmetic, and losses that are really compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.load import load_config
+from finetune.config.schema import Config
+from finetune.errors import CheckFailed
+from finetune.machine.platforms import PLATFORMS
+from finetune.plan.model_shape import MISTRAL_7B
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from flops import attention_flops, linear_parameters, peak_flops, recomputed_flops, step_flops, utilisation  # noqa: E402
+from parts import milliseconds, part_of  # noqa: E402
+from step_report import check_losses, ratios, throughput  # noqa: E402
+from step_rows import Shape, make_steps, padding_share  # noqa: E402
+from variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
+
+from support.throughput import ENTRY  # noqa: E402
+
+TINY = GEOMETRIES["tiny"]
+ON_CUDA = ("C", "C-packed", "D-varlen", "E", "E-0")
+
+
+@pytest.fixture
+def h100() -> Config:
+    return load_config("h100")[0]
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_flops_of_mistral_7b_are_those_of_its_parameters(h100: Config) -> None:
+    assert linear_parameters(MISTRAL_7B) == 6_979_321_856
+    a_token = 4 * (6_979_321_856 + 131_072_000) + 6 * 41_943_040
+    attention = 3 * 32 * 2 * 4096**2 * 4096
+    assert step_flops(h100, MISTRAL_7B, [4096]) == 4096 * a_token + attention
+
+
+def test_attention_costs_a_packed_row_what_it_costs_alone() -> None:
+    assert attention_flops(MISTRAL_7B, [100, 300]) == attention_flops(MISTRAL_7B, [100]) + attention_flops(
+        MISTRAL_7B, [300]
+    )
+
+
+def test_checkpointing_half_the_layers_computes_half_the_forward_pass_again(h100: Config) -> None:
+    whole = recomputed_flops(h100, MISTRAL_7B, [4096], 32)
+    assert recomputed_flops(h100, MISTRAL_7B, [4096], 16) == whole / 2
+    assert whole == 2 * (6_979_321_856 + 41_943_040) * 4096 + attention_flops(MISTRAL_7B, [4096])
+
+
+def test_utilisation_is_told_only_of_a_device_whose_peak_is_known(h100: Config) -> None:
+    seconds = step_flops(h100, MISTRAL_7B, [4096] * 16) / (0.4 * 989.4e12)
+    known = utilisation(h100, MISTRAL_7B, [4096] * 16, 32, seconds, "NVIDIA H100 80GB HBM3")
+    assert known["mfu"] == pytest.approx(0.4)
+    assert known["hfu"] == pytest.approx(0.4 * 1.48, rel=0.01)
+    assert utilisation(h100, MISTRAL_7B, [4096], 32, 1.0, "CPU only") == {"mfu": None, "hfu": None}
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", None), ("CPU only", None)],
+)
+def test_a_peak_is_that_of_the_device_by_name(device: str, peak: float | None) -> None:
+    assert peak_flops(device) == peak
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_rows_are_as_long_as_chats_are_and_fill_the_step_of_the_h100() -> None:
+    steps = make_steps("mixed", Shape(4, 4, 4096), 32000, 8, seed=20)
+    lengths = [length for step in steps for length in step.lengths]
+    assert {len(step.rows) for step in steps} == {128}
+    assert {len(step.sequences) for step in steps} == {16}
+    assert 460 < sum(lengths) / len(lengths) < 510
+    assert max(lengths) <= 4096
+    assert sum(lengths) / (8 * 16 * 4096) > 0.93  # of the packed sequences are tokens
+    assert 0.4 < padding_share(steps, 4) < 0.65
+
+
+def test_the_same_seed_gives_the_same_rows() -> None:
+    one, two = (make_steps("mixed", Shape(2, 2, 64), 1000, 2, seed=1) for _ in range(2))
+    assert one == two
+    assert make_steps("mixed", Shape(2, 2, 64), 1000, 2, seed=2) != one
+
+
+def test_full_rows_leave_nothing_to_pad_or_to_pack() -> None:
+    (step,) = make_steps("full", Shape(2, 3, 64), 1000, 1, seed=1)
+    assert step.lengths == [64] * 6
+    assert step.sequences == [[index] for index in range(6)]
+    assert padding_share([step], 2) == 0
+
+
+# The profile ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [
+        (["nvjet_tst_256x128_64x4_2x1_v_bz_coopB_TNT"], "matmul"),
+        (["sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n"], "matmul"),
+        (["void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>"], "attention"),
+        (["void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>"], "dequantise"),
+        (["void kOptimizer32bit2State<float, 1>"], "optimizer"),
+        (["void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor>"], "element-wise"),
+        (["ncclDevKernel_AllReduce"], "element-wise"),
+        (["cudaLaunchKernel"], "other"),
+        (["aten::mm", "aten::matmul", "aten::linear"], "matmul"),
+        (["aten::addcdiv_", "Optimizer.step#AdamW.step"], "optimizer"),
+        (["aten::mul", "bitsandbytes::dequantize_4bit", "MatMul4Bit"], "dequantise"),
+        (["aten::bmm", "aten::_scaled_dot_product_attention_math"], "attention"),
+    ],
+)
+def test_what_a_kernel_or_operator_is_called_says_its_part(names: list[str], part: str) -> None:
+    assert part_of(names) == part
+
+
+def test_a_real_profile_is_told_apart_to_the_last_millisecond() -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.randn(600, 600))
+    optimizer = torch.optim.AdamW([weight], foreach=False)
+    with torch.profiler.profile() as profile:
+        torch.nn.functional.silu(weight @ weight).sum().backward()
+        optimizer.step()
+    found = milliseconds(profile, 10_000)
+    assert min(found[part] for part in ("matmul", "element-wise", "optimizer")) > 0
+    assert found["dequantise"] == found["attention"] == 0
+    assert sum(found.values()) == pytest.approx(10_000)
+
+
+# The comparison -------------------------------------------------------------------------------------------------------
+
+
+def losses(*runs: list[float], dtype: str = "float32") -> dict[str, Any]:
+    names = ("A", "B", "D")
+    return check_losses(
+        [
+            {"variant": name, "task": "losses", "losses": run, "dtype": dtype}
+            for name, run in zip(names, runs, strict=False)
+        ]
+    )
+
+
+def test_equal_losses_agree() -> None:
+    found = losses([6.9, 6.8], [6.9, 6.8])
+    assert found["agree"]
+    assert found["against"] == "A"
+
+
+@pytest.mark.parametrize("others", [[6.9002, 6.8], [6.9, 6.5], [6.9, float("nan")], [float("nan"), 6.8]])
+def test_a_variant_whose_loss_is_another_is_named_and_the_comparison_fails(others: list[float]) -> None:
+    found = losses([6.9, 6.8], others, [6.9, 6.8])
+    assert not found["agree"]
+    assert {name: entry["agrees"] for name, entry in found["variants"].items()} == {"A": True, "B": False, "D": True}
+
+
+def test_a_reference_that_is_not_a_number_agrees_with_nothing() -> None:
+    nothing = float("nan")
+    assert not losses([nothing, nothing], [nothing, nothing])["agree"]
+
+
+def test_no_losses_are_no_agreement() -> None:
+    assert check_losses([]) == {"agree": False, "why": "no variant gave any"}
+
+
+def test_a_ratio_is_ours_over_theirs_and_of_the_same_rows() -> None:
+    speeds = {"A": 100.0, "B": 200.0, "D": 300.0, "D-expanded": 330.0}
+    variants = {name: {"mixed": {"tokens_per_second": speed}} for name, speed in speeds.items()}
+    variants["C"] = {"left_out": "needs CUDA"}  # type: ignore[dict-item]
+    variants["D"]["full"] = {"tokens_per_second": 500.0}
+    assert ratios(variants) == {
+        "mixed": {"D/A": 3.0, "D/B": 1.5, "D-expanded/A": 3.3, "D-expanded/B": 1.65, "D-expanded/D": 1.1},
+        "full": {},
+    }
+
+
+# What the plan may use ------------------------------------------------------------------------------------------------
+
+MEASURED = {"D": {"mixed": {"tokens_per_second": 5000.0}}}
+JOB = Job("D", "speed", "mixed", "7b", "h100", Shape(4, 4, 4096), 2, 3, False)
+
+
+def entries(job: Job = JOB, attention: str = "flash_attention_2", variant: str = "D") -> list[dict[str, Any]]:
+    config = job_config(job, VARIANTS[variant], attention)
+    return throughput(MEASURED, {"D": config}, GEOMETRIES[job.geometry])
+
+
+def test_a_run_of_ours_as_shipped_on_an_h100_is_a_speed_that_the_plan_can_use() -> None:
+    assert entries() == [ENTRY | {"tokens_per_second": 5000.0, "eval_tokens_per_second": None}]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"job": replace(JOB, geometry="demo")},
+        {"job": replace(JOB, shape=Shape(4, 4, 2048))},
+        {"job": replace(JOB, shape=Shape(2, 4, 4096))},
+        {"job": replace(JOB, task="losses")},
+        {"job": replace(JOB, geometry="tiny", platform="cpu", shape=Shape(4, 2, 64)), "attention": "sdpa"},
+        {"attention": "sdpa"},
+        {"variant": "D-expanded"},
+    ],
+)
+def test_any_other_run_is_none(other: dict[str, Any]) -> None:
+    assert entries(**other) == []
+
+
+# The table of variants ------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_an_nvidia_gpu_or_a_library_says_so() -> None:
+    on_cpu = {name: row.missing(PLATFORMS["cpu"]) for name, row in VARIANTS.items()}
+    assert {name for name, why in on_cpu.items() if why == "needs CUDA"} == set(ON_CUDA)
+    assert {why for name, why in on_cpu.items() if name not in ON_CUDA} == {None}
+    without = replace(VARIANTS["C"], library="no_such_library")
+    assert without.missing(PLATFORMS["h100"]) == "no_such_library is not installed"
+    pointless = replace(VARIANTS["D-varlen"], instead_of="json")
+    assert pointless.missing(PLATFORMS["h100"]) == "json is installed"
+
+
+@pytest.mark.parametrize("platform", ["h100", "cpu"])
+@pytest.mark.parametrize("task", ["losses", "speed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_a_config_that_its_platform_takes(variant: str, task: str, platform: str) -> None:
+    job = replace(JOB, variant=variant, task=task, platform=platform)
+    config = job_config(job, VARIANTS[variant], "sdpa")
+    assert config.training.gradient_checkpointing
+    assert config.lora.lora_dropout == (0 if task == "losses" or variant == "E-0" else 0.05)
+
+
+def tiny_loss(steps: list[Any], leak: bool = False, variant: str = "D") -> tuple[float, Any]:
+    """The random model's loss on one packed step, without LoRA; with `leak`, its rows see each other."""
+    import torch
+    from random_base import make_base
+
+    job = replace(JOB, geometry="tiny", platform="cpu", shape=Shape(4, 1, 64))
+    base = make_base(job_config(job, VARIANTS[variant], "sdpa"), TINY, PLATFORMS["cpu"])
+    (members, *_) = steps[0].sequences
+    rows = [steps[0].rows[index] for index in members]
+    ids = [token for row in rows for token in row]
+    places = range(len(ids)) if leak else [place for row in rows for place in range(len(row))]
+    labels = [token for row in rows for token in [-100, *row[1:]]]
+    tensors = {"input_ids": ids, "position_ids": list(places), "labels": labels}
+    with torch.no_grad():
+        output = base(**{name: torch.tensor([values]) for name, values in tensors.items()}, use_cache=False)
+    return float(output.loss), base
+
+
+def test_the_random_base_is_nf4_whole_and_the_same_every_time() -> None:
+    import bitsandbytes
+
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    loss, base = tiny_loss(steps)
+    assert loss == tiny_loss(steps)[0]
+    assert loss == pytest.approx(6.9, abs=0.2)  # ln 1000
+    packed = [module for module in base.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(packed) == 7 * TINY.num_hidden_layers
+    assert all(module.weight.quant_state is not None for module in packed)
+    assert {tensor.device.type for tensor in (*base.parameters(), *base.buffers())} == {"cpu"}
+    assert base.is_loaded_in_4bit
+
+
+def test_the_random_base_expanded_has_no_nf4_and_the_same_loss() -> None:
+    import bitsandbytes
+
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    loss, base = tiny_loss(steps, variant="D-expanded")
+    assert loss == pytest.approx(tiny_loss(steps)[0], rel=1e-6)
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.modules())
+
+
+def test_a_random_base_that_is_not_what_the_config_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import random_base
+
+    monkeypatch.setattr(random_base, "expand", lambda *_arguments: None)
+    with pytest.raises(CheckFailed) as caught:
+        tiny_loss(make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1), variant="D-expanded")
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    layers = [f"model.layers.{layer}.{part} is Linear4bit, wanted Linear" for layer in range(2) for part in parts]
+    expected = ["model: not loaded as the config asks", *layers[:10], "... and 4 more"]
+    assert str(caught.value) == "\n  ".join(expected)
+
+
+def test_rows_that_see_each_other_are_further_off_than_is_tolerated() -> None:
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    assert len(steps[0].sequences[0]) > 1
+    apart, leaked = tiny_loss(steps)[0], tiny_loss(steps, leak=True)[0]
+    assert not losses([apart], [leaked])["agree"]
+
+
+def rows_one_by_one(
+    query: Any, key: Any, value: Any, begins: Any, _key_begins: Any, longest: int, _key_longest: int, **named: Any
+) -> Any:
+    """What varlen_attn is documented to compute, [tokens, heads, head_dim]; it runs on NVIDIA GPUs only."""
+    import torch
+
+    assert named["window_size"] == (-1, 0)
+    assert longest == begins.diff().max()
+    found = []
+    for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        row = [tensor[begin:end].transpose(0, 1)[None] for tensor in (query, key, value)]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *row, is_causal=True, scale=named["scale"], enable_gqa=named["enable_gqa"]
+        )
+        found.append(attended[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+def test_torchs_varlen_attention_is_told_where_each_row_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import step_attention
+    import torch
+    from step_rows import packed_by_us
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
+    _, base = tiny_loss(steps)
+    examples = [{key: row[key] for key in ("input_ids", "labels", "seq_lengths")} for row in packed_by_us(steps)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
+    with torch.no_grad():
+        masked = base(**batch, use_cache=False).logits
+        monkeypatch.setattr(step_attention, "varlen_attn", rows_one_by_one)
+        step_attention.use(base)
+        assert torch.allclose(base(**batch, use_cache=False).logits, masked, atol=1e-5)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_7b_on_a_cpu_is_refused_with_what_to_try(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import train_step
+
+    monkeypatch.setattr(train_step, "read_machine", lambda: None)
+    monkeypatch.setattr(train_step, "choose", lambda _machine: (PLATFORMS["cpu"], "found no NVIDIA driver"))
+    monkeypatch.setattr(sys, "argv", ["train_step.py"])
+    assert train_step.main() == 2
+    expected = "found no NVIDIA driver: a step of --geometry 7b would take hours; try --tiny or --geometry demo\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_process_that_dies_is_a_result_and_ends_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train_step
+
+    jobs = [replace(JOB, variant=name, platform="cpu", data=data) for data in ("mixed", "full") for name in ("A", "D")]
+
+    def run_in_a_process(job: Job) -> dict[str, Any]:
+        return {"failed": "exit code -9: without a word"} if job.variant == "A" else {"step_seconds": [1.0]}
+
+    monkeypatch.setattr(train_step, "run_in_a_process", run_in_a_process)
+    results = train_step.measure(jobs)
+    assert [(result["variant"], result["data"], "failed" in result) for result in results] == [
+        ("A", "mixed", True),
+        ("D", "mixed", False),
+        ("D", "full", False),
+    ]
+
+
+@pytest.mark.slow
+def test_tiny_runs_everything_on_a_cpu_and_all_losses_agree(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    done = run("--tiny", "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert "throughput" not in found
+    left_out = {name: entry["left_out"] for name, entry in found["variants"].items() if "left_out" in entry}
+    assert left_out == dict.fromkeys(ON_CUDA, "needs CUDA")
+    assert "C: B with Liger's kernels: needs CUDA" in done.stderr
+    check_tiny(found)
+
+
+def check_tiny(found: dict[str, Any]) -> None:
+    ran = {name: entry for name, entry in found["variants"].items() if "left_out" not in entry}
+    ours = {"D", "D-auto", "D-lora", "D-kernels", "D-all", "D-expanded"}
+    assert set(found["losses"]["variants"]) == set(ran) == {"A", "B", "B-packed", *ours}
+    for name, entry in ran.items():
+        given = found["losses"]["variants"][name]["losses"]
+        assert len(given) == 20
+        assert given[-1] < given[0] - 0.1  # it learns, so that the losses of a broken backward pass would part
+        for data in ("mixed", "full"):
+            assert (entry[data]["padding"] > 0.2) == (data == "mixed" and name in ("A", "B"))
+            assert len(entry[data]["tokens_per_second_of_rounds"]) == 2
+            whole = name in ("D-auto", "D-all")  # memory is there for every layer of so small a model
+            assert entry[data]["checkpointed_layers"] == (0 if whole else TINY.num_hidden_layers)
+            assert entry[data]["profiled_step_ms"]["matmul"] > 0
+    assert {entry["mixed"]["tokens_per_step"] for entry in ran.values()} == {ran["A"]["mixed"]["tokens_per_step"]}
+    assert {"D/A", "D/B", "D/B-packed"} < set(found["ratios"]["mixed"])
+
+
+def test_one_variant_alone_can_be_asked_for() -> None:
+    import train_step
+
+    options = train_step.arguments(["--tiny", "--variant", "D", "--variant", "A", "--output", "somewhere"])
+    again = "--geometry tiny --repeats 2 --warmup 1 --steps 1 --loss-steps 20 --variant D --variant A"
+    assert train_step.command_line(options) == f"benchmarks/train_step.py {again}"
+    options.variant = options.asked
+    jobs = train_step.plan(options, "cpu")
+    assert [(job.variant, job.task) for job in jobs[:2]] == [("D", "losses"), ("A", "losses")]
+    assert [(job.variant, job.data, job.profiled) for job in jobs[2:]] == [
+        (name, data, first) for first in (True, False) for data in ("mixed", "full") for name in ("D", "A")
+    ]
+    assert {job.geometry for job in jobs} == {"tiny"}

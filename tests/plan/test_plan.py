@@ -1,0 +1,497 @@
+"""The plan: steps as the trainer counts them, memory and disk by arithmetic, and what `--dry-run --json` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import load as config_load
+from finetune.config.load import ROOT
+from finetune.config.schema import Config
+from finetune.data.encode import Statistics
+from finetune.machine.inspect import Machine
+from finetune.plan.model_shape import MISTRAL_7B
+from finetune.plan.plan import Plan, count_steps, disk_bytes, make_plan
+from finetune.plan.throughput import Throughput
+from support.recorded import M4
+
+H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.126, 1007.6, 950.0)
+LAPTOP = Machine("Linux", "x86_64", (), None, 15.6, 12.0)
+
+TRAIN = Statistics(
+    rows=900, tokens=180_000, supervised_tokens=90_000, truncated=3, dropped_long=2, dropped_bad=1, certified=902
+)
+VALIDATION = Statistics(
+    rows=100, tokens=20_000, supervised_tokens=9_000, truncated=4, dropped_long=5, dropped_bad=6, certified=105
+)
+
+
+def load(*settings: str) -> Config:
+    return config_load.load_config("h100", settings)[0]
+
+
+def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> Config:
+    return load(
+        f"training.per_device_train_batch_size={micro_batch}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.num_train_epochs={epochs}",
+        f"training.max_steps={max_steps}",
+    )
+
+
+def planned(sequences: int, *settings: str, machine: Machine = H100) -> Plan:
+    return make_plan(load(*settings), TRAIN, VALIDATION, sequences, MISTRAL_7B, machine)
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+# sequences, micro-batch, accumulation, epochs, max_steps -> steps an epoch, steps
+STEPS = [
+    (32, 2, 4, 1, -1, 4, 4),  # 16 micro-batches, 4 whole steps
+    (32, 2, 4, 3, -1, 4, 12),
+    (34, 2, 4, 1, -1, 5, 5),  # a 17th micro-batch is a step of its own
+    (33, 2, 4, 1, -1, 5, 5),  # and so is half of one
+    (31, 2, 4, 1, -1, 4, 4),  # 16 micro-batches, the last of one sequence
+    (33, 2, 4, 2, -1, 5, 10),  # the remainder is a step in each epoch
+    (1, 8, 16, 1, -1, 1, 1),  # less than one batch is one step
+    (1, 8, 16, 3, -1, 1, 3),
+    (32, 2, 4, 0.5, -1, 4, 2),
+    (32, 2, 4, 0.6, -1, 4, 3),  # 2.4 steps
+    (32, 2, 4, 2.5, -1, 4, 10),
+    (32, 2, 4, 0.01, -1, 4, 1),
+    (32, 2, 4, 3, 7, 4, 7),  # max_steps wins over the epochs, below them
+    (32, 2, 4, 1, 50, 4, 50),  # and above
+]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "micro_batch", "accumulation", "epochs", "max_steps", "an_epoch", "steps"), STEPS
+)
+def test_steps_are_those_counted_by_hand(
+    sequences: int, micro_batch: int, accumulation: int, epochs: float, max_steps: int, an_epoch: int, steps: int
+) -> None:
+    counted = count_steps(schedule(micro_batch, accumulation, epochs, max_steps), sequences)
+    assert counted == (an_epoch, steps)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "micro_batch", "accumulation", "epochs", "max_steps", "an_epoch", "steps"),
+    [STEPS[index] for index in (3, 5, 9, 12)],
+)
+def test_steps_are_those_that_transformers_trainer_takes(
+    sequences: int,
+    micro_batch: int,
+    accumulation: int,
+    epochs: float,
+    max_steps: int,
+    an_epoch: int,
+    steps: int,
+    tmp_path: Path,
+) -> None:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x: Any) -> dict[str, Any]:
+            return {"loss": (self.weight * x).mean()}
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(Model(), arguments, train_dataset=[{"x": torch.ones(1)}] * sequences)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.max_steps) == (steps, steps)
+    assert count_steps(schedule(micro_batch, accumulation, epochs, max_steps), sequences) == (an_epoch, steps)
+
+
+# Disk and memory ------------------------------------------------------------------------------------------------------
+
+
+def test_disk_is_three_checkpoints_and_two_spare_each_three_adapters_large_and_the_cache() -> None:
+    adapter = 4 * 41_943_040
+    assert disk_bytes(load(), MISTRAL_7B, 0) == 5 * 3 * adapter + 2 * adapter
+    assert disk_bytes(load("training.save_total_limit=1"), MISTRAL_7B, 0) == 3 * 3 * adapter + 2 * adapter
+    assert disk_bytes(load(), MISTRAL_7B, 1_000_000) - disk_bytes(load(), MISTRAL_7B, 0) == 8_000_000
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_adds_up_what_was_counted() -> None:
+    plan = planned(50, "training.eval_steps=2", "training.save_steps=4")
+    assert dataclasses.replace(plan, memory_parts={}, peak_memory_gib=0, disk_gib=0) == Plan(
+        rows_train=900,
+        rows_validation=100,
+        tokens_train=180_000,
+        supervised_tokens_train=90_000,
+        rows_truncated=7,
+        rows_dropped=14,
+        sequences_train=50,
+        packing_efficiency=0.8789,  # 180,000 of 50 x 4096
+        effective_batch_size=16,
+        steps_per_epoch=4,
+        steps=12,
+        warmup_steps=1,  # 0.36, rounded up
+        evaluations=7,  # before the first step, then every second
+        checkpoints=3,
+        peak_memory_gib=0,
+        memory_parts={},
+        memory_available_gib=79.13,
+        disk_gib=0,
+        hours=None,
+        certificate={"rows": 1007, "mismatches": 0},
+        problems=[],
+        checkpointed_layers=32,
+    )
+    assert plan.disk_gib == 2.66
+
+
+def test_the_last_step_is_evaluated_and_saved_whatever_the_interval() -> None:
+    plan = planned(50, "training.max_steps=13", "training.eval_steps=2", "training.save_steps=4")
+    assert (plan.evaluations, plan.checkpoints) == (1 + 7, 4)
+    plan = planned(50, "training.max_steps=3")
+    assert (plan.evaluations, plan.checkpoints) == (2, 1)
+
+
+def test_without_packing_every_token_computed_is_a_rows_own() -> None:
+    assert planned(900, "training.packing=false").packing_efficiency == 1
+
+
+@pytest.mark.parametrize("settings", [[], ["model.attn_implementation=sdpa"], ["quantization.storage=expanded"]])
+def test_the_parts_of_the_memory_add_up_to_the_peak(settings: list[str]) -> None:
+    plan = planned(50, *settings)
+    assert sum(plan.memory_parts.values()) == pytest.approx(plan.peak_memory_gib, abs=0.01)
+    assert all(size >= 0 for size in plan.memory_parts.values())
+
+
+def test_the_layers_that_auto_would_checkpoint_are_told_with_their_memory() -> None:
+    auto = "training.checkpointed_layers=auto"
+    plan = planned(50, auto)
+    assert (plan.checkpointed_layers, plan.checkpointed_from) == (
+        16,
+        "16 of 32: 70.1 GiB expected by the formula alone, at most 71.2 of 79.1; a rehearsal decides",
+    )
+    assert plan.peak_memory_gib == planned(50, "training.checkpointed_layers=16").peak_memory_gib == 70.11
+    assert (planned(50, "training.checkpointed_layers=16").checkpointed_from, plan.problems) == (
+        None,
+        planned(50).problems,
+    )
+
+
+def test_a_laptop_plans_auto_for_the_80_gib_of_an_h100() -> None:
+    plan = planned(50, "training.checkpointed_layers=auto", machine=LAPTOP)
+    told = "16 of 32: 70.1 GiB expected by the formula alone, at most 72.0 of 80.0; a rehearsal decides"
+    assert (plan.memory_available_gib, plan.checkpointed_from) == (None, told)
+
+
+# Hours ----------------------------------------------------------------------------------------------------------------
+
+
+def at_speed(monkeypatch: pytest.MonkeyPatch, evaluation: float | None, *settings: str) -> Plan:
+    """The plan where 1,000 tokens a second were measured, and `evaluation` in evaluations."""
+    speed = Throughput(1000.0, evaluation, "benchmarks/results/here.json", "2 cores of something")
+    monkeypatch.setattr("finetune.plan.plan.find", lambda *_run: speed)
+    return planned(50, *settings)
+
+
+def test_hours_are_the_tokens_of_all_epochs_and_evaluations_at_the_speeds_that_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = at_speed(monkeypatch, 2000.0, "training.eval_steps=2", "training.save_steps=2")
+    assert plan.hours == pytest.approx((3 * 180_000 / 1000 + 7 * 20_000 / 2000) / 3600, abs=1e-4)
+    assert plan.hours_from == "1,000 tokens/s on 2 cores of something, benchmarks/results/here.json"
+
+
+def test_hours_of_a_number_of_steps_are_their_share_of_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = at_speed(monkeypatch, None, "training.max_steps=2")
+    assert plan.hours == pytest.approx(180_000 / 1000 * 2 / 4 / 3600, abs=1e-4)
+
+
+def test_evaluations_that_nobody_timed_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = at_speed(monkeypatch, None)
+    assert plan.hours == pytest.approx(3 * 180_000 / 1000 / 3600, abs=1e-4)
+    assert plan.hours_from is not None and plan.hours_from.endswith("here.json, evaluations not counted")
+
+
+def test_a_run_like_no_measured_one_has_no_hours() -> None:
+    plan = planned(50, "model.max_seq_length=3000")
+    assert (plan.hours, plan.hours_from) == (None, None)
+
+
+# Problems -------------------------------------------------------------------------------------------------------------
+
+
+def suggested(problem: str) -> list[str]:
+    """The KEY=VALUE of every `--set` in a problem's text."""
+    return re.findall(r"--set (\S+)", problem)
+
+
+def test_fewer_steps_than_eval_steps_is_a_problem_with_what_to_type() -> None:
+    assert planned(50, "training.max_steps=50").problems == [
+        "50 steps, but training.eval_steps is 100: evaluated only before and after; --set training.eval_steps=10 "
+        "--set training.save_steps=10 evaluates every 10"
+    ]
+    assert planned(50, "training.max_steps=100").problems == []
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 50, 99])
+def test_the_suggested_intervals_load_and_leave_no_problem(steps: int) -> None:
+    tight = f"training.max_steps={steps}"
+    (problem,) = planned(50, tight).problems
+    settings = suggested(problem)
+    assert len(settings) == 2
+    plan = planned(50, tight, *settings)
+    assert plan.problems == []
+    assert plan.evaluations - 1 >= min(steps, 5)
+    assert plan.checkpoints == plan.evaluations - 1  # each saved step has its eval_loss
+
+
+def test_more_memory_than_is_free_is_a_problem_with_what_to_type() -> None:
+    busy = dataclasses.replace(H100, gpu_free_gib=10.0)
+    assert planned(50, "training.max_steps=100", machine=busy).problems == [
+        "13.4 GiB expected, 10.0 GiB free: --set training.per_device_train_batch_size=2 "
+        "--set training.gradient_accumulation_steps=8 (training.per_device_train_batch_size 4 -> 2, "
+        "training.gradient_accumulation_steps 4 -> 8 keeps the effective batch of 16; 9.0 GiB expected)"
+    ]
+
+
+def test_what_is_suggested_for_the_memory_leaves_no_problem() -> None:
+    busy = dataclasses.replace(H100, gpu_free_gib=8.0)
+    (problem,) = planned(50, "training.max_steps=100", machine=busy).problems
+    assert planned(50, "training.max_steps=100", *suggested(problem), machine=busy).problems == []
+
+
+def test_memory_that_nobody_could_read_is_no_problem() -> None:
+    plan = planned(50, "training.max_steps=100", machine=LAPTOP)
+    assert (plan.memory_available_gib, plan.problems) == (None, [])
+
+
+def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
+    assert planned(50, "training.max_steps=100", "dataset.max_rows=40").problems == [
+        "dataset.max_rows is 40: of data/processed/train.jsonl only the first 40 rows are read; "
+        "--set dataset.max_rows=null reads all"
+    ]
+
+
+def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_set_gib: float | None = None) -> Plan:
+    """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
+    rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
+    mac = config_load.load_config("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
+    return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, machine, working_set_gib)
+
+
+def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
+    plan = on_the_mac(1_000_000)
+    assert plan.problems == [
+        "3,000,000 tokens in all epochs take 23.8 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
+        "million; --set dataset.max_rows=5040 keeps within that, or train on the H100 (--config h100)"
+    ]
+    assert (plan.hours, plan.hours_from) == (None, None)  # nothing was measured
+    assert on_the_mac(504_000).problems == []
+
+
+def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
+    (problem,) = on_the_mac(1_000_000, "training.max_steps=62").problems  # 31 an epoch
+    assert problem == (
+        "2,000,000 tokens in all epochs take 15.9 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
+        "million; --set training.max_steps=46 keeps within that, or train on the H100 (--config h100)"
+    )
+    assert on_the_mac(1_000_000, *suggested(problem)).problems == []
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "working_set_gib", "found"),
+    [
+        (20.5, 21.3, None),
+        (28.0, 21.3, None),
+        (12.0, 21.3, "12.0 GiB free"),
+        (28.0, 16.0, "16.0 GiB in the GPU's working set, beyond which macOS swaps"),
+        (12.0, 16.0, "12.0 GiB free"),
+    ],
+)
+def test_on_a_mac_memory_is_enough_within_what_is_free_and_the_gpus_working_set(
+    free_gib: float, working_set_gib: float, found: str | None
+) -> None:
+    mac = dataclasses.replace(M4, memory_free_gib=free_gib)
+    plan = on_the_mac(100_000, machine=mac, working_set_gib=working_set_gib)
+    assert (plan.memory_available_gib, plan.working_set_gib) == (free_gib, working_set_gib)
+    assert plan.specified_memory_gb == (24, 28)
+    packed = "--set quantization.storage=packed (quantization.storage expanded -> packed; 7.8 GiB expected)"
+    assert plan.problems == ([] if found is None else [f"17.4 GiB expected, {found}: {packed}"])
+
+
+def test_on_a_mac_auto_stays_within_the_gpus_working_set() -> None:
+    mac = dataclasses.replace(M4, memory_free_gib=28.0)
+    plan = on_the_mac(100_000, "training.checkpointed_layers=auto", machine=mac, working_set_gib=21.3)
+    assert plan.checkpointed_from is not None and " of 21.3;" in plan.checkpointed_from
+
+
+def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    def problems(tokens_per_second: float) -> list[str]:
+        speed = Throughput(tokens_per_second, None, "benchmarks/results/mac.json", "Apple M4")
+        monkeypatch.setattr("finetune.plan.plan.find", lambda *_run: speed)
+        return on_the_mac(1_000_000).problems
+
+    assert problems(70) == []  # 23.8 h by arithmetic
+    assert problems(50) == [
+        "3,000,000 tokens in all epochs take 16.7 h on m4 (50 tokens/s on Apple M4, benchmarks/results/mac.json, "
+        "evaluations not counted); 12 h are 2.2 million; --set dataset.max_rows=7199 keeps within that, or train on "
+        "the H100 (--config h100)"
+    ]
+
+
+def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> None:
+    rows = dataclasses.replace(TRAIN, tokens=10_000_000_000)
+    assert make_plan(load(), rows, VALIDATION, 2_500_000, MISTRAL_7B, H100).problems == []
+
+
+def test_several_problems_are_told_at_once() -> None:
+    busy = dataclasses.replace(H100, gpu_free_gib=0.0)
+    steps, memory = planned(50, machine=busy).problems
+    assert steps.startswith("12 steps, but training.eval_steps is 100: ")
+    assert memory == (
+        "13.4 GiB expected, 0.0 GiB free: not even the smallest batch, checkpointed and packed, fits; it takes a "
+        "larger machine"
+    )
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "rows_train": int,
+    "rows_validation": int,
+    "tokens_train": int,
+    "supervised_tokens_train": int,
+    "rows_truncated": int,
+    "rows_dropped": int,
+    "sequences_train": int,
+    "packing_efficiency": float,
+    "effective_batch_size": int,
+    "steps_per_epoch": int,
+    "steps": int,
+    "warmup_steps": int,
+    "evaluations": int,
+    "checkpoints": int,
+    "peak_memory_gib": float,
+    "memory_parts": dict,
+    "memory_available_gib": (float, type(None)),
+    "disk_gib": float,
+    "hours": (float, type(None)),
+    "certificate": dict,
+    "problems": list,
+    "checkpointed_layers": int,
+    "hours_from": (str, type(None)),
+    "checkpointed_from": (str, type(None)),
+    "cost_per_hour": (float, type(None)),
+    "working_set_gib": (float, type(None)),
+    "specified_memory_gb": (list, type(None)),
+}
+
+# Imported before the program: no connection leaves this machine, and whoever tries leaves a trace.
+NO_NETWORK = """\
+import os, socket
+
+def refuse(*arguments, **options):
+    with open(os.environ["NETWORK_TRACE"], "a") as trace:
+        print(arguments[1:], file=trace)
+    raise OSError(101, "Network is unreachable")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
+def dry_run(folder: Path, nvidia_smi: str) -> subprocess.CompletedProcess[str]:
+    """`--dry-run --json` for the H100 with an `nvidia-smi` that does as told, without network, token or torch."""
+    python, programs = folder / "python", folder / "bin"
+    python.mkdir()
+    programs.mkdir()
+    (python / "sitecustomize.py").write_text(NO_NETWORK, encoding="utf-8")
+    (python / "torch.py").write_text("raise ImportError('torch is broken here')\n", encoding="utf-8")
+    (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n", encoding="utf-8")
+    (programs / "nvidia-smi").chmod(0o755)
+    environment = {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(python),
+        "HOME": str(folder),
+        "NETWORK_TRACE": str(folder / "network"),
+    }
+    settings = ["dataset.train_file=data/sample/train.jsonl", "dataset.validation_file=null"]
+    settings.append(f"output.dir={folder / 'adapters'}")
+    command = [sys.executable, str(ROOT / "src" / "train.py"), "--config", "h100", "--dry-run", "--json"]
+    for setting in settings:
+        command += ["--set", setting]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def on_laptop(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("laptop")
+    return folder, dry_run(folder, "exit 9")
+
+
+def test_a_dry_run_prints_one_json_document_with_the_documented_keys_and_types(
+    on_laptop: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    done = on_laptop[1]
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert list(document) == list(KEYS)
+    assert [key for key, kind in KEYS.items() if not isinstance(document[key], kind)] == []
+    assert [key for key, value in document.items() if isinstance(value, bool)] == []
+    assert all(isinstance(size, float) for size in document["memory_parts"].values())
+    assert all(isinstance(problem, str) for problem in document["problems"])
+    assert document["certificate"] == {"rows": 150, "mismatches": 0}
+    assert document["rows_train"] + document["rows_validation"] == 150
+    assert document["hours"] is None
+
+
+def test_what_a_person_reads_of_a_dry_run_is_on_stderr(
+    on_laptop: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    err = on_laptop[1].stderr
+    assert "\nplan\n" in err
+    assert "150 rows equal mistral-common's" in err
+    assert "\033" not in err
+
+
+def test_a_dry_run_needs_neither_network_nor_token_nor_torch_and_leaves_only_its_cache(
+    on_laptop: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = on_laptop
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "network").exists()
+    assert [path.name for path in (folder / "adapters").iterdir()] == [".cache"]
+    assert sorted(path.name for path in folder.iterdir()) == ["adapters", "bin", "python"]
+
+
+def test_a_dry_run_says_the_same_on_a_laptop_as_on_the_h100(
+    on_laptop: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = dry_run(tmp_path, "echo 'NVIDIA H100 80GB HBM3, 81079, 81559, 550.54.14, GPU-1, Disabled'")
+    assert done.returncode == 0, done.stderr
+    here, there = json.loads(on_laptop[1].stdout), json.loads(done.stdout)
+    assert (here.pop("memory_available_gib"), there.pop("memory_available_gib")) == (None, 79.18)
+    assert here == there

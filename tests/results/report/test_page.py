@@ -1,0 +1,357 @@
+"""report.html and the page of two runs: what they hold, in a real browser, and with text that wants to break out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from finetune.cli import PYTHON
+from finetune.config.load import ROOT
+from finetune.config.schema import MISTRAL
+from finetune.errors import Diverged, Stopped
+from finetune.results.report import charts, refresh
+from finetune.results.report import page as report_page
+from finetune.results.report.charts import Line
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
+from finetune.wording import clean
+from support.browser import PROGRAM, Browser
+from support.run_folders import SAMPLES, make_run, manifest, rows, start, without_end
+
+SCRIPT = ROOT / "scripts" / "make_report.py"
+HOSTILE = (
+    "<script>document.title='taken'</script><img src=x onerror=alert(1)></svg></style>\"'><b id=escaped>"
+    "\u202edetrever\u2066 {{ 7*7 }} $\\frac{1}{2}$ \x1b[31m https://example.org/track " + "wide" * 200
+)
+
+
+class Reader(HTMLParser):
+    """What a page is made of: its tags, its links, and the text that a person reads."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.events: list[str] = []
+        self.ids: list[str] = []
+        self._words: list[str] = []
+        self._skip = False
+        self.feed(page.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self._words).split())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self._skip = tag == "style"
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "action") and not (value or "").startswith("#"):
+                self.links.append(value or "")
+            if name.startswith("on"):
+                self.events.append(name)
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skip:
+            self._words.append(data)
+
+    def order(self, *texts: str) -> bool:
+        """Whether all of `texts` are there, in this order."""
+        places = [self.text.find(text) for text in texts]
+        return -1 not in places and places == sorted(places)
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run", manifest())
+
+
+def hostile(folder: Path) -> Path:
+    """A run in which everything that a person or a file could have chosen wants to break out."""
+    data = {"train": {"path": HOSTILE, "sha256": HOSTILE, "rows": 3}}
+    bad = {"train": rows(100, dropped_bad=[{"line": 4, "found": HOSTILE}]), "validation": rows(10)}
+    samples = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": HOSTILE}]
+    test = {"status": "fail", "checks": [{"name": HOSTILE, "status": HOSTILE, "detail": HOSTILE}]}
+    texts = {"data": data, "rows": bad, "error": HOSTILE, "self_test": test, "skipped_checks": [HOSTILE]}
+    names = {"versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}, "base_model": {"name": HOSTILE}}
+    ends = [start((0, 20), (0, 25), HOSTILE)]
+    run = make_run(folder, without_end("failed", *ends, **texts, **names))
+    (run / "samples.jsonl").write_text(json.dumps({"step": HOSTILE, "samples": samples}) * 1 + "\n", encoding="utf-8")
+    (run / "config.yaml").write_text(f"model:\n  name: {json.dumps(HOSTILE)}\n", encoding="utf-8")
+    return run
+
+
+# --- what a page holds
+
+
+def test_the_page_of_a_complete_run_begins_with_the_verdict_and_shows_all_parts(complete: Path) -> None:
+    page = Reader(report_page.write(complete))
+    heads = ("Verdict", "Answers of base and tuned", "Curves", "Data", "Plan and what happened")
+    assert page.order(*heads, "Self-test of the adapter", "Config and versions")
+    assert page.order("A LoRA adapter for", "Yes: 38% less held-out loss", "Yes, as far as tested", "Answers of base")
+    assert page.order("How do I make tea?", SAMPLES[0]["base"], SAMPLES[0]["tuned"], "(nothing)")
+    for caption in ("Loss, nats a token", "Learning rate", "Gradient norm", "Tokens a second", "Memory, GiB"):
+        assert caption in page.text
+    assert page.order(
+        "training held out", "conversations 100 10", "of them with loss 60% 60%", "cut at the length limit 3 0"
+    )
+    memory = "most memory, GiB, by the plan 11.50 11.90 +3%"
+    assert page.order("optimizer steps 40 40 same", memory, "minutes 30.0 40.0 +33%")
+    assert page.order("killed steps 0 to 25 2026-03-01 12:00 UTC, 20 min", "complete steps 20 to 40")
+    assert page.order("pass finite 28 of 28 tensors", "abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
+
+
+def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) -> None:
+    page = Reader(report_page.write(complete))
+    assert page.links == [f"https://huggingface.co/{MISTRAL}"]
+    assert not page.tags & {"script", "link", "iframe", "img", "object", "form", "base"}
+    assert "default-src 'none'; style-src 'unsafe-inline'" in (complete / "report.html").read_text(encoding="utf-8")
+    assert len(page.ids) == len(set(page.ids)) > 20
+
+
+def test_each_chart_says_in_words_what_it_shows(complete: Path) -> None:
+    text = report_page.write(complete).read_text(encoding="utf-8")
+    svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    assert len(svgs) == 7
+    described = {}
+    for svg in svgs:
+        title, description = svg[0], svg[1]
+        assert svg.get("role") == "img" and svg.get("aria-labelledby") == f"{title.get('id')} {description.get('id')}"
+        described[title.text] = description.text
+    assert described["Training and held-out loss"] == (
+        "Training loss: from 3.95 at step 1 to 2 at step 40, least 2, most 3.95. Held-out loss: from 4 at step 0 to "
+        "2.6 at step 40, least 2.5, most 4. Best held-out loss 2.5 at step 30."
+    )
+    assert described["The run's starts"] == "2 starts: steps 0 to 25, killed; steps 20 to 40, complete."
+    assert described["Lengths of the training conversations"] == (
+        "100 conversations by length before cutting: half have up to 140 tokens, 95 % up to 390, the longest 9,000."
+    )
+
+
+def test_what_a_run_has_not_made_is_called_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", {"status": "failed", "error": "no module named x"})
+    (folder / "metrics.jsonl").unlink()
+    (folder / "config.yaml").unlink()
+    page = Reader(report_page.write(folder))
+    assert page.order("This run failed At step 0. no module named x", "Verdict", "an unknown base", "Not known yet")
+    assert page.order("Not made: no prompts were answered by both.", "Nothing was logged yet.", "Not made.")
+    assert page.order("optimizer steps not known 0", "minutes not known not known", "not a git clone")
+
+
+def test_what_a_start_rehearsed_accepted_and_set_aside_is_shown(tmp_path: Path) -> None:
+    rehearsal = {"peak_memory_gib": 11.8, "capacity_gib": 79.1, "hours": 0.6, "tokens_per_second": 5000.0}
+    first = start((0, 20), (0, 25), "killed") | {"rehearsal": rehearsal}
+    noted = {"changed": ["lora.r: 16 -> 8"], "set_aside": ["checkpoint-25 <cut>"]}
+    second = start((35, 55), (20, 40), "complete") | noted
+    plan = manifest()["plan"] | {"hours": None}
+    page = Reader(report_page.write(make_run(tmp_path / "run", manifest(starts=[first, second], plan=plan))))
+    assert page.order("most memory, GiB, by the rehearsal 11.80 11.90 +1%", "minutes 36.0 40.0 +11%")
+    assert page.order("steps 20 to 40", "went on although changed: lora.r: 16 -> 8", "checkpoint-25 <cut>")
+    assert page.order("From step 20 on it was trained with changes: lora.r: 16 -> 8.")
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed"])
+def test_a_run_that_is_not_complete_says_so_before_the_verdict(tmp_path: Path, status: str) -> None:
+    end = "stopped" if status == "interrupted" else "failed"
+    content = without_end(status, start((0, 20), (0, 25), end), error="the loss is not a number")
+    page = Reader(report_page.write(make_run(tmp_path / "run", content, steps=25)))
+    first = {"interrupted": "This run is not finished", "failed": "This run failed"}[status]
+    assert page.order(first, f"{PYTHON} src/train.py --config {tmp_path}/run/config.yaml", "Verdict")
+
+
+def test_two_runs_share_their_charts_and_the_keys_that_differ_are_listed(complete: Path, tmp_path: Path) -> None:
+    other = make_run(
+        tmp_path / "warm", manifest(best_step=20, eval_loss=2.7), settings=("training.learning_rate=1e-4",)
+    )
+    path = report_page.write_comparison(complete, other)
+    assert path == complete / "compare-warm.html"
+    page = Reader(path)
+    assert page.order("run and warm", "Which did better?", "run Best held-out loss 2.5000 against 2.7000 of warm")
+    assert page.order("Config keys that differ", "training.learning_rate 0.0002 0.0001", "Tuned answers")
+    assert page.order(SAMPLES[0]["prompt"], "run Keeper's log: boil it.", "warm Keeper's log: boil it.")
+    assert path.read_text(encoding="utf-8").count("<svg") == 4
+
+
+def test_losses_on_different_held_out_rows_are_not_compared(complete: Path, tmp_path: Path) -> None:
+    content = manifest()
+    content["tokens"]["validation"]["input_ids"] = "00" * 32
+    page = Reader(report_page.write_comparison(complete, make_run(tmp_path / "other", content)))
+    assert "Not comparable They were evaluated on different held-out rows" in page.text
+
+
+# --- text that wants to break out
+
+
+def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    run = hostile(tmp_path / "run")
+    for path in (report_page.write(run), report_page.write_comparison(run, run)):
+        page = Reader(path)
+        assert not page.tags & {"script", "img", "b"}
+        assert (page.links, page.events) == ([], [])
+        assert not {"\u202e", "\u2066", "\x1b"} & set(path.read_text(encoding="utf-8"))
+    page = Reader(report_page.write(run))
+    shown = "<script>document.title='taken'</script><img src=x onerror=alert(1)></svg>"
+    assert page.text.count(shown) >= 12
+    assert "\\u202edetrever\\u2066 {{ 7*7 }} $\\frac{1}{2}$ \\x1b[31m" in page.text
+
+
+def test_a_curve_of_values_that_are_no_numbers_is_drawn_without_them() -> None:
+    points = [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, float("nan"))]
+    assert charts.in_words("Loss", points) == "Loss: from 2 at step 1 to nan at step 5, least 1, most 2."
+    assert charts.in_words("Loss", points[-1:]) == "Loss: from nan at step 5 to nan at step 5."
+    svg = charts.curves("loss", HOSTILE, HOSTILE, [Line(HOSTILE, points)], None)
+    root = ElementTree.fromstring(svg)
+    assert root[0].text == clean(HOSTILE)
+    assert not [element.tag for element in root.iter() if element.tag.endswith(("script", "img", "style"))]
+    assert not re.search(r"\bnan\b|\binf\b", svg.split("</desc>")[1])
+
+
+def test_the_same_run_gives_the_same_bytes(complete: Path) -> None:
+    assert report_page.write(complete).read_bytes() == report_page.write(complete).read_bytes()
+    assert [path.name for path in complete.glob("*.partial")] == []
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if PROGRAM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def pages(folder: Path) -> dict[str, Path]:
+    """A page of each kind."""
+    done = make_run(folder / "done", manifest())
+    events = [{"step": step, "eval_loss": 2.0, "samples": SAMPLES} for step in (10, 30)]
+    (done / "samples.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    stopped = without_end("interrupted", start((0, 20), (0, 25), "stopped"))
+    failed = without_end("failed", start((0, 20), (0, 25), "failed"), error="step 25: the loss is not a number")
+    evil = hostile(folder / "evil")
+    return {
+        "complete": report_page.write(done),
+        "interrupted": report_page.write(make_run(folder / "stopped", stopped, steps=25)),
+        "failed": report_page.write(make_run(folder / "failed", failed, steps=25)),
+        "hostile": report_page.write(evil),
+        "two": report_page.write_comparison(done, evil),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return pages(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", ["complete", "interrupted", "failed", "hostile", "two"])
+def test_a_browser_shows_every_page_quietly_whole_and_readable(
+    browser: Browser, made: dict[str, Path], kind: str, width: int, theme: str
+) -> None:
+    seen = browser.see(made[kind], width, theme)
+    assert seen.complaints == []
+    assert seen.requests == [made[kind].as_uri()]
+    assert seen.scroll_width <= seen.client_width
+    assert len(seen.texts) > 50
+    assert [text for text in seen.texts if text["ratio"] < 4.5] == []
+    assert [text for text in seen.texts if text["pixels"] < 10] == []
+
+
+# --- where it is made
+
+
+class Told:
+    """A terminal that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.stream = StringIO()
+        self.terminal = Terminal(stream=self.stream)
+
+    @property
+    def text(self) -> str:
+        return self.stream.getvalue()
+
+
+@pytest.mark.parametrize("error", [None, Stopped(143, "stopped"), Diverged("not finite"), ZeroDivisionError("a bug")])
+def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception | None) -> None:
+    told = Told()
+    try:
+        with refresh.reported(Run(complete, False, None), told.terminal):
+            if error:
+                raise error
+    except Exception as raised:  # noqa: BLE001  # compared on the next line
+        assert raised is error
+    assert (complete / "report.html").is_file()
+    assert told.text == ""
+
+
+def test_a_signal_that_wants_it_to_end_at_once_is_not_kept_waiting(complete: Path) -> None:
+    with pytest.raises(SystemExit), refresh.reported(Run(complete, False, None), Told().terminal):
+        raise SystemExit(143)
+    assert not (complete / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
+    complete: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_page, "write", lambda _folder: 1 / 0)
+    told = Told()
+    with refresh.reported(Run(complete, False, None), told.terminal):
+        pass
+    again = f"{PYTHON} scripts/make_report.py {complete}"
+    assert told.text == f"warning: the report page was not made (division by zero); this makes it again: {again}\n"
+
+
+def test_a_page_that_is_as_new_as_the_run_is_left_alone_and_an_older_one_made_again(complete: Path) -> None:
+    run, told = Run(complete, True, None), Told()
+    refresh.make(run, told.terminal)
+    page, manifest_file = complete / "report.html", complete / "manifest.json"
+    page.write_text("mine", encoding="utf-8")
+    refresh.make(run, told.terminal)
+    assert page.read_text(encoding="utf-8") == "mine"
+    later = page.stat().st_mtime_ns + 10**9
+    os.utime(manifest_file, ns=(later, later))
+    refresh.make(run, told.terminal)
+    assert page.read_text(encoding="utf-8") != "mine"
+
+
+def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_script_makes_the_page_and_prints_where_it_lies(complete: Path, tmp_path: Path) -> None:
+    done = script(complete)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{complete}/report.html\n", "")
+    other = make_run(tmp_path / "other", manifest())
+    done = script(complete, other, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"report": f"{complete}/compare-other.html"}
+
+
+def test_a_folder_that_is_none_is_exit_2_with_one_message(tmp_path: Path) -> None:
+    done = script(tmp_path / "absent")
+    text = f"config: 1 problem\n  {tmp_path}/absent: no such folder; name a run's, as in adapters/RUN\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", text)
+
+
+def test_the_script_imports_no_torch(complete: Path) -> None:
+    code = f"import runpy, sys; sys.argv = ['make_report.py', {str(complete)!r}]\n"
+    code += (
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nexcept SystemExit as end: assert end.code == 0\n"
+    )
+    code += "print(*sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{complete}/report.html\n\n", "")

@@ -1,0 +1,150 @@
+"""What is concluded from a run's folder: what was trained, whether it helped, whether it is safe; how it goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import PYTHON
+from finetune.config.schema import MISTRAL
+from finetune.errors import ConfigError
+from finetune.results.report import run_summary, verdicts
+from finetune.results.report.verdicts import Answer
+from support.run_folders import PASSED, SAMPLES, make_run, manifest, rows, start, without_end
+
+NOT_LEFT_TO_TEST = "No check looks at whether what it says is true or harmless."
+
+
+def of(folder: Path, content: dict[str, Any], steps: int = 40) -> run_summary.Evidence:
+    return run_summary.read(make_run(folder / "run", content, steps))
+
+
+def told(answer: Answer | None) -> tuple[Any, ...]:
+    assert answer is not None
+    return astuple(answer)[1:]
+
+
+def test_a_run_that_helped_says_by_how_much_and_that_it_got_worse_afterwards(tmp_path: Path) -> None:
+    run = of(tmp_path, manifest())
+    assert verdicts.unfinished(run) is None
+    assert told(verdicts.trained(run)) == (
+        f"A LoRA adapter for {MISTRAL}",
+        "plain",
+        ["100 conversations; the loss lies on 12,000 tokens of the answers.", "40 optimizer steps."],
+    )
+    held_out = "(nats a token, on 10 conversations that it was not trained on)"
+    assert told(verdicts.helped(run)) == (
+        "Yes: 38% less held-out loss",
+        "good",
+        [
+            f"Held-out loss 4.000 before, 2.500 at step 30 {held_out}.",
+            "It rose again, to 2.600 at step 40: longer training only learns the rows by heart.",
+            "That says how well it predicts such answers, not that they are right: read those below.",
+        ],
+    )
+    assert told(verdicts.safe(run)) == (
+        "Yes, as far as tested",
+        "good",
+        ["Its self-test passed: 1 check, listed below.", NOT_LEFT_TO_TEST],
+    )
+
+
+def test_a_run_whose_best_adapter_is_the_untrained_one_did_not_help(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", manifest(best_step=0, eval_loss=4.0))
+    lines = [{"step": 0, "eval_loss": 4.0}, {"step": 10, "eval_loss": 4.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    short, tone, more = told(verdicts.helped(run_summary.read(folder)))
+    assert (short, tone) == ("No", "bad")
+    assert more[1] == "No evaluation was better than the one before training: the adapter is the untrained one."
+
+
+def test_before_a_second_evaluation_nobody_knows_whether_it_helps(tmp_path: Path) -> None:
+    run = of(tmp_path, without_end("interrupted", start((0, 5), (0, 5), "stopped")), steps=5)
+    wanted = ("Not known yet", "warn", ["There is no evaluation after the one before training."])
+    assert told(verdicts.helped(run)) == wanted
+
+
+def test_an_adapter_that_was_not_tested_or_failed_is_not_called_safe(tmp_path: Path) -> None:
+    untested = manifest()
+    del untested["self_test"]
+    run = of(tmp_path / "a", untested)
+    assert told(verdicts.safe(run)) == ("Not tested", "warn", ["The self-test of the adapter was not made."])
+    wrong = {"name": "finite", "status": "fail", "detail": "2 of 28 tensors are not"}
+    failed = {"status": "fail", "checks": [*PASSED["checks"], wrong]}  # type: ignore[misc]
+    run = of(tmp_path / "b", without_end("failed", self_test=failed, error="the self-test failed"))
+    assert told(verdicts.safe(run)) == ("No: its self-test failed", "bad", ["finite: 2 of 28 tensors are not"])
+
+
+def test_what_was_left_out_or_flatters_stands_in_the_verdict(tmp_path: Path) -> None:
+    found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalised_leaks=2)}
+    run = of(tmp_path, manifest(rows=found, skipped_checks=["host.memory", "rehearsal"]))
+    assert told(verdicts.safe(run)) == (
+        "Yes, with these notes",
+        "good",
+        [
+            "Its self-test passed: 1 check, listed below.",
+            "Checks left out by --skip: host.memory, rehearsal.",
+            "2 held-out conversations also in the training data but for case and spaces: the held-out loss flatters.",
+            "Tokens were not compared with mistral-common's: the base is not Mistral's, or the check is off.",
+            NOT_LEFT_TO_TEST,
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("stopped", "It was stopped at step 25 of 40."),
+        ("time budget", "Its time budget ended at step 25 of 40."),
+        (None, "It is still training, or was killed; the last that it wrote is of step 25 of 40."),
+    ],
+)
+def test_an_interrupted_run_says_how_it_ended_and_how_to_go_on(tmp_path: Path, end: str | None, how: str) -> None:
+    minutes, steps = ((0, None), (0, None)) if end is None else ((0, 20), (0, 25))
+    run = of(tmp_path, without_end("interrupted", start(minutes, steps, end)), steps=25)
+    go_on = f"{PYTHON} src/train.py --config {tmp_path}/run/config.yaml"
+    assert told(verdicts.unfinished(run)) == (
+        how,
+        "warn",
+        [f"There is no final adapter yet. The same command goes on from the newest checkpoint, and so does: {go_on}"],
+    )
+    assert told(verdicts.safe(run)) == ("There is no final adapter", "warn", [])
+
+
+def test_a_failed_run_says_its_error_first(tmp_path: Path) -> None:
+    error = "step 3: the loss is not a finite number on rows train.jsonl:7; lower training.learning_rate"
+    run = of(tmp_path, without_end("failed", start((0, 2), (0, 3), "failed"), error=error), steps=2)
+    again = f"Mend that, then: {PYTHON} src/train.py --config {tmp_path}/run/config.yaml"
+    assert verdicts.unfinished(run) == Answer("This run failed", "At step 3 of 40.", "bad", [error, again])
+
+
+def test_the_answers_of_a_run_that_is_not_complete_are_those_of_its_newest_best_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", without_end("interrupted"))
+    assert run_summary.read(folder).answers == []
+    lines = [{"step": step, "eval_loss": 2.0, "samples": SAMPLES[:count]} for step, count in ((10, 2), (20, 1))]
+    cut = '{"step": 30, "sam'  # a kill came in the middle of a line
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut, encoding="utf-8")
+    assert run_summary.read(folder).answers == SAMPLES[:1]
+
+
+@pytest.mark.parametrize(
+    ("manifest_text", "problem"),
+    [
+        (None, r"\S+/run: no manifest.json in it; name a run's folder, as in adapters/RUN"),
+        ("{", r"\S+/run/manifest.json: cannot be read \(Expecting property name .+\)"),
+        ("[]", r"\S+/run/manifest.json: found list, wanted an object"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_one_message(tmp_path: Path, manifest_text: str | None, problem: str) -> None:
+    (tmp_path / "run").mkdir()
+    if manifest_text:
+        (tmp_path / "run" / "manifest.json").write_text(manifest_text, encoding="utf-8")
+    with pytest.raises(ConfigError) as wrong:
+        run_summary.read(tmp_path / "run")
+    (found,) = wrong.value.problems
+    assert re.fullmatch(problem, found)

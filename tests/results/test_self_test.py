@@ -1,0 +1,236 @@
+"""The self-test of an adapter: a trained one passes, and each way of being wrong is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from finetune.config.schema import Config
+from finetune.data.prepare import Prepared
+from finetune.data.tokenizer import load_chat
+from finetune.model.load import load_base, make_tokenizer
+from finetune.results import self_test as self_test_module
+from finetune.results.self_test import SelfTest, Start, before_training, loss_rows, mean_loss, self_test
+from finetune.runs.outcome import Outcome
+from finetune.terminal import Terminal
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.stopper import Stopper
+from finetune.training.trainer import train
+from support.training import FINGERPRINT, Case
+
+NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+Change = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A tiny model after four steps: its adapter, saved, and all that a self-test is told of the training."""
+
+    config: Config
+    prepared: Prepared
+    start: Start
+    outcome: Outcome
+    folder: Path
+    in_memory: PeftModel  # for one self-test, which takes LoRA off it
+
+    def model(self) -> PeftModel:
+        """Its like, for one self-test."""
+        base = load_base(self.config.model, self.config.quantization, "cpu")
+        return PeftModel.from_pretrained(base, self.folder, torch_device="cpu")
+
+    def test(self, model: PeftModel | None = None, folder: Path | None = None, **outcome: Any) -> SelfTest:
+        facts = dataclasses.replace(self.outcome, **outcome)
+        found = folder or self.folder
+        return self_test(model or self.model(), found, self.start, self.prepared, self.config, facts)
+
+    def changed(self, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        """A copy of the adapter with other tensors."""
+        shutil.copytree(self.folder, folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+
+def train_tiny(base: Path, folder: Path, *settings: str) -> Trained:
+    rows = [
+        [
+            {"role": "user", "content": f"What is {number} plus one?"},
+            {"role": "assistant", "content": f"It is {number + 1}" + ", one more" * (number % 5)},
+        ]
+        for number in range(40)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    case = Case(base, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
+    config, trainer = case.config(*settings), case.trainer(*settings)
+    start = before_training(trainer.model)
+    watchers = Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO()))
+    outcome = train(trainer, config.training, *watchers, 4, None)
+    trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return Trained(config, case.data(config), start, outcome, folder / "adapter", trainer.model)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_tiny(tiny_mistral, tmp_path_factory.mktemp("trained"))
+
+
+def failed(found: SelfTest) -> list[tuple[str, str]]:
+    return [(check.name, check.detail) for check in found.failed]
+
+
+def test_a_trained_adapter_passes_every_check(trained: Trained) -> None:
+    found = trained.test()
+    assert found.as_dict()["status"] == "pass"
+    loss, rows = trained.outcome.eval_loss, len(trained.prepared.validation.lengths)
+    tokens = int(trained.prepared.validation.lengths.sum())
+    expected = [
+        ("base", rf"the base's weights are those of the start \(sha256 {trained.start.base[:16]}\)"),
+        ("reload", "28 tensors, all as saved"),
+        ("changed", "28 tensors, none as at the start"),
+        ("finite", "every value is a finite number"),
+        ("differs", r"logits differ from the base's by up to [0-9.]+"),
+        (
+            "eval_loss",
+            rf"{loss:.4f}\d\d over all {rows} validation rows \({tokens} tokens\), in training {loss:.6f}, "
+            r"0\.001 allowed between",
+        ),
+        ("answers_end", "4 of 4 answers end in </s>, within 0 tokens; 4 of them are empty"),
+    ]
+    assert [check.name for check in found.checks] == [name for name, _ in expected]
+    wrong = [c.detail for c, (_, text) in zip(found.checks, expected, strict=True) if not re.fullmatch(text, c.detail)]
+    assert wrong == []
+    assert found.sentence() == "7 of 7 checks passed, on the adapter as it was read back from disk"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quantization.storage=expanded",
+        "training.fused_lora=true",
+        pytest.param("training.fused_kernels=true", marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_passes_in_the_program_that_trained_it_whatever_it_was_trained_with(
+    tiny_mistral: Path, tmp_path: Path, setting: str
+) -> None:
+    trained = train_tiny(tiny_mistral, tmp_path, setting)
+    found = trained.test(trained.in_memory)
+    assert (len(found.checks), failed(found)) == (7, [])
+
+
+def test_the_loss_is_reproduced_far_closer_than_is_allowed(trained: Trained) -> None:
+    rows = trained.prepared.validation
+    found = mean_loss(trained.model(), rows, loss_rows(rows))
+    assert found == pytest.approx(trained.outcome.eval_loss, rel=1e-6)
+
+
+def test_the_base_has_the_same_digest_with_and_without_lora(trained: Trained) -> None:
+    model = trained.model()
+    with_lora = before_training(model).base
+    assert with_lora == self_test_module._base_digest(model.unload()) == trained.start.base
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight.absmax", "model.norm.weight"])
+def test_a_base_that_has_changed_is_found_in_its_last_bit(trained: Trained, name: str) -> None:
+    model = trained.model()
+    tensor = next(
+        value for key, value in model.get_base_model().state_dict().items() if key.replace(".base_layer", "") == name
+    )
+    tensor.view(-1).view(torch.uint8)[0] ^= 1
+    found = failed(trained.test(model))
+    assert [name for name, _ in found] == ["base"]
+    before = trained.start.base[:16]
+    assert re.fullmatch(rf"the base's weights have changed \(sha256 {before} -> [0-9a-f]{{16}}\)", found[0][1])
+
+
+def test_the_untrained_adapter_is_found(trained: Trained, tmp_path: Path) -> None:
+    def untrained(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+
+    folder = trained.changed(tmp_path / "adapter", untrained)
+    found = failed(trained.test(folder=folder, eval_loss=trained.outcome.first_eval_loss, best_step=0))
+    assert found == [
+        (
+            "changed",
+            "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight and 13 more are as at the start, of 28 tensors"
+            "; no evaluation was better than the one before training",
+        ),
+        ("differs", "logits differ from the base's by up to 0"),
+    ]
+
+
+def test_one_value_that_is_not_finite_is_found(trained: Trained, tmp_path: Path) -> None:
+    folder = trained.changed(tmp_path / "adapter", lambda tensors: tensors[NAME][0, 0].fill_(torch.nan))
+    found = dict(failed(trained.test(folder=folder)))
+    assert found["finite"] == f"{NAME} is not finite"
+    assert found["differs"] == "logits differ from the base's by up to nan"
+    assert found["eval_loss"].startswith("nan over all ")
+
+
+def test_a_tensor_that_peft_passes_over_in_silence_is_found(trained: Trained, tmp_path: Path) -> None:
+    folder = trained.changed(tmp_path / "adapter", lambda tensors: tensors.pop(NAME))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        assert ("reload", f"{NAME} is not as saved") in failed(trained.test(folder=folder))
+
+
+def test_a_file_that_cannot_be_read_is_found(trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"nothing")
+    found = failed(trained.test(folder=tmp_path / "adapter"))
+    assert found == [("reload", "PEFT cannot read it: Error while deserializing header: header too small")]
+
+
+def test_an_adapter_of_another_loss_is_found(trained: Trained) -> None:
+    found = failed(trained.test(eval_loss=trained.outcome.eval_loss + 0.002))
+    assert [name for name, _ in found] == ["eval_loss"]
+
+
+def test_of_many_rows_the_first_are_held_against_the_model_in_memory(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = trained.prepared.validation.lengths
+    monkeypatch.setattr(self_test_module, "LOSS_TOKENS", int(lengths[:2].sum()) + 1)
+    found = {check.name: check for check in trained.test(eval_loss=99.0).checks}["eval_loss"]
+    assert found.status == "pass"
+    assert f" over the first 2 validation rows ({int(lengths[:2].sum())} tokens), in training " in found.detail
+    monkeypatch.setattr(self_test_module, "LOSS_TOKENS", 1)
+    assert loss_rows(trained.prepared.validation) == [0]
+
+
+def test_answers_that_run_on_are_found(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained.model()
+    model.get_base_model().lm_head.weight.data[2, 0] = 0  # the tiny base then has no wish to end
+    start = dataclasses.replace(trained.start, base=before_training(model).base)
+    monkeypatch.setattr(self_test_module, "LEAST_NEW_TOKENS", 5)
+    found = dict(failed(dataclasses.replace(trained, start=start).test(model)))
+    rows = trained.prepared.validation
+    turns = sorted(
+        (self_test_module._first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda t: t[2]
+    )
+    lines = ", ".join(str(line) for line, _, _ in turns[:4])
+    limit = 4 * turns[3][2]
+    assert found["answers_end"] == f"4 of 4 answers have no </s> within {limit} tokens (rows of lines {lines})"
+
+
+def test_the_first_turn_of_a_row_is_its_prompt_and_the_length_of_its_answer(trained: Trained) -> None:
+    rows, chat = trained.prepared.validation, trained.prepared.chat
+    line, prompt, answer = self_test_module._first_turn(rows, 0)
+    number = line - 1
+    assert prompt == chat.encode_prompt([{"role": "user", "content": f"What is {number} plus one?"}])
+    assert len(prompt) + answer == rows.lengths[0]

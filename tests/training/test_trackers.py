@@ -1,0 +1,409 @@
+"""TensorBoard and wandb: what the trainer is told, nobody is asked anything, and nothing in them ends a training."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetune.config.load import load_config
+from finetune.config.schema import Config
+from finetune.errors import Stopped
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
+from finetune.training.trackers import TensorBoard, Wandb, make_trackers
+from support.tracked import training
+
+KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
+KNOWN = {"WANDB_API_KEY": "k" * 40, "NETRC": "/nonexistent", "no_proxy": "127.0.0.1"}  # somebody with an account
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """A run of somebody without an account, a network or a keyboard; the environment is put back afterwards."""
+    for key in (*KEYS, "WANDB_ERROR_REPORTING", "WANDB_BASE_URL"):
+        monkeypatch.setenv(key, "")  # remembered even where it is not set
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+    def asked(*_args: object) -> None:
+        raise AssertionError("a prompt")
+
+    def no_network(*_args: object, **_kwargs: object) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(builtins, "input", asked)
+    monkeypatch.setattr("getpass.getpass", asked)
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    return Run(tmp_path / "run", False, None)
+
+
+@dataclass
+class Said:
+    """What `make_trackers` gave, and what it said."""
+
+    trackers: list[type]
+    wandb: Wandb | None
+    text: str
+
+
+def tracked_by(name: str) -> Config:
+    return load_config("h100", [f"tracking.report_to={name}", "tracking.project=my-project"])[0]
+
+
+def made(run: Run, name: str = "wandb") -> Said:
+    stream = StringIO()
+    trackers = make_trackers(tracked_by(name), run, Terminal(stream=stream))
+    return Said([type(tracker) for tracker in trackers.all()], trackers.wandb, stream.getvalue())
+
+
+def wandb_environment() -> dict[str, str | None]:
+    return {key: os.environ.get(key) for key in KEYS[1:5]}
+
+
+def wandb_variables(run: Run, mode: str | None) -> dict[str, str | None]:
+    directory = str(run.folder)
+    return {"WANDB_MODE": mode, "WANDB_PROJECT": "my-project", "WANDB_DIR": directory, "WANDB_SILENT": "true"}
+
+
+def offline(run: Run, reason: str) -> str:
+    return f"tracking: wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*\n"
+
+
+def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
+    assert made(nobody, "none") == Said([], None, "")
+    assert set(wandb_environment().values()) == {None}
+
+
+def test_tensorboard_writes_into_the_run(nobody: Run) -> None:
+    assert made(nobody, "tensorboard") == Said([TensorBoard], None, "")
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(nobody.folder / "tensorboard")
+    assert set(wandb_environment().values()) == {None}
+
+
+def test_wandb_without_a_key_is_offline_and_asks_nothing(nobody: Run) -> None:
+    said = made(nobody)
+    assert (said.trackers, said.text) == ([TensorBoard, Wandb], offline(nobody, "no WANDB_API_KEY"))
+    assert wandb_environment() == wandb_variables(nobody, "offline")
+
+
+def test_wandb_with_a_key_but_no_network_is_offline(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert made(nobody).text == offline(nobody, "api.wandb.ai does not answer: Network is unreachable")
+    assert wandb_environment() == wandb_variables(nobody, "offline")
+
+
+def test_wandb_that_was_set_offline_stays_so_and_is_not_probed(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert made(nobody).text == offline(nobody, "WANDB_MODE=offline")
+
+
+def test_wandb_with_a_key_and_a_network_is_online(nobody: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    probed = []
+
+    def answers(address: tuple[str, int], timeout: float) -> Any:
+        probed.append((address, timeout))
+        return StringIO()
+
+    monkeypatch.setattr(socket, "create_connection", answers)
+    said = made(nobody)
+    assert (said.trackers, said.text) == ([TensorBoard, Wandb], "")
+    assert said.wandb is not None and said.wandb.offline is None
+    assert wandb_environment() == wandb_variables(nobody, None)
+    assert probed == [(("api.wandb.ai", 443), 5)]
+
+
+def test_what_breaks_in_wandb_is_told_once_and_then_left_out(nobody: Run) -> None:
+    stream = StringIO()
+    wandb = make_trackers(tracked_by("wandb"), nobody, Terminal(stream=stream)).wandb
+    assert wandb is not None
+    calls = []
+
+    class Broken:
+        run = None
+
+        def __getattr__(self, name: str) -> Any:
+            calls.append(name)
+            raise BrokenPipeError(32, "Broken pipe")
+
+    wandb._wandb = Broken()
+    wandb._initialized = True
+    state = type("State", (), {"is_world_process_zero": True, "global_step": 1})()
+    for _ in range(3):
+        wandb.on_log(None, state, None, logs={"loss": 1.0})
+    assert stream.getvalue().splitlines()[1:] == [
+        "warning: wandb has failed and is left out from here ([Errno 32] Broken pipe); metrics.jsonl goes on"
+    ]
+    assert calls == ["log"]
+
+
+class Noted:
+    """A wandb that notes how its run was ended; it may fail to."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure, self.exit_codes = failure, list[int]()
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+        if self.failure:
+            raise self.failure
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_codes"),
+    [
+        (None, [0]),
+        (Stopped(143, "stopped"), [143]),
+        (ValueError("a bug"), [1]),
+        (KeyboardInterrupt(), []),  # the second Ctrl-C waits for nobody
+    ],
+)
+def test_wandb_hears_how_the_start_ended(
+    nobody: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, exit_codes: list[int]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers, noted = make_trackers(tracked_by("wandb"), nobody, Terminal(stream=StringIO())), Noted()
+    assert trackers.wandb is not None
+    trackers.wandb._wandb = noted
+    with pytest.raises(type(error)) if error else nullcontext(), trackers.closed():
+        if error:
+            raise error
+    assert noted.exit_codes == exit_codes
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (None, []),
+        (
+            TimeoutError("Timed out finishing run."),
+            [
+                "tracking: wandb has not got everything (no answer for 15 s at the end); "
+                "later: wandb sync --include-online {folder}/wandb/run-1"
+            ],
+        ),
+        (
+            ConnectionResetError("Connection lost"),
+            ["warning: wandb has failed and is left out from here (Connection lost); metrics.jsonl goes on"],
+        ),
+    ],
+)
+def test_what_is_left_at_the_end_is_told_with_what_sends_it(
+    nobody: Run, failure: Exception | None, told: list[str]
+) -> None:
+    stream = StringIO()
+    wandb = Wandb(nobody, Terminal(stream=stream), {}, None)
+    wandb._wandb, wandb.online = Noted(failure), "run-1"
+    wandb.close(0)
+    assert stream.getvalue().splitlines() == [line.format(folder=nobody.folder) for line in told]
+
+
+# --- the whole program beside a wandb that fails
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A wandb server that lets nobody in."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(401)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
+class Hanging(BaseHTTPRequestHandler):
+    """A wandb server that takes every question and answers none."""
+
+    def do_POST(self) -> None:
+        time.sleep(60)
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A wandb server that lets a run begin, and what becomes of it then. It notes the losses that it gets."""
+
+    protocol_version = "HTTP/1.1"
+    failing: str | None
+    losses: list[float]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.failing == "hangs":
+            time.sleep(120)
+        elif self.failing == "dies":
+            self.close_connection = True
+        elif self.failing == "refuses":
+            self.answer({}, 401)
+        elif self.path == "/graphql":
+            self.answer({"data": self.data(json.loads(body))})
+        else:
+            if self.path.endswith("/file_stream"):
+                lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"content": []})["content"]
+                self.losses.extend(entry["train/loss"] for entry in map(json.loads, lines) if "train/loss" in entry)
+            self.answer({})
+
+    do_PUT = do_POST
+
+    def data(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What wandb wants to know: which run has begun, and where its files go."""
+        given = asked.get("variables", {})
+        if asked["operationName"] == "UpsertBucket":
+            project = {"name": "mine", "entity": {"name": "somebody"}}
+            return {
+                "upsertBucket": {"inserted": True, "bucket": {"id": "1", "name": given["name"], "project": project}}
+            }
+        if asked["operationName"] == "CreateRunFiles":
+            address = f"http://{self.headers['Host']}/file"
+            files = [{"name": name, "uploadUrl": address} for name in given["files"]]
+            return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def answer(self, content: dict[str, Any], status: int = 200) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_args: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The server's address; after the block nobody listens there."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("handler", [Refusing, Hanging])
+def test_a_server_that_refuses_or_hangs_is_left_alone_within_seconds(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path, handler: type[BaseHTTPRequestHandler]
+) -> None:
+    with serving(handler) as address:
+        process = training(tiny_mistral, conversations, tmp_path, 3, WANDB_API_KEY="k" * 40, WANDB_BASE_URL=address)
+        started = time.monotonic()
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    told = [line for line in output.splitlines() if "wandb is offline" in line]
+    assert len(told) == 2 and told[0] == told[1]  # when it is found, and at the end
+    assert told[1].endswith(f"later: wandb sync {tmp_path}/run/wandb/offline-run-*")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
+    assert time.monotonic() - started < 60
+
+
+def losses(run: Path) -> list[float]:
+    """Those of metrics.jsonl."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def synced(line: str) -> list[float]:
+    """The losses that a server gets when this is typed."""
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        surroundings = {**os.environ, **KNOWN, "WANDB_BASE_URL": address}
+        subprocess.run([sys.executable, "-m", *line.split()], env=surroundings, check=True, timeout=60)
+    return Failing.losses
+
+
+@pytest.mark.slow
+def test_a_training_outlives_the_death_of_wandbs_own_process(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path
+) -> None:
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        process = training(tiny_mistral, conversations, tmp_path, 60, WANDB_BASE_URL=address, **KNOWN)
+        assert process.stdout is not None
+        lines, killed = [], []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("step 5/"):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if "wandb" in " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+        assert process.wait(timeout=60) == 0, "".join(lines)
+    assert killed
+    told = [re.sub(r"\(.*\)", "(REASON)", line) for line in lines if "wandb" in line]
+    assert told == ["warning: wandb has failed and is left out from here (REASON); metrics.jsonl goes on\n"]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["status"] == "complete"
+    assert len(losses(tmp_path / "run")) == 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failing", "exit_code", "reason"),
+    [
+        ("hangs", 143, "no answer for 15 s at the end"),
+        ("dies", 0, "no answer for 15 s at the end"),
+        ("refuses", 0, "it gave up sending"),
+    ],
+)
+def test_a_server_that_fails_after_the_start_holds_nobody_and_can_be_sent_everything_later(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path, failing: str, exit_code: int, reason: str
+) -> None:
+    Failing.failing, Failing.losses = None, []
+    with ExitStack() as server:
+        address = server.enter_context(serving(Failing))
+        process = training(tiny_mistral, conversations, tmp_path, 60, WANDB_BASE_URL=address, **KNOWN)
+        assert process.stdout is not None
+        next(line for line in process.stdout if line.startswith("step 5/"))
+        Failing.failing = failing
+        if failing == "dies":
+            server.close()
+        if exit_code == 143:
+            process.terminate()
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == exit_code, output
+    sync = f"wandb sync --include-online {next((tmp_path / 'run' / 'wandb').glob('run-*'))}"
+    told = [line for line in output.splitlines() if "wandb" in line]
+    assert told == [f"tracking: wandb has not got everything ({reason}); later: {sync}"]
+    assert synced(sync) == losses(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_everything_is_not_spoken_of(
+    tiny_mistral: Path, conversations: Path, tmp_path: Path
+) -> None:
+    Failing.failing, Failing.losses = None, []
+    with serving(Failing) as address:
+        process = training(tiny_mistral, conversations, tmp_path, 3, WANDB_BASE_URL=address, **KNOWN)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "wandb" not in output
+    assert Failing.losses == losses(tmp_path / "run")
