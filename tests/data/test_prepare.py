@@ -736,12 +736,12 @@ def test_another_tokenizer_or_template_makes_a_new_cache(two_files: Case, monkey
     assert len(two_files.caches()) == 2
 
 
-@pytest.mark.parametrize("name", ["chat.py", "jsonl.py", "encoding.py", "rows.py", "data.py"])
+@pytest.mark.parametrize("name", ["template.py", "tokenizer.py", "jsonl.py", "encode.py", "store.py", "prepare.py"])
 def test_changed_code_makes_a_new_cache(two_files: Case, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     two_files.prepare()
     code = two_files.folder / "code"
     shutil.copytree(Path(prepare_module.__file__).parent, code)
-    monkeypatch.setattr(prepare_module, "__file__", str(code / "data.py"))
+    monkeypatch.setattr(prepare_module, "__file__", str(code / "prepare.py"))
     two_files.prepare()
     assert len(two_files.caches()) == 1
     (code / name).write_text((code / name).read_text() + "\n# another version\n")
@@ -958,9 +958,9 @@ def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
 
 def test_workers_are_the_cores_this_process_may_use_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert prepare.worker_count() == 3
+    assert prepare_module.worker_count() == 3
     monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
-    assert prepare.worker_count() == 8
+    assert prepare_module.worker_count() == 8
 
 
 def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,7 +315,9 @@ def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: py
 
 def in_an_image(expression: str) -> str:
     """What `expression` says in a process that docker/Dockerfile's environment surrounds; IMAGE_LOCK is read once."""
-    imports = "from finetune import hub, machine; from finetune.checks import LIST, device, libraries"
+    imports = (
+        "from finetune import cli; from finetune.model import hub; from finetune.checks import LIST, device, libraries"
+    )
     code = f"{imports}; print({expression})"
     environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(files.ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -326,10 +328,10 @@ def in_an_image(expression: str) -> str:
     ("expression", "wanted"),
     [
         ("LIST", "docker compose run --rm validate --list names them all"),
-        ("machine.command('src/train.py')", "docker compose run --rm train-h100"),
-        ("machine.command('scripts/make_demo_model.py')", "docker compose run --rm demo"),
+        ("cli.command('src/train.py')", "docker compose run --rm train-h100"),
+        ("cli.command('scripts/make_demo_model.py')", "docker compose run --rm demo"),
         (
-            "machine.command('scripts/inspect_data.py')",
+            "cli.command('scripts/inspect_data.py')",
             "docker compose run --rm --entrypoint python plan scripts/inspect_data.py",
         ),
         ("libraries.install_command('cpu')", "docker compose build"),

@@ -185,9 +185,8 @@ COMMANDS = sorted({command for text in TEXTS.values() for command in commands(te
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, as a clone has it, with conversations in data/processed and this Python as its own."""
     folder = tmp_path_factory.mktemp("clone") / "project"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "models", "adapters", "results")
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "models", "adapters")
     shutil.copytree(ROOT, folder, ignore=left_out)
-    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     shutil.copy(ROOT / ".env.example", folder)
     shutil.copy(ROOT / "data" / "sample" / "train.jsonl", folder / "data" / "processed")
     (folder / ".venv" / "bin").mkdir(parents=True)

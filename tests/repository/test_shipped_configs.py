@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.config import load, schema, typed, yaml_file
+from finetune.config import schema, typed, yaml_file
+from finetune.config.load import BASE_FILE, load_config
+from finetune.files import ROOT
 
-FILES = sorted((load.ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 both_platforms = pytest.mark.parametrize("name", ["h100", "m4"])
 
@@ -87,14 +89,14 @@ SHARED = {
 
 
 def platform_file(name: str) -> Path:
-    return load.ROOT / "configs" / f"training_config_{name}.yaml"
+    return ROOT / "configs" / f"training_config_{name}.yaml"
 
 
 def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> schema.Config:
     """The resolved config; where the file's base model is the demo, which may not be made yet, a folder stands in."""
     on_cpu = yaml_file.load_yaml(path)["platform"] == "cpu"
     stand_in = [f"model.name={local_model}"] if on_cpu else []
-    return load.load(str(path), [*stand_in, *settings])[0]
+    return load_config(str(path), [*stand_in, *settings])[0]
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,15 +139,15 @@ def test_a_shipped_config_loads(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_loads_alone_and_holds_every_key_of_the_schema(tmp_path: Path) -> None:
-    base = leaves(yaml_file.load_yaml(load.BASE_FILE))
+    base = leaves(yaml_file.load_yaml(BASE_FILE))
     sections = {"model", "quantization", "lora", "training", "dataset", "tracking", "output"}
     assert list(base) == [path for path in typed.paths(schema.Config) if path not in sections]
-    assert load(load.BASE_FILE, tmp_path).platform == "cpu"
+    assert load(BASE_FILE, tmp_path).platform == "cpu"
 
 
 @both_platforms
 def test_a_platform_file_restates_every_key_of_the_base_in_its_order(name: str) -> None:
-    base, platform = (leaves(yaml_file.load_yaml(path)) for path in (load.BASE_FILE, platform_file(name)))
+    base, platform = (leaves(yaml_file.load_yaml(path)) for path in (BASE_FILE, platform_file(name)))
     assert list(platform) == list(base)
 
 
@@ -189,7 +191,7 @@ def test_what_the_notes_tell_a_person_to_type_is_accepted(name: str, tmp_path: P
 
 
 def test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows(tmp_path: Path) -> None:
-    section = (load.ROOT / "README.md").read_text(encoding="utf-8").split("\n## Mac M4\n")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Mac M4\n")[1].split("\n## ")[0]
     packed, here, there = quoted_settings(section)
     for name, command in (("m4", packed), ("m4", here), ("h100", there)):
         load(platform_file(name), tmp_path, tuple(command))
