@@ -1,0 +1,343 @@
+"""Rows become token ids and labels: cut at turns, certified, led by the system prompt, alike with any workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data import encode
+from finetune.data.encode import Encoder, Statistics, control_tokens, with_system_prompt
+from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Messages
+from finetune.data.tokenizer import Reference
+from finetune.errors import CheckFailed, DataError, OutOfResource
+from support.prepared import (
+    NO_TURN_FITS,
+    RECIPE,
+    SHORT,
+    SYSTEM_PROMPT,
+    TWO_TURNS,
+    Case,
+    contents,
+    conversation,
+    lines,
+    numbered,
+    same,
+    the_chat,
+    write,
+)
+
+
+def length(messages: Messages) -> int:
+    return len(the_chat(None).encode([messages])[0].input_ids)
+
+
+def test_what_became_of_the_rows_is_counted(case: Case) -> None:
+    write(case.train, SHORT, "", TWO_TURNS, "not JSON", NO_TURN_FITS, SHORT, conversation("Hi", "Yes"), "[]")
+    write(case.validation, conversation("Hi", "No"))
+    assert [length(row) for row in (SHORT, TWO_TURNS, NO_TURN_FITS)] == [11, 21, 31]
+    recipe = replace(RECIPE, max_seq_length=16, certificate=True)
+    prepared = case.prepare(recipe, on_bad_row="drop")
+    assert asdict(prepared.statistics["train"]) == {
+        "rows": 4,
+        "tokens": 44,
+        "supervised_tokens": 8,
+        "longest": 21,
+        "p50": 11,
+        "p95": 21,
+        "truncated": 1,
+        "dropped_long": 1,
+        "dropped_bad": 2,
+        "duplicates": 1,
+        "certified": 5,
+        "control_tokens": 0,
+        "first_control_token": None,
+        "normalised_leaks": 0,
+        "first_leak": None,
+        "copies": [6],
+        "histogram": {"edges": list(range(11, 23)), "counts": [3, *[0] * 9, 1]},
+        "bad": [
+            (4, "not JSON: Expecting value at column 1"),
+            (8, 'found an empty list, wanted an object {"messages": [...]}'),
+        ],
+    }
+    assert prepared.statistics["validation"] == Statistics(
+        1, 11, 2, 11, 11, 11, certified=1, histogram={"edges": [11, 12], "counts": [1]}
+    )
+    assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
+    assert lines(prepared.train) == [1, 3, 6, 7]
+
+
+def test_a_row_that_was_cut_ends_with_its_last_whole_turn(case: Case) -> None:
+    write(case.train, TWO_TURNS)
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=20))
+    whole = the_chat(None).encode([conversation("Hi", "Hello")])[0]
+    assert contents(prepared.train) == [(1, whole.input_ids, whole.labels)]
+
+
+def test_a_row_in_which_no_turn_fits_is_dropped_and_counted(case: Case) -> None:
+    write(case.train, SHORT, NO_TURN_FITS)
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=16))
+    assert (prepared.statistics["train"].dropped_long, lines(prepared.train)) == (1, [1])
+
+
+def test_without_truncation_a_long_row_is_a_bad_row(case: Case) -> None:
+    write(case.train, SHORT, TWO_TURNS, "{}")
+    write(case.validation, conversation("Hi", "No"))
+    assert case.failure(DataError, replace(RECIPE, max_seq_length=16, truncation=False)) == (
+        "data: 2 bad rows\n"
+        f"  {case.train}:2: 21 tokens, model.max_seq_length is 16, and dataset.truncation is false\n"
+        f'  {case.train}:3: no "messages" key (found no key)\n'
+        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+    )
+
+
+def test_a_row_of_just_the_length_is_whole(case: Case) -> None:
+    write(case.train, TWO_TURNS)
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=21, truncation=False))
+    assert prepared.train.lengths.tolist() == [21]
+    assert prepared.statistics["train"].truncated == 0
+
+
+def test_duplicates_are_rows_with_the_same_messages_whatever_else_the_line_holds(case: Case) -> None:
+    same = json.dumps({"id": 3, "messages": [dict(reversed(message.items())) for message in SHORT]})
+    write(case.train, SHORT, same, TWO_TURNS, SHORT)
+    write(case.validation, conversation("Hi", "No"))
+    assert case.prepare().statistics["train"].duplicates == 2
+
+
+def test_lengths_are_of_the_kept_rows_before_they_are_cut(case: Case) -> None:
+    write(case.train, *(conversation("Hi", "Yes", *["Hi", "Yes"] * more) for more in range(20)), NO_TURN_FITS)
+    write(case.validation, conversation("Hi", "No"))
+    counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics["train"]
+    lengths = sorted(11 + 10 * more for more in range(20))
+    assert (counts.p50, counts.p95, counts.longest) == (lengths[9], lengths[18], lengths[19])
+    assert (counts.truncated, counts.dropped_long) == (19, 1)
+
+
+@pytest.mark.parametrize("chunk_lines", [1, 256])
+def test_control_tokens_in_messages_are_counted_with_their_first_line(
+    case: Case, monkeypatch: pytest.MonkeyPatch, chunk_lines: int
+) -> None:
+    monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)
+    rows = [conversation("What is </s>?", "An end."), conversation("Hi", "[/INST] is text"), NO_TURN_FITS]
+    write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
+    write(case.validation, conversation("a", "b", system="<s>"))
+    counts = case.prepare().statistics
+    assert (counts["train"].control_tokens, counts["train"].first_control_token) == (2, 3)
+    assert (counts["validation"].control_tokens, counts["validation"].first_control_token) == (1, 1)
+
+
+def test_a_dropped_row_and_the_configs_own_prompt_are_not_counted_for_control_tokens(case: Case) -> None:
+    write(case.train, SHORT, conversation("</s> " * 20, "Hello"))
+    write(case.validation, conversation("Hi", "No"))
+    counts = case.prepare(replace(RECIPE, max_seq_length=20, system_prompt="</s>")).statistics["train"]
+    assert (counts.rows, counts.dropped_long, counts.control_tokens) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "tokens"),
+    [
+        (MISTRAL_FORMAT, ("</s>", "<s>", "<unk>", "[/INST]", "[INST]")),
+        (CHATML_FORMAT, ("<|endoftext|>", "<|im_end|>", "<|im_start|>")),
+    ],
+    ids=["Mistral", "ChatML"],
+)
+def test_the_control_tokens_of_a_format_are_what_it_writes_round_messages(
+    chat_format: ChatFormat, tokens: tuple[str, ...]
+) -> None:
+    assert control_tokens(chat_format) == tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
+def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
+    slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
+    assert encode._normalised_digest(conversation(*texts)) == encode._normalised_digest(slow)
+
+
+# --- the certificate
+
+
+class LyingReference(Reference):
+    """Says another last token of one row."""
+
+    def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+        input_ids, labels = super().encode(messages)
+        if messages[-1]["content"] == "Answer 2":
+            return [*input_ids[:-1], 7], [*labels[:-1], 7]
+        return input_ids, labels
+
+
+def test_the_certificate_compares_every_row(two_files: Case) -> None:
+    statistics = two_files.prepare(replace(RECIPE, certificate=True)).statistics
+    assert (statistics["train"].certified, statistics["validation"].certified) == (5, 2)
+
+
+def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "Reference", LyingReference)
+    statistics = two_files.prepare(replace(RECIPE, certificate=False)).statistics
+    assert (statistics["train"].certified, statistics["validation"].certified) == (0, 0)
+
+
+def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_file_and_line(
+    two_files: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "Reference", LyingReference)
+    write(two_files.train, *numbered(2), "", *numbered(3, start=2))
+    last = length(numbered(1, start=2)[0]) - 1
+    assert two_files.failure(CheckFailed, replace(RECIPE, certificate=True)) == (
+        f"certificate: {two_files.train}:4: token {last} is 2+, mistral-common says 7+\n"
+        "Report this row: no run may start on it."
+    )
+
+
+DIFFERENCES: dict[str, tuple[Any, str]] = {
+    "a token": (
+        lambda ids, labels: ([*ids[:3], 7, *ids[4:]], labels),
+        "3 is 28793 15359 733, mistral-common says 7 15359 733",
+    ),
+    "only a label": (lambda ids, labels: (ids, [*labels[:-1], IGNORED]), "10 is 2+, mistral-common says 2"),
+    "one token less": (lambda ids, labels: (ids[:-1], labels[:-1]), "10 is 2+, mistral-common says the end"),
+    "one token more": (lambda ids, labels: ([*ids, 5], [*labels, 5]), "11 is the end, mistral-common says 5+"),
+    "two beginnings": (
+        lambda ids, labels: ([1, *ids], [IGNORED, *labels]),
+        "1 is 733 16289 28793, mistral-common says 1 733 16289",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), DIFFERENCES.values(), ids=DIFFERENCES.keys())
+def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, change: Any, told: str) -> None:
+    class Different(Reference):
+        def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+            return change(*super().encode(messages))
+
+    monkeypatch.setattr(encode, "Reference", Different)
+    chunk = Encoder(replace(RECIPE, certificate=True)).encode([(3, json.dumps({"messages": SHORT}).encode())])
+    assert chunk.mismatch is not None
+    assert chunk.mismatch == f"3: token {told}"
+
+
+# --- the system prompt
+
+
+def test_the_system_prompt_leads_only_rows_without_one(case: Case) -> None:
+    rows = [conversation("Hi", "Yes"), conversation("Hi", "No", system="Be short.")]
+    write(case.train, *rows)
+    write(case.validation, SHORT)
+    prepared = case.prepare(replace(RECIPE, system_prompt=SYSTEM_PROMPT, certificate=True))
+    wanted = the_chat(None).encode([conversation("Hi", "Yes", system=SYSTEM_PROMPT), rows[1]])
+    assert contents(prepared.train) == [(line, row.input_ids, row.labels) for line, row in enumerate(wanted, 1)]
+    assert prepared.statistics["train"].certified == 2
+
+
+def test_no_system_prompt_leaves_every_row_as_it_is() -> None:
+    assert with_system_prompt(SHORT, None) == SHORT
+    assert with_system_prompt(SHORT, SYSTEM_PROMPT) == conversation("Hi", "Hello", system=SYSTEM_PROMPT)
+    assert with_system_prompt(conversation("a", "b", system="c"), SYSTEM_PROMPT) == conversation("a", "b", system="c")
+
+
+# --- worker processes
+
+
+def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Messages | str] = [
+        *numbered(600),
+        *numbered(40),
+        NO_TURN_FITS,
+        conversation("Hi", "Hello " * 40, "a", "b"),
+    ]
+    rows[300] = "{}"
+    rows[10] = "not JSON"
+    write(case.train, *rows)
+    prepared = []
+    for workers, chunk_lines in ((0, 256), (2, 64)):
+        monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
+        case.cache = case.folder / f"cache-{workers}"
+        prepared.append(
+            case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=workers)
+        )
+    assert prepared[0].statistics["train"].dropped_bad == 2
+    assert prepared[0].tokens == prepared[1].tokens
+    assert prepared[0].statistics == prepared[1].statistics
+    assert same(*prepared)
+
+
+# --- what does not depend on the length
+
+
+def test_whole_rows_are_the_same_whatever_is_cut_or_dropped(case: Case) -> None:
+    write(case.train, *numbered(30), TWO_TURNS, NO_TURN_FITS, conversation("Hi", "No"))
+    recipes = [replace(RECIPE, max_seq_length=length) for length in (4096, 20, 16)]
+    refusing = replace(RECIPE, max_seq_length=20, truncation=False)
+    prepared = [
+        *(case.prepare(recipe, validation_split=0.2) for recipe in recipes),
+        case.prepare(refusing, validation_split=0.2, on_bad_row="drop"),
+    ]
+    assert len({every.statistics["train"].tokens for every in prepared}) > 1
+    assert all(every.whole == prepared[0].whole for every in prepared)
+    assert sum(split["rows"] for split in prepared[0].whole.values()) == 33
+
+
+def test_the_hashes_of_whole_rows_are_of_each_rows_int32_ids_and_labels(case: Case) -> None:
+    rows = [SHORT, TWO_TURNS, NO_TURN_FITS]
+    write(case.train, *rows)
+    write(case.validation, conversation("Hi", "No"))
+    encoded = the_chat(None).encode(rows)
+    whole = case.prepare(replace(RECIPE, max_seq_length=16)).whole["train"]
+    for name, values in (
+        ("input_ids", [row.input_ids for row in encoded]),
+        ("labels", [row.labels for row in encoded]),
+    ):
+        hashes = (hashlib.blake2b(np.array(row, "<i4").tobytes(), digest_size=16).digest() for row in values)
+        assert whole[name] == hashlib.sha256(b"".join(hashes)).hexdigest()
+    assert whole["rows"] == 3
+
+
+def test_the_order_of_rows_is_in_the_hashes_of_ids_and_labels_only(case: Case) -> None:
+    write(case.validation, conversation("Hi", "No"))
+    wholes = []
+    for rows in (numbered(5), numbered(5)[::-1]):
+        write(case.train, *rows)
+        wholes.append(case.prepare().whole["train"])
+    assert [name for name in wholes[0] if wholes[0][name] != wholes[1][name]] == ["input_ids", "labels"]
+
+
+def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
+    write(case.train, SHORT)
+    write(case.validation, TWO_TURNS)
+    counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics
+    assert (counts["train"].truncated, counts["validation"].truncated) == (0, 1)
+    assert (counts["train"].longest, counts["validation"].longest) == (11, 21)
+
+
+def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, *arguments: Any) -> None: ...
+
+        def __enter__(self) -> Broken:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def submit(self, *arguments: Any) -> None:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", Broken)
+    write(case.train, SHORT)
+    with pytest.raises(OutOfResource) as failure:
+        list(encode.chunks(case.train, RECIPE, 2))
+    assert str(failure.value) == (
+        f"{case.train}: a process that encodes it was killed, probably for want of memory; free some and try again"
+    )

@@ -1,0 +1,154 @@
+"""Rows on disk: written in chunks, read back as they were, hashed, compared between the splits."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data import encode
+from finetune.data.encode import Statistics
+from finetune.data.store import Rows, SplitWriter, histogram
+from finetune.data.template import IGNORED, Messages
+from support.prepared import Case, contents, conversation, numbered, write
+
+
+def test_one_very_long_row_does_not_squeeze_the_histogram_into_one_bar() -> None:
+    lengths = np.array([*range(100, 300), 30_000])
+    found = histogram(lengths, 290)
+    assert found["edges"] == [*range(100, 380, 20), 30_001]
+    assert found["counts"] == [*[20] * 10, 0, 0, 0, 1]
+    assert histogram(np.array([7]), 7) == {"edges": [7, 8], "counts": [1]}
+
+
+# --- copies but for whitespace and case
+
+COPIES = {
+    "case": conversation("QUESTION 2", "answer 2"),
+    "whitespace inside": conversation("Question\n\n \t2", "Answer\u00a02"),
+    "a long run of spaces": conversation("Question       2", "Answer 2"),
+    "whitespace outside": conversation("  Question 2\n", "\u3000Answer 2 "),
+    "all of them": conversation(" question\t2", "ANSWER  2\r\n"),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
+def test_a_validation_row_that_is_a_training_row_but_for_whitespace_and_case_is_counted(
+    two_files: Case, copy: Messages
+) -> None:
+    write(two_files.validation, *numbered(2, start=100), "", copy, copy)
+    counts = two_files.prepare().statistics
+    assert (counts["validation"].normalised_leaks, counts["validation"].first_leak) == (2, (3, 4))
+    assert (counts["train"].normalised_leaks, counts["train"].first_leak) == (0, None)
+
+
+OTHERS = {
+    "joined words": conversation("Question2", "Answer 2"),
+    "another order": conversation("Answer 2", "Question 2"),
+    "a system message": conversation("Question 2", "Answer 2", system="Be kind."),
+    "other ends of messages": conversation("Question", "2 Answer 2"),
+    "more turns": conversation("Question 2", "Answer 2", "Question 2", "Answer 2"),
+    "punctuation": conversation("Question 2.", "Answer 2"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_whatever_else_differs_is_no_copy(two_files: Case, other: Messages) -> None:
+    write(two_files.validation, other)
+    assert two_files.prepare().statistics["validation"].normalised_leaks == 0
+
+
+def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
+    write(two_files.train, conversation("Straße", "Ça"), *numbered(3))
+    write(two_files.validation, conversation("STRASSE", "ça"))
+    assert two_files.prepare().statistics["validation"].first_leak == (1, 1)
+
+
+def test_copies_within_one_split_are_no_leak(case: Case) -> None:
+    write(case.train, *numbered(5), conversation("question 1", "answer 1"))
+    write(case.validation, *numbered(1, start=50), conversation("question 50", "answer 50"))
+    assert case.prepare().statistics["validation"].normalised_leaks == 0
+
+
+# --- rows
+
+
+messages_of_rows = st.lists(
+    st.tuples(st.integers(1, 10**6), st.lists(st.integers(0, 31999), min_size=1, max_size=9)), min_size=1, max_size=12
+)
+
+
+def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) -> tuple[Rows, dict[str, str]]:
+    """Rows with labels that ignore even ids, written in chunks of `chunk_rows`."""
+    writer = SplitWriter(folder / "rows.arrow")
+    for start in range(0, len(rows), chunk_rows):
+        part = rows[start : start + chunk_rows]
+        ids = np.array([token for _, row in part for token in row], np.int32)
+        chunk = encode.Chunk(
+            np.array([line for line, _ in part], np.int32),
+            np.arange(start, start + len(part)).astype(np.uint64),
+            np.arange(start, start + len(part)).astype(np.uint64),
+            np.zeros(len(part), bool),
+            np.array([len(row) for _, row in part], np.int32),
+            np.array([len(row) for _, row in part], np.int32),
+            np.zeros((len(part), 16), np.uint8),
+            np.zeros((len(part), 16), np.uint8),
+            ids,
+            np.where(ids % 2, ids, IGNORED).astype(np.int32),
+            Statistics(),
+            None,
+        )
+        writer.write(chunk, np.ones(len(part), bool))
+        writer.write(chunk, np.zeros(len(part), bool))
+    hashes = writer.close()
+    return Rows(folder / "rows.arrow"), hashes
+
+
+def labelled(row: list[int]) -> list[int]:
+    return [token if token % 2 else IGNORED for token in row]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=messages_of_rows, chunk_rows=st.integers(1, 5))
+def test_rows_read_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, list[int]]], chunk_rows: int
+) -> None:
+    read, hashes = written(tmp_path_factory.mktemp("rows"), rows, chunk_rows)
+    assert contents(read) == [(line, row, labelled(row)) for line, row in rows]
+    assert read.lengths.tolist() == [len(row) for _, row in rows]
+    assert hashes == written(tmp_path_factory.mktemp("rows"), rows, 100)[1]
+
+
+ROWS = [(3, [1, 10, 11]), (5, [1, 12, 13, 15]), (9, [1, 17])]
+
+
+# Examples are plain lists: from int32 arrays torch would make labels that cross_entropy refuses.
+def test_a_dataset_has_one_example_a_row(tmp_path: Path) -> None:
+    dataset = written(tmp_path, ROWS, 2)[0].dataset(None)
+    assert [dataset[index] for index in range(len(dataset))] == [
+        {"input_ids": row, "labels": labelled(row), "lines": [line]} for line, row in ROWS
+    ]
+
+
+def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_path: Path) -> None:
+    dataset = written(tmp_path, ROWS, 2)[0].dataset([[1], [0, 2]])
+    assert [dataset[index] for index in range(len(dataset))] == [
+        {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": [5], "seq_lengths": [4]},
+        {
+            "input_ids": [1, 10, 11, 1, 17],
+            "labels": [1, IGNORED, 11, 1, 17],
+            "lines": [3, 9],
+            "seq_lengths": [3, 2],
+        },
+    ]
+
+
+def test_the_token_hash_is_of_the_int32_stream_in_file_order(tmp_path: Path) -> None:
+    hashes = written(tmp_path, ROWS, 2)[1]
+    for name, stream in (("input_ids", lambda row: row), ("labels", labelled)):
+        values = np.array([token for _, row in ROWS for token in stream(row)], "<i4")
+        assert hashes[name] == hashlib.sha256(values.tobytes()).hexdigest()
