@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from finetune import files
-from finetune.cli import command
 from finetune.config import load as config_load
-from finetune.config import rules, schema, typed
+from finetune.config import typed
 from finetune.config.load import BASE_FILE, ROOT
 from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.machine.inspect import Machine
+from support.configs import leaves, load, problems, written
 
 MACHINES = {
     "h100": (
@@ -33,38 +29,6 @@ MACHINES = {
         "found no NVIDIA driver and no Apple silicon (Linux x86_64)",
     ),
 }
-
-
-@pytest.fixture
-def local_model(tmp_path: Path) -> str:
-    """A setting that names a local base model, so that no test asks whether the demo model is made."""
-    folder = tmp_path / "base-model"
-    folder.mkdir()
-    return f"model.name={folder}"
-
-
-def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def load(choice: str, *settings: str) -> Config:
-    return config_load.load_config(choice, settings)[0]
-
-
-def problems(choice: str | None, *settings: str) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
-        config_load.load_config(choice, settings)
-    return caught.value.problems
-
-
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value."""
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= leaves(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return found
 
 
 def test_six_faults_in_one_file_are_reported_at_once_in_the_order_of_its_lines(
@@ -99,164 +63,6 @@ output: adapters
         f"  {path}:11  training.learning_rte: unknown key; did you mean training.learning_rate?\n"
         f"  {path}:12  output: found 'adapters' (text), wanted a section with keys below it"
     )
-
-
-def test_all_rules_that_are_broken_are_reported_at_once(tmp_path: Path) -> None:
-    path = written(tmp_path, "quantization: {load_in_4bit: false}\ntraining: {fp16: true}\n")
-    with pytest.raises(ConfigError) as caught:
-        config_load.load_config(path, ["model.name=someone/else", "training.max_steps=0", "lora.target_modules=[q]"])
-    assert str(caught.value) == (
-        "config: 5 problems\n"
-        "  --set lora.target_modules=[q]  lora.target_modules: found q, "
-        "wanted some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj\n"
-        "  --set model.name=someone/else  model.name: found 'someone/else' (text), "
-        "wanted mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it\n"
-        "  --set training.max_steps=0  training.max_steps: "
-        "0 trains nothing; set a number of steps, or -1 for num_train_epochs\n"
-        f"  {path}:1  quantization.load_in_4bit: false, but QLoRA trains on a 4-bit base; set it to true\n"
-        f"  {path}:2  training.fp16: Mistral's activations overflow fp16; set training.bf16: true and fp16: false"
-    )
-
-
-TARGETS = "wanted some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-NAMES = "wanted letters, digits, '.', '_' and '-', beginning with a letter or digit"
-BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            ["training.optim=paged_adamw_32bit"],
-            "training.optim: paged_adamw_32bit does not work on CPU only (cpu); wanted adamw_torch",
-        ),
-        (
-            ["model.attn_implementation=flash_attention_2"],
-            "model.attn_implementation: flash_attention_2 does not work on CPU only (cpu); wanted sdpa",
-        ),
-        (
-            ["platform=m4", "training.optim=paged_adamw_8bit"],
-            "training.optim: paged_adamw_8bit does not work on Apple silicon (m4); wanted adamw_torch",
-        ),
-        (
-            ["platform=m4", "model.attn_implementation=flash_attention_2"],
-            "model.attn_implementation: flash_attention_2 does not work on Apple silicon (m4); wanted sdpa",
-        ),
-        (
-            ["platform=m4", "training.fused_kernels=true"],
-            "training.fused_kernels: true does not work on Apple silicon (m4); set it to false",
-        ),
-        (
-            ["model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.fused_lora=true"],
-            "training.fused_lora: true beside model.dtype bfloat16 without autocast, so adapters would lose their "
-            "precision; set training.bf16: true, or this to false",
-        ),
-        (
-            ["training.fp16=true"],
-            "training.fp16: Mistral's activations overflow fp16; set training.bf16: true and fp16: false",
-        ),
-        (
-            ["training.bf16=true"],
-            "training.bf16: true beside model.dtype float32; set model.dtype: bfloat16 or bf16: false",
-        ),
-        (
-            ["quantization.bnb_4bit_compute_dtype=bfloat16"],
-            "quantization.bnb_4bit_compute_dtype: bfloat16 beside model.dtype float32; set both to the same",
-        ),
-        (
-            ["quantization.load_in_4bit=false"],
-            "quantization.load_in_4bit: false, but QLoRA trains on a 4-bit base; set it to true",
-        ),
-        (["lora.target_modules=[q_proj, lm_head, x]"], f"lora.target_modules: found lm_head, x, {TARGETS}"),
-        (["lora.target_modules=[]"], f"lora.target_modules: found an empty list, {TARGETS}"),
-        (
-            ["training.eval_steps=40", "training.save_steps=100"],
-            "training.save_steps: 100 is not a multiple of training.eval_steps 40, "
-            "so saved steps would have no eval_loss to rank by; set it to 80",
-        ),
-        (
-            ["training.max_steps=0"],
-            "training.max_steps: 0 trains nothing; set a number of steps, or -1 for num_train_epochs",
-        ),
-        (["tracking.run_name=../x"], f"tracking.run_name: found '../x' (text), {NAMES}"),
-        (["tracking.run_name=a/b"], f"tracking.run_name: found 'a/b' (text), {NAMES}"),
-        (["tracking.run_name=/etc"], f"tracking.run_name: found '/etc' (text), {NAMES}"),
-        (["tracking.run_name=.."], f"tracking.run_name: found '..' (text), {NAMES}"),
-        (["tracking.run_name=-x"], f"tracking.run_name: found '-x' (text), {NAMES}"),
-        (["tracking.run_name=a b"], f"tracking.run_name: found 'a b' (text), {NAMES}"),
-        (['tracking.run_name="a\\n"'], f"tracking.run_name: found 'a\\n' (text), {NAMES}"),
-        (
-            ["model.name=mistralai/Mistral-7B-v0.1"],
-            "model.name: found 'mistralai/Mistral-7B-v0.1' (text), "
-            "wanted mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it",
-        ),
-    ],
-)
-def test_a_combination_that_cannot_work_is_refused(settings: list[str], message: str, local_model: str) -> None:
-    key = message.split(":")[0]
-    place = next(f"--set {setting}" for setting in reversed(settings) if setting.startswith(f"{key}="))
-    assert problems(str(BASE_FILE), local_model, *settings) == (f"{place}  {message}",)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [*BFLOAT16, "training.bf16=true"],
-        BFLOAT16,
-        ["platform=h100", "training.optim=paged_adamw_8bit", "model.attn_implementation=flash_attention_2"],
-        ["platform=h100", "training.optim=adamw_torch", "model.attn_implementation=sdpa"],
-        ["platform=m4"],
-        ["lora.target_modules=[q_proj]"],
-        ["training.max_steps=1"],
-        ["training.max_steps=-1"],
-        ["tracking.run_name=a"],
-        ["tracking.run_name=2024-01-31_lr.1"],
-        ["tracking.run_name=" + "x" * 100],
-        ["training.eval_steps=7", "training.save_steps=7"],
-        ["model.name=mistralai/Mistral-7B-Instruct-v0.2"],
-    ],
-)
-def test_a_combination_that_works_is_accepted(settings: list[str], local_model: str) -> None:
-    load(str(BASE_FILE), local_model, *settings)
-
-
-@pytest.mark.parametrize("name", ["", "x" * 101, "~", "a\\b", "é"])
-def test_a_run_name_that_is_no_folder_name_is_refused(name: str, local_model: str) -> None:
-    [line] = problems(str(BASE_FILE), local_model, f"tracking.run_name='{name}'")
-    assert "  tracking.run_name: found " in line
-
-
-@pytest.mark.parametrize(("save", "evaluate"), [(500, 7), (1, 100), (149, 100), (151, 100), (10, 3), (99, 100), (3, 2)])
-def test_the_save_steps_that_the_message_suggests_are_accepted(save: int, evaluate: int, local_model: str) -> None:
-    settings = [local_model, f"training.eval_steps={evaluate}"]
-    [line] = problems(str(BASE_FILE), *settings, f"training.save_steps={save}")
-    suggested = int(line.rsplit(" ", 1)[1])
-    assert load(str(BASE_FILE), *settings, f"training.save_steps={suggested}").training.save_steps == suggested
-    assert abs(suggested - save) <= evaluate
-
-
-def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for module in (files, rules):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    path = written(tmp_path, "model:\n  name: models/demo-135m\n")
-    wanted = f"models/demo-135m is not there; type: {command('scripts/make_demo_model.py')}"
-    assert problems(path) == (f"{path}:2  model.name: {wanted}",)
-    (tmp_path / "models" / "demo-135m").mkdir(parents=True)
-    assert load(path).model.name == "models/demo-135m"
-
-
-def test_a_local_folder_is_accepted_as_base_model_absolute_or_from_the_root(tmp_path: Path) -> None:
-    for name in (str(tmp_path), "data/sample"):
-        assert schema.is_local(load(str(BASE_FILE), f"model.name={name}").model.name)
-    assert not schema.is_local("mistralai/Mistral-7B-Instruct-v0.2")
-
-
-@pytest.mark.parametrize("name", ["''", "~nobody-of-this-name/model", "x" * 300, "pyproject.toml"])
-def test_a_base_model_that_is_no_folder_is_a_config_error_whatever_its_form(name: str) -> None:
-    [line] = problems(str(BASE_FILE), f"model.name={name}")
-    assert line.startswith(f"--set model.name={name}  model.name: found ")
 
 
 @pytest.mark.parametrize("digits", ["1" + "0" * 400, "0x" + "f" * 5000, "9" * 5000])
@@ -380,64 +186,6 @@ def test_relative_paths_are_from_the_projects_root_whatever_the_working_director
     assert elsewhere.run_folder == tmp_path / "x"
 
 
-def other(value: Any) -> Any:
-    """Some other value of the same kind."""
-    if isinstance(value, dict):
-        raise TypeError(value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value + 1
-    return [*value, "more"] if isinstance(value, list | tuple) else f"{value}x"
-
-
-def test_the_hash_changes_with_any_value(local_model: str) -> None:
-    tree = load(str(BASE_FILE), local_model)
-    hashes = {tree.sha256()}
-    for path in leaves(tree.as_dict()):
-        section, _, key = path.rpartition(".")
-        changed: Any = getattr(tree, section) if section else tree
-        changed = dataclasses.replace(changed, **{key: other(getattr(changed, key))})
-        hashes.add((dataclasses.replace(tree, **{section: changed}) if section else changed).sha256())
-    assert len(hashes) == 1 + len(leaves(tree.as_dict()))
-
-
-def test_the_hash_does_not_change_with_comments_order_or_spelling(tmp_path: Path, local_model: str) -> None:
-    one = written(tmp_path, "lora: {r: 8, lora_alpha: 16}\ntraining:\n  learning_rate: 0.0002\n  weight_decay: 0\n")
-    first = load(one, local_model).sha256()
-    two = written(
-        tmp_path, "# notes\ntraining: {weight_decay: 0.0, learning_rate: 2e-4}\nlora: {lora_alpha: 16, r: 8}\n"
-    )
-    assert load(two, local_model).sha256() == first
-    assert load(two, local_model, "lora.r=9").sha256() != first
-    assert len(first) == 64
-
-
-def test_the_tree_is_frozen_at_every_depth(local_model: str) -> None:
-    tree = load(str(BASE_FILE), local_model)
-    for path in typed.paths(Config):
-        section, _, key = path.rpartition(".")
-        holder: Any = getattr(tree, section) if section else tree
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(holder, key, None)
-    assert hash(tree) == hash(load(str(BASE_FILE), local_model))
-
-
-def test_the_tree_as_a_mapping_is_json_and_loads_again_to_the_same_tree(tmp_path: Path, local_model: str) -> None:
-    settings = ["dataset.sample_prompts=['a: b', é, '2e-4 x']", "training.learning_rate=1e-5", "system_prompt=hello"]
-    tree = load("m4", local_model, *settings)
-    again = json.loads(json.dumps(tree.as_dict()))
-    assert again == tree.as_dict()
-    path = written(tmp_path, yaml.safe_dump(again))
-    assert load(path) == tree
-    assert load(written(tmp_path, json.dumps(again))) == tree
-
-
-def test_a_step_takes_the_micro_batch_times_the_accumulation(local_model: str) -> None:
-    settings = ["training.per_device_train_batch_size=3", "training.gradient_accumulation_steps=5"]
-    assert load(str(BASE_FILE), local_model, *settings).effective_batch_size == 15
-
-
 def test_what_a_config_must_bring_is_in_the_schema_and_in_the_base(local_model: str) -> None:
     assert set(config_load.REQUIRED) <= set(typed.paths(Config))
     assert len(config_load.REQUIRED) == 11
@@ -459,11 +207,3 @@ def test_problems_of_the_file_and_of_each_set_are_told_together(tmp_path: Path, 
         f"{path}:3: duplicate key 'r' (first on line 2); keep one",
         f"{path}:5: duplicate key 'seed' (first on line 4); keep one",
     )
-
-
-def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
-    assert problems("cpu", local_model, "training.lr_scheduler_type=constant")[0].endswith(
-        "training.warmup_ratio: 0.03 beside lr_scheduler_type constant, which has no warm-up; set it to 0, "
-        "or lr_scheduler_type: constant_with_warmup"
-    )
-    load("cpu", local_model, "training.lr_scheduler_type=constant", "training.warmup_ratio=0")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,10 @@ from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.errors import CheckFailed
 from finetune.model import load as model_module
-from finetune.model import lora as lora_module
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
 from finetune.model.verify import verify_base
-
-LAYER = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def config(tiny_mistral: Path) -> Config:
-    return load_config("cpu", [f"model.name={tiny_mistral}", "lora.lora_dropout=0"])[0]
-
-
-def base_model(config: Config, **quantization: Any) -> Any:
-    return load_base(config.model, replace(config.quantization, **quantization), "cpu")
+from support.bases import LAYER, base_model, layers, same, trained_state
 
 
 def tuned_model(config: Config, **quantization: Any) -> Any:
@@ -51,16 +38,8 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
 def base_state(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items() if "lora_" not in name}
-
-
-def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool:
-    return these.keys() == those.keys() and all(torch.equal(these[name], those[name]) for name in these)
 
 
 # --- the Hub
@@ -155,111 +134,6 @@ def test_evaluation_changes_neither_the_packed_base_nor_the_losses_after_it(
     assert without[2] < without[0]
 
 
-# --- what was loaded is what was asked for
-
-
-def left_unquantised(base: Any) -> None:
-    base.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64, bias=False)
-
-
-def without_quant_state(base: Any) -> None:
-    base.get_submodule(LAYER).weight.quant_state = None
-
-
-def norm_in_bfloat16(base: Any) -> None:
-    base.model.layers[1].input_layernorm.to(torch.bfloat16)
-
-
-def eager_attention(base: Any) -> None:
-    base.set_attn_implementation("eager")
-
-
-def quantised_head(base: Any) -> None:
-    base.lm_head = bitsandbytes.nn.Linear4bit(64, 32000, bias=False)
-
-
-def one_layer_elsewhere(base: Any) -> None:
-    base.model.norm.to("meta")
-
-
-def nothing(base: Any) -> None: ...
-
-
-@functools.cache
-def layers() -> list[str]:
-    """Names of the 14 linear layers of the tiny model's decoder, in order."""
-    attention = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
-    names = [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
-    return [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in names]
-
-
-def on_each_layer(text: str) -> list[str]:
-    return [*(f"{name} {text}" for name in layers()[:10]), "... and 4 more"]
-
-
-DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] = [
-    ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, wanted cpu"]),
-    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, wanted Linear4bit"]),
-    ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantised, wanted nf4"]),
-    ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, wanted nf4")),
-    (
-        "no double quantisation",
-        {"bnb_4bit_use_double_quant": False},
-        nothing,
-        on_each_layer("has bnb_4bit_use_double_quant False, wanted True"),
-    ),
-    (
-        "another compute dtype",
-        {"bnb_4bit_compute_dtype": "bfloat16"},
-        nothing,
-        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32"),
-    ),
-    ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, wanted Linear4bit")),
-    (
-        "another dtype",
-        {},
-        norm_in_bfloat16,
-        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"],
-    ),
-    ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
-    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, wanted Linear"]),
-]
-
-
-@pytest.mark.parametrize(
-    ("loaded", "change", "problems"), [row[1:] for row in DOWNGRADES], ids=[row[0] for row in DOWNGRADES]
-)
-def test_a_base_that_is_not_what_was_asked_for_is_named(
-    config: Config, loaded: dict[str, Any], change: Callable[[Any], None], problems: list[str]
-) -> None:
-    base = base_model(config, **loaded)
-    change(base)
-    with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, config.quantization, "cpu", "packed")
-    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join(problems)
-
-
-def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Config) -> None:
-    base = base_model(config)
-    names = [name for name, _ in base.named_parameters()]
-    problems = [f"{name} is on cpu, wanted cuda" for name in names[:10]]
-    with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, config.quantization, "cuda", "packed")
-    more = f"... and {len(names) - 10} more"
-    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join([*problems, more])
-
-
-def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
-    expanded = replace(config.quantization, storage="expanded")
-    base = base_model(config, storage="expanded")
-    verify_base(base, config.model, expanded, "cpu", "expanded")
-    base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)
-    with pytest.raises(CheckFailed) as failure:
-        verify_base(base, config.model, expanded, "cpu", "expanded")
-    problem = f"{LAYER} is Linear4bit, wanted Linear"
-    assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
-
-
 def test_load_base_verifies_what_it_loaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     real = AutoModelForCausalLM.from_pretrained
 
@@ -303,61 +177,6 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, m
     wanted = {"name": MISTRAL, "revision": "abc", "trust_remote_code": False, "use_safetensors": True}
     assert {key: asked[key] for key in wanted} == wanted
     assert asked["device_map"] == {"": "cpu"}
-
-
-# --- LoRA
-
-
-@pytest.fixture(scope="module")
-def lora_config(tiny_mistral: Path) -> Config:
-    return load_config("cpu", [f"model.name={tiny_mistral}", "lora.target_modules=[q_proj, down_proj]", "lora.r=4"])[0]
-
-
-def adapter(config: Config, seed: int, draws: int) -> dict[str, torch.Tensor]:
-    base = base_model(config)
-    torch.rand(draws)
-    return trained_state(add_lora(base, config.lora, seed))
-
-
-def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before(lora_config: Config) -> None:
-    torch.manual_seed(7)
-    first = adapter(lora_config, seed=42, draws=3)
-    torch.manual_seed(8)
-    assert same(first, adapter(lora_config, seed=42, draws=1000))
-    assert not same(first, adapter(lora_config, seed=43, draws=3))
-
-
-def test_only_fp32_lora_weights_train_and_only_on_the_targets(lora_config: Config) -> None:
-    model = add_lora(base_model(lora_config), lora_config.lora, 42)
-    trained = trained_state(model)
-    wanted = {
-        f"base_model.model.model.layers.{layer}.{target}.lora_{matrix}.default.weight": shape
-        for layer in (0, 1)
-        for target, inputs, outputs in (("self_attn.q_proj", 64, 64), ("mlp.down_proj", 128, 64))
-        for matrix, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
-    }
-    assert {name: tuple(value.shape) for name, value in trained.items()} == wanted
-    assert {value.dtype for value in trained.values()} == {torch.float32}
-    peft_config = model.peft_config["default"]
-    assert (peft_config.lora_alpha, peft_config.lora_dropout, peft_config.bias) == (32, 0.05, "none")
-
-
-def test_lora_on_a_bfloat16_base_is_fp32(lora_config: Config) -> None:
-    bfloat16 = replace(
-        lora_config,
-        model=replace(lora_config.model, dtype="bfloat16"),
-        quantization=replace(lora_config.quantization, bnb_4bit_compute_dtype="bfloat16"),
-    )
-    assert {value.dtype for value in adapter(bfloat16, 42, 0).values()} == {torch.float32}
-
-
-def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = lora_module.get_peft_model
-    monkeypatch.setattr(lora_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
-    with pytest.raises(CheckFailed) as failure:
-        adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"
 
 
 def test_an_expanded_base_is_verified_before_its_scales_are_gone(

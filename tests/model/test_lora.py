@@ -1,0 +1,68 @@
+"""LoRA on the base: in fp32, on the targets only, the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config.load import load_config
+from finetune.config.schema import Config
+from finetune.errors import CheckFailed
+from finetune.model import lora as lora_module
+from finetune.model.lora import add_lora
+from support.bases import base_model, same, trained_state
+
+
+@pytest.fixture(scope="module")
+def lora_config(tiny_mistral: Path) -> Config:
+    return load_config("cpu", [f"model.name={tiny_mistral}", "lora.target_modules=[q_proj, down_proj]", "lora.r=4"])[0]
+
+
+def adapter(config: Config, seed: int, draws: int) -> dict[str, torch.Tensor]:
+    base = base_model(config)
+    torch.rand(draws)
+    return trained_state(add_lora(base, config.lora, seed))
+
+
+def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before(lora_config: Config) -> None:
+    torch.manual_seed(7)
+    first = adapter(lora_config, seed=42, draws=3)
+    torch.manual_seed(8)
+    assert same(first, adapter(lora_config, seed=42, draws=1000))
+    assert not same(first, adapter(lora_config, seed=43, draws=3))
+
+
+def test_only_fp32_lora_weights_train_and_only_on_the_targets(lora_config: Config) -> None:
+    model = add_lora(base_model(lora_config), lora_config.lora, 42)
+    trained = trained_state(model)
+    wanted = {
+        f"base_model.model.model.layers.{layer}.{target}.lora_{matrix}.default.weight": shape
+        for layer in (0, 1)
+        for target, inputs, outputs in (("self_attn.q_proj", 64, 64), ("mlp.down_proj", 128, 64))
+        for matrix, shape in (("A", (4, inputs)), ("B", (outputs, 4)))
+    }
+    assert {name: tuple(value.shape) for name, value in trained.items()} == wanted
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    peft_config = model.peft_config["default"]
+    assert (peft_config.lora_alpha, peft_config.lora_dropout, peft_config.bias) == (32, 0.05, "none")
+
+
+def test_lora_on_a_bfloat16_base_is_fp32(lora_config: Config) -> None:
+    bfloat16 = replace(
+        lora_config,
+        model=replace(lora_config.model, dtype="bfloat16"),
+        quantization=replace(lora_config.quantization, bnb_4bit_compute_dtype="bfloat16"),
+    )
+    assert {value.dtype for value in adapter(bfloat16, 42, 0).values()} == {torch.float32}
+
+
+def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = lora_module.get_peft_model
+    monkeypatch.setattr(lora_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
+    with pytest.raises(CheckFailed) as failure:
+        adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"

@@ -1,0 +1,110 @@
+"""What was loaded is what was asked for: each way of falling short of the config is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+
+from finetune.config.schema import Config
+from finetune.errors import CheckFailed
+from finetune.model.verify import verify_base
+from support.bases import LAYER, base_model, layers
+
+
+def left_unquantised(base: Any) -> None:
+    base.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64, bias=False)
+
+
+def without_quant_state(base: Any) -> None:
+    base.get_submodule(LAYER).weight.quant_state = None
+
+
+def norm_in_bfloat16(base: Any) -> None:
+    base.model.layers[1].input_layernorm.to(torch.bfloat16)
+
+
+def eager_attention(base: Any) -> None:
+    base.set_attn_implementation("eager")
+
+
+def quantised_head(base: Any) -> None:
+    base.lm_head = bitsandbytes.nn.Linear4bit(64, 32000, bias=False)
+
+
+def one_layer_elsewhere(base: Any) -> None:
+    base.model.norm.to("meta")
+
+
+def nothing(base: Any) -> None: ...
+
+
+def on_each_layer(text: str) -> list[str]:
+    return [*(f"{name} {text}" for name in layers()[:10]), "... and 4 more"]
+
+
+DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] = [
+    ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, wanted cpu"]),
+    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, wanted Linear4bit"]),
+    ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantised, wanted nf4"]),
+    ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, wanted nf4")),
+    (
+        "no double quantisation",
+        {"bnb_4bit_use_double_quant": False},
+        nothing,
+        on_each_layer("has bnb_4bit_use_double_quant False, wanted True"),
+    ),
+    (
+        "another compute dtype",
+        {"bnb_4bit_compute_dtype": "bfloat16"},
+        nothing,
+        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32"),
+    ),
+    ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, wanted Linear4bit")),
+    (
+        "another dtype",
+        {},
+        norm_in_bfloat16,
+        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"],
+    ),
+    ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
+    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, wanted Linear"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "change", "problems"), [row[1:] for row in DOWNGRADES], ids=[row[0] for row in DOWNGRADES]
+)
+def test_a_base_that_is_not_what_was_asked_for_is_named(
+    config: Config, loaded: dict[str, Any], change: Callable[[Any], None], problems: list[str]
+) -> None:
+    base = base_model(config, **loaded)
+    change(base)
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, config.quantization, "cpu", "packed")
+    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join(problems)
+
+
+def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Config) -> None:
+    base = base_model(config)
+    names = [name for name, _ in base.named_parameters()]
+    problems = [f"{name} is on cpu, wanted cuda" for name in names[:10]]
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, config.quantization, "cuda", "packed")
+    more = f"... and {len(names) - 10} more"
+    assert str(failure.value) == "model: not loaded as the config asks\n  " + "\n  ".join([*problems, more])
+
+
+def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
+    expanded = replace(config.quantization, storage="expanded")
+    base = base_model(config, storage="expanded")
+    verify_base(base, config.model, expanded, "cpu", "expanded")
+    base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)
+    with pytest.raises(CheckFailed) as failure:
+        verify_base(base, config.model, expanded, "cpu", "expanded")
+    problem = f"{LAYER} is Linear4bit, wanted Linear"
+    assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
