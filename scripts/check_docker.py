@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -18,14 +17,8 @@ from finetune.machine.docker_host import DockerHost, Engine, read_docker_host
 from finetune.terminal import Terminal, tally
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse()
+    options = cli.plain_parser(__doc__ or "").parse_args()
     terminal, host, results = Terminal(options.json), read_docker_host(), []
     terminal.header("check_docker: this host, for docker compose run --rm train-h100")
     for result in run(CHECKS, host, crashed="report it"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -30,14 +29,8 @@ def check_pytorch_import() -> Torch:
     return read_torch()
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse()
+    options = cli.plain_parser(__doc__ or "").parse_args()
     terminal, machine = Terminal(options.json), read_machine()
     platform, reason = choose(machine)
     terminal.decision("accelerator", accelerator(machine))

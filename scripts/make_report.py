@@ -13,10 +13,9 @@ from finetune.files import shown
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = cli.plain_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as in adapters/RUN")
     parser.add_argument("other", metavar="RUN", type=Path, nargs="?", help="a second run, to compare the first with")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
     return parser.parse_args()
 
 

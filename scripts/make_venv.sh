@@ -1,22 +1,17 @@
 #!/usr/bin/env bash
-# Makes or brings up to date .venv in the project's root. Sourced or called by quickstart.sh and test.sh.
+# Makes .venv in the project's root, or brings it up to date. quickstart.sh, test.sh and the setup scripts call it.
 #   scripts/make_venv.sh [--dev]        --dev adds what the tests need
 # PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source scripts/lib/python.sh
 
 fail() { printf '%s\n' "$1" >&2; exit "$2"; }
 
 pip_install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 
-find_python() {  # the first Python 3.11 to 3.13; where PYTHON names one, that one or none
-  local candidate candidates=(python3.11 python3.12 python3.13 python3)
-  [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
-  for candidate in "${candidates[@]}"; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
-      printf '%s\n' "$candidate"; return
-    fi
-  done
+no_python() {
   [[ -z ${PYTHON:-} ]] || fail "PYTHON=$PYTHON is no Python 3.11, 3.12 or 3.13; name another, or unset it" 2
   fail "found no Python 3.11, 3.12 or 3.13; install one (Ubuntu: sudo apt install python3.11 python3.11-venv; macOS: brew install python@3.11), or name it: PYTHON=/path/to/python $0" 2
 }
@@ -35,6 +30,7 @@ for wanted in "${locks[@]}"; do
   if [[ -x .venv/bin/python ]] && grep -qsF "$(cksum <"$wanted") $wanted" "$installed"; then continue; fi
   if [[ ! -x .venv/bin/python ]]; then
     python=$(find_python)
+    [[ -n $python ]] || no_python
     echo "making .venv with $("$python" --version)"
     if ! "$python" -m venv .venv; then
       rm -rf .venv  # half of one would pass for whole next time

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-source scripts/mac.sh
+source scripts/lib/mac.sh
 
 need_apple_silicon
 [[ -x .venv/bin/python ]] || fail "there is no environment yet; type: scripts/setup_m4.sh" 2

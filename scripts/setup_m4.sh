@@ -7,7 +7,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null
-source scripts/mac.sh
+source scripts/lib/mac.sh
+# shellcheck source=/dev/null
+source scripts/lib/python.sh
 
 find_conda() {  # the first of the three; as shell functions, which scripts do not see, two of them name their program
   local candidate
@@ -34,17 +36,6 @@ make_with_conda() {  # Python and pip; the lock is make_venv.sh's, since mamba l
 
 is_arm_python() { [[ $("$1" -c 'import platform; print(platform.machine())' 2>/dev/null) == arm64 ]]; }
 
-find_arm_python() {
-  local candidate candidates=(python3.11 python3.12 python3.13 python3)
-  [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
-  for candidate in "${candidates[@]}"; do
-    if is_arm_python "$candidate" &&
-      "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
-      printf '%s\n' "$candidate"; return
-    fi
-  done
-}
-
 need_apple_silicon
 if [[ ! -x .venv/bin/python ]]; then
   conda=''
@@ -52,7 +43,7 @@ if [[ ! -x .venv/bin/python ]]; then
   if [[ -n $conda ]]; then
     make_with_conda "$conda"
   else
-    PYTHON=$(find_arm_python)
+    PYTHON=$(find_python is_arm_python)
     if [[ -z $PYTHON ]]; then
       missing="found no conda, mamba or micromamba, and no Python 3.11 to 3.13 that is built for Apple silicon"
       fail "$missing; type: brew install python@3.11, or name one: PYTHON=/path/to/python scripts/setup_m4.sh" 2

@@ -20,15 +20,20 @@ from finetune.files import ROOT
 from finetune.wording import clean
 
 
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with `--json`, for a command that reads no config."""
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    return made
+
+
 def parser(description: str, config_help: str | None = None) -> argparse.ArgumentParser:
     """A parser with `--set` and `--json`, and `--config` where `config_help` is given."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made = plain_parser(description)
     if config_help:
         made.add_argument("--config", metavar="FILE", help=config_help)
-    made.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override one config key; may repeat"
-    )
-    made.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
+    text = "override one config key; may repeat"
+    made.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
     return made
 
 

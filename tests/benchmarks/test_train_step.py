@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py: the same rows for everybody, honest arithmetic, and losses that are really compared."""
+"""benchmarks/train_step: the same rows for everybody, honest arithmetic, and losses that are really compared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from finetune.plan.model_shape import MISTRAL_7B
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from flops import attention_flops, linear_parameters, peak_flops, recomputed_flops, step_flops, utilisation  # noqa: E402
-from parts import milliseconds, part_of  # noqa: E402
-from step_report import check_losses, ratios, throughput  # noqa: E402
-from step_rows import Shape, make_steps, padding_share  # noqa: E402
-from variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
+from train_step.flops import attention_flops, linear_parameters, peak_flops, recomputed_flops, step_flops, utilisation  # noqa: E402
+from train_step.parts import milliseconds, part_of  # noqa: E402
+from train_step.report import check_losses, ratios, throughput  # noqa: E402
+from train_step.rows import Shape, make_steps, padding_share  # noqa: E402
+from train_step.variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
 
 from support.throughput import ENTRY  # noqa: E402
 
@@ -319,9 +319,9 @@ def rows_one_by_one(
 
 
 def test_torchs_varlen_attention_is_told_where_each_row_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    import step_attention
     import torch
-    from step_rows import packed_by_us
+    from train_step import attention
+    from train_step.rows import packed_by_us
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     steps = make_steps("mixed", Shape(4, 1, 64), TINY.vocab_size, 1, 1)
@@ -330,8 +330,8 @@ def test_torchs_varlen_attention_is_told_where_each_row_begins(monkeypatch: pyte
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
     with torch.no_grad():
         masked = base(**batch, use_cache=False).logits
-        monkeypatch.setattr(step_attention, "varlen_attn", rows_one_by_one)
-        step_attention.use(base)
+        monkeypatch.setattr(attention, "varlen_attn", rows_one_by_one)
+        attention.use(base)
         assert torch.allclose(base(**batch, use_cache=False).logits, masked, atol=1e-5)
 
 
@@ -339,23 +339,23 @@ def test_torchs_varlen_attention_is_told_where_each_row_begins(monkeypatch: pyte
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks" / "train_step"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_a_7b_on_a_cpu_is_refused_with_what_to_try(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    import train_step
+    from train_step import __main__ as train_step
 
     monkeypatch.setattr(train_step, "read_machine", lambda: None)
     monkeypatch.setattr(train_step, "choose", lambda _machine: (PLATFORMS["cpu"], "found no NVIDIA driver"))
-    monkeypatch.setattr(sys, "argv", ["train_step.py"])
+    monkeypatch.setattr(sys, "argv", ["train_step"])
     assert train_step.main() == 2
     expected = "found no NVIDIA driver: a step of --geometry 7b would take hours; try --tiny or --geometry demo\n"
     assert capsys.readouterr().err == expected
 
 
 def test_a_process_that_dies_is_a_result_and_ends_its_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    import train_step
+    from train_step import __main__ as train_step
 
     jobs = [replace(JOB, variant=name, platform="cpu", data=data) for data in ("mixed", "full") for name in ("A", "D")]
 
@@ -403,11 +403,11 @@ def check_tiny(found: dict[str, Any]) -> None:
 
 
 def test_one_variant_alone_can_be_asked_for() -> None:
-    import train_step
+    from train_step import __main__ as train_step
 
     options = train_step.arguments(["--tiny", "--variant", "D", "--variant", "A", "--output", "somewhere"])
     again = "--geometry tiny --repeats 2 --warmup 1 --steps 1 --loss-steps 20 --variant D --variant A"
-    assert train_step.command_line(options) == f"benchmarks/train_step.py {again}"
+    assert train_step.command_line(options) == f"benchmarks/train_step {again}"
     options.variant = options.asked
     jobs = train_step.plan(options, "cpu")
     assert [(job.variant, job.task) for job in jobs[:2]] == [("D", "losses"), ("A", "losses")]

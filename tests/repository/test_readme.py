@@ -93,7 +93,7 @@ def compiled(*found: Document) -> str:
 
 
 def beside_others(data: str, what: str) -> Callable[[Document], str]:
-    """tokens/s of ours over theirs by benchmarks/train_step.py: of the medians, and round by round."""
+    """tokens/s of ours over theirs by benchmarks/train_step: of the medians, and round by round."""
 
     def figures(found: Document) -> str:
         ours, *theirs = (found["variants"][name][data] for name in ("D", "A", "B", "B-packed"))

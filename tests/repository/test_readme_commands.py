@@ -104,11 +104,11 @@ RULES: dict[str, Here | By | Needs] = {
     ".venv/bin/python benchmarks/startup.py --rounds 3": Needs(IDLE),
     ".venv/bin/python benchmarks/trainer_overhead.py": Needs(IDLE),
     ".venv/bin/python benchmarks/memory.py": By("tests/plan/test_memory.py", '"benchmarks" / "memory.py"'),
-    ".venv/bin/python benchmarks/train_step.py --tiny": By(
+    ".venv/bin/python benchmarks/train_step --tiny": By(
         "tests/benchmarks/test_train_step.py", "test_tiny_runs_everything_on_a_cpu_and_all_losses_agree"
     ),
     'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
-    "benchmarks/train_step.py --output benchmarks/results/NAME.json": Needs("H100"),
+    "benchmarks/train_step --output benchmarks/results/NAME.json": Needs("H100"),
     'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
     "benchmarks/memory.py --platform h100 --output benchmarks/results/OTHER.json": Needs("H100"),
     "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env": Here(),

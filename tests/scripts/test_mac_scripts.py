@@ -15,7 +15,7 @@ import yaml
 
 from finetune.config.load import ROOT
 
-SCRIPTS = ("mac.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
+SCRIPTS = ("lib/mac.sh", "lib/python.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
 TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "mv", "rm", "sleep")
 
 # Answers as recorded on the machines: by `uname -s` and `-m`, sysctl, sw_vers, pmset.
@@ -64,10 +64,10 @@ class Place:
 
     def __init__(self, folder: Path, facts: dict[str, str | None]) -> None:
         self.folder, self.programs, self.log = folder / "the project", folder / "bin", folder / "log"
-        (self.folder / "scripts").mkdir(parents=True)
+        (self.folder / "scripts" / "lib").mkdir(parents=True)
         self.programs.mkdir()
         for name in SCRIPTS:
-            shutil.copy(ROOT / "scripts" / name, self.folder / "scripts")
+            shutil.copy(ROOT / "scripts" / name, self.folder / "scripts" / name)
         shutil.copytree(ROOT / "requirements", self.folder / "requirements")
         shutil.copy(ROOT / "environment-m4.yml", self.folder)
         for tool in TOOLS:

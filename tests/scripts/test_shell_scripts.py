@@ -13,13 +13,13 @@ import pytest
 
 from finetune.config.load import ROOT
 
-SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / ".ci" / "run"]
 CPU_TORCH = ["--no-deps", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
 CPU_LOCK, DEV_LOCK = ["-r", "requirements/cpu.lock"], ["-r", "requirements/dev.lock"]
 
 
 def test_the_scripts_are_found() -> None:
-    assert {"make_venv.sh", "quickstart.sh", "test.sh", "run"} <= {path.name for path in SCRIPTS}
+    assert {"make_venv.sh", "quickstart.sh", "test.sh", "mac.sh", "python.sh", "run"} <= {path.name for path in SCRIPTS}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -74,8 +74,8 @@ class Place:
 
     def __init__(self, folder: Path, system: str = "Linux") -> None:
         self.folder, self.programs, self.log = folder / "project", folder / "bin", folder / "log"
-        (self.folder / "scripts").mkdir(parents=True)
         self.programs.mkdir()
+        shutil.copytree(ROOT / "scripts" / "lib", self.folder / "scripts" / "lib")
         shutil.copy(ROOT / "scripts" / "make_venv.sh", self.folder / "scripts")
         shutil.copytree(ROOT / "requirements", self.folder / "requirements")
         for tool in ("bash", "cat", "cksum", "cp", "dirname", "grep", "mkdir", "mv", "rm"):

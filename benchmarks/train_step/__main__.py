@@ -1,13 +1,13 @@
 """Tokens a second of one optimizer step, ours beside the trainers that a user would pick instead, on the same rows.
 
     docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 \\
-        benchmarks/train_step.py --output benchmarks/results/NAME.json
+        benchmarks/train_step --output benchmarks/results/NAME.json
 
 on an H100, in the image, with random weights of Mistral-7B's shape that are made on the GPU; without Docker,
 .venv/bin/python in the place of everything before the script. Liger and unsloth are no part of the image: where they
 lie in a folder below benchmarks, --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in a few minutes:
 
-    .venv/bin/python benchmarks/train_step.py --tiny
+    .venv/bin/python benchmarks/train_step --tiny
 
 Every variant (variants.py) trains on the same base, rows, seed and learning rate, in a process of its own, in rounds
 one after the other. Rows are "mixed", as long as chats are, or "full", without anything to pad or to pack. Tokens are
@@ -19,26 +19,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+sys.path.extend([str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "src")])
 from machine import describe
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from step_report import check_losses, ratios, show, summary, throughput  # noqa: E402
-from step_rows import Shape  # noqa: E402
-from variants import GEOMETRIES, VARIANTS, Job, choose_attention, job_config  # noqa: E402
-
-from finetune.cli import quiet_libraries  # noqa: E402
-from finetune.machine.inspect import read_machine  # noqa: E402
-from finetune.machine.platforms import PLATFORMS, choose  # noqa: E402
+from finetune.cli import quiet_libraries
+from finetune.machine.inspect import read_machine
+from finetune.machine.platforms import PLATFORMS, choose
+from train_step.job import run_in_a_process
+from train_step.report import check_losses, ratios, show, summary, throughput
+from train_step.rows import Shape
+from train_step.variants import GEOMETRIES, VARIANTS, Job, choose_attention, job_config
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 DATA = ("mixed", "full")
@@ -59,41 +54,6 @@ def plan(options: argparse.Namespace, platform: str) -> list[Job]:
         timed = {"warmup": options.warmup, "steps": options.steps, "profiled": number == 0}
         jobs += [Job(name, "speed", data, shape=shape, **timed, **common) for data in DATA for name in options.variant]
     return jobs
-
-
-def run_in_a_process(job: Job) -> dict[str, Any]:
-    """The job's result, or under "failed" how its process ended.
-
-    Forked on a CPU, from a parent that has imported the libraries and run nothing; a fresh one elsewhere, since no
-    child can use a GPU that its parent's import has woken.
-    """
-    context: Any = multiprocessing.get_context("fork" if job.platform == "cpu" else "spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
-        process = context.Process(target=_child, args=(sender, log.name, job))
-        process.start()
-        sender.close()
-        try:
-            result: dict[str, Any] = receiver.recv()
-        except EOFError:
-            result = {}
-        process.join()
-        text = log.read().strip()
-    if not result:
-        last = text.splitlines()[-1] if text else "without a word"
-        print(text[-6000:], file=sys.stderr)
-        return {"failed": f"exit code {process.exitcode}: {last}"}
-    return result
-
-
-def _child(sender: Any, log: str, job: Job) -> None:
-    with Path(log).open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    quiet_libraries()
-    from step_job import run_job
-
-    sender.send(run_job(job))
 
 
 def measure(jobs: Iterable[Job]) -> list[dict[str, Any]]:
@@ -141,7 +101,7 @@ def command_line(options: argparse.Namespace) -> str:
     counts = {name: vars(options)[name.replace("-", "_")] for name in ("repeats", "warmup", "steps", "loss-steps")}
     words = [f"--geometry {options.geometry}", *(f"--{name} {count}" for name, count in counts.items())]
     words += [f"--variant {name}" for name in options.asked]
-    return " ".join(["benchmarks/train_step.py", *words])
+    return " ".join(["benchmarks/train_step", *words])
 
 
 def _job(result: dict[str, Any]) -> Job:

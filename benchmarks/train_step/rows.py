@@ -1,4 +1,4 @@
-"""Token rows for benchmarks/train_step.py: the same rows in each step, however a variant lays them out."""
+"""Token rows for benchmarks/train_step: the same rows in each step, however a variant lays them out."""
 
 from __future__ import annotations
 

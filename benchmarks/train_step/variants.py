@@ -1,4 +1,4 @@
-"""The trainers that benchmarks/train_step.py compares, a row each, all over the same random base and the same rows."""
+"""The trainers that benchmarks/train_step compares, a row each, all over the same random base and the same rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
-
 from finetune.config.load import load_config
 from finetune.config.schema import MISTRAL, Config
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import Platform
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
+from train_step.rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,7 @@ def our_trainer(work: Work) -> Any:
 
 def our_varlen_trainer(work: Work) -> Any:
     """The same with torch's varlen attention, which the program itself does not have."""
-    from step_attention import use
+    from train_step.attention import use
 
     base = _base(work)
     use(base)

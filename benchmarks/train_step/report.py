@@ -1,4 +1,4 @@
-"""What the jobs of benchmarks/train_step.py come to: a summary a variant, ratios, whether the losses agree, a table."""
+"""What the jobs of benchmarks/train_step come to: a summary a variant, ratios, whether the losses agree, a table."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import statistics
 from typing import Any
 
 import numpy as np
-from flops import utilisation
-from variants import OURS, VARIANTS
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 from finetune.plan.throughput import conditions
+from train_step.flops import utilisation
+from train_step.variants import OURS, VARIANTS
 
 # Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
 # weights to bf16. In float32 some ten times what --tiny comes to; in bfloat16 an expectation, not measured.

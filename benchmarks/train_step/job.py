@@ -1,22 +1,58 @@
-"""One job of benchmarks/train_step.py, in the process that it has for itself: a few steps, timed and looked at."""
+"""One job of benchmarks/train_step, in the process that it has for itself: a few steps, timed and looked at."""
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
+import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from step_rows import make_steps, padding_share
-from variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
-
+from finetune.cli import quiet_libraries
 from finetune.files import GIB
 from finetune.machine.device import forget_memory, peak_memory_gib, prepare_device, synchronize
 from finetune.machine.platforms import PLATFORMS, Platform
+from train_step.rows import make_steps, padding_share
+from train_step.variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
 
 ROWS_SEED = 20
+
+
+def run_in_a_process(job: Job) -> dict[str, Any]:
+    """The job's result, or under "failed" how its process ended.
+
+    Forked on a CPU, from a parent that has imported the libraries and run nothing; a fresh one elsewhere, since no
+    child can use a GPU that its parent's import has woken.
+    """
+    context: Any = multiprocessing.get_context("fork" if job.platform == "cpu" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
+        process = context.Process(target=_child, args=(sender, log.name, job))
+        process.start()
+        sender.close()
+        try:
+            result: dict[str, Any] = receiver.recv()
+        except EOFError:
+            result = {}
+        process.join()
+        text = log.read().strip()
+    if not result:
+        last = text.splitlines()[-1] if text else "without a word"
+        print(text[-6000:], file=sys.stderr)
+        return {"failed": f"exit code {process.exitcode}: {last}"}
+    return result
+
+
+def _child(sender: Any, log: str, job: Job) -> None:
+    with Path(log).open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    quiet_libraries()
+    sender.send(run_job(job))
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -92,8 +128,9 @@ def memory_gib(platform: Platform) -> dict[str, float]:
 def make_clock(platform: Platform, job: Job) -> Any:
     """A callback that times each step from the end of the one before, and profiles the last where that is wanted."""
     import torch
-    from parts import milliseconds
     from transformers import TrainerCallback
+
+    from train_step.parts import milliseconds
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
