@@ -10,7 +10,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.checks.libraries import install_command
 from finetune.errors import CheckFailed
 from finetune.files import GIB
 from finetune.machine.device import Torch, read_torch
@@ -40,7 +39,7 @@ def main() -> None:
     try:
         torch = check_pytorch_import()
     except CheckFailed as error:
-        raise CheckFailed(f"{error}; type: {install_command(platform.name)}") from None
+        raise CheckFailed(f"{error}; type: {platform.install}") from None
     terminal.decision("PyTorch", torch_line(torch))
     if options.json:
         cli.print_json(document(machine, platform.name, torch))
@@ -50,7 +49,7 @@ def memory_lines(machine: Machine) -> list[str]:
     """What memory there is, in GiB: the GPU's own, or the machine's."""
     if machine.gpu_memory_gib is not None and machine.gpu_free_gib is not None:
         return [f"{machine.gpu_memory_gib:.1f} GiB on it, {machine.gpu_free_gib:.1f} free"]
-    kind = "unified memory" if machine.system == "Darwin" and machine.architecture == "arm64" else "memory"
+    kind = "unified memory" if machine.apple_silicon else "memory"
     return [f"{machine.memory_gib:.1f} GiB of {kind}, {machine.memory_free_gib:.1f} free"]
 
 

@@ -316,7 +316,8 @@ def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: py
 def in_an_image(expression: str) -> str:
     """What `expression` says in a process that docker/Dockerfile's environment surrounds; IMAGE_LOCK is read once."""
     imports = (
-        "from finetune import cli; from finetune.model import hub; from finetune.checks import LIST, device, libraries"
+        "from finetune import cli; from finetune.model import hub; from finetune.checks import LIST, device; "
+        "from finetune.machine.platforms import PLATFORMS"
     )
     code = f"{imports}; print({expression})"
     environment = {**os.environ, "IMAGE_LOCK": "h100", "PYTHONPATH": str(files.ROOT / "src")}
@@ -334,8 +335,8 @@ def in_an_image(expression: str) -> str:
             "cli.command('scripts/inspect_data.py')",
             "docker compose run --rm --entrypoint python plan scripts/inspect_data.py",
         ),
-        ("libraries.install_command('cpu')", "docker compose build"),
-        ("libraries.repair_command('h100')", "docker compose build --no-cache"),
+        ("PLATFORMS['cpu'].install", "docker compose build"),
+        ("PLATFORMS['h100'].repair", "docker compose build --no-cache"),
         ("device.BUILD_FLASH_ATTENTION", "docker compose build --build-arg FLASH_ATTN=build"),
         ("hub.GIVE_TOKEN", "HF_TOKEN_FILE=FILE in .env"),
     ],

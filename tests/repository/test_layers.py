@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune.files import ROOT
+from finetune.machine.platforms import PLATFORMS
 
 PACKAGE = ROOT / "src" / "finetune"
 # The rooms, lowest floor first: a file imports from its own room and from those before it.
@@ -35,6 +36,7 @@ ALLOWED = {"checks.numerics": HEAVY}  # computes with the libraries; a check imp
 NEVER = ("errors", "wording", "files", "cli", "config", "plan")
 KNOWS_DEVICES = ("machine.platforms", "machine.device")
 DEVICE_WORDS = re.compile(r"\b(cuda|mps)\b")
+DEVICES = {row.device for row in PLATFORMS.values()}
 CPU_SECONDS = 0.5
 
 
@@ -75,6 +77,27 @@ def device_words(tree: ast.AST) -> Iterator[str]:
             yield text
 
 
+def told_apart(node: ast.AST) -> list[ast.expr]:
+    """Expressions with which `node` decides: of a comparison, a `case`, a subscript, and the keys of a table."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        return [value for side in sides for value in getattr(side, "elts", [side])]
+    if isinstance(node, ast.MatchValue):
+        return [node.value]
+    if isinstance(node, ast.Subscript):
+        return [node.slice]
+    return [key for key in node.keys if key is not None] if isinstance(node, ast.Dict) else []
+
+
+def platform_decisions(tree: ast.AST, allowed: set[str]) -> Iterator[str]:
+    """Code that decides by a literal name of a platform or device, but for names in `allowed` that no `.name` is."""
+    for node in ast.walk(tree):
+        words = {value.value for value in told_apart(node) if isinstance(value, ast.Constant)} & {*PLATFORMS, *DEVICES}
+        of_a_row = any(isinstance(value, ast.Attribute) and value.attr == "name" for value in told_apart(node))
+        if words - (set() if of_a_row else allowed):
+            yield ast.unparse(node)
+
+
 def module_name(path: Path) -> str:
     """`plan.fit` for src/finetune/plan/fit.py, `checks` for src/finetune/checks/__init__.py, `train.py` for itself."""
     if PACKAGE not in path.parents:
@@ -103,6 +126,9 @@ def faults(name: str, source: str) -> list[str]:
             found.append(f"{name} imports finetune.{module}, which is on a floor above")
     if name not in KNOWS_DEVICES:
         found += [f"{name} names a device: {text!r}" for text in device_words(tree)]
+    if name != "machine.platforms":
+        decisions = platform_decisions(tree, allowed=DEVICES if name in KNOWS_DEVICES else set())
+        found += [f"{name} decides by a platform's name: {code}" for code in decisions]
     return found
 
 
@@ -179,7 +205,24 @@ def test_imports_go_down_and_only_platforms_and_device_name_devices(path: Path) 
         ),
         ("model.load", "device = 'cuda'", "model.load names a device: 'cuda'"),
         ("model.load", "device = f'cuda:{index}'", "model.load names a device: 'cuda:'"),
-        ("train.py", "if device in ('mps', 'cpu'): pass", "train.py names a device: 'mps'"),
+        ("train.py", "open_device('mps')", "train.py names a device: 'mps'"),
+        *(
+            (name, code, f"{name} decides by a platform's name: {code}")
+            for name, code in (
+                ("checks.host", "platform.name == 'h100'"),
+                ("checks.host", "'m4' != name"),
+                ("train.py", "device in ('other', 'cpu')"),
+                ("plan.memory", "PROGRAM_GIB['h100']"),
+                ("plan.memory", "{'m4': 0.56}"),
+                ("machine.device", "platform.name == 'cpu'"),
+                ("machine.device", "name == 'h100'"),
+            )
+        ),
+        (
+            "checks.host",
+            "match name:\n    case 'h100':\n        pass",
+            "checks.host decides by a platform's name: 'h100'",
+        ),
     ],
 )
 def test_the_guard_fails_on_a_source_that_is_out_of_order(name: str, source: str, fault: str) -> None:
@@ -193,7 +236,9 @@ def test_the_guard_fails_on_a_source_that_is_out_of_order(name: str, source: str
         ("terminal", "import yaml\nfrom finetune.plan import plan\nfrom finetune.errors import UserError"),
         ("model.load", "import torch\nfrom finetune.config.schema import ModelConfig\ntorch.cuda.synchronize()"),
         ("model.load", '"""Runs on cuda and mps."""\ndef f():\n    """On cuda."""\n    # mps\n    return "bumps"'),
-        ("machine.platforms", 'device = "cuda"'),
+        ("machine.platforms", 'device = "cuda" if row.name == "h100" else "cpu"'),
+        ("machine.device", "if platform.device == 'cuda': pass\npresent = {'cuda': True, 'mps': False, 'cpu': True}"),
+        ("checks.host", "advice = '--config h100'\nplatform: Literal['h100', 'm4', 'cpu']\ntensor.to('cpu')"),
         ("checks.gpu", "def look():\n    from finetune.checks import numerics"),
         ("checks.numerics", "import torch"),
         ("machine.device", "def peak_memory_gib():\n    import torch"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.config.schema import MISTRAL
@@ -115,7 +114,7 @@ def _certificate(preflight: Preflight) -> Finding:
         encoded = chat.encode([messages])[0]
         if (encoded.input_ids, encoded.labels) != reference.encode(messages):
             text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels than mistral-common gives"
-            return failed(text, repair_command(preflight.platform.name))
+            return failed(text, preflight.platform.repair)
     return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
 
 

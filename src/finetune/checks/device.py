@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from finetune.checks.libraries import repair_command
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped
 from finetune.cli import PYTHON, advice
-from finetune.machine.platforms import quantised_on
+from finetune.machine.platforms import names, quantised_on
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
@@ -32,11 +31,11 @@ def _qlora(preflight: Preflight) -> Finding:
     lost, (least, most) = numerics.nf4_loss(quantised_on(device, storage)), numerics.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
-        return failed(text, repair_command(preflight.platform.name))
+        return failed(text, preflight.platform.repair)
     distance = numerics.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
     if not distance <= TOLERANCE[dtype]:
-        return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", repair_command(preflight.platform.name))
+        return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", preflight.platform.repair)
     return passed(f"NF4 keeps {1 - lost:.1%} of normal weights; {text}")
 
 
@@ -48,7 +47,7 @@ def _bfloat16(preflight: Preflight) -> Finding:
     distance = numerics.bfloat16_product(preflight.platform.device)
     text = f"a bfloat16 product is {distance:.1e} from fp32"
     if not distance <= TOLERANCE["bfloat16"]:
-        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", repair_command(preflight.platform.name))
+        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", preflight.platform.repair)
     return passed(text)
 
 
@@ -60,7 +59,7 @@ def _optimizer(preflight: Preflight) -> Finding:
     distance = numerics.optimizer_step(name, preflight.platform.device)
     text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
     if not distance <= most:
-        return failed(f"{text}, wanted at most {most:g}", repair_command(preflight.platform.name))
+        return failed(f"{text}, wanted at most {most:g}", preflight.platform.repair)
     return passed(text)
 
 
@@ -83,6 +82,7 @@ def _flash_attention(preflight: Preflight) -> Finding:
     return passed(text)
 
 
+ACCELERATED = names(lambda row: row.accelerated)
 _WORKING_DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 
 CHECKS = (
@@ -96,21 +96,21 @@ CHECKS = (
         "device.bfloat16",
         "a bfloat16 product against fp32",
         _bfloat16,
-        platforms=("h100", "m4"),
+        platforms=ACCELERATED,
         needs=_WORKING_DEVICE,
     ),
     Check(
         "device.optimizer",
         "the config's optimizer against PyTorch's AdamW on the CPU",
         _optimizer,
-        platforms=("h100", "m4"),
+        platforms=ACCELERATED,
         needs=_WORKING_DEVICE,
     ),
     Check(
         "device.flash_attention",
         "flash-attn, where the config asks for it: forward and backward over packed documents",
         _flash_attention,
-        platforms=("h100",),
+        platforms=names(lambda row: "flash_attention_2" in row.attentions),
         needs=_WORKING_DEVICE,
     ),
 )

@@ -7,40 +7,29 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from finetune.checks.libraries import install_command
+from finetune.checks.host import DRIVER, OLDEST_DRIVER, nvidia_driver
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
 from finetune.machine.inspect import GpuProcess
+from finetune.machine.platforms import names
 from finetune.plan.fit import fit
 from finetune.plan.memory import peak_gib
 
-OLDEST_DRIVER = 525  # the first that runs CUDA 12
-DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
 OLDEST_CUDA = (12, 1)
 HOPPER, AMPERE = (9, 0), (8, 0)
 
 
 def _driver(preflight: Preflight) -> Finding:
-    machine = preflight.machine
-    if machine.driver is None:
-        fix = (
-            advice(
-                "docker compose run --rm validate, which asks for the GPU",
-                "on the host: .venv/bin/python scripts/check_docker.py",
-            )
-            if machine.container
-            else f"{DRIVER}; or --config cpu for the demo"
-        )
-        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", fix)
-    if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
-        fix = f"{DRIVER} (on the host, not in a container)"
-        return failed(f"driver {machine.driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", fix)
-    return passed(f"driver {machine.driver}")
+    absent = f"{DRIVER}; or --config cpu for the demo"
+    if preflight.machine.container:
+        validate = "docker compose run --rm validate, which asks for the GPU"
+        absent = advice(validate, "on the host: .venv/bin/python scripts/check_docker.py")
+    return nvidia_driver(preflight.machine, absent, f"{DRIVER} (on the host, not in a container)")
 
 
 def _cuda(preflight: Preflight) -> Finding:
-    found, fix = preflight.torch, install_command("h100")
+    found, fix = preflight.torch, preflight.platform.install
     if found.built_for is None:
         return failed(f"torch {found.version} is built without CUDA", fix)
     if tuple(map(int, re.findall(r"\d+", found.built_for)[:2])) < OLDEST_CUDA:
@@ -110,7 +99,7 @@ def _kill(processes: tuple[GpuProcess, ...]) -> str:
 
 
 def _compiler(preflight: Preflight) -> Finding:
-    found = next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
+    found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if found is None:
         return failed("no C compiler, which Triton's kernels need", "sudo apt install build-essential")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -119,18 +108,18 @@ def _compiler(preflight: Preflight) -> Finding:
     return passed(f"{found}, with Python's headers")
 
 
-H100, LINUX = ("h100",), ("host.system",)
+NVIDIA, LINUX = names(lambda row: row.nvidia), ("host.system",)
 CHECKS = (
-    Check("gpu.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, H100, LINUX),
+    Check("gpu.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, NVIDIA, LINUX),
     Check(
         "gpu.torch",
         "torch is built for CUDA 12.1 or newer and sees the GPU",
         _cuda,
-        H100,
+        NVIDIA,
         ("gpu.driver", "libraries.imports"),
     ),
-    Check("gpu.device", "an H100; what would not fit on another GPU", _device, H100, ("gpu.torch", "model.geometry")),
-    Check("gpu.memory", "free memory against the expected peak", _memory, H100, ("gpu.driver", "model.geometry")),
-    Check("gpu.processes", "no other program on the GPU", _processes, H100, ("gpu.driver",), level="warn"),
-    Check("gpu.compiler", "a C compiler and Python's headers, for Triton", _compiler, H100, LINUX),
+    Check("gpu.device", "an H100; what would not fit on another GPU", _device, NVIDIA, ("gpu.torch", "model.geometry")),
+    Check("gpu.memory", "free memory against the expected peak", _memory, NVIDIA, ("gpu.driver", "model.geometry")),
+    Check("gpu.processes", "no other program on the GPU", _processes, NVIDIA, ("gpu.driver",), level="warn"),
+    Check("gpu.compiler", "a C compiler and Python's headers, for Triton", _compiler, NVIDIA, LINUX),
 )

@@ -9,34 +9,49 @@ from pathlib import Path
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
+from finetune.machine.inspect import Machine
 
+OLDEST_DRIVER = 525  # the first that runs CUDA 12
+DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
 MADE = datetime(2026, 11, 1, tzinfo=UTC)  # before this program was: a clock that says less is wrong
-# An expectation: three shards of up to 5 GB are read on the way to the GPU, and the data is prepared beside it.
-LOADING_GIB = 16
 SHM_GIB = 0.25  # Docker gives 0.0625 unless told otherwise
 
 
+def on_linux(machine: Machine, who: str, otherwise: str) -> Finding:
+    """Whether `machine` runs Linux on x86_64, which `who` needs; `otherwise` is what to do on another system."""
+    if machine.system != "Linux":
+        return failed(f"{machine.described}; {who} needs Linux", otherwise)
+    if machine.architecture != "x86_64":
+        lock = "requirements/h100.lock was resolved for x86_64"
+        return warned(f"{machine.described}; {lock}", "rent an x86_64 machine")
+    return passed(machine.described)
+
+
+def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
+    """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are what to type where it does not."""
+    if machine.driver is None:
+        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", absent)
+    if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
+        return failed(f"driver {machine.driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", old)
+    return passed(f"driver {machine.driver}")
+
+
 def _system(preflight: Preflight) -> Finding:
-    machine, wanted = preflight.machine, preflight.platform.name
-    found = f"{'macOS' if machine.system == 'Darwin' else machine.system} {machine.release} on {machine.architecture}"
-    if wanted == "h100" and machine.system != "Linux":
-        return failed(f"{found}; the h100 config needs Linux", "--config m4 on a Mac, or rent a Linux machine")
-    if wanted == "h100" and machine.architecture != "x86_64":
-        return warned(f"{found}; requirements/h100.lock was resolved for x86_64", "rent an x86_64 machine")
-    if wanted == "m4":
-        return _mac(preflight, found)
-    return passed(found)
+    if preflight.platform.nvidia:
+        return on_linux(preflight.machine, "the h100 config", "--config m4 on a Mac, or rent a Linux machine")
+    if preflight.platform.unified_memory:
+        return _mac(preflight.machine)
+    return passed(preflight.machine.described)
 
 
-def _mac(preflight: Preflight, found: str) -> Finding:
-    machine = preflight.machine
+def _mac(machine: Machine) -> Finding:
+    found = machine.described
     if machine.translated:
         again = "rm -r .venv; PYTHON=/opt/homebrew/bin/python3.11 scripts/make_venv.sh"
         return failed(f"{found}: this Python is an Intel build, run by Rosetta, which has no GPU", again)
-    if machine.system != "Darwin" or machine.architecture != "arm64":
-        return failed(
-            f"{found}; the m4 config needs Apple silicon", "--config cpu for the demo, --config h100 to train"
-        )
+    if not machine.apple_silicon:
+        otherwise = "--config cpu for the demo, --config h100 to train"
+        return failed(f"{found}; the m4 config needs Apple silicon", otherwise)
     if int(machine.release.split(".")[0] or 0) < 14:
         return failed(f"{found}; PyTorch's bfloat16 needs macOS 14", "softwareupdate --install --all")
     return passed(found)
@@ -55,9 +70,10 @@ def _memory(preflight: Preflight) -> Finding:
     total = machine.memory_gib if machine.memory_limit_gib is None else machine.memory_limit_gib
     whose = "" if machine.memory_limit_gib is None else " (this container's limit)"
     found = f"{total:.1f} GiB of memory{whose}, {machine.memory_free_gib:.1f} free"
-    if preflight.platform.name == "h100" and total < LOADING_GIB:
+    needed = preflight.platform.loading_gib
+    if total < needed:
         fix = "raise mem_limit in compose.yaml" if whose else "rent a machine with more memory"
-        return warned(f"{found}; loading the base is expected to need {LOADING_GIB}", fix)
+        return warned(f"{found}; loading the base is expected to need {needed:g}", fix)
     return passed(found)
 
 
@@ -78,10 +94,8 @@ def _clock(preflight: Preflight) -> Finding:
     found = f"{now:%Y-%m-%d %H:%M} UTC"
     if now < MADE:
         text = f"{found}, before this program was made ({MADE:%Y-%m}): certificates of web servers look invalid"
-        return failed(
-            text,
-            "sudo timedatectl set-ntp true" if preflight.machine.system == "Linux" else "sudo sntp -sS time.apple.com",
-        )
+        linux = preflight.machine.system == "Linux"
+        return failed(text, "sudo timedatectl set-ntp true" if linux else "sudo sntp -sS time.apple.com")
     return passed(found)
 
 
@@ -91,9 +105,8 @@ def _shm(preflight: Preflight) -> Finding:
         return skipped("not in a container")
     text = f"{found * 1024:,.0f} MiB of /dev/shm"
     if found < SHM_GIB:
-        return warned(
-            f"{text}, wanted {SHM_GIB * 1024:.0f}", "docker run --shm-size=1g, or shm_size: 1gb in compose.yaml"
-        )
+        fix = "docker run --shm-size=1g, or shm_size: 1gb in compose.yaml"
+        return warned(f"{text}, wanted {SHM_GIB * 1024:.0f}", fix)
     return passed(text)
 
 

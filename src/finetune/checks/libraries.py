@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from finetune import cli
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, warned
-from finetune.cli import PYTHON, advice
 from finetune.files import ROOT
 
 if TYPE_CHECKING:
@@ -35,9 +34,8 @@ LISTED = 5  # libraries named in one finding, then a count
 
 def lock_file(preflight: Preflight) -> Path:
     """The lock that this environment was made from; on a Mac the demo runs on the Mac's, in an image on the image's."""
-    name = cli.IMAGE_LOCK or preflight.platform.name
-    if preflight.machine.system == "Darwin" and name == "cpu":
-        name = "m4"
+    platform, on_macos = preflight.platform, preflight.machine.system == "Darwin"
+    name = cli.IMAGE_LOCK or (on_macos and platform.mac_lock) or platform.name
     return ROOT / "requirements" / f"{name}.lock"
 
 
@@ -55,22 +53,6 @@ def locked(lock: Path) -> dict[str, Version]:
     return found
 
 
-def install_command(platform: str) -> str:
-    """What brings this environment to the lock."""
-    native = "rm .venv/installed; scripts/make_venv.sh"
-    if platform == "h100":
-        native = f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
-    return advice(native, "docker compose build")
-
-
-def repair_command(platform: str) -> str:
-    """What installs everything again where versions are right and something is broken."""
-    native = "rm -r .venv; scripts/make_venv.sh"
-    if platform == "h100":
-        native = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
-    return advice(native, "docker compose build --no-cache")
-
-
 def installed(name: str) -> Version | None:
     """The version of a library that is here; None where it is not."""
     from importlib import metadata
@@ -86,7 +68,7 @@ def installed(name: str) -> Version | None:
 def _versions(preflight: Preflight) -> Finding:
     from packaging.version import Version
 
-    lock, fix = lock_file(preflight), install_command(preflight.platform.name)
+    lock, fix = lock_file(preflight), preflight.platform.install
     absent: list[str] = []
     older: list[str] = []
     other: list[str] = []
@@ -121,7 +103,7 @@ def _imports(preflight: Preflight) -> Finding:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             broken.append(f"{name}: {first}")
     if broken:
-        return failed("cannot be imported: " + "; ".join(broken), repair_command(preflight.platform.name))
+        return failed("cannot be imported: " + "; ".join(broken), preflight.platform.repair)
     return passed(f"{', '.join(IMPORTED)} import")
 
 

@@ -6,7 +6,7 @@ import os
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
-from finetune.machine.platforms import WORKING_SET_SHARE
+from finetune.machine.platforms import WORKING_SET_SHARE, names
 from finetune.plan.fit import fit
 from finetune.plan.memory import peak_gib
 
@@ -17,7 +17,7 @@ LOW_WATERMARK = 1.4  # torch's default
 def _mps(preflight: Preflight) -> Finding:
     found = preflight.torch
     if not found.mps_built:
-        return failed(f"torch {found.version} is built without MPS", "rm -r .venv; scripts/make_venv.sh")
+        return failed(f"torch {found.version} is built without MPS", preflight.platform.repair)
     if not found.sees_mps:
         text = f"torch {found.version} is built with MPS and cannot use it"
         return failed(text, "log in to the Mac's own desktop once, update to macOS 14 or later, then try again")
@@ -91,18 +91,18 @@ def _power(preflight: Preflight) -> Finding:
     return passed("low power mode is off")
 
 
-M4, A_MAC = ("m4",), ("host.system",)
+MAC, A_MAC = names(lambda row: row.unified_memory), ("host.system",)
 CHECKS = (
-    Check("mac.torch", "torch is built with MPS and can use it", _mps, M4, (*A_MAC, "libraries.imports")),
-    Check("mac.chip", "an M4 with 32 GB", _chip, M4, (*A_MAC, "model.geometry"), level="warn"),
+    Check("mac.torch", "torch is built with MPS and can use it", _mps, MAC, (*A_MAC, "libraries.imports")),
+    Check("mac.chip", "an M4 with 32 GB", _chip, MAC, (*A_MAC, "model.geometry"), level="warn"),
     Check(
         "mac.memory",
         "free memory and the GPU's working set against the expected peak",
         _memory,
-        M4,
+        MAC,
         ("mac.torch", "model.geometry"),
     ),
-    Check("mac.watermarks", "PyTorch's MPS watermark variables", _watermarks, M4, A_MAC),
-    Check("mac.pressure", "memory pressure and swap", _pressure, M4, A_MAC, level="warn"),
-    Check("mac.power", "low power mode is off", _power, M4, A_MAC, level="warn"),
+    Check("mac.watermarks", "PyTorch's MPS watermark variables", _watermarks, MAC, A_MAC),
+    Check("mac.pressure", "memory pressure and swap", _pressure, MAC, A_MAC, level="warn"),
+    Check("mac.power", "low power mode is off", _power, MAC, A_MAC, level="warn"),
 )

@@ -60,7 +60,7 @@ def _caches(preflight: Preflight) -> Finding:
     model, folders = preflight.config.model, caches()
     if preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
         del folders["HF_HOME"]
-    if preflight.platform.name != "h100":
+    if not preflight.platform.nvidia:
         del folders["TRITON_CACHE_DIR"]
     wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
     if wrong:

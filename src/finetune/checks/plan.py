@@ -10,6 +10,7 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.files import resolve
 from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
+from finetune.machine.platforms import names
 from finetune.plan.fit import fit, what_would_fit
 from finetune.plan.memory import peak_gib
 from finetune.plan.plan import hours_problem
@@ -72,9 +73,10 @@ def _rehearsal(preflight: Preflight) -> Finding:
 
 
 _ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)
+CPU = names(lambda row: not row.accelerated)
 CHECKS = (
     Check("plan.steps", "steps, warm-up, evaluations and checkpoints", _steps, needs=_ROWS, level="warn"),
-    Check("plan.memory", "free memory against the expected peak", _memory, ("cpu",), _GEOMETRY),
+    Check("plan.memory", "free memory against the expected peak", _memory, CPU, _GEOMETRY),
     Check("plan.hours", "expected hours against training.time_budget_hours", _hours, needs=_ROWS, level="warn"),
 )
 REHEARSAL = (

@@ -11,7 +11,7 @@ from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.machine.device import Torch, read_torch
 from finetune.machine.inspect import Machine
-from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, choose
+from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import Plan, make_plan
 
@@ -41,13 +41,13 @@ class Preflight:
 
     @cached_property
     def working_set_gib(self) -> float | None:
-        """What a Mac's GPU may use before macOS swaps; of a Mac with 32 GB where this is none. None but for m4.
+        """What a Mac's GPU may use before macOS swaps, as torch says or by the Mac's size; None elsewhere.
 
-        As torch says, or by the Mac's size where it does not.
+        For the m4 config on another machine, that of a Mac with 32 GB.
         """
-        if self.platform.name != "m4":
+        if not self.platform.unified_memory:
             return None
-        if choose(self.machine)[0] != self.platform:
+        if not self.machine.apple_silicon:
             return self.platform.memory_gib
         try:
             told = self.torch.working_set_gib

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +65,7 @@ def prepare_device(platform: Platform) -> None:
     if not present[platform.device]:
         found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
         raise CheckFailed(f"device: {found}; try --config cpu, or --dry-run, which needs no device")
-    if platform.name == "h100":
+    if platform.device == "cuda":
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -87,16 +89,11 @@ def peak_memory_gib(platform: Platform) -> float:
     A Mac's driver tells only what is allocated now; since torch keeps what it has once had, until `forget_memory`, that
     is the most so far.
     """
-    import resource
-    import sys
+    import torch
 
-    if platform.name == "h100":
-        import torch
-
+    if platform.device == "cuda":
         return float(torch.cuda.max_memory_allocated() / GIB)
-    if platform.name == "m4":
-        import torch
-
+    if platform.device == "mps":
         return float(torch.mps.driver_allocated_memory() / GIB)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
@@ -104,11 +101,10 @@ def peak_memory_gib(platform: Platform) -> float:
 
 def peak_held_gib(platform: Platform) -> float:
     """As `peak_memory_gib`, and on an NVIDIA GPU what torch held beside what was allocated: what its driver saw."""
-    if platform.name == "h100":
-        import torch
+    import torch
 
-        return float(torch.cuda.max_memory_reserved() / GIB)
-    return peak_memory_gib(platform)
+    nvidia = platform.device == "cuda"
+    return float(torch.cuda.max_memory_reserved() / GIB) if nvidia else peak_memory_gib(platform)
 
 
 def capacity_gib(platform: Platform) -> float:
@@ -116,14 +112,12 @@ def capacity_gib(platform: Platform) -> float:
 
     On a Mac at most the GPU's working set, beyond which the system swaps.
     """
-    if platform.name == "h100":
-        import torch
+    import torch
 
+    if platform.device == "cuda":
         return float((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
     machine = read_machine()
-    if platform.name == "m4":
-        import torch
-
+    if platform.device == "mps":
         held_gib = torch.mps.driver_allocated_memory() / GIB
         return float(min(machine.memory_free_gib + held_gib, torch.mps.recommended_max_memory() / GIB))
     held_gib = psutil.Process().memory_info().rss / GIB
@@ -139,26 +133,25 @@ def synchronize(platform: Platform) -> None:
 
 def random_state(platform: Platform) -> Any:
     """The state of the device's own random numbers, which dropout draws from."""
-    import torch
-
-    return torch.get_rng_state() if platform.name == "cpu" else torch.get_device_module(platform.device).get_rng_state()
+    return _random_numbers(platform).get_rng_state()
 
 
 def set_random_state(platform: Platform, state: Any) -> None:
-    """Put back what `random_state` gave."""
+    """Restore what `random_state` returned."""
+    _random_numbers(platform).set_rng_state(state)
+
+
+def _random_numbers(platform: Platform) -> Any:
     import torch
 
-    if platform.name == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(platform.device).set_rng_state(state)
+    return torch.get_device_module(platform.device) if platform.accelerated else torch
 
 
 def forget_memory(platform: Platform) -> None:
     """Give unused device memory back, and count the peak from here on where that can be done."""
     import torch
 
-    if platform.name != "cpu":
+    if platform.accelerated:
         torch.get_device_module(platform.device).empty_cache()
-    if platform.name == "h100":
+    if platform.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -61,6 +61,16 @@ class Machine:
     low_power: bool = False
     pressure: int = 1
 
+    @property
+    def apple_silicon(self) -> bool:
+        """Whether it is a Mac with a GPU that this Python can use."""
+        return self.system == "Darwin" and self.architecture == "arm64"
+
+    @property
+    def described(self) -> str:
+        """Operating system, its release and the architecture, in words."""
+        return f"{'macOS' if self.system == 'Darwin' else self.system} {self.release} on {self.architecture}"
+
 
 def read_machine() -> Machine:
     """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""

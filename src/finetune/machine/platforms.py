@@ -6,9 +6,11 @@ Nothing here imports torch: what a machine is must still be known when torch is 
 from __future__ import annotations
 
 import platform as host
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.cli import PYTHON, advice
 from finetune.machine.inspect import Machine
 
 
@@ -22,13 +24,22 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Platform:
-    """What a config may ask for on one kind of machine.
+    """What a config may ask for on one kind of machine, and everything in which the kinds differ.
 
     `optimizers` and `attentions` are the values that work there; `any_base` lets the base model be something other than
     Mistral-7B (the demo and the tests); `compiles` says whether torch.compile may make kernels, which nobody has tried
-    on MPS; `expectation` is there where a data set is easily too large for the machine. `memory_gib` is what to plan
-    with where no such machine is at hand, and `specified_memory_gb` the peak that the specification expects, least and
-    most, where the plan sets it against what the GPU may use.
+    on MPS; `expectation` is set where a data set is easily too large for the machine.
+
+    `nvidia` means an NVIDIA GPU under Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may
+    use its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps
+    them, in float32, wherever a gradient is wanted.
+
+    `memory_gib` is what to plan with on another machine (with unified memory, the working set); `specified_memory_gb`
+    the peak that the specification expects, least and most; `program_gib` what interpreter and libraries take of the
+    model's memory; `loading_gib` the machine's memory that loading the base needs, 0 if no more than training does.
+
+    `install` brings the environment to the lock; `repair` installs everything again where something is broken.
+    `mac_lock` is the lock that this platform uses on macOS, where it has none of its own.
     """
 
     name: str
@@ -38,14 +49,29 @@ class Platform:
     attentions: tuple[str, ...]
     any_base: bool
     compiles: bool
-    memory_gib: float = 0.0  # a CPU is always at hand
+    nvidia: bool = False
+    unified_memory: bool = False
+    keeps_attention_weights: bool = False
+    memory_gib: float = 0.0  # every machine has a CPU
     specified_memory_gb: tuple[int, int] | None = None
+    # Resident, on Linux: the least program_gib in benchmarks/results. What is resident beyond that are pages of the
+    # model's file, which the system can drop, and freed memory that malloc keeps.
+    program_gib: float = 0.56
+    loading_gib: float = 0.0
     expectation: Expectation | None = None
+    install: str = advice("rm .venv/installed; scripts/make_venv.sh", "docker compose build")
+    repair: str = advice("rm -r .venv; scripts/make_venv.sh", "docker compose build --no-cache")
+    mac_lock: str = ""
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether it computes on anything but the CPU."""
+        return self.device != "cpu"
 
     @property
     def peak_begins_anew(self) -> bool:
         """Whether `forget_memory` lets a peak be measured again; the resident peak of a process never falls."""
-        return self.device != "cpu"
+        return self.accelerated
 
     @property
     def pin_memory(self) -> bool:
@@ -68,8 +94,19 @@ PLATFORMS = {
             optimizers=("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"),
             attentions=("flash_attention_2", "sdpa"),
             any_base=False,
-            memory_gib=80.0,
             compiles=True,
+            nvidia=True,
+            memory_gib=80.0,
+            program_gib=0.0,  # which is in the machine's memory, not the GPU's
+            # An expectation: three shards of up to 5 GB are read on the way to the GPU, and data is prepared meanwhile.
+            loading_gib=16.0,
+            install=advice(
+                f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock", "docker compose build"
+            ),
+            repair=advice(
+                f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock",
+                "docker compose build --no-cache",
+            ),
         ),
         Platform(
             name="m4",
@@ -78,12 +115,14 @@ PLATFORMS = {
             optimizers=("adamw_torch",),  # paged and 8-bit optimizers live in CUDA memory
             attentions=("sdpa",),
             any_base=False,
+            compiles=False,
+            unified_memory=True,
+            keeps_attention_weights=True,
             memory_gib=21.3,  # the GPU's working set on a Mac of 32 GB: 22.9 GB, as reported
             specified_memory_gb=(24, 28),
             # Matrix products are 6 x 7.2e9 FLOP a token (forward, checkpointing's forward, backward): 65 tokens/s at
             # the 2.7-2.9 TFLOP/s that others measured on an M4; 35 leaves half to all the rest. 12 h is a long night.
             expectation=Expectation(tokens_per_second=35, hours=12),
-            compiles=False,
         ),
         Platform(
             name="cpu",
@@ -93,9 +132,15 @@ PLATFORMS = {
             attentions=("sdpa",),
             any_base=True,
             compiles=True,
+            mac_lock="m4",
         ),
     )
 }
+
+
+def names(having: Callable[[Platform], bool]) -> tuple[str, ...]:
+    """Names of the platforms for which `having` is true."""
+    return tuple(name for name, row in PLATFORMS.items() if having(row))
 
 
 # Of the capacity, what `training.checkpointed_layers: auto` may fill: 72 of 80 GiB. The rest is for the CUDA context,
@@ -119,7 +164,7 @@ def choose(machine: Machine) -> tuple[Platform, str]:
     """The platform that fits `machine`, and why, in words for the terminal."""
     if machine.gpus:
         return PLATFORMS["h100"], f"found {machine.gpus[0]}"
-    if machine.system == "Darwin" and machine.architecture == "arm64":
+    if machine.apple_silicon:
         return PLATFORMS["m4"], f"found Apple silicon with {machine.memory_gib:.0f} GiB of unified memory"
     if machine.translated:
         return PLATFORMS["cpu"], "found Apple silicon, but this Python is an Intel build under Rosetta"
@@ -132,7 +177,7 @@ def accelerator(machine: Machine) -> str:
         more = f" (the first of {len(machine.gpus)})" if len(machine.gpus) > 1 else ""
         what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU, but no H100: hours and memory differ"
         return f"{machine.gpus[0]}{more}{what}"
-    if machine.system == "Darwin" and machine.architecture == "arm64":
+    if machine.apple_silicon:
         what = "" if machine.chip.startswith("Apple M4") else ", Apple silicon, but no M4: hours and memory differ"
         return f"{machine.chip or 'unknown chip'}{what}"
     return "none: CPU only"
@@ -140,16 +185,14 @@ def accelerator(machine: Machine) -> str:
 
 def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
     """Free memory in GiB where the model would live; None where `machine` is not of that platform."""
-    if platform.name == "h100":
+    if platform.nvidia:
         return machine.gpu_free_gib
-    if platform.name == "m4" and choose(machine)[0].name != "m4":
-        return None
-    return machine.memory_free_gib
+    return None if platform.unified_memory and not machine.apple_silicon else machine.memory_free_gib
 
 
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
     """What the manifest says of the machine."""
-    device = machine.gpus[0] if platform.name == "h100" and machine.gpus else host.processor() or machine.architecture
+    device = machine.gpus[0] if platform.nvidia and machine.gpus else host.processor() or machine.architecture
     return {
         "platform": platform.name,
         "device": device,

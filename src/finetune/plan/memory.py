@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from finetune.config.schema import Config
 from finetune.files import GIB
+from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.plan.model_shape import Geometry
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -30,11 +31,6 @@ NOISE_TOKENS = 2048
 # gradient, target as number, their difference, and a byte for the target as truth value. Forward: transformed, shifted,
 # exponential, and a byte for what stands before the target. Its Triton kernels, on CUDA, work inside the buffer.
 TILE_COPIES_BACKWARD, TILE_COPIES_FORWARD = 7.25, 3.25
-
-# Interpreter and libraries, resident, where the model lives in the machine's own memory; on Linux (least program_gib
-# in benchmarks/results). What is resident beyond the sum are pages of the model's file, which the system can drop, and
-# freed memory that malloc keeps.
-PROGRAM_GIB = {"h100": 0.0, "m4": 0.56, "cpu": 0.56}
 
 
 @dataclass(frozen=True)
@@ -137,13 +133,8 @@ class _Sizes:
         return self.config.quantization.storage == "packed"
 
     @property
-    def on_cuda(self) -> bool:
-        return self.config.platform == "h100"
-
-    @property
-    def math_attention(self) -> bool:
-        """Whether SDPA keeps the attention weights, in float32, as it does on MPS wherever a gradient is wanted."""
-        return self.config.platform == "m4"
+    def platform(self) -> Platform:
+        return PLATFORMS[self.config.platform]
 
     @property
     def norm_width(self) -> int:
@@ -166,7 +157,7 @@ class _Sizes:
     def named(self, moment: str, parts: dict[str, float]) -> dict[str, float]:
         """`parts` and what is there at every moment, GiB, in the order of PARTS."""
         always = {"weights": self.weights(), "lora": self.lora(moment), "optimizer": self.optimizer()}
-        always["program"] = PROGRAM_GIB[self.config.platform] * GIB
+        always["program"] = self.platform.program_gib * GIB
         sizes = dict.fromkeys(PARTS, 0.0) | parts | always
         return {name: sizes[name] / GIB for name in PARTS if sizes[name] or name not in ONLY_WHERE_THEY_APPLY}
 
@@ -206,7 +197,7 @@ class _Sizes:
         """A byte a pair of tokens, and the same mask in the model's dtype, which each layer keeps for its backward."""
         if not self.masked(batch):
             return 0
-        return batch.pairs * (1 + self.width * (1 if self.math_attention else layers))
+        return batch.pairs * (1 + self.width * (1 if self.platform.keeps_attention_weights else layers))
 
     def kept(self, batch: Batch, whole: int) -> float:
         """What the forward pass keeps: everything of `whole` layers; of checkpointed ones, their input.
@@ -238,13 +229,13 @@ class _Sizes:
         """
         hidden = self.geometry.hidden_size
         keys = self.geometry.linear_shapes()["k_proj"][1]
-        if self.math_attention:
+        if self.platform.keeps_attention_weights:
             return 3 * hidden * 4
         return (2 * hidden + 2 * (hidden if self.masked(batch) else keys)) * self.width
 
     def attention_weights(self, batch: Batch) -> float:
         """SDPA's result of softmax, float32, one a head and pair of tokens, where it keeps it."""
-        return 4 * self.geometry.num_attention_heads * batch.pairs if self.math_attention else 0
+        return 4 * self.geometry.num_attention_heads * batch.pairs if self.platform.keeps_attention_weights else 0
 
     def noise_a_token(self, names: Iterable[str]) -> float:
         """What dropout keeps before those of `names` that are targets.
@@ -255,7 +246,7 @@ class _Sizes:
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
         if lora.lora_dropout == 0 or self.config.training.fused_lora:
             return 0
-        noise = 1 if self.on_cuda else 4
+        noise = 1 if self.platform.nvidia else 4
         return sum(shapes[name][0] for name in names if name in lora.target_modules) * noise
 
     def lora_a_token(self) -> float:
@@ -267,7 +258,7 @@ class _Sizes:
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
         targets = set(lora.target_modules)
         reduced = len(targets) * lora.r * self.lora_width
-        as_it_is = lora.lora_dropout == 0 and (self.lora_width == 4 or (self.packed_weights and self.on_cuda))
+        as_it_is = lora.lora_dropout == 0 and (self.lora_width == 4 or (self.packed_weights and self.platform.nvidia))
         if as_it_is or self.config.training.fused_lora:
             readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
             inputs = sum(shapes[max(group)][0] for group in readers if group & targets)
@@ -279,11 +270,11 @@ class _Sizes:
         """TRL's tile of logits in the compute dtype, and `copies` of it in float32 where Triton does not run."""
         tokens = min(batch.tokens, TILE_TOKENS)
         vocabulary = min(self.geometry.vocab_size, TILE_VOCABULARY)
-        return tokens * (TILE_VOCABULARY * self.width + (0 if self.on_cuda else 4 * copies * vocabulary))
+        return tokens * (TILE_VOCABULARY * self.width + (0 if self.platform.nvidia else 4 * copies * vocabulary))
 
     def logits(self, batch: Batch, copies: float) -> float:
         """The tile, and a copy of the last hidden states where some tokens are left out of them."""
-        copied = self.on_cuda or batch.rows > 1
+        copied = self.platform.nvidia or batch.rows > 1
         return self.tile_logits(batch, copies) + copied * batch.tokens * self.geometry.hidden_size * self.width
 
     def hidden_gradient(self, batch: Batch) -> float:

@@ -44,7 +44,7 @@ def training_arguments(
         greater_is_better=False,
         load_best_model_at_end=False,  # the best adapter is kept by Keeper, also between two saves
         seed=training.seed,
-        use_cpu=platform.device == "cpu",
+        use_cpu=not platform.accelerated,
         dataloader_pin_memory=platform.pin_memory,
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -9,15 +9,15 @@ from packaging.version import Version
 
 from finetune.checks.docker import image
 from finetune.checks.docker.image import BUILD
-from finetune.checks.gpu import DRIVER, OLDEST_DRIVER
+from finetune.checks.host import DRIVER, OLDEST_DRIVER, nvidia_driver, on_linux
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
-from finetune.machine.platforms import accelerator
+from finetune.machine.platforms import accelerator, names
 
 OLDEST_ENGINE = Version("20.10")  # older ones were not tried
 # Tried was 2.26. The youngest word of compose.yaml and its tests is `!reset`, of 2.18; what lies between is expected.
 OLDEST_COMPOSE = Version("2.20")
-LOCKS = ("h100", "cpu")
+LOCKS = names(lambda row: not row.unified_memory)
 
 KEYS = "/usr/share/keyrings/nvidia-container-toolkit-keyring.gpg"
 NVIDIA = "https://nvidia.github.io/libnvidia-container"
@@ -47,26 +47,17 @@ MEND_ENV = "(echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env"  # the
 
 
 def _machine(host: DockerHost) -> Finding:
-    machine = host.machine
-    found = f"{'macOS' if machine.system == 'Darwin' else machine.system} {machine.release} on {machine.architecture}"
-    if machine.system == "Darwin":
+    found = host.machine.described
+    if host.machine.system == "Darwin":
         return failed(f"{found}; a container on a Mac reaches no GPU", "./scripts/setup_m4.sh, which needs no Docker")
-    if machine.system != "Linux":
-        return failed(f"{found}; train-h100 needs Linux", "rent a Linux machine with an H100")
-    if machine.architecture != "x86_64":
-        return warned(f"{found}; requirements/h100.lock was resolved for x86_64", "rent an x86_64 machine")
-    if machine.container:
+    linux = on_linux(host.machine, "train-h100", "rent a Linux machine with an H100")
+    if linux.status == "pass" and host.machine.container:
         return warned(f"{found}, in a container: folders and driver seen here are its own", "run this on the host")
-    return passed(found)
+    return linux
 
 
 def _driver(host: DockerHost) -> Finding:
-    driver = host.machine.driver
-    if driver is None:
-        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER)
-    if int(driver.split(".")[0]) < OLDEST_DRIVER:
-        return failed(f"driver {driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", DRIVER)
-    return passed(f"driver {driver}")
+    return nvidia_driver(host.machine, DRIVER, DRIVER)
 
 
 def _device(host: DockerHost) -> Finding:

@@ -8,6 +8,7 @@ from finetune.checks.paths import BASE_GIB
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.docker_host import Disk, DockerHost
 from finetune.machine.docker_image import REPOSITORY, SOURCES, Image
+from finetune.machine.platforms import PLATFORMS
 
 IMAGE_GIB = 40  # an expectation: the image, its stages and uv's cache, which the engine keeps beside it
 LISTED = 3  # files named in one finding, then a count
@@ -16,7 +17,7 @@ BUILD = "docker compose build"
 
 def _image(host: DockerHost) -> Finding:
     lock, image = host.settings.lock, host.image
-    if lock != "h100":
+    if not PLATFORMS[lock].nvidia:
         fix = f"echo LOCK=h100 >> .env && {BUILD}"
         return failed(f"LOCK is {lock}: an image without CUDA, which train-h100 needs", fix)
     if image is None:
