@@ -1,0 +1,274 @@
+"""What is read of a Docker host: settings, folders, commands and engine, fake and real."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.load import ROOT
+from finetune.errors import CheckFailed
+from finetune.machine import docker_host
+from finetune.machine.docker_host import Engine, Place, Settings, Unreachable, read_docker_host
+from support.docker_hosts import ENV_LINES, docker, needs_engine
+from support.recorded_docker import (
+    INFO_20,
+    INFO_BARE,
+    INFO_CDI,
+    INFO_NVIDIA,
+    INFO_ROOTLESS,
+    FakeEngine,
+)
+
+
+@pytest.fixture
+def commands(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a command `docker` with this text on the PATH, beside nothing else of Docker."""
+
+    def put(script: str) -> None:
+        folder = short_folder / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "docker").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "docker").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+    return put
+
+
+class as_nobody:
+    """Root may open what is closed; whoever runs the tests as root is nobody for a while."""
+
+    def __enter__(self) -> None:
+        importlib.import_module("docker")  # whose modules nobody may not be able to read
+        if os.getuid() == 0:
+            os.seteuid(65534)
+
+    def __exit__(self, *_: object) -> None:
+        os.seteuid(os.getuid())
+
+
+def test_an_env_file_is_read_as_compose_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/trainer")
+    assert docker_host.parse_env(f"{ENV_LINES}bad\n") == {
+        "UID": "3",
+        "GID": "2",
+        "HF_TOKEN_FILE": "/home/trainer/t#1",
+        "A": "$HOME",
+        "B": "x",
+        "C": "x#y",
+    }
+
+
+def test_the_shell_comes_before_the_env_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / ".env").write_text("UID=1\nGID=2\nLOCK=h100\n")
+    monkeypatch.setenv("LOCK", "cpu")
+    assert docker_host.read_settings(project) == Settings(uid="1", gid="2", lock="cpu")
+
+
+def test_of_tokens_only_files_and_names_are_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(project))
+    (project / "token").write_text("hf_secret")
+    (project / "token").chmod(0o640)
+    (project / ".env").write_text("UID=1\nGID=2\nHF_TOKEN=hf_loose\nHF_TOKEN_FILE=~/token\nWANDB_API_KEY=w_secret\n")
+    read = docker_host.read_settings(project)
+    owner = (project / "token").stat()
+    assert read.token_files == {"HF_TOKEN_FILE": Place("~/token", 0o100640, owner.st_uid, owner.st_gid)}
+    assert read.loose == ("WANDB_API_KEY",)
+    assert "secret" not in repr(read)
+    assert "loose" not in repr(read).replace("loose=", "")
+
+
+def test_an_env_file_that_is_a_folder_is_a_problem(project: Path) -> None:
+    (project / ".env").unlink()
+    (project / ".env").mkdir()
+    assert docker_host.read_settings(project) == Settings(problem="Is a directory")
+
+
+def test_folders_are_those_that_are_bound_and_those_of_runs(project: Path) -> None:
+    (project / "data").rmdir()
+    (project / "models").rmdir()
+    (project / "models").write_text("")
+    (project / "adapters/notes.txt").write_text("")
+    read = list(docker_host.read_folders(project))
+    assert [it.name for it in read] == ["data", "configs", "models", "adapters", "adapters/run"]
+    assert [docker_host.is_folder(it) for it in read] == [False, True, False, True, True]
+    assert read[0].mode is None
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ("echo 2.26.1-4", "2.26.1"),
+        ("echo v2.36.2", "2.36.2"),
+        ("echo Docker Compose version v5.1.0", "5.1.0"),
+        ("echo 2.26.1; exit 125", None),
+        ("echo dev", None),
+    ],
+)
+def test_a_version_is_the_first_number_with_a_dot(
+    script: str, version: str | None, commands: Callable[[str], None]
+) -> None:
+    commands(script)
+    assert docker_host._version("docker", "compose", "version", "--short") == version
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("exit 0", ""),
+        (
+            "echo warning >&2; echo; echo services.plan must be a mapping >&2; exit 15",
+            "services.plan must be a mapping",
+        ),
+        ("echo 'failed to read /p/.env: line 4: \"hf_secret\nother' >&2; exit 1", ".env cannot be read, line 4"),
+        ("echo 'unexpected character near \"hf_secret' >&2; exit 1", ".env cannot be read"),
+        ("exit 1", "no reason given"),
+    ],
+)
+def test_what_compose_says_of_env_never_shows_its_lines(
+    script: str, problem: str, commands: Callable[[str], None], tmp_path: Path
+) -> None:
+    commands(script)
+    assert docker_host._config_problem(tmp_path) == problem
+
+
+def test_a_command_that_is_not_there_or_hangs_is_no_answer(
+    commands: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands("exec sleep 5")
+    monkeypatch.setattr(docker_host, "ANSWER_SECONDS", 0.1)
+    assert docker_host._version("docker", "buildx", "version") is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert docker_host._version("docker", "buildx", "version") is None
+
+
+@pytest.mark.parametrize(
+    ("info", "wanted"),
+    [
+        (
+            INFO_20,
+            Engine(
+                *("20.10.24+dfsg1", "1.41", "Debian GNU/Linux 12 (bookworm)", "/var/lib/docker"),
+                runtimes=("io.containerd.runc.v2", "runc"),
+            ),
+        ),
+        (
+            INFO_NVIDIA,
+            Engine("28.2.2", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker", runtimes=("nvidia", "runc")),
+        ),
+        (
+            INFO_CDI,
+            Engine(
+                *("29.0.1", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker"),
+                runtimes=("runc",),
+                cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all"),
+                containerd=True,
+            ),
+        ),
+        (
+            INFO_ROOTLESS,
+            Engine(
+                *("28.2.2", "1.41", "Debian GNU/Linux 12 (bookworm)", "/home/trainer/.local/share/docker"),
+                runtimes=("io.containerd.runc.v2", "runc"),
+                rootless=True,
+            ),
+        ),
+        (INFO_BARE, Engine("24.0.0-rc.1", "1.41", "Alpine", "/data")),
+    ],
+    ids=["20.10", "nvidia", "cdi", "rootless", "bare"],
+)
+def test_an_engine_is_what_it_says(info: dict[str, Any], wanted: Engine) -> None:
+    assert docker_host.engine_of(info, "1.41", docker_host.LOCAL) == wanted
+    assert docker_host.engine_of(info, "1.41", "http://gpu-7:2375").address == "http://gpu-7:2375"
+
+
+def test_an_engine_that_fails_over_info_does_not_answer(fake: FakeEngine, project: Path) -> None:
+    fake.info_status, fake.info = 500, {"message": "out of order"}
+    read = read_docker_host(project)
+    assert isinstance(read.engine, Unreachable)
+    assert read.engine.why == "other"
+    assert read.engine.text.endswith('Internal Server Error ("out of order")')
+
+
+@pytest.mark.parametrize(
+    ("host", "wanted"),
+    [
+        ("unix:///nowhere/docker.sock", "stopped"),
+        ("unix://{folder}/dead.sock", "stopped"),
+        ("unix://{folder}/closed.sock", "denied"),
+        ("tcp://127.0.0.1:1", "stopped"),
+        ("ssh://gpu-7", "other"),
+        ("nonsense", "other"),
+    ],
+)
+def test_why_no_engine_answers_is_told_apart(
+    host: str, wanted: str, short_folder: Path, project: Path, commands: Callable[[str], None]
+) -> None:
+    commands("exit 1")
+    for name in ("dead", "closed"):
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(short_folder / f"{name}.sock"))
+    (short_folder / "dead.sock").chmod(0o777)
+    (short_folder / "closed.sock").chmod(0)
+    with pytest.MonkeyPatch.context() as patch, as_nobody():
+        patch.setenv("DOCKER_HOST", host.format(folder=short_folder))
+        read = docker_host._engine_facts(project, "h100")
+    assert [it.why for it in read.values()] == [wanted]
+
+
+def test_without_the_docker_command_it_is_not_installed(
+    short_folder: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{short_folder}/docker.sock")
+    monkeypatch.setenv("PATH", str(short_folder))
+    assert read_docker_host(project).engine == Unreachable("absent")
+
+
+def test_without_docker_py_two_lines_say_what_to_type(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(CheckFailed) as failure:
+        read_docker_host(project)
+    assert str(failure.value) == (
+        f"not installed for {sys.executable}: docker\ntype: scripts/make_venv.sh, then run this with .venv/bin/python"
+    )
+
+
+@pytest.mark.slow
+@needs_engine
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("UID=1\nGID=1\nHF_TOKEN='hf_secret\n", ".env cannot be read, line 4"),
+        ("UID=1\nGID=1\nmy token: hf_secret\n", ".env cannot be read, line 3"),
+        ("GID=1\n", "required variable UID is missing a value"),
+    ],
+)
+def test_what_real_compose_has_against_an_env_file_is_told_without_its_tokens(
+    text: str, problem: str, project: Path
+) -> None:
+    shutil.copy(ROOT / "compose.yaml", project)
+    (project / ".env").write_text(text)
+    told = docker_host._config_problem(project)
+    assert problem in told
+    assert "secret" not in told
+
+
+@pytest.mark.slow
+@needs_engine
+def test_real_compose_reads_an_env_file_as_we_do(project: Path) -> None:
+    (project / ".env").write_text(ENV_LINES)
+    names = ("UID", "GID", "HF_TOKEN_FILE", "A", "B", "C")
+    lines = "".join(f'      {name}: "${{{name}}}"\n' for name in names)
+    (project / "compose.yaml").write_text(f"services:\n  a:\n    image: x\n    environment:\n{lines}")
+    document = json.loads(docker("compose", "config", "--format", "json", cwd=project))
+    read = {name: value.replace("$$", "$") for name, value in document["services"]["a"]["environment"].items()}
+    assert read == docker_host.parse_env((project / ".env").read_text())
