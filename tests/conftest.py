@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from support.training import Case
 
 Ending = tuple[int, str, str]  # exit code, stdout, stderr
+pytest_plugins = ["support.train_command"]  # the fixture train_file
 ROOT = Path(__file__).resolve().parents[1]
 
 

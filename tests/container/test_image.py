@@ -143,7 +143,7 @@ def test_no_key_and_no_data_of_yours_stands_in_any_layer_or_word_of_the_image_or
 def test_the_libraries_find_both_keys_in_their_files(project: Project) -> None:
     code = (
         "import sys; sys.path.insert(0, 'src'); import os; from huggingface_hub import get_token; "
-        "from finetune.tracking import wandb_offline_reason; wandb_offline_reason(); "
+        "from finetune.training.wandb_access import wandb_offline_reason; wandb_offline_reason(); "
         "print(get_token(), os.environ['WANDB_API_KEY'])"
     )
     assert project.python(code).stdout.split() == [TOKEN, KEY]

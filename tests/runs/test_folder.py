@@ -174,8 +174,9 @@ def test_a_file_with_a_runs_name_is_not_taken_for_a_run(settings: Config, opened
 HOLDER = """
 import sys
 import time
-from finetune import config, runs
-run = runs.open_run(config.load("h100", sys.argv[1:])[0], False)
+from finetune.config.load import load_config
+from finetune.runs.folder import open_run
+run = open_run(load_config("h100", sys.argv[1:])[0], False)
 print(run.folder, flush=True)
 sys.stdin.read()
 """

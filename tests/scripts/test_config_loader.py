@@ -12,12 +12,14 @@ from types import ModuleType
 import pytest
 import yaml
 
-from finetune.config import load, yaml_file
+from finetune.config import yaml_file
+from finetune.config.load import load_config
+from finetune.files import ROOT
 from support.commands import load_script
 
-SCRIPT = load.ROOT / "scripts" / "config_loader.py"
+SCRIPT = ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]
-FILES = sorted((load.ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +44,19 @@ def test_four_config_files_are_shipped() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_config_is_printed_and_reads_back_the_same(run: Run, path: Path, tmp_path: Path) -> None:
-    expected = load.load(str(path), [f"model.name={tmp_path}"])[0]
+    expected = load_config(str(path), [f"model.name={tmp_path}"])[0]
     code, out, err = run(str(path), *local(tmp_path))
     assert (code, err) == (0, "")
     printed = tmp_path / "printed.yaml"
     printed.write_text(out, encoding="utf-8")
-    assert load.load(str(printed))[0] == expected
+    assert load_config(str(printed))[0] == expected
     code, out, err = run(str(path), *local(tmp_path), "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == expected.as_dict()
 
 
 def test_a_platforms_name_is_as_good_as_its_file(run: Run) -> None:
-    assert run("h100") == run(str(load.ROOT / "configs" / "training_config_h100.yaml"))
+    assert run("h100") == run(str(ROOT / "configs" / "training_config_h100.yaml"))
     assert yaml_file.parse(run("h100")[1], "stdout")[0]["platform"] == "h100"
 
 

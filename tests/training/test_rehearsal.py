@@ -24,7 +24,7 @@ from bitsandbytes.functional import GlobalPageManager
 from finetune.config.schema import Config
 from finetune.data.batches import Load, example_lengths, train_load, validation_load
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
-from finetune.machine import device
+from finetune.machine import device as devices
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
@@ -271,11 +271,11 @@ def test_a_device_is_waited_for_asked_for_its_random_numbers_and_relieved(
         set_rng_state=lambda state: calls.append(f"set {state}"),
         empty_cache=lambda: calls.append("empty"),
     )
-    monkeypatch.setattr(torch, "get_device_module", {platform.device: device}.__getitem__)
+    monkeypatch.setattr(torch, "get_devices", {platform.device: device}.__getitem__)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
-    device.synchronize(platform)
-    device.set_random_state(platform, device.random_state(platform))
-    device.forget_memory(platform)
+    devices.synchronize(platform)
+    devices.set_random_state(platform, devices.random_state(platform))
+    devices.forget_memory(platform)
     reset = ["reset"] if name == "h100" else []  # only CUDA counts a peak
     assert calls == ["synchronize", "set a state", "empty", *reset]
 
@@ -285,13 +285,13 @@ def test_the_capacity_is_what_is_free_and_what_this_process_holds_but_no_more_th
 ) -> None:
     machine = read_machine()
     held_gib = psutil.Process().memory_info().rss / 2**30
-    monkeypatch.setattr(device, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=None))
-    assert device.capacity_gib(CPU) == pytest.approx(5.0 + held_gib, rel=0.05)
-    monkeypatch.setattr(device, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=4.5))
-    assert device.capacity_gib(CPU) == 4.5
+    monkeypatch.setattr(devices, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=None))
+    assert devices.capacity_gib(CPU) == pytest.approx(5.0 + held_gib, rel=0.05)
+    monkeypatch.setattr(devices, "read_machine", lambda: replace(machine, memory_free_gib=5.0, memory_limit_gib=4.5))
+    assert devices.capacity_gib(CPU) == 4.5
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 12 * 2**30)
-    assert device.capacity_gib(PLATFORMS["h100"]) == 72.0
+    assert devices.capacity_gib(PLATFORMS["h100"]) == 72.0
 
 
 # --- what it refuses
@@ -319,11 +319,11 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float | None]]:
     """(capacity, measured peak) of each time that a change is asked for; the answer is always the same."""
     asked: list[tuple[float, float | None]] = []
 
-    def fit(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fit.Fit:
+    def changed(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fit.Fit | None:
         asked.append((capacity_gib, measured_gib))
         return fit.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
 
-    monkeypatch.setattr(fit, "fit", fit)
+    monkeypatch.setattr(fit, "fit", changed)
     return asked
 
 
@@ -503,7 +503,7 @@ def test_a_loss_that_is_not_finite_is_told_before_the_run_begins(case: Case, mon
         base.model.norm.weight.data[0] = float("inf")
         return base
 
-    monkeypatch.setattr("test_rehearsal.load_base", infinite)
+    monkeypatch.setattr("support.rehearsals.load_base", infinite)
     refused = fails(case, case.config("training.packing=false", "training.per_device_train_batch_size=1"))
     assert str(refused).startswith(f"rehearsal: step 1: the loss is not a finite number on rows {case.train_file}:")
     assert refused.exit_code == 5
