@@ -302,8 +302,7 @@ def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:
     mib = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     started = time.perf_counter()
     if sealed:
-        found, _ = checkpoints.newest_whole(folder.parent)
-        assert found == folder
+        assert checkpoints.damage(folder) is None
     made._load_from_checkpoint(str(folder))
     made._load_optimizer_and_scheduler(str(folder))
     made._load_rng_state(str(folder))

@@ -109,7 +109,7 @@ def print_manifest(run: Run, wanted: bool) -> None:
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
     from finetune.model import load
     from finetune.results import export, self_test
-    from finetune.runs import checkpoints, manifest, resume
+    from finetune.runs import manifest, resume
     from finetune.training import keeper, progress, samples, stopper, trackers, trainer
     from finetune.training.arguments import training_arguments
 
@@ -117,8 +117,9 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     known = manifest.describe(config, prepared, hardware(platform, preflight.machine))
     known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
     fingerprint = manifest.fingerprint(config, prepared)
-    resumed = resume.find(run, fingerprint, resume_changed, terminal)
-    checkpoint = resumed.checkpoint
+    decision = resume.decide(run.checkpoints, fingerprint)
+    set_aside = resume.apply(decision, resume_changed, terminal)
+    checkpoint = decision.checkpoint
     tracking = trackers.make_trackers(config, run, terminal)
 
     prepare_device(platform)
@@ -130,7 +131,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     start = self_test.before_training(peft_model)
 
     over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
-    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    done = decision.step
     rehearsed = None
     if over or "rehearsal" in skipped:
         pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
@@ -143,7 +144,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     hours = config.training.time_budget_hours
     budget = None if hours is None else stopper.TimeBudget(hours, pace, seconds_since_start)
 
-    manifest.write_start(run, config, known, resumed, rehearsed.as_dict() if rehearsed else None)
+    manifest.write_start(run, config, known, decision, set_aside, rehearsed.as_dict() if rehearsed else None)
     manifest.write_receipt(run, config, prepared)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
     with tracking.closed(), refresh.reported(run, terminal), manifest.recorded(run, known), out_of_memory:

@@ -17,7 +17,7 @@ from finetune.errors import CheckFailed
 from finetune.model.hub import weights_digest
 from finetune.runs.checkpoints import SEAL, read_seal
 from finetune.runs.folder import Run
-from finetune.runs.resume import find
+from finetune.runs.resume import apply, decide
 from finetune.terminal import Terminal
 from support.harness import COUNTS, NIGHTLY, Command, Warm, Whole, differences, names, result
 
@@ -79,13 +79,14 @@ class Copy:
         """The checkpoint that a start would go on from, and what it says first; then all is made whole again."""
         said = io.StringIO()
         try:
-            folder = find(self.run, self.fingerprint, False, Terminal(False, said)).checkpoint
+            decision = decide(self.run.checkpoints, self.fingerprint)
+            apply(decision, False, Terminal(False, said))
         finally:
             shutil.rmtree(self.run.checkpoints)
             shutil.copytree(self.source, self.run.checkpoints)
         COUNTS["damaged"] += 1
-        COUNTS["used"] += folder == damaged
-        return folder and folder.name, said.getvalue().splitlines()
+        COUNTS["used"] += decision.checkpoint == damaged
+        return decision.checkpoint and decision.checkpoint.name, said.getvalue().splitlines()
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_del
     for step in (2, 4):
         flip(100)(copy.run.checkpoints / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(CheckFailed) as refused:
-        find(copy.run, copy.fingerprint, False, Terminal(False, io.StringIO()))
+        apply(decide(copy.run.checkpoints, copy.fingerprint), False, Terminal(False, io.StringIO()))
     assert str(refused.value) == f"no checkpoint in {copy.run.checkpoints} is whole; --fresh starts a new run"
     assert names(copy.run.checkpoints) == {"best", "damaged-checkpoint-2.1", "damaged-checkpoint-4.1"}
 

@@ -12,42 +12,9 @@ from safetensors import SafetensorError
 
 from finetune.errors import DiskFull
 from finetune.files import sha256, write_json
-from finetune.runs.checkpoints import (
-    newest_whole,
-    read_seal,
-    replace_best,
-    room_for,
-    saved,
-    seal,
-    thin_out,
-    trusted_best,
-)
-
-ADAPTER = "adapter_model.safetensors"
-
-
-def checkpoint(checkpoints: Path, step: int, eval_loss: float | None = 1.0) -> Path:
-    """A sealed checkpoint of two files, one of them in a folder."""
-    folder = unsealed(checkpoints, step)
-    seal(folder, {"step": step, "eval_loss": eval_loss, "fingerprint": {"lr": 0.1}})
-    return folder
-
-
-def unsealed(checkpoints: Path, step: int) -> Path:
-    folder = checkpoints / f"checkpoint-{step}"
-    (folder / "more").mkdir(parents=True)
-    (folder / ADAPTER).write_bytes(bytes(range(256)) * 4)
-    (folder / "more" / "state.json").write_text(f'{{"step": {step}}}\n')
-    return folder
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
+from finetune.runs.checkpoints import damage as damage_of
+from finetune.runs.checkpoints import read_seal, room_for, saved, seal, thin_out
+from support.sealed import ADAPTER, NO_SEAL, checkpoint, every_damage, names, unsealed
 
 # --- seals
 
@@ -70,50 +37,6 @@ def test_sealing_again_takes_the_files_as_they_are_now(tmp_path: Path) -> None:
     assert "sha256.json" not in read_seal(folder)["files"]
 
 
-def flip_a_byte(folder: Path) -> None:
-    damaged = bytearray((folder / ADAPTER).read_bytes())
-    damaged[700] ^= 1
-    (folder / ADAPTER).write_bytes(damaged)
-
-
-def truncate(folder: Path) -> None:
-    (folder / ADAPTER).write_bytes((folder / ADAPTER).read_bytes()[:-1])
-
-
-def empty(folder: Path) -> None:
-    (folder / ADAPTER).write_bytes(b"")
-
-
-def remove_a_file(folder: Path) -> None:
-    (folder / ADAPTER).unlink()
-
-
-def remove_a_file_below(folder: Path) -> None:
-    (folder / "more" / "state.json").unlink()
-
-
-def remove_the_seal(folder: Path) -> None:
-    (folder / "sha256.json").unlink()
-
-
-def leave_the_seal_half_written(folder: Path) -> None:
-    (folder / "sha256.json").rename(folder / "sha256.json.partial")
-
-
-CHANGED = f"{ADAPTER} is not what was saved (sha256 differs)"
-NO_SEAL = "no sha256.json: its save was not finished"
-DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (flip_a_byte, CHANGED),
-    (truncate, CHANGED),
-    (empty, CHANGED),
-    (remove_a_file, f"{ADAPTER} is missing"),
-    (remove_a_file_below, "more/state.json is missing"),
-    (remove_the_seal, NO_SEAL),
-    (leave_the_seal_half_written, NO_SEAL),
-]
-every_damage = pytest.mark.parametrize(("damage", "text"), DAMAGES, ids=[row[0].__name__ for row in DAMAGES])
-
-
 @every_damage
 def test_a_seal_tells_what_is_not_as_it_was_saved(tmp_path: Path, damage: Callable[[Path], None], text: str) -> None:
     folder = checkpoint(tmp_path, 4)
@@ -127,61 +50,7 @@ def test_a_seal_tells_what_is_not_as_it_was_saved(tmp_path: Path, damage: Callab
 def test_a_seal_cut_short_vouches_for_nothing(tmp_path: Path, length: int) -> None:
     folder = checkpoint(tmp_path, 4)
     (folder / "sha256.json").write_bytes((folder / "sha256.json").read_bytes()[:length])
-    with pytest.raises(ValueError):
-        read_seal(folder)
-    assert newest_whole(tmp_path)[0] is None
-
-
-# --- the newest whole one
-
-
-@every_damage
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
-    tmp_path: Path, damage: Callable[[Path], None], text: str
-) -> None:
-    whole, newest = checkpoint(tmp_path, 8), checkpoint(tmp_path, 10)
-    damage(newest)
-    kept = content(newest)
-    note = f"checkpoint-10 is not whole ({text}); set aside as damaged-checkpoint-10.1"
-    assert newest_whole(tmp_path) == (whole, [note])
-    assert names(tmp_path) == ["checkpoint-8", "damaged-checkpoint-10.1"]
-    assert content(tmp_path / "damaged-checkpoint-10.1") == kept
-
-
-def test_newest_means_the_highest_step_and_older_damage_is_left_alone(tmp_path: Path) -> None:
-    for step in (2, 10, 9):
-        checkpoint(tmp_path, step)
-    flip_a_byte(tmp_path / "checkpoint-2")
-    (tmp_path / "best").mkdir()
-    (tmp_path / "checkpoint-abc").mkdir()
-    assert newest_whole(tmp_path) == (tmp_path / "checkpoint-10", [])
-    assert names(tmp_path) == ["best", "checkpoint-10", "checkpoint-2", "checkpoint-9", "checkpoint-abc"]
-    assert saved(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (2, 9, 10)]
-
-
-def test_where_none_is_whole_all_are_set_aside_and_each_is_told_newest_first(tmp_path: Path) -> None:
-    truncate(checkpoint(tmp_path, 2))
-    remove_the_seal(checkpoint(tmp_path, 4))
-    assert newest_whole(tmp_path) == (
-        None,
-        [
-            f"checkpoint-4 is not whole ({NO_SEAL}); set aside as damaged-checkpoint-4.1",
-            f"checkpoint-2 is not whole ({CHANGED}); set aside as damaged-checkpoint-2.1",
-        ],
-    )
-    assert names(tmp_path) == ["damaged-checkpoint-2.1", "damaged-checkpoint-4.1"]
-
-
-def test_what_was_set_aside_before_is_not_overwritten(tmp_path: Path) -> None:
-    for _ in range(3):
-        flip_a_byte(checkpoint(tmp_path, 4))
-        newest_whole(tmp_path)
-    assert names(tmp_path) == [f"damaged-checkpoint-4.{number}" for number in (1, 2, 3)]
-
-
-def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) == (None, [])
-    assert newest_whole(tmp_path / "absent") == (None, [])
+    assert damage_of(folder) is not None
 
 
 # --- thinning out
@@ -275,40 +144,6 @@ def test_a_power_cut_before_the_rename_leaves_the_file_as_it_was(
     assert json.loads(synced[0]) == {"status": "complete"}  # what would have been renamed was whole
 
 
-# --- the best adapter so far
-
-
-def best(checkpoints: Path, fingerprint: dict[str, str]) -> Path:
-    folder = checkpoints / "best"
-    folder.mkdir(parents=True)
-    (folder / "adapter.bin").write_bytes(b"weights")
-    seal(folder, {"step": 3, "eval_loss": 1.0, "fingerprint": fingerprint})
-    return folder
-
-
-def test_the_best_adapter_of_this_very_run_is_kept(tmp_path: Path) -> None:
-    folder = best(tmp_path, {"data": "a"})
-    assert trusted_best(tmp_path, {"data": "a"}) is None
-    assert folder.is_dir()
-    assert trusted_best(tmp_path / "new", {"data": "a"}) is None
-
-
-def test_the_best_adapter_of_another_config_or_data_is_set_aside(tmp_path: Path) -> None:
-    best(tmp_path, {"data": "a"})
-    assert trusted_best(tmp_path, {"data": "b"}) == (
-        "the best adapter so far is not used (trained with another config or data); set aside as damaged-best.1"
-    )
-    assert names(tmp_path) == ["damaged-best.1"]
-
-
-def test_a_damaged_best_adapter_is_set_aside(tmp_path: Path) -> None:
-    (best(tmp_path, {"data": "a"}) / "adapter.bin").write_bytes(b"w")
-    assert trusted_best(tmp_path, {"data": "a"}) == (
-        "the best adapter so far is not used (adapter.bin is not what was saved (sha256 differs)); "
-        "set aside as damaged-best.1"
-    )
-
-
 @pytest.mark.parametrize("text", ["[]", "null", "{}", '{"files": []}', '{"files": {', ""])
 def test_a_seal_of_another_shape_is_told_and_thinning_leaves_its_folder(tmp_path: Path, text: str) -> None:
     folder = checkpoint(tmp_path, 1)
@@ -326,36 +161,6 @@ def test_a_file_that_was_not_there_when_it_was_sealed_is_told(tmp_path: Path) ->
     (folder / "extra.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^extra\.bin was not there when it was saved$"):
         read_seal(folder)
-
-
-@pytest.mark.parametrize("moment", ["before the first rename", "between the renames", "before the old one is removed"])
-def test_a_kill_while_the_best_adapter_is_replaced_leaves_a_whole_one(
-    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    best(tmp_path, {"data": "a"})
-    better = tmp_path / "best.partial"
-    better.mkdir()
-    seal(better, {"step": 9, "eval_loss": 0.5, "fingerprint": {"data": "a"}})
-    calls = {"before the first rename": 1, "between the renames": 2}
-    renames, rename = [], Path.rename
-
-    def killed(self: Path, target: Path) -> Path:
-        renames.append(target)
-        if len(renames) == calls.get(moment):
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        if moment in calls:
-            with pytest.raises(KeyboardInterrupt):
-                replace_best(tmp_path, better)
-        else:
-            replace_best(tmp_path, better)
-            (tmp_path / "best.old").mkdir()
-    assert trusted_best(tmp_path, {"data": "a"}) is None
-    assert read_seal(tmp_path / "best")["step"] == (3 if moment == "before the first rename" else 9)
-    assert names(tmp_path) == ["best"]
 
 
 # --- room for a save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.checks.preflight import Preflight
@@ -9,66 +10,52 @@ from finetune.checks.runner import Check, Finding, failed, passed, warned
 from finetune.cli import command
 from finetune.runs.folder import find_run, lock_holder
 
+TRAIN = command("src/train.py")
+
 
 def _state(preflight: Preflight) -> Finding:
-    from finetune.runs.checkpoints import ASIDE, SEAL, has_best, read_seal, refuse_code, saved, step_of
     from finetune.runs.manifest import fingerprint
-    from finetune.runs.resume import best_step, differences
+    from finetune.runs.resume import decide
 
     folder, finished = find_run(preflight.config, fresh=False)
     if finished:
         return passed(f"{folder.name} is finished; --fresh would start a new run beside it")
     if holder := lock_holder(folder):
         return failed(f"{folder} is being written by {holder}", "--fresh starts another run beside it")
-    checkpoints, notes = folder / "checkpoints", []
-    best: int | None = None
-    for checkpoint in reversed(saved(checkpoints)):
-        try:
-            seal = read_seal(checkpoint)
-            refuse_code(checkpoint)
-        except (ValueError, OSError) as error:
-            notes.append(f"{checkpoint.name} is not whole ({error}) and would be set aside")
-            continue
-        changes = list(differences(seal["fingerprint"], fingerprint(preflight.config, preflight.prepared)))
-        best = best_step(checkpoint) if best is None else best
-        if not changes and not has_best(checkpoints) and step_of(checkpoint) >= best:
-            lost = f"would be set aside: the best adapter, of step {best}, is not whole and would be made again"
-            notes.append(f"{checkpoint.name} {lost}")
-            continue
-        return _resume(f"would go on from {checkpoint.name}", [*notes, *_set_aside(checkpoints)], changes)
-    aside = _set_aside(checkpoints)
-    sealed = [*checkpoints.glob(f"checkpoint-*/{SEAL}"), *checkpoints.glob(f"{ASIDE}checkpoint-*/{SEAL}")]
-    if sealed and best is None:
-        found = f"no checkpoint in {checkpoints} is whole: {'; '.join([*notes, *aside])}"
-        return failed(found, f"{command('src/train.py')} --fresh")
-    found = "; ".join([f"would start {folder.name} from step 0", *notes, *aside])  # notes: killed in its first save
-    return passed(found) if best is None else warned(found, f"{command('src/train.py')} --fresh starts anew")
+    checkpoints = folder / "checkpoints"
+    if not any(checkpoints.glob("*")):
+        return passed(f"would start {folder.name} from step 0")
+    decision = decide(checkpoints, fingerprint(preflight.config, preflight.prepared))
+    lost = f"the best adapter, of step {decision.best_step}, is not whole and would be made again"
+    notes = [
+        *(f"{damaged.name} is not whole ({why}) and would be set aside" for damaged, why in decision.damaged),
+        *(f"{repeated.name} would be set aside: {lost}" for repeated in decision.repeated),
+        *_set_aside(checkpoints),
+    ]
+    if decision.nothing_whole:
+        return failed(f"no checkpoint in {checkpoints} is whole: {'; '.join(notes)}", f"{TRAIN} --fresh")
+    if decision.checkpoint is not None:
+        return _resume(f"would go on from {decision.checkpoint.name}", notes, decision.changes)
+    found = "; ".join([f"would start {folder.name} from step 0", *notes])
+    return warned(found, f"{TRAIN} --fresh starts anew") if decision.repeated else passed(found)
 
 
 def _set_aside(checkpoints: Path) -> list[str]:
     """What earlier starts have set aside, and why where that can still be seen."""
-    from finetune.runs.checkpoints import ASIDE, SEAL, read_seal
+    from finetune.runs.checkpoints import ASIDE, SEAL, damage
 
     notes = []
     for folder in sorted(checkpoints.glob(f"{ASIDE}*")):
-        reason = ""
-        try:
-            if (folder / SEAL).is_file():
-                read_seal(folder)
-        except (ValueError, OSError) as error:
-            reason = f" ({error})"
-        notes.append(f"set aside before: {folder.name}{reason}")
+        reason = damage(folder) if (folder / SEAL).is_file() else None
+        notes.append(f"set aside before: {folder.name}" + (f" ({reason})" if reason else ""))
     return notes
 
 
-def _resume(goes_on: str, notes: list[str], changes: list[str]) -> Finding:
-    found = "; ".join([goes_on, *notes])
+def _resume(resumes: str, notes: list[str], changes: Sequence[str]) -> Finding:
+    found = "; ".join([resumes, *notes])
     if changes:
-        return failed(
-            f"{found}, but changed since: {'; '.join(changes)}",
-            f"{command('src/train.py')} --fresh, or --resume-changed",
-        )
-    return warned(found, f"{command('src/train.py')} --fresh starts anew") if notes else passed(found)
+        return failed(f"{found}, but changed since: {'; '.join(changes)}", f"{TRAIN} --fresh, or --resume-changed")
+    return warned(found, f"{TRAIN} --fresh starts anew") if notes else passed(found)
 
 
 def _receipt(preflight: Preflight) -> Finding:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import DiskFull
-from finetune.files import sha256, shown, write_json
+from finetune.files import read_json, sha256, shown, write_json
 
 SEAL = "sha256.json"
 BEST = "best"
@@ -57,31 +57,31 @@ def _digest(content: dict[str, Any]) -> str:
 
 def read_seal(folder: Path) -> dict[str, Any]:
     """The facts of a sealed folder. Raises ValueError with what is wrong where a file is missing, changed or new."""
-    facts = _facts(folder)
-    for name, digest in facts["files"].items():
+    sealed = facts(folder)
+    for name, digest in sealed["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was saved (sha256 differs)")
-    new = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL, *facts["files"]}
+    new = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL, *sealed["files"]}
     if new:
         raise ValueError(f"{min(new)} was not there when it was saved")
-    return facts
+    return sealed
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def facts(folder: Path) -> dict[str, Any]:
     """What the seal says, not compared with the files. Raises ValueError where there is none, or a broken one."""
     if not (folder / SEAL).is_file():
         raise ValueError(f"no {SEAL}: its save was not finished")
     try:
-        facts = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        content = read_json(folder / SEAL)
     except ValueError:
-        facts = None
-    if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
         raise ValueError(f"{SEAL} cannot be read")
-    if facts.pop("sha256", None) != _digest(facts):
+    if content.pop("sha256", None) != _digest(content):
         raise ValueError(f"{SEAL} is not what was saved (sha256 differs)")
-    return facts
+    return content
 
 
 def step_of(folder: Path) -> int:
@@ -112,18 +112,14 @@ def refuse_code(folder: Path) -> None:
             raise ValueError(f"{path.name} holds more than tensors and plain values") from None
 
 
-def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that its seal vouches for, and a sentence for each newer one, which is set aside."""
-    notes = []
-    for folder in reversed(saved(checkpoints)):
-        try:
-            read_seal(folder)
-            refuse_code(folder)
-        except (ValueError, OSError) as error:
-            notes.append(f"{folder.name} is not whole ({error}); set aside as {set_aside(folder).name}")
-            continue
-        return folder, notes
-    return None, notes
+def damage(folder: Path) -> str | None:
+    """Why the sealed `folder` cannot be used; None where it is whole."""
+    try:
+        read_seal(folder)
+        refuse_code(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def replace_best(checkpoints: Path, whole: Path) -> None:
@@ -136,34 +132,33 @@ def replace_best(checkpoints: Path, whole: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def trusted_best(checkpoints: Path, fingerprint: dict[str, Any]) -> str | None:
-    """Keep the best adapter so far only where it is whole and of this very run; else set it aside and say why."""
-    folder = checkpoints / BEST
-    for name in (f"{BEST}.partial", f"{BEST}.old"):  # what a kill inside replace_best leaves
-        if not folder.is_dir() and _is_whole(checkpoints / name):
-            (checkpoints / name).rename(folder)
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
-    if not folder.is_dir():
-        return None
-    try:
-        reason = None if read_seal(folder).get("fingerprint") == fingerprint else "trained with another config or data"
-    except (ValueError, OSError) as error:
-        reason = str(error)
-    return reason and f"the best adapter so far is not used ({reason}); set aside as {set_aside(folder).name}"
+def find_best(checkpoints: Path, fingerprint: dict[str, Any]) -> tuple[Path | None, str | None]:
+    """The folder of the best adapter so far, and why it cannot be used: damaged, or of another run.
+
+    A kill inside replace_best leaves it in a folder beside `best`, from which `settle_best` renames it.
+    """
+    folders = [checkpoints / BEST]
+    if not folders[0].is_dir():
+        folders = [folder for folder in _beside_best(checkpoints) if damage(folder) is None]
+    if not folders:
+        return None, None
+    reason = damage(folders[0])
+    if reason is None and facts(folders[0]).get("fingerprint") != fingerprint:
+        reason = "trained with another config or data"
+    return folders[0], reason
 
 
-def has_best(checkpoints: Path) -> bool:
-    """Whether `trusted_best` would find an adapter that is whole."""
-    names = (BEST,) if (checkpoints / BEST).is_dir() else (f"{BEST}.partial", f"{BEST}.old")
-    return any(_is_whole(checkpoints / name) for name in names)
+def settle_best(checkpoints: Path, found: Path | None) -> Path:
+    """Finish what a kill inside replace_best left: `found` becomes `best`, the rest is removed."""
+    if found is not None and found.name != BEST:
+        found.rename(checkpoints / BEST)
+    for folder in _beside_best(checkpoints):
+        shutil.rmtree(folder, ignore_errors=True)
+    return checkpoints / BEST
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        read_seal(folder)
-    except (ValueError, OSError):
-        return False
-    return True
+def _beside_best(checkpoints: Path) -> list[Path]:
+    return [checkpoints / f"{BEST}.partial", checkpoints / f"{BEST}.old"]
 
 
 def set_aside(folder: Path) -> Path:
@@ -182,7 +177,7 @@ def thin_out(checkpoints: Path, keep: int) -> None:
     ranks = {}
     for folder in saved(checkpoints):
         try:
-            loss = _facts(folder).get("eval_loss")
+            loss = facts(folder).get("eval_loss")
         except ValueError:
             continue
         ranks[folder] = (math.inf, -step_of(folder)) if loss is None else (loss, step_of(folder))

@@ -19,10 +19,9 @@ from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, resolve, shown, write_json
 from finetune.model import hub
 from finetune.runs import receipt, starts
-from finetune.runs.checkpoints import step_of
 from finetune.runs.folder import Run
 from finetune.runs.receipt import base_model
-from finetune.runs.resume import Resume
+from finetune.runs.resume import Decision
 
 FULL_DISK_MIB = 1
 
@@ -133,11 +132,15 @@ def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
 
 
 def write_start(
-    run: Run, config: Config, known: dict[str, Any], resumed: Resume, rehearsal: dict[str, float] | None
+    run: Run,
+    config: Config,
+    known: dict[str, Any],
+    decision: Decision,
+    set_aside: list[str],
+    rehearsal: dict[str, float] | None,
 ) -> None:
     """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
-    from_step = step_of(resumed.checkpoint) if resumed.checkpoint else 0
-    known["starts"] = starts.begin(run.folder, from_step, resumed.changes, resumed.set_aside, rehearsal)
+    known["starts"] = starts.begin(run.folder, decision.step, decision.changes, set_aside, rehearsal)
     (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
     write_manifest(run, {"status": "interrupted", **known})
 

@@ -1,80 +1,127 @@
-"""Whether a run goes on from a checkpoint, and whether that checkpoint belongs to what is asked for now."""
+"""Where a start resumes: decided without a change to anything, then carried out."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckFailed, ConfigError
-from finetune.runs.checkpoints import ASIDE, BEST, SEAL, newest_whole, read_seal, set_aside, step_of, trusted_best
-from finetune.runs.folder import Run
+from finetune.files import read_json
+from finetune.runs.checkpoints import (
+    ASIDE,
+    SEAL,
+    damage,
+    facts,
+    find_best,
+    saved,
+    set_aside,
+    settle_best,
+    step_of,
+)
 from finetune.terminal import Terminal
 
 
 @dataclass(frozen=True)
-class Resume:
-    """Where a start goes on: a checkpoint, or None for the run's beginning; what it accepted, and what it set aside."""
+class Decision:
+    """What a start does with the checkpoints of its run.
 
+    It resumes from `checkpoint`, the newest that can be used, or begins the run (None). `changes`: what is not as it
+    was when that was saved. `damaged`: (folder, what is wrong) of newer ones, which are set aside. `nothing_whole`:
+    there were whole ones, none is left, and the start is refused. `best`: the best adapter's folder, not used where
+    `best_damage` says why. Where it is lost, the whole checkpoints of its step `best_step` and later are `repeated`:
+    set aside too, so that training makes it again.
+    """
+
+    checkpoints: Path
     checkpoint: Path | None
+    changes: tuple[str, ...]
+    damaged: tuple[tuple[Path, str], ...]
+    nothing_whole: bool
+    best: Path | None
+    best_damage: str | None
+    best_step: int | None
+    repeated: tuple[Path, ...]
+
+    @property
+    def step(self) -> int:
+        """The step that the start resumes from; 0 for the beginning."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+
+def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
+    """What a start of a training with this fingerprint does. Nothing is changed."""
+    best, best_damage = find_best(checkpoints, fingerprint)
+    best_lost = best is None or best_damage is not None
+    damaged: list[tuple[Path, str]] = []
+    repeated: list[Path] = []
     changes: tuple[str, ...] = ()
-    set_aside: tuple[str, ...] = ()
+    checkpoint = step = None
+    for folder in reversed(saved(checkpoints)):
+        if found := damage(folder):
+            damaged.append((folder, found))
+            continue
+        if not repeated:
+            changes = tuple(differences(facts(folder)["fingerprint"], fingerprint))
+            step = best_step(folder) if best_lost and not changes else None
+        if step is None or step_of(folder) < step:
+            checkpoint = folder
+            break
+        repeated.append(folder)
+    nothing_whole = checkpoint is None and not repeated and _any_sealed(checkpoints)
+    lists = tuple(damaged), nothing_whole, best, best_damage, step, tuple(repeated)
+    return Decision(checkpoints, checkpoint, changes, *lists)
 
 
-def find(run: Run, fingerprint: dict[str, Any], accept_changes: bool, terminal: Terminal) -> Resume:
-    """Where the run goes on.
+def _any_sealed(checkpoints: Path) -> bool:
+    """Whether any checkpoint was ever whole: one without a seal was killed in its save, maybe the run's first."""
+    folders = [*saved(checkpoints), *checkpoints.glob(f"{ASIDE}checkpoint-*")]
+    return any((folder / SEAL).exists() for folder in folders)
 
-    Checkpoints that are not whole are set aside, and said so; so is a best adapter that is not this run's. Raises
-    CheckFailed where none is whole, and ConfigError where config, data or versions differ from the checkpoint's and
-    `accept_changes` is false.
+
+def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[str]:
+    """Carry out `decision`: a sentence for each folder that was set aside, each said as a warning too.
+
+    Raises CheckFailed where no checkpoint is whole, and ConfigError where something changed and `accept_changes` is
+    false; nothing but damaged checkpoints is set aside then.
     """
-    folder, aside = newest_whole(run.checkpoints)
-    for sentence in aside:
-        terminal.warn(sentence)
-    if folder is None and any(run.checkpoints.glob(f"{ASIDE}checkpoint-*/{SEAL}")):  # no seal: killed in its first save
-        raise CheckFailed(f"no checkpoint in {run.checkpoints} is whole; --fresh starts a new run")
-    changes = list(differences(read_seal(folder)["fingerprint"], fingerprint)) if folder else []
-    if folder and changes and not accept_changes:
-        advice = "--fresh starts a new run, --resume-changed goes on all the same"
-        raise ConfigError(*(f"changed since {folder.name}: {change}" for change in changes), advice=advice)
-    for change in changes:
-        terminal.warn(f"going on although changed: {change}")
-    if note := trusted_best(run.checkpoints, fingerprint):  # not before: a refused command changes nothing
-        terminal.warn(note)
-        aside.append(note)
-    if folder and not changes and not (run.checkpoints / BEST).is_dir():
-        folder, notes = _before_best(run, folder)
-        for sentence in notes:
-            terminal.warn(sentence)
-        aside += notes
-    if folder:
-        terminal.decision("resume", f"from {folder.name}, the newest checkpoint that is whole")
-    return Resume(folder, tuple(changes), tuple(aside))
-
-
-def _before_best(run: Run, folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint from which the best step so far is trained again, so that its adapter is there again.
-
-    With a sentence for each newer one, which is set aside.
-    """
-    best = best_step(folder)
-    found: Path | None = folder
     notes = []
-    while found and step_of(found) >= best:
-        aside = set_aside(found)
+
+    def note(sentence: str) -> None:
+        terminal.warn(sentence)
+        notes.append(sentence)
+
+    for folder, found in decision.damaged:
+        note(f"{folder.name} is not whole ({found}); set aside as {set_aside(folder).name}")
+    _refuse(decision, accept_changes)
+    for change in decision.changes:
+        terminal.warn(f"going on although changed: {change}")
+    best = settle_best(decision.checkpoints, decision.best)
+    if decision.best_damage:
+        note(f"the best adapter so far is not used ({decision.best_damage}); set aside as {set_aside(best).name}")
+    for folder in decision.repeated:
+        aside = set_aside(folder)
         (aside / SEAL).unlink()  # it was whole, so it is no reason to refuse a start
-        notes.append(f"{found.name} set aside as {aside.name}: the best adapter, of step {best}, is made again")
-        found, damaged = newest_whole(run.checkpoints)
-        notes += damaged
-    return found, notes
+        lost = f"the best adapter, of step {decision.best_step}, is made again"
+        note(f"{folder.name} set aside as {aside.name}: {lost}")
+    if decision.checkpoint:
+        terminal.decision("resume", f"from {decision.checkpoint.name}, the newest checkpoint that is whole")
+    return notes
+
+
+def _refuse(decision: Decision, accept_changes: bool) -> None:
+    if decision.nothing_whole:
+        raise CheckFailed(f"no checkpoint in {decision.checkpoints} is whole; --fresh starts a new run")
+    if decision.checkpoint and decision.changes and not accept_changes:
+        problems = (f"changed since {decision.checkpoint.name}: {change}" for change in decision.changes)
+        raise ConfigError(*problems, advice="--fresh starts a new run, --resume-changed goes on all the same")
 
 
 def best_step(folder: Path) -> int:
     """The step of the least eval_loss so far, as the checkpoint in `folder` knows; one after its own where none was."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    history = read_json(folder / "trainer_state.json")["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return min(losses, key=lambda step: losses[step], default=step_of(folder) + 1)
 
 
