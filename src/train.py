@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
 from finetune.plan.schedule import Pace, check_budget, seconds_since_start
 from finetune.results.report import refresh
-from finetune.runs.folder import Run, open_run
+from finetune.runs.folder import Run, open_run, read_manifest
 from finetune.terminal import Terminal, tally
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, te
 
 def print_manifest(run: Run, wanted: bool) -> None:
     if wanted:
-        cli.print_json(json.loads((run.folder / "manifest.json").read_text(encoding="utf-8")))
+        cli.print_json(read_manifest(run.folder))
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
@@ -115,7 +114,8 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
 
     config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
     known = manifest.describe(config, prepared, hardware(platform, preflight.machine))
-    known |= {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
+    plan = preflight.plan.as_dict()
+    record = manifest.Manifest(run, known | {"skipped_checks": sorted(skipped), "plan": plan})
     fingerprint = manifest.fingerprint(config, prepared)
     decision = resume.decide(run.checkpoints, fingerprint)
     set_aside = resume.apply(decision, resume_changed, terminal)
@@ -140,14 +140,14 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
     else:
         rehearsed = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
         pace, choice = rehearsed.pace, rehearsed.checkpointed
-    known["checkpointed_layers"] = None if over else choice.layers  # after its last step a run computes no layer again
     hours = config.training.time_budget_hours
     budget = None if hours is None else stopper.TimeBudget(hours, pace, seconds_since_start)
 
-    manifest.write_start(run, config, known, decision, set_aside, rehearsed.as_dict() if rehearsed else None)
-    manifest.write_receipt(run, config, prepared)
+    manifest.write_config(run, config, prepared)
+    layers = None if over else choice.layers  # after its last step a run computes no layer again
+    record.started(decision, set_aside, layers, rehearsed.as_dict() if rehearsed else None)
     out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with tracking.closed(), refresh.reported(run, terminal), manifest.recorded(run, known), out_of_memory:
+    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), out_of_memory:
         made = trainer.make_trainer(
             peft_model,
             tokenizer,
@@ -179,7 +179,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         peak_gib = peak_memory_gib(platform)
         terminal.status("testing the adapter as it was saved")
         proof = export.write_adapter(
-            run, config, prepared, peft_model, start, tokenizer, known, outcome, peak_gib, answers
+            run, config, prepared, peft_model, start, tokenizer, record, outcome, peak_gib, answers
         )
     terminal.decision("self-test", proof.sentence())
     terminal.finished(run.folder, outcome)

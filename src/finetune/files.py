@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(encoding="utf-8", errors="replace") as lines:
         return [entry for entry in map(_object, lines) if entry is not None]
+
+
+def write_json_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """One line per entry, written whole or not at all."""
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _object(line: str) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +15,7 @@ from finetune.files import sha256, shown
 from finetune.results.model_card import model_card
 from finetune.results.self_test import SelfTest, Start, self_test
 from finetune.runs.folder import Run
-from finetune.runs.manifest import write_end
+from finetune.runs.manifest import Manifest
 from finetune.runs.outcome import Outcome
 
 REJECTED = "rejected"
@@ -29,22 +28,22 @@ def write_adapter(
     model: PeftModel,
     start: Start,
     tokenizer: PreTrainedTokenizerFast,
-    known: dict[str, Any],
+    manifest: Manifest,
     outcome: Outcome,
     peak_memory_gib: float,
     samples: list[dict[str, str]],
 ) -> SelfTest:
     """The final files, once the adapter among them has passed its self-test; the manifest that says so comes last.
 
-    Raises SelfTestFailed where it has not: the files then lie in `rejected`, and `known` holds all that the manifest of
-    a finished run does. `model` is of no use afterwards.
+    Raises SelfTestFailed where it has not: the files then lie in `rejected`, and `manifest` holds all that
+    that of a finished run does. `model` is of no use afterwards.
     """
     partial = run.folder / "export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, save_embedding_layers=False)
     tokenizer.save_pretrained(partial)
     found = self_test(model, partial, start, prepared, config, outcome)
-    known |= {
+    manifest.content |= {
         "steps": outcome.steps,
         "train_loss": outcome.train_loss,
         "eval_loss_before": outcome.first_eval_loss,
@@ -58,14 +57,14 @@ def write_adapter(
         "self_test": found.as_dict(),
         "samples": samples,
     }
-    (partial / "README.md").write_text(model_card(config, {"status": "complete", **known}), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(config, manifest.document("complete")), encoding="utf-8")
     if found.failed:
         raise _reject(run, partial, found)
     for path in sorted(partial.iterdir()):
         path.replace(run.folder / path.name)
     partial.rmdir()
     shutil.rmtree(run.folder / REJECTED, ignore_errors=True)  # of an earlier start, whose adapter was this run's too
-    write_end(run, {"status": "complete", **known}, None)
+    manifest.complete()
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -12,13 +11,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from finetune.cli import advice
 from finetune.config.schema import Config
 from finetune.errors import OutOfResource
-from finetune.files import make_folder, shown
+from finetune.files import make_folder, read_json, shown
 
+MANIFEST, METRICS = "manifest.json", "metrics.jsonl"
 WAIT_FOR_NAME_SECONDS = 1.0
 
 
@@ -46,7 +46,7 @@ class Run:
 
     def drop_if_unused(self) -> None:
         """Remove the folder where nothing was written but the lock: a command that was stopped while loading."""
-        if not self.finished and not (self.folder / "manifest.json").exists() and not any(self.checkpoints.iterdir()):
+        if not self.finished and not (self.folder / MANIFEST).exists() and not any(self.checkpoints.iterdir()):
             shutil.rmtree(self.folder)
 
     def close(self) -> None:
@@ -57,6 +57,15 @@ class Run:
             self.drop_if_unused()
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in a run's folder; nothing where there is none, or none that can be read."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
     """The folder of the run that this config's command means, and whether that run is finished; nothing is written.
 
@@ -65,7 +74,7 @@ def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
     """
     taken = _taken(config.run_folder)
     existing = [path for path in taken if path.is_dir()]
-    unfinished = [folder for folder in existing if _status(folder) != "complete"]
+    unfinished = [folder for folder in existing if read_manifest(folder).get("status") != "complete"]
     if fresh and taken:
         return config.run_folder.with_name(f"{config.run_name}-{_number(config.run_folder, taken[-1]) + 1}"), False
     if existing and not unfinished:
@@ -110,15 +119,6 @@ def _taken(first: Path) -> list[Path]:
 
 def _number(first: Path, folder: Path) -> int:
     return 1 if folder == first else int(folder.name.removeprefix(f"{first.name}-"))
-
-
-def _status(folder: Path) -> str | None:
-    """The manifest's status; None where there is no manifest, or none that can be read."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return str(manifest.get("status")) if isinstance(manifest, dict) else None
 
 
 def _held_by(stream: TextIO) -> str:

@@ -7,23 +7,29 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune.config import yaml_file
 from finetune.config.schema import Config, is_local
+from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, Stopped
-from finetune.files import ROOT, resolve, shown, write_json
+from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
 from finetune.model import hub
-from finetune.runs import receipt, starts
-from finetune.runs.folder import Run
+from finetune.runs import receipt
+from finetune.runs.checkpoints import saved, step_of
+from finetune.runs.folder import MANIFEST, METRICS, Run, read_manifest
 from finetune.runs.receipt import base_model
 from finetune.runs.resume import Decision
 
 FULL_DISK_MIB = 1
+COUNTED_ELSEWHERE = ("rows", "tokens", "supervised_tokens", "bad")  # of Statistics: below `tokens`, and as dropped_bad
 
 VERSIONED = (
     "torch",
@@ -91,34 +97,8 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
     return {
         "config_sha256": config.sha256(),
         "data": prepared.files,
-        "tokens": {
-            name: {
-                **prepared.tokens[name],
-                "rows": counts.rows,
-                "total": counts.tokens,
-                "supervised": counts.supervised_tokens,
-            }
-            for name, counts in statistics.items()
-        },
-        "rows": {
-            name: {
-                "certified": counts.certified,
-                "longest": counts.longest,
-                "p50": counts.p50,
-                "p95": counts.p95,
-                "truncated": counts.truncated,
-                "dropped_long": counts.dropped_long,
-                "dropped_bad": [{"line": line, "found": text} for line, text in counts.bad],
-                "duplicates": counts.duplicates,
-                "control_tokens": counts.control_tokens,
-                "first_control_token": counts.first_control_token,
-                "normalised_leaks": counts.normalised_leaks,
-                "first_leak": counts.first_leak,
-                "copies": counts.copies,
-                "histogram": counts.histogram,
-            }
-            for name, counts in statistics.items()
-        },
+        "tokens": {name: prepared.tokens[name] | _totals(counts) for name, counts in statistics.items()},
+        "rows": {name: _rows(counts) for name, counts in statistics.items()},
         "base_model": base_model(config),
         "versions": versions(),
         "hardware": hardware,
@@ -126,44 +106,100 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
     }
 
 
-def write_receipt(run: Run, config: Config, prepared: Prepared) -> None:
-    """receipt.json, by which another machine can tell whether it is about to train the same thing."""
+def _totals(counts: Statistics) -> dict[str, int]:
+    return {"rows": counts.rows, "total": counts.tokens, "supervised": counts.supervised_tokens}
+
+
+def _rows(counts: Statistics) -> dict[str, Any]:
+    """All other counts; of the bad rows each with its line."""
+    bad = [{"line": line, "found": text} for line, text in counts.bad]
+    others = asdict(counts) | {"dropped_bad": bad}
+    return {name: value for name, value in others.items() if name not in COUNTED_ELSEWHERE}
+
+
+def write_config(run: Run, config: Config, prepared: Prepared) -> None:
+    """config.yaml, resolved; and receipt.json, by which another machine can tell whether it trains the same thing."""
+    (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
-def write_start(
-    run: Run,
-    config: Config,
-    known: dict[str, Any],
-    decision: Decision,
-    set_aside: list[str],
-    rehearsal: dict[str, float] | None,
-) -> None:
-    """The resolved config, and a manifest that says the run is not finished; `known` gains the run's starts."""
-    known["starts"] = starts.begin(run.folder, decision.step, decision.changes, set_aside, rehearsal)
-    (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
-    write_manifest(run, {"status": "interrupted", **known})
+class Manifest:
+    """manifest.json of one run: what it is, how each of its starts ended, and what came of it; written whole each time.
 
-
-@contextmanager
-def recorded(run: Run, known: dict[str, Any]) -> Iterator[None]:
-    """Say in the manifest that the run failed where the block raises, or that it was stopped.
-
-    Libraries tell in many ways that a disk is full, read-only or gone, so where nothing more can be written into the
-    run's folder, OutOfResource is raised in their place.
+    `content` is all but its status, and error where it failed.
     """
-    try:
-        yield
-    except Stopped as error:
-        with suppress(OSError):  # it is no less stopped, and the manifest says `interrupted` already
-            write_end(run, {"status": "interrupted", **known}, error)
-        raise
-    except Exception as error:
-        with suppress(OSError):  # there the manifest cannot be written either
-            write_end(run, {"status": "failed", "error": str(error), **known}, error)
-        if not isinstance(error, OutOfResource):
-            _check_writable(run.folder, error)
-        raise
+
+    def __init__(self, run: Run, content: dict[str, Any]) -> None:
+        self.run, self.content = run, content
+
+    def document(self, status: str) -> dict[str, Any]:
+        """As it is written."""
+        return {"status": status, **self.content}
+
+    def started(
+        self, decision: Decision, set_aside: Sequence[str], layers: int | None, rehearsal: dict[str, float] | None
+    ) -> None:
+        """Record that a start begins, and that the one before it was killed where that did not end.
+
+        `set_aside`: a sentence for each folder; `layers` are checkpointed; `rehearsal` is what that measured.
+        """
+        starts = read_manifest(self.run.folder).get("starts", [])
+        if starts and starts[-1]["end"] is None:
+            step, seconds = _last_logged(self.run, starts[-1])
+            starts[-1] |= {"ended": seconds and _utc(seconds), "step": step, "end": "killed"}
+        begun = {"started": _utc(time.time()), "from_step": decision.step, "ended": None, "step": None, "end": None}
+        why = {"changed": list(decision.changes), "set_aside": list(set_aside), "rehearsal": rehearsal}
+        self.content |= {"checkpointed_layers": layers, "starts": [*starts, begun | why]}
+        self._write(self.document("interrupted"))
+
+    def complete(self) -> None:
+        """Record that this start has finished the run."""
+        self._end("complete")
+        self._write(self.document("complete"))
+
+    def ended(self, error: Exception) -> None:
+        """Record that `error` ended this start: the run was stopped, or it failed."""
+        if isinstance(error, Stopped):
+            self._end("time budget" if error.exit_code == OutOfResource.exit_code else "stopped")
+            self._write(self.document("interrupted"))
+        else:
+            self._end("failed")
+            self._write({"status": "failed", "error": str(error), **self.content})
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record it where the block raises.
+
+        Libraries tell in many ways that a disk is full, read-only or gone, so where nothing more can be written into
+        the run's folder, OutOfResource is raised in their place.
+        """
+        try:
+            yield
+        except Exception as error:
+            with suppress(OSError):  # there the manifest cannot be written either; `interrupted` is in it already
+                self.ended(error)
+            if not isinstance(error, Stopped | OutOfResource):
+                _check_writable(self.run.folder, error)
+            raise
+
+    def _end(self, how: str) -> None:
+        for start in self.content.get("starts", [])[-1:]:  # none where it ends before it is recorded
+            steps = [_last_logged(self.run, start)[0], *map(step_of, saved(self.run.checkpoints))]
+            start |= {"ended": _utc(time.time()), "step": max(steps), "end": how}
+
+    def _write(self, document: dict[str, Any]) -> None:
+        write_json(self.run.folder / MANIFEST, document)
+
+
+def _last_logged(run: Run, start: dict[str, Any]) -> tuple[int, float | None]:
+    """The last step that `start` logged, and when; else the one that it began from."""
+    begun = datetime.fromisoformat(start["started"]).timestamp()
+    logged = [entry for entry in read_json_lines(run.folder / METRICS) if entry["time"] >= begun]
+    return (logged[-1]["step"], logged[-1]["time"]) if logged else (start["from_step"], None)
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _check_writable(folder: Path, error: Exception) -> None:
@@ -181,15 +217,3 @@ def _check_writable(folder: Path, error: Exception) -> None:
     except OSError as refused:
         text = f"{where} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free); mend that, {advice}"
         raise OutOfResource(text) from error
-
-
-def write_manifest(run: Run, content: dict[str, Any]) -> None:
-    """manifest.json, whole."""
-    write_json(run.folder / "manifest.json", content)
-
-
-def write_end(run: Run, content: dict[str, Any], error: Exception | None) -> None:
-    """The manifest where a start ends: by `error`, or complete."""
-    for start in content.get("starts", [])[-1:]:  # none where it ends before write_start
-        starts.end(run.folder, start, error)
-    write_manifest(run, content)

@@ -12,9 +12,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from finetune.files import write_text
+from finetune.files import read_json_lines, write_json_lines
 from finetune.runs.checkpoints import BEST, read_seal, replace_best, room_for, seal, thin_out
-from finetune.runs.folder import Run
+from finetune.runs.folder import METRICS, Run
 
 
 def adapter_bytes(model: PeftModel) -> int:
@@ -36,12 +36,10 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
         # Steps after the checkpoint are done again, so what they logged goes.
-        metrics = self.run.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else []
-        write_text(metrics, "".join(line for line in lines if line.endswith("\n") and self._stays(line, state)))
+        metrics = self.run.folder / METRICS
+        write_json_lines(metrics, [entry for entry in read_json_lines(metrics) if self._stays(entry, state)])
 
-    def _stays(self, line: str, state: Any) -> bool:
-        entry = json.loads(line)
+    def _stays(self, entry: dict[str, Any], state: Any) -> bool:
         made = "eval_loss" not in entry or entry["step"] in self.eval_losses  # else it is made now
         return made and 0 < state.global_step >= entry["step"]
 
@@ -83,5 +81,5 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         if "train_runtime" in logs:
             return  # transformers' closing summary, of this invocation only
         entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        with (self.run.folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")

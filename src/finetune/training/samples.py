@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from finetune.data.jsonl import parse_row, read_lines
 from finetune.data.prepare import Prepared
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
-from finetune.files import write_text
+from finetune.files import read_json_lines, write_json_lines
 from finetune.model.generate import reply_to
 from finetune.terminal import Terminal
 from finetune.training.keeper import Keeper
@@ -137,13 +136,11 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def _entries(self) -> list[dict[str, Any]]:
         """What stands in samples.jsonl; the last word of an earlier start does not count, since this one goes on."""
-        path = self.folder / FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [entry for entry in map(json.loads, lines) if "final" not in entry]
+        return [entry for entry in read_json_lines(self.folder / FILE) if "final" not in entry]
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
         if self.questions or (self.folder / FILE).is_file():
-            write_text(self.folder / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
+            write_json_lines(self.folder / FILE, entries)
 
 
 def _new_best(step: int, sample: dict[str, str]) -> str:

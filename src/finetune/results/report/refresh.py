@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from finetune.cli import command
 from finetune.files import shown
-from finetune.results.report.run_summary import MANIFEST, PAGE, SCRIPT
-from finetune.runs.folder import Run
+from finetune.results.report.run_summary import PAGE, SCRIPT
+from finetune.runs.folder import MANIFEST, Run
 from finetune.terminal import Terminal
 
 

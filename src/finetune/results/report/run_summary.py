@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.files import shown
+from finetune.files import read_json, read_json_lines, shown
+from finetune.runs.folder import MANIFEST, METRICS
 
-MANIFEST, PAGE = "manifest.json", "report.html"
+PAGE = "report.html"
 SCRIPT = "scripts/make_report.py"  # makes the page again
 Losses = list[tuple[float, float]]
 
@@ -90,7 +90,7 @@ def read(folder: Path) -> Evidence:
     if not folder.is_dir():
         raise ConfigError(f"{shown(folder)}: no such folder; name a run's, as in adapters/RUN")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
         raise ConfigError(f"{shown(folder)}: no {MANIFEST} in it; name a run's folder, as in adapters/RUN") from None
     except (OSError, ValueError) as error:
@@ -99,19 +99,6 @@ def read(folder: Path) -> Evidence:
         raise ConfigError(f"{shown(folder / MANIFEST)}: found {type(manifest).__name__}, wanted an object")
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    metrics = [entry for entry in _lines(folder / "metrics.jsonl") if "step" in entry]
-    samples = [entry for entry in _lines(folder / "samples.jsonl") if entry.get("samples")]
+    metrics = [entry for entry in read_json_lines(folder / METRICS) if "step" in entry]
+    samples = [entry for entry in read_json_lines(folder / "samples.jsonl") if entry.get("samples")]
     return Evidence(folder.resolve(), manifest, metrics, samples, text)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a line that a kill cut short is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            found.append(entry)
-    return found
