@@ -35,11 +35,8 @@ def test_it_is_the_locks_python_and_the_lock_and_one_variable() -> None:
     assert "--python-version 3.11 " in (ROOT / "requirements" / "lock.sh").read_text(encoding="utf-8")
 
 
-def test_the_lock_holds_what_is_asked_for_and_everything_in_it_has_its_hash() -> None:
-    folder = ROOT / "requirements"
-    asked = pins(folder / "requirements.in") | pins(folder / "h100.in")
-    assert {name: LOCKED.get(name) for name in asked} == asked
-    text = (folder / "h100.lock").read_text(encoding="utf-8")
+def test_everything_in_the_lock_has_its_hash() -> None:
+    text = (ROOT / "requirements" / "h100.lock").read_text(encoding="utf-8")
     assert len(re.findall(r"^\S+==\S+(?: ; .*)? \\\n    --hash=sha256:", text, re.MULTILINE)) == len(LOCKED) > 50
 
 

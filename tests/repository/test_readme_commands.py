@@ -25,7 +25,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md
 # Indented or fenced blocks that are no commands, by how they begin.
 SHOWN = ("step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
 FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
-PROGRAMS = rf"{FOLDERS}|(python|pip|docker|rsync|export|hf|wandb|curl|conda) "
+PROGRAMS = rf"{FOLDERS}|(python|pip|uv|docker|rsync|export|hf|wandb|curl|conda) "
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ RULES: dict[str, Here | By | Needs] = {
     "rsync -rR data/processed adapters/local-try/receipt.json h100:PROJECT/": Needs("another machine"),
     ".venv/bin/python -m pytest tests/data/test_tokenizer.py -k short_conversation": Here(says="1 passed"),
     "pip install uv": By("requirements/dev.in", "uv "),
+    "uv sync --extra cpu": Needs("network"),
     "requirements/lock.sh": Needs("network"),
 }
 

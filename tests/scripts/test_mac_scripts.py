@@ -505,11 +505,9 @@ def test_the_conda_environment_is_the_locks_python_and_the_lock() -> None:
     assert "--python-version 3.11 " in lock_script
 
 
-def test_the_macs_lock_holds_what_is_asked_for_with_hashes_and_no_package_that_needs_cuda() -> None:
+def test_the_macs_lock_has_hashes_and_no_package_that_needs_cuda() -> None:
     folder = ROOT / "requirements"
     locked = pins(folder / "m4.lock")
-    asked = pins(folder / "requirements.in") | pins(folder / "m4.in")
-    assert {name: locked.get(name) for name in asked} == asked
     text = (folder / "m4.lock").read_text(encoding="utf-8")
     assert len(re.findall(r"^\S+==\S+ \\\n    --hash=sha256:", text, re.MULTILINE)) == len(locked) > 50
     cuda = r"nvidia|cuda|cupy|triton|flash.attn|xformers|deepspeed|apex|vllm"
@@ -522,9 +520,10 @@ def test_the_macs_lock_is_what_its_inputs_resolve_to_for_macos_14_on_arm64(tmp_p
     if subprocess.run([*uv, "--version"], capture_output=True, check=False).returncode:
         pytest.skip("uv is not installed: pip install uv")
     folder = Path(shutil.copytree(ROOT / "requirements", tmp_path / "requirements"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     before = pins(folder / "m4.lock")
-    command = [*uv, "pip", "compile", "m4.in", "--output-file", "m4.lock", "--quiet", "--generate-hashes"]
-    command += ["--python-version", "3.11", "--python-platform", "aarch64-apple-darwin"]
+    command = [*uv, "pip", "compile", "../pyproject.toml", "--extra", "m4", "--output-file", "m4.lock", "--quiet"]
+    command += ["--generate-hashes", "--python-version", "3.11", "--python-platform", "aarch64-apple-darwin"]
     variables = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode and re.search("dns error|error sending request|Failed to fetch|timed out", done.stderr):
