@@ -39,7 +39,7 @@ def main() -> None:
     try:
         torch = check_pytorch_import()
     except CheckFailed as error:
-        raise CheckFailed(f"{error}; type: {platform.install}") from None
+        raise CheckFailed(error.found, f"type: {platform.install}") from None
     terminal.decision("PyTorch", torch_line(torch))
     if options.json:
         cli.print_json(document(machine, platform.name, torch))

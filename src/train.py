@@ -96,8 +96,8 @@ def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, te
         result.id: f"  {result.id}: {result.detail}\n    {result.fix}" for result in results if result.status == "fail"
     }
     if failed:
-        advice = f"mend that, or leave it out: --skip {','.join(failed)}"
-        raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *failed.values(), advice]))
+        found = "\n".join([f"checks: {len(failed)} failed", *failed.values()])
+        raise CheckFailed(found, f"mend that, or leave it out: --skip {','.join(failed)}", between="\n")
 
 
 def print_manifest(run: Run, wanted: bool) -> None:

@@ -58,7 +58,14 @@ def train(*arguments: str, cwd: Path = ROOT) -> Ending:
 ENDINGS: list[tuple[UserError, int, str]] = [
     (ConfigError("a: wrong"), 2, "config: 1 problem\n  a: wrong\n"),
     (ConfigError("a: wrong", "b: wrong"), 2, "config: 2 problems\n  a: wrong\n  b: wrong\n"),
+    (ConfigError("a: wrong", fix="type b"), 2, "config: 1 problem\n  a: wrong; type b\n"),
+    (
+        ConfigError("a: wrong", "b: wrong", fix="type c", between="\n"),
+        2,
+        "config: 2 problems\n  a: wrong\n  b: wrong\ntype c\n",
+    ),
     (CheckFailed("no GPU"), 3, "no GPU\n"),
+    (CheckFailed("no GPU", "type: a"), 3, "no GPU; type: a\n"),
     (DataError("data: 1 bad row"), 4, "data: 1 bad row\n"),
     (Diverged("step 3: the loss is not finite"), 5, "step 3: the loss is not finite\n"),
     (
@@ -68,7 +75,7 @@ ENDINGS: list[tuple[UserError, int, str]] = [
     ),
     (OutOfResource("locked"), 6, "locked\n"),
     (SelfTestFailed("self-test: 1 of 7 checks failed"), 1, "self-test: 1 of 7 checks failed\n"),
-    (Stopped(130, "stopped at step 4"), 130, "stopped at step 4\n"),
+    (Stopped(130, "stopped at step 4", "type it again"), 130, "stopped at step 4; type it again\n"),
     (Stopped(143, "stopped at step 4"), 143, "stopped at step 4\n"),
 ]
 

@@ -1,27 +1,27 @@
-"""What can go wrong by no fault of the program, each kind with the exit code that every command uses for it."""
+"""Errors a user can fix; each class carries its exit code."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A problem that a person can act on: its text says where, what was found and what to type."""
+    """A problem that a user can fix: `found` says what is wrong and where, `fix` what to type. The text is both."""
 
     exit_code = 1
 
+    def __init__(self, found: str, fix: str = "", between: str = "; ") -> None:
+        self.found, self.fix = found, fix
+        super().__init__(f"{found}{between}{fix}" if fix else found)
+
 
 class ConfigError(UserError):
-    """The command line or a config file is wrong. `problems` holds one line a problem, all of them at once.
-
-    `advice`, where there is some for all of them, is the last line.
-    """
+    """The command line or a config file is wrong. `problems` holds one line per problem, all of them at once."""
 
     exit_code = 2
 
-    def __init__(self, *problems: str, advice: str = "") -> None:
-        self.problems = problems
+    def __init__(self, *problems: str, fix: str = "", between: str = "; ") -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"config: {count}", *(f"  {problem}" for problem in problems), *([advice] if advice else [])]
-        super().__init__("\n".join(lines))
+        super().__init__("\n  ".join([f"config: {count}", *problems]), fix, between)
+        self.found, self.problems = "\n".join(problems), problems
 
 
 class CheckFailed(UserError):
@@ -55,9 +55,9 @@ class DiskFull(OutOfResource):
 class Stopped(UserError):
     """The run ended before it was finished, and the same command goes on: after a signal, or at its budget's end."""
 
-    def __init__(self, exit_code: int, message: str) -> None:
+    def __init__(self, exit_code: int, found: str, fix: str = "") -> None:
         self.exit_code = exit_code
-        super().__init__(message)
+        super().__init__(found, fix)
 
 
 class SelfTestFailed(UserError):

@@ -90,5 +90,5 @@ def make_folder(folder: Path) -> None:
         if error.errno == errno.ENOSPC:
             raise
         take = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
-        problem = f"output.dir: {shown(folder)}: {error.strerror}; {take}set it to a folder that can be written"
-        raise ConfigError(problem) from None
+        fix = f"{take}set it to a folder that can be written"
+        raise ConfigError(f"output.dir: {shown(folder)}: {error.strerror}", fix=fix) from None

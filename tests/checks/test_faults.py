@@ -180,7 +180,7 @@ def test_a_rehearsal_that_shows_the_budget_to_be_too_small_fails_with_what_would
     result = rehearsed(hurried)
     assert (result.status, found([result])[1]) == ("fail", 3)
     assert re.fullmatch(
-        r"time budget: steps 1 to 10 take \d+ s, training.time_budget_hours 1e-06 has 0 s left; what would fit:",
+        r"time budget: steps 1 to 10 take \d+ (s|min), training.time_budget_hours 1e-06 has 0 s left; what would fit:",
         result.detail,
     )
     assert re.fullmatch(r"--set training.time_budget_hours=0\.\d+", result.fix)
@@ -191,7 +191,7 @@ def test_a_rehearsal_that_does_not_fit_fails_with_what_would(bench: Callable[[st
     full = bench("cpu")
 
     def refuses(*_: object) -> None:
-        raise OutOfResource("rehearsal: peak 90.1 GiB, and there are 79.1 GiB\n--set quantization.storage=packed")
+        raise OutOfResource("rehearsal: peak 90.1 GiB, and there are 79.1 GiB", "--set quantization.storage=packed")
 
     full.patch.setattr(rehearsal, "rehearse", refuses)
     result = rehearsed(full)

@@ -88,30 +88,20 @@ def test_a_crash_is_one_finding_and_the_rest_goes_on(error: Exception, detail: s
 @pytest.mark.parametrize(
     ("error", "detail", "fix", "code"),
     [
-        (CheckFailed("torch cannot be imported; reinstall it"), "torch cannot be imported", "reinstall it", 3),
+        (CheckFailed("torch cannot be imported", "reinstall it"), "torch cannot be imported", "reinstall it", 3),
+        (DataError("2 bad rows\n  a:1: x; y", "Mend them", "\n"), "2 bad rows\n  a:1: x; y", "Mend them", 4),
         (
-            DataError("data: 2 bad rows\n  a:1: x; y\n  a:2: z\nMend them"),
-            "data: 2 bad rows\n  a:1: x; y\n  a:2: z",
-            "Mend them",
-            4,
-        ),
-        (
-            OutOfResource("5 h do not fit; try:\n  --set a=1\n  --set b=2"),
-            "5 h do not fit; try:",
-            "--set a=1, or --set b=2",
+            OutOfResource("5 h; what fits:", "--set a=1\n  --set b=2", "\n  "),
+            "5 h; what fits:",
+            "--set a=1\n--set b=2",
             6,
         ),
-        (ConfigError("a.jsonl: not there; put it there"), "a.jsonl: not there", "put it there", 2),
-        (ConfigError("x: 1; y", "z: 2", advice="--fresh starts anew"), "x: 1; y\nz: 2", "--fresh starts anew", 2),
-        (
-            ConfigError("model.name: is a llama"),
-            "model.name: is a llama",
-            "mend that, or set another value with --set",
-            2,
-        ),
+        (ConfigError("a.jsonl: not there", fix="put it there"), "a.jsonl: not there", "put it there", 2),
+        (ConfigError("x: 1; y", "z: 2", fix="--fresh starts anew"), "x: 1; y\nz: 2", "--fresh starts anew", 2),
+        (ConfigError("x: is 1", "z: is 2"), "x: is 1\nz: is 2", "mend that, or set another value with --set", 2),
     ],
 )
-def test_an_error_with_advice_is_told_with_its_advice_as_what_to_type(
+def test_a_user_error_is_a_finding_with_its_fix_as_what_to_type(
     error: UserError, detail: str, fix: str, code: int
 ) -> None:
     [result] = run([check("a", error)], NOTHING)
@@ -119,7 +109,7 @@ def test_an_error_with_advice_is_told_with_its_advice_as_what_to_type(
 
 
 def test_a_check_of_level_warn_never_fails() -> None:
-    [result] = run([check("a", CheckFailed("broken; mend it"), level="warn")], NOTHING)
+    [result] = run([check("a", CheckFailed("broken", "mend it"), level="warn")], NOTHING)
     assert (result.status, exit_code([result])) == ("warn", 0)
     with pytest.raises(AssertionError, match=r"^a has level warn and found a failure: broken$"):
         list(run([check("a", failed("broken", "mend it"), level="warn")], NOTHING))

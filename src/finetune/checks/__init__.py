@@ -48,7 +48,7 @@ def select(
         and (deep or not check.deep or check.id in only)
     )
     if not chosen:
-        raise ConfigError(f"no check is left to make on {platform}", advice=LIST)
+        raise ConfigError(f"no check is left to make on {platform}", fix=LIST, between="\n")
     return chosen
 
 
@@ -61,5 +61,5 @@ def expand(flag: str, names: Iterable[str]) -> frozenset[str]:
     unknown = [name for name in names if name not in known and name not in groups]
     if unknown:
         problems = (f"{flag} {name}: no such check{did_you_mean(name, [*groups, *known])}" for name in unknown)
-        raise ConfigError(*problems, advice=LIST)
+        raise ConfigError(*problems, fix=LIST, between="\n")
     return found

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from typing import Any, Generic, Literal, TypeVar
 
-from finetune.errors import CheckFailed, ConfigError, DataError, UserError
+from finetune.errors import CheckFailed, DataError, UserError
 from finetune.machine.platforms import PLATFORMS
 
 Facts = TypeVar("Facts")  # what a check looks at: a Preflight, or a Docker host
+NO_FIX = "mend that, or set another value with --set"
 CRASHED = "report it; --skip {id} goes on without it"
 
 
@@ -109,7 +109,8 @@ def _result(check: Check[Facts], facts: Facts, crashed: str) -> Result:
     try:
         finding = check.look(facts)
     except UserError as error:
-        finding, own_code = Finding(check.level, *_told(error)), error.exit_code
+        fix = "\n".join(map(str.strip, (error.fix or NO_FIX).splitlines()))
+        finding, own_code = Finding(check.level, error.found, fix), error.exit_code
     except Exception as error:  # noqa: BLE001  # a bug in one check must not hide what the others find
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         finding = Finding(check.level, f"this check crashed: {text}", crashed.format(id=check.id))
@@ -117,21 +118,6 @@ def _result(check: Check[Facts], facts: Facts, crashed: str) -> Result:
         raise AssertionError(f"{check.id} has level warn and found a failure: {finding.detail}")
     seconds = round(time.perf_counter() - started, 3)
     return Result(check.id, finding.status, finding.detail, finding.fix, seconds, own_code)
-
-
-def _told(error: UserError) -> tuple[str, str]:
-    """(what was found, what to type): an error's text ends with what to type, on lines of its own or after `; `."""
-    text = str(error)
-    if isinstance(error, ConfigError):
-        text, last = "\n".join(error.problems), text.splitlines()[-1]
-        if not last.startswith("  "):  # advice for all problems
-            return text, last
-    lines = text.splitlines()
-    choices = list(takewhile(lambda line: line.startswith("  "), reversed(lines)))[::-1]
-    if choices:  # the lines at the end are one way out each
-        return "\n".join(lines[: -len(choices)]), ", or ".join(line.strip() for line in choices)
-    found, _, advice = text.rpartition("\n" if "\n" in text else "; ")
-    return (found, advice) if found else (text, "mend that, or set another value with --set")
 
 
 def exit_code(results: Iterable[Result], strict: bool = False) -> int:

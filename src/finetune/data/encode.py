@@ -276,8 +276,8 @@ def chunks(path: Path, recipe: Recipe, workers: int, max_rows: int | None = None
                 while running:
                     yield running.popleft().result()
             except BrokenProcessPool:
-                killed = "a process that encodes it was killed, probably for want of memory; free some and try again"
-                raise OutOfResource(f"{path}: {killed}") from None
+                killed = "a process that encodes it was killed, probably for want of memory"
+                raise OutOfResource(f"{path}: {killed}", "free some and try again") from None
 
 
 _encoder: Encoder

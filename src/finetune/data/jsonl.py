@@ -25,7 +25,7 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ConfigError(f"{shown(path)}: {error.strerror}; put your JSONL there{advice}") from None
+        raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

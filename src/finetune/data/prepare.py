@@ -25,6 +25,7 @@ from finetune.data.store import Rows, SplitWriter, first_pair
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.files import make_folder, resolve, sha256, write_json
+from finetune.wording import counted
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
@@ -96,7 +97,9 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
         return train, validation, f"validation rows are those of {dataset.validation_file}"
     if dataset.validation_file == DEFAULT_VALIDATION_FILE:
         return train, None, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
-    raise ConfigError(f"dataset.validation_file: {validation}: not there; set a file that is, or null for a split")
+    raise ConfigError(
+        f"dataset.validation_file: {validation}: not there", fix="set a file that is, or null for a split"
+    )
 
 
 def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
@@ -158,7 +161,9 @@ def _read_file(
     rows = 0
     for chunk in chunks(path, recipe, workers, dataset.max_rows if name == "train" else None):
         if chunk.mismatch:
-            raise CheckFailed(f"certificate: {path}:{chunk.mismatch}\nReport this row: no run may start on it.")
+            raise CheckFailed(
+                f"certificate: {path}:{chunk.mismatch}", "Report this row: no run may start on it.", between="\n"
+            )
         for count in ("dropped_long", "certified"):
             setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
         statistics.bad += chunk.statistics.bad
@@ -181,9 +186,9 @@ def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) ->
     bad = [f"  {paths[name]}:{line}: {text}" for name in paths for line, text in writers[name].statistics.bad]
     if bad:
         more = [f"  ... and {len(bad) - LISTED_PROBLEMS} more"] if len(bad) > LISTED_PROBLEMS else []
-        heading = f"data: {len(bad)} bad row{'s' * (len(bad) != 1)}"
-        advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
-        raise DataError("\n".join([heading, *bad[:LISTED_PROBLEMS], *more, advice]))
+        fix = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        found = "\n".join([f"data: {counted(len(bad), 'bad row')}", *bad[:LISTED_PROBLEMS], *more])
+        raise DataError(found, fix, between="\n")
 
 
 def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_rows: int | None) -> None:
@@ -192,18 +197,18 @@ def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_r
         dropped = train.statistics.dropped_long
         why = f" ({dropped} were longer than model.max_seq_length)" if dropped else ""
         advice = "raise model.max_seq_length" if dropped else "add rows"
-        raise DataError(f"data: {paths['train']} leaves no row to train on{why}; {advice}")
+        raise DataError(f"data: {paths['train']} leaves no row to train on{why}", advice)
     if validation.statistics.rows == 0:
         where = paths.get("validation", paths["train"])
         more = "add rows" if max_rows is None else f"raise dataset.max_rows above {max_rows}"
         advice = f"name a dataset.validation_file, {more}, or raise dataset.validation_split"
-        raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on); {advice}")
+        raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on)", advice)
     pair = first_pair(train, validation, "digests")
     if pair:
         shared = len(np.intersect1d(train.kept("digests"), validation.kept("digests")))
-        count = "1 row stands" if shared == 1 else f"{shared} rows stand"
+        count = "1 row stands" if shared == 1 else f"{shared:,} rows stand"
         first = f"{paths['train']}:{pair[0]} is {paths['validation']}:{pair[1]}"
-        raise DataError(f"data: {count} in train and validation both, the first: {first}; remove them from one")
+        raise DataError(f"data: {count} in train and validation both, the first: {first}", "remove them from one")
     leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
     validation.statistics.normalised_leaks = int(leaks.sum())
     validation.statistics.first_leak = first_pair(train, validation, "normalised")

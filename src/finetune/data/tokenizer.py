@@ -125,9 +125,8 @@ def mistral_tokenizer() -> Tokenizer:
     scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     vocab = {piece: index for index, piece in enumerate(scores)}
     if len(vocab) != 32000:
-        raise ConfigError(
-            f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, wanted 32000; reinstall mistral-common"
-        )
+        found = f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, wanted 32000"
+        raise ConfigError(found, fix="reinstall mistral-common")
     model = BPE(
         vocab=vocab,
         merges=_merges(vocab, scores),

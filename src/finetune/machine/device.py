@@ -64,7 +64,7 @@ def prepare_device(platform: Platform) -> None:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not present[platform.device]:
         found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
-        raise CheckFailed(f"device: {found}; try --config cpu, or --dry-run, which needs no device")
+        raise CheckFailed(f"device: {found}", "try --config cpu, or --dry-run, which needs no device")
     if platform.device == "cuda":
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -80,7 +80,7 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
             "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE
         ):
             raise
-        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}\n{advice}") from None
+        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}", advice, between="\n") from None
 
 
 def peak_memory_gib(platform: Platform) -> float:

@@ -120,7 +120,7 @@ def read_docker_host(root: Path = ROOT) -> DockerHost:
     """Read this host and the project in `root`. Raises CheckFailed where docker-py is not installed."""
     if importlib.util.find_spec("docker") is None:
         found = f"not installed for {sys.executable}: docker"
-        raise CheckFailed(f"{found}\ntype: scripts/make_venv.sh, then run this with .venv/bin/python")
+        raise CheckFailed(found, "type: scripts/make_venv.sh, then run this with .venv/bin/python", between="\n")
     settings = read_settings(root)
     host = DockerHost(
         machine=read_machine(),

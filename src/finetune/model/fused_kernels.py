@@ -57,7 +57,7 @@ def install(model: PeftModel, bf16: bool) -> None:
     """
     if model.config.model_type != "mistral" or model.config.hidden_act != "silu":
         found = f"a {model.config.model_type} model with {model.config.hidden_act}, wanted mistral with silu"
-        raise CheckFailed(f"fused kernels: {found}; {TURN_OFF}")
+        raise CheckFailed(f"fused kernels: {found}", TURN_OFF)
     for module in model.modules():
         if isinstance(module, mistral.MistralRMSNorm):
             module.forward = partial(_norm_forward, module, module.forward)
@@ -70,7 +70,7 @@ def install(model: PeftModel, bf16: bool) -> None:
     except TorchDynamoException as error:
         cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
         reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
-        raise CheckFailed(f"fused kernels: torch.compile fails: {reason}\n{TURN_OFF}") from None
+        raise CheckFailed(f"fused kernels: torch.compile fails: {reason}", TURN_OFF, between="\n") from None
 
 
 def _norm_forward(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,8 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
     try:
         token = get_token()
     except OSError as error:
-        raise ConfigError(f"the Hub's token cannot be read: {error.filename}: {error.strerror}; {GIVE_TOKEN}") from None
+        found = f"the Hub's token cannot be read: {error.filename}: {error.strerror}"
+        raise ConfigError(found, fix=GIVE_TOKEN) from None
     address = f"{endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/config.json"
     try:
         request = Request(address, method="HEAD")

@@ -81,11 +81,12 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             trust_remote_code=False,
         )
     except OSError as error:
-        raise CheckFailed(_no_weights(model.name, error)) from None
+        raise _no_weights(model.name, error) from None
     except ImportError as error:
         first = str(error).strip().splitlines()[0]
-        advice = "without flash-attn: --set model.attn_implementation=sdpa"
-        raise CheckFailed(f"model: {model.name} needs a library that is not installed: {first}\n{advice}") from None
+        found = f"model: {model.name} needs a library that is not installed: {first}"
+        fix = "without flash-attn: --set model.attn_implementation=sdpa"
+        raise CheckFailed(found, fix, between="\n") from None
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
@@ -120,12 +121,10 @@ def _unpacked(layer: Any) -> Any:
     return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-def _no_weights(name: str, error: OSError) -> str:
+def _no_weights(name: str, error: OSError) -> CheckFailed:
     first = str(error).splitlines()[0]
     if is_local(name):
-        return f"model: {name} cannot be loaded: {first}"
-    return (
-        f"model: {name} cannot be fetched: {first}\n"
-        f"Accept its terms at https://huggingface.co/{name} once, then {GIVE_TOKEN}; or put its files in a folder "
-        "and type --set model.name=FOLDER"
-    )
+        return CheckFailed(f"model: {name} cannot be loaded: {first}")
+    accept = f"Accept its terms at https://huggingface.co/{name} once, then {GIVE_TOKEN}"
+    fix = f"{accept}; or put its files in a folder and type --set model.name=FOLDER"
+    return CheckFailed(f"model: {name} cannot be fetched: {first}", fix, between="\n")

@@ -62,7 +62,7 @@ def read_geometry(config: Config) -> Geometry:
     asked, layers = config.training.checkpointed_layers, found.num_hidden_layers
     if isinstance(asked, int) and asked > layers:
         wanted = f"wanted 0 to {layers}, all or auto"
-        raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers; {wanted}")
+        raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers", fix=wanted)
     return found
 
 
@@ -71,7 +71,7 @@ def _local_geometry(config: Config) -> Geometry:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"model.name: {path}: {error.strerror}; wanted a folder with a model in it") from None
+        raise ConfigError(f"model.name: {path}: {error.strerror}", fix="wanted a folder with a model in it") from None
     except ValueError as error:
         raise ConfigError(f"model.name: {path} is not JSON: {error}") from None
     architectures = values.get("architectures") if isinstance(values, dict) else None
@@ -79,9 +79,8 @@ def _local_geometry(config: Config) -> Geometry:
         raise ConfigError(f"model.name: {path} is a {architectures}, wanted ['MistralForCausalLM']")
     found = Geometry(**_sizes(values, path))
     if found != MISTRAL_7B and not PLATFORMS[config.platform].any_base:
-        raise ConfigError(
-            f"model.name: {path} is not Mistral-7B: {_difference(found)}; train small models on platform cpu"
-        )
+        problem = f"model.name: {path} is not Mistral-7B: {_difference(found)}"
+        raise ConfigError(problem, fix="train small models on platform cpu")
     return found
 
 
@@ -92,7 +91,7 @@ def _sizes(values: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong = [f"{name} is {size!r}" for name, size in sizes.items() if not (isinstance(size, int) and size >= 0)]
     wrong += [f"{name} is 0" for name, size in sizes.items() if size == 0 and name != "tie_word_embeddings"]
     if wrong:
-        raise ConfigError(f"model.name: {path}: {', '.join(wrong)}; wanted positive whole numbers")
+        raise ConfigError(f"model.name: {path}: {', '.join(wrong)}", fix="wanted positive whole numbers")
     return sizes
 
 

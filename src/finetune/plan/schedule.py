@@ -81,8 +81,8 @@ def check_budget(training: TrainingConfig, schedule: Schedule, pace: Pace, elaps
     last = schedule.reach(pace, left)
     if training.time_budget_partial and last > schedule.done:
         return f"enough until about step {last:,} of {schedule.steps:,}; the same command then goes on from there"
-    advice = _advice(training, schedule, pace, elapsed)
-    raise OutOfResource("\n  ".join([_found(training, schedule, pace, left), *advice]))
+    choices = _advice(training, schedule, pace, elapsed)
+    raise OutOfResource(_found(training, schedule, pace, left), "\n  ".join(choices), between="\n  ")
 
 
 def _found(training: TrainingConfig, schedule: Schedule, pace: Pace, left: float) -> str:

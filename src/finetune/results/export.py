@@ -75,7 +75,5 @@ def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:
     partial.rename(aside)
     failed = "\n".join(f"  {check.name}: {check.detail}" for check in found.failed)
     count = f"{len(found.failed)} of {len(found.checks)} checks failed"
-    return SelfTestFailed(
-        f"self-test: {count}, so this adapter is not final\n{failed}\n"
-        f"it lies in {shown(aside)}; change the config or the data, then --fresh starts a new run"
-    )
+    text = f"self-test: {count}, so this adapter is not final\n{failed}\nit lies in {shown(aside)}"
+    return SelfTestFailed(text, "change the config or the data, then --fresh starts a new run")

@@ -33,14 +33,14 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     free_bytes = shutil.disk_usage(folder).free  # fails where the folder is gone, which a library would make anew
     sizes = f"{shown(folder)} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
     if free_bytes < needed_bytes:
-        raise DiskFull(f"no space left: {sizes}; free some, then type the same command again")
+        raise DiskFull(f"no space left: {sizes}", "free some, then type the same command again")
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         of_a_file = re.search("PytorchStreamWriter|inline_container|unexpected pos", str(error))
         if isinstance(error, RuntimeError) and not of_a_file:
             raise  # a device's, no disk's
-        raise DiskFull(f"cannot save: {error} ({sizes}); mend that, then type the same command again") from error
+        raise DiskFull(f"cannot save: {error} ({sizes})", "mend that, then type the same command again") from error
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def lock_holder(folder: Path) -> str | None:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _held_by(stream)
+                return "; ".join(_held_by(stream))
     except FileNotFoundError:
         pass
     return None
@@ -121,8 +121,8 @@ def _number(first: Path, folder: Path) -> int:
     return 1 if folder == first else int(folder.name.removeprefix(f"{first.name}-"))
 
 
-def _held_by(stream: TextIO) -> str:
-    """Who holds this lock and how to stop it, in the two lines that the holder wrote.
+def _held_by(stream: TextIO) -> tuple[str, str]:
+    """Who holds this lock and what to do about it, from the two lines that the holder wrote.
 
     They are waited for: a holder writes them a moment after it has the lock.
     """
@@ -133,7 +133,7 @@ def _held_by(stream: TextIO) -> str:
         if stop or time.monotonic() > until:
             break
         time.sleep(0.01)
-    return f"{who or 'another process'}; wait for it" + (f", or stop it with: {stop}" if stop else "")
+    return who or "another process", f"wait for it, or stop it with: {stop}" if stop else "wait for it"
 
 
 def _lock(folder: Path) -> tuple[TextIO, str | None]:
@@ -142,9 +142,9 @@ def _lock(folder: Path) -> tuple[TextIO, str | None]:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _held_by(stream)
+        holder, fix = _held_by(stream)
         stream.close()
-        raise OutOfResource(f"{shown(folder)} is being written by {holder}") from None
+        raise OutOfResource(f"{shown(folder)} is being written by {holder}", fix) from None
     stream.seek(0)
     died = stream.readline().strip() or None
     stream.truncate(0)

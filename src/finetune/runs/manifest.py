@@ -208,12 +208,12 @@ def _check_writable(folder: Path, error: Exception) -> None:
     try:
         free_mib = shutil.disk_usage(folder).free / 2**20
     except OSError as gone:
-        raise OutOfResource(f"{where} is gone ({gone.strerror}); bring it back, {advice}") from error
+        raise OutOfResource(f"{where} is gone ({gone.strerror})", f"bring it back, {advice}") from error
     if free_mib < FULL_DISK_MIB:
-        raise OutOfResource(f"no space left: {where} has {free_mib:.1f} MiB free; free some, {advice}") from error
+        raise OutOfResource(f"no space left: {where} has {free_mib:.1f} MiB free", f"free some, {advice}") from error
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as refused:
-        text = f"{where} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free); mend that, {advice}"
-        raise OutOfResource(text) from error
+        found = f"{where} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free)"
+        raise OutOfResource(found, f"mend that, {advice}") from error

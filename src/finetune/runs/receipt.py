@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
     version = receipt["schema_version"]
     if version != SCHEMA_VERSION:
         found = f"schema_version is {show(version)}, wanted {SCHEMA_VERSION}"
-        raise ConfigError(f"--receipt {path}: {found}; make both with the same version of this program")
+        raise ConfigError(f"--receipt {path}: {found}", fix="make both with the same version of this program")
     for part in ("must_agree", "by_design"):
         if not isinstance(receipt.get(part), dict):
             raise _refused(path, f"{part} is {show(receipt.get(part))}, wanted a section")
@@ -95,7 +95,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _refused(path: Path, found: str) -> ConfigError:
-    return ConfigError(f"--receipt {path}: {found}; name the {FILE} of a run's folder, copied whole")
+    return ConfigError(f"--receipt {path}: {found}", fix=f"name the {FILE} of a run's folder, copied whole")
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -112,10 +112,11 @@ def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[
 
 def _refuse(decision: Decision, accept_changes: bool) -> None:
     if decision.nothing_whole:
-        raise CheckFailed(f"no checkpoint in {decision.checkpoints} is whole; --fresh starts a new run")
+        raise CheckFailed(f"no checkpoint in {decision.checkpoints} is whole", "--fresh starts a new run")
     if decision.checkpoint and decision.changes and not accept_changes:
         problems = (f"changed since {decision.checkpoint.name}: {change}" for change in decision.changes)
-        raise ConfigError(*problems, advice="--fresh starts a new run, --resume-changed goes on all the same")
+        fix = "--fresh starts a new run, --resume-changed goes on all the same"
+        raise ConfigError(*problems, fix=fix, between="\n")
 
 
 def best_step(folder: Path) -> int:

@@ -154,4 +154,4 @@ def _advice_where_memory_ends(config: Config, capacity_gib: float) -> Iterator[N
         yield
     except MemoryEnds as end:
         advice = what_would_fit(config, read_geometry(config), capacity_gib, end.peak_gib)
-        raise OutOfResource(f"rehearsal: {end.found}, and there are {capacity_gib:.1f} GiB; {advice}") from None
+        raise OutOfResource(f"rehearsal: {end.found}, and there are {capacity_gib:.1f} GiB", advice) from None

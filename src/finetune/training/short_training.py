@@ -49,7 +49,7 @@ def _memory_ends() -> Iterator[None]:
     except DiskFull:
         raise
     except OutOfResource as error:
-        raise MemoryEnds(str(error).splitlines()[0], None) from None
+        raise MemoryEnds(error.found, None) from None
     except MemoryError:
         raise MemoryEnds("out of memory", None) from None
 
@@ -138,7 +138,7 @@ class Stage:
                     trainer.add_callback(watch)
                     trainer.train()
             except (Diverged, DiskFull) as error:
-                raise type(error)(f"rehearsal: {error}") from None
+                raise type(error)(f"rehearsal: {error.found}", error.fix) from None
             return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform))
 
     def load_back(self, watch: Stopwatch) -> None:

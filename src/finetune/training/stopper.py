@@ -112,4 +112,4 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             exit_code, what = reason
             checkpoints = saved(self.run.checkpoints)
             goes_on = f"goes on from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
-            raise Stopped(exit_code, f"{what} at step {step}; the same command {goes_on}")
+            raise Stopped(exit_code, f"{what} at step {step}", f"the same command {goes_on}")

@@ -79,7 +79,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         advice = "look at them with scripts/inspect_data.py, lower training.learning_rate"
         good = saved(Path(self.args.output_dir))
         goes_on = f"; --resume-changed then goes on from {good[-1].name}, the last good checkpoint" if good else ""
-        return Diverged(f"{found}; {advice}{goes_on}")
+        return Diverged(found, f"{advice}{goes_on}")
 
     def _rows(self, lines: tuple[int, ...]) -> str:
         if not self.model.training:

@@ -88,11 +88,13 @@ class Evidence:
 def read(folder: Path) -> Evidence:
     """Raises ConfigError where `folder` is no run's folder."""
     if not folder.is_dir():
-        raise ConfigError(f"{shown(folder)}: no such folder; name a run's, as in adapters/RUN")
+        raise ConfigError(f"{shown(folder)}: no such folder", fix="name a run's, as in adapters/RUN")
     try:
         manifest = read_json(folder / MANIFEST)
     except FileNotFoundError:
-        raise ConfigError(f"{shown(folder)}: no {MANIFEST} in it; name a run's folder, as in adapters/RUN") from None
+        raise ConfigError(
+            f"{shown(folder)}: no {MANIFEST} in it", fix="name a run's folder, as in adapters/RUN"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shown(folder / MANIFEST)}: cannot be read ({error})") from None
     if not isinstance(manifest, dict):
