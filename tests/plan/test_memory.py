@@ -15,7 +15,7 @@ from finetune.config import load as config_load
 from finetune.config.load import ROOT
 from finetune.config.schema import Config
 from finetune.files import GIB
-from finetune.plan.fit import Fit, fit
+from finetune.plan.fit import Change, smallest_change
 from finetune.plan.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
@@ -303,12 +303,12 @@ def test_a_large_evaluation_batch_is_the_peak() -> None:
 
 
 def test_a_run_that_fits_is_left_as_it_is() -> None:
-    assert fit(load(), MISTRAL_7B, 80) == Fit((), 13.4, "nothing to change; 13.4 GiB expected")
+    assert smallest_change(load(), MISTRAL_7B, 80) == Change((), 13.4, "nothing to change; 13.4 GiB expected")
 
 
 def test_fewer_rows_at_once_and_more_accumulation_come_first() -> None:
-    found = fit(load("training.gradient_checkpointing=false"), MISTRAL_7B, 80)
-    assert found == Fit(
+    found = smallest_change(load("training.gradient_checkpointing=false"), MISTRAL_7B, 80)
+    assert found == Change(
         ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=8"),
         67.51,
         "training.per_device_train_batch_size 4 -> 2, training.gradient_accumulation_steps 4 -> 8 keeps the effective "
@@ -320,9 +320,9 @@ def test_fewer_rows_at_once_and_more_accumulation_come_first() -> None:
 
 
 def test_where_only_some_layers_are_checkpointed_all_come_before_anything_else() -> None:
-    found = fit(load("training.checkpointed_layers=8"), MISTRAL_7B, 80)
+    found = smallest_change(load("training.checkpointed_layers=8"), MISTRAL_7B, 80)
     text = "training.checkpointed_layers 8 -> all; 13.4 GiB expected"
-    assert found == Fit(("training.checkpointed_layers=all",), 13.4, text)
+    assert found == Change(("training.checkpointed_layers=all",), 13.4, text)
 
 
 def test_changes_add_up_in_their_order_until_the_run_fits() -> None:
@@ -331,7 +331,7 @@ def test_changes_add_up_in_their_order_until_the_run_fits() -> None:
         "quantization.storage=expanded",
         "training.per_device_train_batch_size=6",
     )
-    found = fit(wasteful, MISTRAL_7B, 5.8)
+    found = smallest_change(wasteful, MISTRAL_7B, 5.8)
     assert found is not None
     assert found.settings == (
         "training.per_device_train_batch_size=1",
@@ -352,7 +352,7 @@ def test_changes_add_up_in_their_order_until_the_run_fits() -> None:
 @pytest.mark.parametrize("platform", ["h100", "m4"])
 def test_what_is_suggested_loads_fits_and_keeps_the_effective_batch(platform: str, capacity: float) -> None:
     before = load("training.gradient_checkpointing=false", platform=platform)
-    found = fit(before, MISTRAL_7B, capacity)
+    found = smallest_change(before, MISTRAL_7B, capacity)
     assert found is not None
     after = load("training.gradient_checkpointing=false", *found.settings, platform=platform)
     assert round(peak_gib(after, MISTRAL_7B), 2) == found.peak_gib <= capacity
@@ -360,7 +360,7 @@ def test_what_is_suggested_loads_fits_and_keeps_the_effective_batch(platform: st
 
 
 def test_an_evaluation_that_is_too_large_gets_fewer_rows_and_training_stays() -> None:
-    found = fit(load("training.per_device_eval_batch_size=64"), MISTRAL_7B, 17)
+    found = smallest_change(load("training.per_device_eval_batch_size=64"), MISTRAL_7B, 17)
     assert found is not None
     assert found.settings == ("training.per_device_eval_batch_size=16",)
 
@@ -368,7 +368,7 @@ def test_an_evaluation_that_is_too_large_gets_fewer_rows_and_training_stays() ->
 def test_a_measured_peak_corrects_what_is_expected() -> None:
     wanted = load("training.per_device_eval_batch_size=64")
     expected = peak_gib(wanted, MISTRAL_7B)
-    found = fit(wanted, MISTRAL_7B, 17, measured_gib=0.65 * expected)
+    found = smallest_change(wanted, MISTRAL_7B, 17, measured_gib=0.65 * expected)
     assert found is not None
     assert found.settings == ("training.per_device_eval_batch_size=32",)
     half = peak_gib(load("training.per_device_eval_batch_size=32"), MISTRAL_7B)
@@ -376,4 +376,4 @@ def test_a_measured_peak_corrects_what_is_expected() -> None:
 
 
 def test_nothing_fits_in_less_than_the_weights() -> None:
-    assert fit(load(), MISTRAL_7B, 4) is None
+    assert smallest_change(load(), MISTRAL_7B, 4) is None

@@ -271,7 +271,7 @@ def test_a_device_is_waited_for_asked_for_its_random_numbers_and_relieved(
         set_rng_state=lambda state: calls.append(f"set {state}"),
         empty_cache=lambda: calls.append("empty"),
     )
-    monkeypatch.setattr(torch, "get_devices", {platform.device: device}.__getitem__)
+    monkeypatch.setattr(torch, "get_device_module", {platform.device: device}.__getitem__)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
     devices.synchronize(platform)
     devices.set_random_state(platform, devices.random_state(platform))
@@ -319,11 +319,11 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float | None]]:
     """(capacity, measured peak) of each time that a change is asked for; the answer is always the same."""
     asked: list[tuple[float, float | None]] = []
 
-    def changed(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fit.Fit | None:
+    def change(_config: Config, _geometry: Any, capacity_gib: float, measured_gib: float | None) -> fit.Change | None:
         asked.append((capacity_gib, measured_gib))
-        return fit.Fit(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
+        return fit.Change(("lora.r=8", "model.max_seq_length=16"), 1.0, "A CHANGE")
 
-    monkeypatch.setattr(fit, "fit", changed)
+    monkeypatch.setattr(fit, "smallest_change", change)
     return asked
 
 
@@ -340,10 +340,10 @@ def test_a_peak_above_what_there_is_is_refused_with_a_change_that_fits(
 def test_where_no_change_would_fit_it_says_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = iter([1.5, 2.5])
     monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: next(peaks))
-    monkeypatch.setattr(fit, "fit", lambda *_: None)
+    monkeypatch.setattr(fit, "smallest_change", lambda *_: None)
     assert str(fails(case, case.config(), capacity_gib=0.25)) == (
         "rehearsal: peak 2.5 GiB, and there are 0.2 GiB; "
-        "no change of the config would fit, only a machine with more memory"
+        "no change to the config is enough; use a machine with more memory"
     )
 
 

@@ -13,8 +13,7 @@ from finetune.checks.runner import Check, Finding, failed, passed, skipped, warn
 from finetune.cli import advice
 from finetune.machine.inspect import GpuProcess
 from finetune.machine.platforms import names
-from finetune.plan.fit import fit
-from finetune.plan.memory import peak_gib
+from finetune.plan.fit import compare
 
 OLDEST_CUDA = (12, 1)
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -57,32 +56,26 @@ def _device(preflight: Preflight) -> Finding:
 
 def _another_gpu(preflight: Preflight, found: str) -> Finding:
     """A warning that says what would not fit."""
-    config, total_gib = preflight.config, preflight.machine.gpu_memory_gib
+    total_gib = preflight.machine.gpu_memory_gib
+    fitting = compare(preflight.config, preflight.geometry, {"in total": total_gib} if total_gib else {})
     arches = "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or "
     arches += "--set model.attn_implementation=sdpa"
-    if total_gib is None or peak_gib(config, preflight.geometry) <= total_gib:
+    if fitting.fits:
         return warned(f"{found}; hours and settings here are meant for an H100 (9.0)", arches)
-    smaller = fit(config, preflight.geometry, total_gib)
-    text = f"{found}; {peak_gib(config, preflight.geometry):.1f} GiB expected do not fit its {total_gib:.1f}"
-    return warned(text, f"{smaller.command}; {arches}" if smaller else "rent a GPU with more memory")
+    return warned(f"{found}; {fitting.found}", f"{fitting.fix()}; {arches}" if fitting.change else fitting.fix())
 
 
 def _memory(preflight: Preflight) -> Finding:
-    machine, config = preflight.machine, preflight.config
-    expected, free = peak_gib(config, preflight.geometry), machine.gpu_free_gib
-    if free is None:
-        return warned(f"{expected:.1f} GiB expected; this driver does not tell what is free", "nvidia-smi")
-    total = f" of {machine.gpu_memory_gib:.1f}" if machine.gpu_memory_gib else ""
-    found = f"{free:.1f}{total} GiB free, {expected:.1f} expected"
-    if expected <= free:
-        return passed(found)
-    smaller = fit(config, preflight.geometry, free)
-    if machine.gpu_memory_gib is None or expected > machine.gpu_memory_gib:
-        return failed(found, smaller.command if smaller else "rent a GPU with more memory")
+    machine, fitting = preflight.machine, preflight.fitting
+    if not fitting.limits:
+        return warned(f"{fitting.found}; this driver does not tell what is free", "nvidia-smi")
+    if fitting.fits:
+        return passed(fitting.found)
+    if machine.gpu_memory_gib is None or fitting.peak_gib > machine.gpu_memory_gib:
+        return failed(fitting.found, fitting.fix())
     if machine.gpu_processes:
-        return failed(found, f"end what holds it, where it is yours: {_kill(machine.gpu_processes)}")
-    less = f", or use less: {smaller.command}" if smaller else ""
-    return failed(found, f"end what nvidia-smi, on the host, shows to hold it{less}")
+        return failed(fitting.found, fitting.fix(f"{_kill(machine.gpu_processes)}, if yours"))
+    return failed(fitting.found, fitting.fix("end the programs that nvidia-smi lists on the host"))
 
 
 def _processes(preflight: Preflight) -> Finding:

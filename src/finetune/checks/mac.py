@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 from finetune.checks.preflight import Preflight
-from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
+from finetune.checks.runner import Check, Finding, failed, passed, warned
 from finetune.machine.platforms import WORKING_SET_SHARE, names
-from finetune.plan.fit import fit
-from finetune.plan.memory import peak_gib
+from finetune.plan.fit import compare
 
 UNIFIED_GIB = 32
 LOW_WATERMARK = 1.4  # torch's default
@@ -28,33 +27,24 @@ def _chip(preflight: Preflight) -> Finding:
     machine = preflight.machine
     found = f"{machine.chip or 'unknown chip'}, {machine.memory_gib:.0f} GiB of unified memory"
     if machine.memory_gib < UNIFIED_GIB:
-        smaller = fit(preflight.config, preflight.geometry, machine.memory_gib * WORKING_SET_SHARE)
-        return warned(
-            f"{found}; the m4 config is made for {UNIFIED_GIB}", smaller.command if smaller else "--config cpu"
-        )
+        fitting = compare(preflight.config, preflight.geometry, {"": machine.memory_gib * WORKING_SET_SHARE})
+        fix = "nothing to change: the run fits" if fitting.fits else fitting.fix()
+        return warned(f"{found}; the m4 config is made for {UNIFIED_GIB}", fix)
     if not machine.chip.startswith("Apple M4"):
-        return warned(
-            f"{found}; the m4 config is made for an Apple M4", "nothing to change; its notes on hours do not hold"
-        )
+        fix = "nothing to change; its notes on hours do not hold"
+        return warned(f"{found}; the m4 config is made for an Apple M4", fix)
     return passed(found)
 
 
 def _memory(preflight: Preflight) -> Finding:
-    working_set, expected = preflight.torch.working_set_gib, peak_gib(preflight.config, preflight.geometry)
-    if working_set is None:
-        return skipped("torch sees no GPU")
-    free = preflight.machine.memory_free_gib
-    limits = f"{free:.1f} free, {working_set:.1f} is the GPU's working set, beyond which macOS swaps"
-    found = f"{expected:.1f} GiB expected, {limits}"
-    if expected <= min(free, working_set):
-        return passed(found)
-    smaller = fit(preflight.config, preflight.geometry, min(free, working_set))
-    fix = smaller.command if smaller else "train on a Mac with more memory, or --config h100"
-    if expected <= working_set:
-        fix = f"close other programs, or {smaller.command}" if smaller else "close other programs"
-    if expected > preflight.machine.memory_gib:
-        return failed(f"{found}; the whole Mac has {preflight.machine.memory_gib:.0f}", fix)
-    return warned(found, fix)
+    total_gib, fitting = preflight.machine.memory_gib, preflight.fitting
+    if fitting.fits:
+        return passed(fitting.found)
+    others_hold_it = fitting.peak_gib <= (preflight.working_set_gib or 0)
+    fix = fitting.fix("close other programs" if others_hold_it else "")
+    if fitting.peak_gib > total_gib:
+        return failed(f"{fitting.found}; the whole Mac has {total_gib:.0f}", fix)
+    return warned(fitting.found, fix)
 
 
 def _watermarks(preflight: Preflight) -> Finding:

@@ -11,8 +11,7 @@ from finetune.checks.runner import Check, Finding, failed, passed, skipped, warn
 from finetune.files import resolve
 from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
 from finetune.machine.platforms import names
-from finetune.plan.fit import fit, what_would_fit
-from finetune.plan.memory import peak_gib
+from finetune.plan.fit import what_would_fit
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
 
@@ -28,13 +27,11 @@ def _steps(preflight: Preflight) -> Finding:
 
 
 def _memory(preflight: Preflight) -> Finding:
-    config, free = preflight.config, preflight.machine.memory_free_gib
-    expected = peak_gib(config, preflight.geometry)
-    found = f"{expected:.1f} GiB expected, {free:.1f} free"
-    if expected <= free:
-        return passed(found)
-    smaller = fit(config, preflight.geometry, free)
-    return failed(found, smaller.command if smaller else "close other programs, or take a machine with more memory")
+    machine, fitting = preflight.machine, preflight.fitting
+    if fitting.fits:
+        return passed(fitting.found)
+    others_hold_it = fitting.peak_gib <= (machine.memory_limit_gib or machine.memory_gib)
+    return failed(fitting.found, fitting.fix("close other programs" if others_hold_it else ""))
 
 
 def _hours(preflight: Preflight) -> Finding:

@@ -11,7 +11,8 @@ from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.machine.device import Torch, read_torch
 from finetune.machine.inspect import Machine
-from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform
+from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, memory_limits
+from finetune.plan.fit import Fitting, compare
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import Plan, make_plan
 
@@ -59,6 +60,12 @@ class Preflight:
     def geometry(self) -> Geometry:
         """The base model's shape."""
         return read_geometry(self.config)
+
+    @cached_property
+    def fitting(self) -> Fitting:
+        """The expected peak against the memory there is."""
+        limits = memory_limits(self.platform, self.machine, self.working_set_gib)
+        return compare(self.config, self.geometry, limits)
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -190,6 +190,18 @@ def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
     return None if platform.unified_memory and not machine.apple_silicon else machine.memory_free_gib
 
 
+def memory_limits(platform: Platform, machine: Machine, working_set_gib: float | None) -> dict[str, float]:
+    """GiB that the model must stay within, by what kind of memory it is; empty where free memory is not known."""
+    free_gib = memory_available_gib(platform, machine)
+    if free_gib is None:
+        return {}
+    total_gib = machine.gpu_memory_gib if platform.nvidia else None
+    limits = {f"free of {total_gib:.1f}" if total_gib else "free": free_gib}
+    if working_set_gib is not None:
+        limits["in the GPU's working set, beyond which macOS swaps"] = working_set_gib
+    return limits
+
+
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
     """What the manifest says of the machine."""
     device = machine.gpus[0] if platform.nvidia and machine.gpus else host.processor() or machine.architecture

@@ -1,8 +1,9 @@
-"""The smallest change of a config under which its run fits into memory. Arithmetic alone."""
+"""Expected peak memory against what there is, and the smallest change of a config that fits. Arithmetic alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from finetune.config.schema import Config
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import Geometry
 
-# What `fit` may change, and what follows the change in its sentence.
+# What may be changed, and what follows the change in its sentence.
 EFFECTS = {
     "training.checkpointed_layers": "; ",
     "training.per_device_train_batch_size": ", ",
@@ -21,10 +22,11 @@ EFFECTS = {
     "model.max_seq_length": " cuts longer rows; ",
 }
 LEAST_LENGTH = 256  # of max_seq_length: below it, most conversations would lose their answers
+NOTHING_FITS = "no change to the config is enough; use a machine with more memory"
 
 
 @dataclass(frozen=True)
-class Fit:
+class Change:
     """The smallest change under which a run fits: what to hand to `--set`, the peak then expected, and why."""
 
     settings: tuple[str, ...]
@@ -37,7 +39,45 @@ class Fit:
         return " ".join(f"--set {setting}" for setting in self.settings)
 
 
-def fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> Fit | None:
+@dataclass(frozen=True)
+class Fitting:
+    """The peak that a run is expected to need against `limits`, the memory there is (GiB, by what kind it is).
+
+    `change` is the smallest one that fits, an empty one where nothing need change; None where no change is enough.
+    """
+
+    peak_gib: float
+    limits: dict[str, float]
+    change: Change | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within every limit; true where no limit is known."""
+        return self.peak_gib <= min(self.limits.values(), default=math.inf)
+
+    @property
+    def found(self) -> str:
+        """Peak and limits in words."""
+        there = (f"{gib:.1f} GiB {what}" for what, gib in self.limits.items())
+        return ", ".join((f"{self.peak_gib:.1f} GiB expected", *there))
+
+    def fix(self, release: str = "") -> str:
+        """What to type where the run does not fit; `release` is how to free memory that something else holds."""
+        if self.change is None:
+            return release or NOTHING_FITS
+        return f"{release}, or {self.change.command}" if release else self.change.command
+
+
+def compare(config: Config, geometry: Geometry, limits: dict[str, float], measured_gib: float | None = None) -> Fitting:
+    """How the run of `config` fits into `limits`, by its measured peak or else by the expected one."""
+    capacity_gib = min(limits.values(), default=math.inf)
+    change = smallest_change(config, geometry, capacity_gib, measured_gib)
+    return Fitting(measured_gib or peak_gib(config, geometry), limits, change)
+
+
+def smallest_change(
+    config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None
+) -> Change | None:
     """The smallest change of `config` whose peak is at most `capacity_gib`; None where no change is enough.
 
     Changes add up in the order of `_changes`, each taken only where it lowers the peak. `measured_gib`, the peak
@@ -55,14 +95,14 @@ def fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: f
 
 
 def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> str:
-    """The smallest change that fits as sentence and command, for a run whose memory has ended, or that none does.
+    """The smallest change that fits as sentence and command, for a run that ran out of memory, or that none does.
 
-    Without a measured peak it is taken to be a little more than there is.
+    Without a measured peak, the run is taken to need a little more than there is.
     """
     more_than_there_is = max(peak_gib(config, geometry), 1.000001 * capacity_gib)
-    change = fit(config, geometry, capacity_gib, measured_gib or more_than_there_is)
+    change = compare(config, geometry, {"": capacity_gib}, measured_gib or more_than_there_is).change
     if change is None:
-        return "no change of the config would fit, only a machine with more memory"
+        return NOTHING_FITS
     return f"what would fit: {change.sentence}\n  {change.command}"
 
 
@@ -92,7 +132,7 @@ def _with(config: Config, section: str, **values: object) -> Config:
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
-def _described(before: Config, after: Config, peak: float) -> Fit:
+def _described(before: Config, after: Config, peak: float) -> Change:
     """What differs between the two, as `--set` has it and as a person reads it."""
     settings, clauses = [], []
     for path, why in EFFECTS.items():
@@ -102,7 +142,7 @@ def _described(before: Config, after: Config, peak: float) -> Fit:
             settings.append(f"{path}={new}")
             clauses.append(f"{path} {old} -> {new}{why.format(batch=before.effective_batch_size)}")
     sentence = "".join(clauses).removesuffix("; ") or "nothing to change"
-    return Fit(tuple(settings), round(peak, 2), f"{sentence}; {peak:.1f} GiB expected")
+    return Change(tuple(settings), round(peak, 2), f"{sentence}; {peak:.1f} GiB expected")
 
 
 def _shown(value: object) -> str:

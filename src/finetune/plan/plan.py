@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
-from finetune.machine.platforms import PLATFORMS, memory_available_gib
+from finetune.machine.platforms import PLATFORMS, memory_available_gib, memory_limits
 from finetune.plan.checkpointed_layers import by_formula, settled
-from finetune.plan.fit import fit
+from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
 from finetune.plan.model_shape import Geometry
 from finetune.plan.throughput import Throughput, find
@@ -104,9 +104,8 @@ def make_plan(
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
     platform = PLATFORMS[config.platform]
-    available = memory_available_gib(platform, machine)
-    capacity = min(platform.memory_gib if available is None else available, working_set_gib or math.inf)
-    choice = by_formula(config, geometry, capacity, BEFORE)
+    limits = memory_limits(platform, machine, working_set_gib)
+    choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
     config = settled(config, choice)
     parts = memory_parts(config, geometry)
     speed = find(config, geometry)
@@ -128,7 +127,7 @@ def make_plan(
         checkpoints=math.ceil(steps / training.save_steps),
         peak_memory_gib=round(sum(parts.values()), 2),
         memory_parts={name: round(gib, 3) for name, gib in parts.items()},
-        memory_available_gib=_rounded(available),
+        memory_available_gib=_rounded(memory_available_gib(platform, machine)),
         disk_gib=round(disk_bytes(config, geometry, train.tokens + validation.tokens) / GIB, 2),
         hours=None,
         certificate={"rows": train.certified + validation.certified, "mismatches": 0},
@@ -142,7 +141,7 @@ def make_plan(
     if speed is not None:
         hours = round(_hours(plan, config, validation.tokens, speed), 4)
         plan = dataclasses.replace(plan, hours=hours, hours_from=_source(speed))
-    return dataclasses.replace(plan, problems=_problems(plan, config, geometry))
+    return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
 
 
 def _hours(plan: Plan, config: Config, validation_tokens: int, speed: Throughput) -> float:
@@ -212,7 +211,7 @@ def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
     return kept * 3 * adapter + 2 * adapter + 8 * tokens
 
 
-def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
+def _problems(plan: Plan, config: Config, fitting: Fitting) -> list[str]:
     problems = []
     rows = config.dataset.max_rows
     if rows is not None:
@@ -224,20 +223,7 @@ def _problems(plan: Plan, config: Config, geometry: Geometry) -> list[str]:
     hours = hours_problem(plan, config)
     if hours:
         problems.append("; ".join(hours))
-    if plan.memory_available_gib is not None:
-        limits = [(plan.memory_available_gib, "free")]
-        if plan.working_set_gib is not None:
-            limits.append((plan.working_set_gib, "in the GPU's working set, beyond which macOS swaps"))
-        least, what = min(limits)
-        if plan.peak_memory_gib > least:
-            problems.append(_too_large(plan.peak_memory_gib, least, what, config, geometry))
+    if not fitting.fits:
+        why = f" ({fitting.change.sentence})" if fitting.change else ""
+        problems.append(f"{fitting.found}: {fitting.fix()}{why}")
     return problems
-
-
-def _too_large(peak_gib: float, limit_gib: float, what: str, config: Config, geometry: Geometry) -> str:
-    """What to type where the expected peak is more than there is; `what` says of which memory."""
-    found = f"{peak_gib:.1f} GiB expected, {limit_gib:.1f} GiB {what}"
-    smaller = fit(config, geometry, limit_gib)
-    if smaller is None:
-        return f"{found}: not even the smallest batch, checkpointed and packed, fits; it takes a larger machine"
-    return f"{found}: {smaller.command} ({smaller.sentence})"
