@@ -19,7 +19,7 @@ SEED = 0  # of the weights
 
 
 def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrainedModel:
-    """The frozen base that model.load_base would give, with normal random weights: the same on every call."""
+    """The frozen base that model/load.py's load_base would give, with normal random weights: the same on every call."""
     dtype = getattr(torch, config.model.dtype)
     quantizer = AutoHfQuantizer.from_config(_nf4(config))
     sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}

@@ -49,7 +49,7 @@ class Statistics:
     before. `certified` rows were compared with mistral-common. `control_tokens` rows hold one of the chat format's
     control tokens as literal text, the first on line `first_control_token`. `normalised_leaks` validation rows are a
     training row's copies but for whitespace and case, the first with lines (train, validation) `first_leak`. `copies`
-    names the first lines of the `duplicates`, `bad` lists (line, what was wrong), `histogram` is as in rows.py.
+    names the first lines of the `duplicates`, `bad` lists (line, what was wrong), `histogram` is as in store.py.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
     """
 

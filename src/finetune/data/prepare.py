@@ -1,6 +1,6 @@
 """The data a run trains on: files -> checked, split and encoded rows, through a cache -> datasets for the trainer.
 
-A stream from end to end: token arrays come from `encoding.chunks` in file order and are written at once, so memory does
+A stream from end to end: token arrays come from `encode.chunks` in file order and are written at once, so memory does
 not grow with the data but for a few numbers a row.
 """
 

@@ -21,7 +21,7 @@ BEFORE = "a rehearsal decides"  # so the formula is what the plan has
 
 
 class RowCounts(Protocol):
-    """What the plan reads of `encoding.Statistics`."""
+    """What the plan reads of `data.encode.Statistics`."""
 
     rows: int
     tokens: int

@@ -144,7 +144,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The card is export.py's; TRL would write one into every checkpoint."""
+        """results/export.py writes the card; TRL would write one into every checkpoint."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with room_for(Path(self.args.output_dir), 3 * adapter_bytes(self.model)):  # weights and AdamW's two moments

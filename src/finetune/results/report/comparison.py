@@ -37,7 +37,7 @@ CURVES = (
 
 
 def compare(first: Evidence, second: Evidence) -> dict[str, Any]:
-    """All that pages/compare.html shows."""
+    """All that templates/compare.html shows."""
     runs = first, second
     prompts = {sample["prompt"]: sample["tuned"] for sample in second.answers}
     return {
