@@ -203,18 +203,14 @@ def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_fil
 
 
 DIFFERENCES: dict[str, tuple[Any, str]] = {
-    "a token": (
-        lambda ids, labels: ([*ids[:3], 7, *ids[4:]], labels),
-        "3 is 28793 15359 733, mistral-common says 7 15359 733",
-    ),
+    "a token": (lambda ids, labels: ([*ids[:3], 7, *ids[4:]], labels),
+        "3 is 28793 15359 733, mistral-common says 7 15359 733"),
     "only a label": (lambda ids, labels: (ids, [*labels[:-1], IGNORED]), "10 is 2+, mistral-common says 2"),
     "one token less": (lambda ids, labels: (ids[:-1], labels[:-1]), "10 is 2+, mistral-common says the end"),
     "one token more": (lambda ids, labels: ([*ids, 5], [*labels, 5]), "11 is the end, mistral-common says 5+"),
-    "two beginnings": (
-        lambda ids, labels: ([1, *ids], [IGNORED, *labels]),
-        "1 is 733 16289 28793, mistral-common says 1 733 16289",
-    ),
-}
+    "two beginnings": (lambda ids, labels: ([1, *ids], [IGNORED, *labels]),
+        "1 is 733 16289 28793, mistral-common says 1 733 16289"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "told"), DIFFERENCES.values(), ids=DIFFERENCES.keys())

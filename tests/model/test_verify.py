@@ -52,28 +52,16 @@ DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] =
     ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, wanted Linear4bit"]),
     ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantised, wanted nf4"]),
     ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, wanted nf4")),
-    (
-        "no double quantisation",
-        {"bnb_4bit_use_double_quant": False},
-        nothing,
-        on_each_layer("has bnb_4bit_use_double_quant False, wanted True"),
-    ),
-    (
-        "another compute dtype",
-        {"bnb_4bit_compute_dtype": "bfloat16"},
-        nothing,
-        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32"),
-    ),
+    ("no double quantisation", {"bnb_4bit_use_double_quant": False}, nothing,
+        on_each_layer("has bnb_4bit_use_double_quant False, wanted True")),
+    ("another compute dtype", {"bnb_4bit_compute_dtype": "bfloat16"}, nothing,
+        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32")),
     ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, wanted Linear4bit")),
-    (
-        "another dtype",
-        {},
-        norm_in_bfloat16,
-        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"],
-    ),
+    ("another dtype", {}, norm_in_bfloat16,
+        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"]),
     ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
     ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, wanted Linear"]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -103,21 +103,15 @@ def test_a_file_without_throughput_is_left_alone(text: str, tmp_path: Path) -> N
     [
         ({}, "throughput: found {} (section), wanted a list of entries"),
         ([3], "throughput[0]: found 3 (whole number), wanted a section with keys below it"),
-        (
-            [{name: value for name, value in ENTRY.items() if name not in ("packing", "tokens_per_second")}],
-            "throughput[0]: without packing, tokens_per_second",
-        ),
-        (
-            [ENTRY | {"tokens_per_second": 0}],
-            "throughput[0].tokens_per_second: found 0 (whole number), wanted more than 0",
-        ),
-        (
-            [ENTRY, ENTRY | {"platform": "tpu"}],
-            "throughput[1].platform: found 'tpu' (text), wanted h100 | m4 | cpu; did you mean cpu?",
-        ),
+        ([{name: value for name, value in ENTRY.items() if name not in ("packing", "tokens_per_second")}],
+            "throughput[0]: without packing, tokens_per_second"),
+        ([ENTRY | {"tokens_per_second": 0}],
+            "throughput[0].tokens_per_second: found 0 (whole number), wanted more than 0"),
+        ([ENTRY, ENTRY | {"platform": "tpu"}],
+            "throughput[1].platform: found 'tpu' (text), wanted h100 | m4 | cpu; did you mean cpu?"),
         ([ENTRY | {"speed": 1}], "throughput[0].speed: unknown key"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_entry_is_an_error_that_names_its_file(throughput: Any, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"throughput": throughput}), encoding="utf-8")

@@ -183,26 +183,14 @@ def test_imports_go_down_and_only_platforms_and_device_name_devices(path: Path) 
         ("terminal", "if TYPE_CHECKING:\n    pass\nelse:\n    import pyarrow", "terminal imports pyarrow"),
         ("data.encode", "import torch", "data.encode imports torch"),
         ("checks.gpu", "import torch", "checks.gpu imports torch"),
-        (
-            "plan.plan",
-            "from finetune.data.jsonl import read_lines",
-            "plan.plan imports finetune.data.jsonl, which is on a floor above",
-        ),
-        (
-            "data.prepare",
-            "def f():\n    from finetune.runs import folder",
-            "data.prepare imports finetune.runs.folder, which is on a floor above",
-        ),
-        (
-            "machine.platforms",
-            "import finetune.config.schema",
-            "machine.platforms imports finetune.config.schema, which is on a floor above",
-        ),
-        (
-            "training.trainer",
-            "from finetune.results.export import write_adapter",
-            "training.trainer imports finetune.results.export, which is on a floor above",
-        ),
+        ("plan.plan", "from finetune.data.jsonl import read_lines",
+            "plan.plan imports finetune.data.jsonl, which is on a floor above"),
+        ("data.prepare", "def f():\n    from finetune.runs import folder",
+            "data.prepare imports finetune.runs.folder, which is on a floor above"),
+        ("machine.platforms", "import finetune.config.schema",
+            "machine.platforms imports finetune.config.schema, which is on a floor above"),
+        ("training.trainer", "from finetune.results.export import write_adapter",
+            "training.trainer imports finetune.results.export, which is on a floor above"),
         ("model.load", "device = 'cuda'", "model.load names a device: 'cuda'"),
         ("model.load", "device = f'cuda:{index}'", "model.load names a device: 'cuda:'"),
         ("train.py", "open_device('mps')", "train.py names a device: 'mps'"),
@@ -218,13 +206,10 @@ def test_imports_go_down_and_only_platforms_and_device_name_devices(path: Path) 
                 ("machine.device", "name == 'h100'"),
             )
         ),
-        (
-            "checks.host",
-            "match name:\n    case 'h100':\n        pass",
-            "checks.host decides by a platform's name: 'h100'",
-        ),
+        ("checks.host", "match name:\n    case 'h100':\n        pass",
+            "checks.host decides by a platform's name: 'h100'"),
     ],
-)
+)  # fmt: skip
 def test_the_guard_fails_on_a_source_that_is_out_of_order(name: str, source: str, fault: str) -> None:
     assert faults(name, source) == [fault]
 

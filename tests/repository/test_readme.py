@@ -130,14 +130,9 @@ def checkpoints(found: Document) -> str:
 
 # How a row of "Measured" begins, and what its figures are by its result files.
 FIGURES: list[tuple[str, Callable[..., str]]] = [
-    (
-        "quickstart, fresh clone",
-        lambda found: f"{found['first']['wall_seconds']} s; run again {found['again']['wall_seconds']} s",
-    ),
-    (
-        "eval_loss of the demo",
-        lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"]),
-    ),
+    ("quickstart, fresh clone",
+        lambda found: f"{found['first']['wall_seconds']} s; run again {found['again']['wall_seconds']} s"),
+    ("eval_loss of the demo", lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"])),
     (
         "training the demo",
         lambda found: (
@@ -148,18 +143,12 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
     ("preparing 100,000 rows", prepared("ours")),
     ("TRL preparing the same rows", lambda found: f"{prepared('TRL')(found)} (torch loaded)"),
     ("TRL with two processes", prepared("TRL, 2 processes")),
-    (
-        "a quarter of the rows",
-        lambda found: (
-            f"{found['medians']['ours, a quarter of the rows']['peak_mib']} MiB: memory hardly grows with the rows"
-        ),
-    ),
+    ("a quarter of the rows", lambda found: f"{found['medians']['ours, a quarter of the rows']['peak_mib']} MiB: "
+        "memory hardly grows with the rows"),
     ("expected memory against what torch allocates, 18 small cases", off),
     ("`--help` of nine commands", helps),
-    (
-        "a typo in the config",
-        lambda found: f"{found['commands']['train.py, a typo in the config']['cpu_median']:.2f} CPU seconds",
-    ),
+    ("a typo in the config",
+        lambda found: f"{found['commands']['train.py, a typo in the config']['cpu_median']:.2f} CPU seconds"),
     ("`--dry-run` of 150 rows", cpu_seconds("train.py --dry-run, 150 rows")),
     ("every check for the H100", every_check),
     ("`trl sft --help`; `accelerate launch --help`", cpu_seconds("trl sft --help", "accelerate launch --help")),
@@ -169,7 +158,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
     ("loss over 200 steps", furthest),
     ("a step against a bare loop", against_a_bare_loop),
     ("a checkpoint of the 7B's adapter (480 MiB)", checkpoints),
-]
+]  # fmt: skip
 
 
 def measured_rows() -> list[tuple[str, str, list[Path]]]:

@@ -86,27 +86,23 @@ RULES: dict[str, Here | By | Needs] = {
     f"{CHECK} --config h100": Here((0, 3)),
     f"{CHECK} --config m4": Here((0, 3)),
     f"{CHECK} --config m4 --deep": Needs("Mac"),
-    ".venv/bin/python scripts/make_report.py adapters/RUN": By(
-        PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
-    ),
-    ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(
-        PAGE, "test_the_script_makes_the_page_and_prints_where_it_lies"
-    ),
+    ".venv/bin/python scripts/make_report.py adapters/RUN": By(PAGE,
+        "test_the_script_makes_the_page_and_prints_where_it_lies"),
+    ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(PAGE,
+        "test_the_script_makes_the_page_and_prints_where_it_lies"),
     'hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
     "--include chat_template.jinja": Needs("network"),
     "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2": Here(),
     "export HF_TOKEN=hf_...": Here(),
-    ".venv/bin/python scripts/nightly.py": By(
-        "tests/faults/test_nightly.py", "test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took"
-    ),
+    ".venv/bin/python scripts/nightly.py": By("tests/faults/test_nightly.py",
+        "test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took"),
     ".venv/bin/python benchmarks/quickstart.py": Needs(IDLE),
     ".venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 2": Needs(IDLE),
     ".venv/bin/python benchmarks/startup.py --rounds 3": Needs(IDLE),
     ".venv/bin/python benchmarks/trainer_overhead.py": Needs(IDLE),
     ".venv/bin/python benchmarks/memory.py": By("tests/plan/test_memory.py", '"benchmarks" / "memory.py"'),
-    ".venv/bin/python benchmarks/train_step --tiny": By(
-        "tests/benchmarks/test_train_step.py", "test_tiny_runs_everything_on_a_cpu_and_all_losses_agree"
-    ),
+    ".venv/bin/python benchmarks/train_step --tiny": By("tests/benchmarks/test_train_step.py",
+        "test_tiny_runs_everything_on_a_cpu_and_all_losses_agree"),
     'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
     "benchmarks/train_step --output benchmarks/results/NAME.json": Needs("H100"),
     'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
@@ -118,16 +114,14 @@ RULES: dict[str, Here | By | Needs] = {
     "docker compose run --rm validate": By(SERVICES, "test_validate_without_a_gpu_finds_that_and_says_where_to_look"),
     "docker compose run --rm validate --deep": Needs("H100"),
     "docker compose run --rm validate --receipt adapters/RUN/receipt.json": Here((0, 3), "  pass  receipt "),
-    f"docker compose run --rm validate --receipt adapters/local-try/receipt.json {TRIED}": Here(
-        (0, 3), "  pass  receipt "
-    ),
+    f"docker compose run --rm validate --receipt adapters/local-try/receipt.json {TRIED}": Here((0, 3),
+        "  pass  receipt "),
     "docker compose run --rm train-h100": By(SERVICES, 'project.run("train-h100"'),
     "docker compose run --rm train-h100 --set training.num_train_epochs=1": By(SERVICES, 'project.run("train-h100"'),
     "docker compose run --rm demo": By(SERVICES, "test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller"),
     "docker compose up tensorboard": By(SERVICES, "test_tensorboard_shows_the_runs_to_this_machine_only"),
-    "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile .": By(
-        IMAGE, "test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on"
-    ),
+    "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile .": By(IMAGE,
+        "test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on"),
     "docker inspect": By(IMAGE, "inspect"),
     "docker stop": By(SERVICES, "test_docker_stop_"),
     "docker ps": By(SERVICES, '["docker", "ps"]'),
@@ -137,7 +131,7 @@ RULES: dict[str, Here | By | Needs] = {
     "pip install uv": By("requirements/dev.in", "uv "),
     "uv sync --extra cpu": Needs("network"),
     "requirements/lock.sh": Needs("network"),
-}
+}  # fmt: skip
 
 
 def blocks(text: str) -> list[str]:

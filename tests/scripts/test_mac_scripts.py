@@ -178,23 +178,14 @@ READY = "the environment is ready in .venv\nthe checks\nnext: scripts/run_m4.sh\
 # Which machine --------------------------------------------------------------------------------------------------------
 
 REFUSED = [
-    (
-        LINUX,
-        "scripts/{} needs a Mac with Apple silicon, this is Linux on x86_64; scripts/setup_local.sh finds what fits\n",
-    ),
-    (
-        ROSETTA,
-        "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash scripts/{}\n",
-    ),
-    (
-        INTEL,
-        "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)\n",
-    ),
-    (
-        MAC | {"macos": "13.7.1"},
-        "macOS 13.7.1, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart\n",
-    ),
-]
+    (LINUX,
+        "scripts/{} needs a Mac with Apple silicon, this is Linux on x86_64; scripts/setup_local.sh finds what fits\n"),
+    (ROSETTA, "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash scripts/{}\n"),
+    (INTEL,
+        "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)\n"),
+    (MAC | {"macos": "13.7.1"},
+        "macOS 13.7.1, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart\n"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("script", ["setup_m4", "run_m4"])

@@ -194,19 +194,12 @@ def test_wandb_hears_how_the_start_ended(
     ("failure", "told"),
     [
         (None, []),
-        (
-            TimeoutError("Timed out finishing run."),
-            [
-                "tracking: wandb has not got everything (no answer for 15 s at the end); "
-                "later: wandb sync --include-online {folder}/wandb/run-1"
-            ],
-        ),
-        (
-            ConnectionResetError("Connection lost"),
-            ["warning: wandb has failed and is left out from here (Connection lost); metrics.jsonl goes on"],
-        ),
+        (TimeoutError("Timed out finishing run."), ["tracking: wandb has not got everything (no answer for 15 s at "
+            "the end); later: wandb sync --include-online {folder}/wandb/run-1"]),
+        (ConnectionResetError("Connection lost"),
+            ["warning: wandb has failed and is left out from here (Connection lost); metrics.jsonl goes on"]),
     ],
-)
+)  # fmt: skip
 def test_what_is_left_at_the_end_is_told_with_what_sends_it(
     nobody: Run, failure: Exception | None, told: list[str]
 ) -> None:

@@ -62,512 +62,185 @@ def test_on_a_host_that_is_ready_every_check_passes_and_says_what_it_saw() -> No
     assert found(READY) == [Found(id_, "pass", detail, "") for id_, detail in details.items()]
 
 
+NO_IMAGE = [skip(name, "needs docker.image") for name in ("source", "flash_attention")]
 NO_ENGINE = [
     skip("gpu", "needs docker.engine"),
     skip("image", "needs docker.engine"),
-    skip("source", "needs docker.image"),
-    skip("flash_attention", "needs docker.image"),
+    *NO_IMAGE,
     skip("disk", "needs docker.engine"),
 ]
 NO_GPU = [skip("driver", "needs docker.host"), skip("device", "needs docker.driver")]
-NO_IMAGE = [skip("source", "needs docker.image"), skip("flash_attention", "needs docker.image")]
-NO_ENV = [
-    skip("secrets", "needs docker.env"),
-    skip("binds", "needs docker.env"),
-    skip("config", "needs docker.env"),
-    skip("image", "needs docker.env"),
-    *NO_IMAGE,
-]
+NO_ENV = [*(skip(name, "needs docker.env") for name in ("secrets", "binds", "config", "image")), *NO_IMAGE]
 DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
 COMPOSE = "on Ubuntu: sudo apt-get install -y docker-compose-plugin, or docker-compose-v2 beside Ubuntu's own docker.io"
 BUILDX = "on Ubuntu: sudo apt-get install -y docker-buildx-plugin, or docker-buildx beside Ubuntu's own docker.io"
+NO_BUILDX = warn("buildx", "docker buildx does not answer; newer versions of Compose build by it", BUILDX)
+A_MAC = fail(
+    "host", "macOS 15.1 on arm64; a container on a Mac reaches no GPU", "./scripts/setup_m4.sh, which needs no Docker"
+)
 FREE = "docker system df shows what holds it; docker image prune; or another data-root in /etc/docker/daemon.json"
 MADE = "mistral-7b-qlora:h100, 14.2 GiB"
 
 FAULTS: dict[str, tuple[DockerHost, list[Found]]] = {
-    "a Mac": (
-        replace(unreachable("stopped"), machine=M4),
-        [
-            fail(
-                "host",
-                "macOS 15.1 on arm64; a container on a Mac reaches no GPU",
-                "./scripts/setup_m4.sh, which needs no Docker",
-            ),
-            *NO_GPU,
-            fail("engine", "Docker's engine does not run", "open -a Docker"),
-            skip("gpu", "needs docker.host"),
-            *NO_ENGINE[1:],
-        ],
-    ),
-    "a Mac without Docker": (
-        replace(unreachable("absent"), machine=M4, compose=None, buildx=None),
-        [
-            fail(
-                "host",
-                "macOS 15.1 on arm64; a container on a Mac reaches no GPU",
-                "./scripts/setup_m4.sh, which needs no Docker",
-            ),
-            *NO_GPU,
-            fail("engine", "Docker is not installed", "brew install --cask docker"),
-            fail("compose", "docker compose does not answer", COMPOSE),
-            warn(
-                "buildx",
-                "docker buildx does not answer; newer versions of Compose build by it",
-                BUILDX,
-            ),
-            skip("gpu", "needs docker.host"),
-            skip("config", "needs docker.compose"),
-            *NO_ENGINE[1:],
-        ],
-    ),
-    "another system": (
-        machine(system="FreeBSD", release="14.1"),
-        [
-            fail("host", "FreeBSD 14.1 on x86_64; train-h100 needs Linux", "rent a Linux machine with an H100"),
-            *NO_GPU,
-            skip("gpu", "needs docker.host"),
-        ],
-    ),
-    "another processor": (
-        machine(architecture="aarch64"),
-        [
-            warn(
-                "host",
-                "Linux 5.15.0-119-generic on aarch64; requirements/h100.lock was resolved for x86_64",
-                "rent an x86_64 machine",
-            )
-        ],
-    ),
-    "asked in a container": (
-        machine(container=True),
-        [
-            warn(
-                "host",
-                "Linux 5.15.0-119-generic on x86_64, in a container: folders and driver seen here are its own",
-                "run this on the host",
-            )
-        ],
-    ),
-    "no driver": (
-        machine(driver=None, gpus=()),
-        [
-            fail("driver", "nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER),
-            skip("device", "needs docker.driver"),
-        ],
-    ),
-    "an old driver": (
-        machine(driver="470.256.02"),
-        [
-            fail("driver", "driver 470.256.02; CUDA 12 needs 525 or newer", DRIVER),
-            skip("device", "needs docker.driver"),
-        ],
-    ),
-    "a driver without a GPU": (
-        machine(gpus=()),
-        [
-            fail(
-                "device",
-                "the driver shows no GPU",
-                "unset CUDA_VISIBLE_DEVICES; if that is not it, sudo dmesg | grep -i nvrm",
-            )
-        ],
-    ),
-    "another GPU": (
-        machine(gpus=A100_80.gpus),
-        [
-            warn(
-                "device",
-                "NVIDIA A100-SXM4-80GB, an NVIDIA GPU, but no H100: hours and memory differ",
-                "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for"
-                "; if not: docker compose build --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0",
-            )
-        ],
-    ),
-    "no Docker": (
-        unreachable("absent"),
-        [fail("engine", "Docker is not installed", f"on Ubuntu: {INSTALL}"), *NO_ENGINE],
-    ),
-    "an engine that was not started": (
-        unreachable("stopped"),
-        [fail("engine", "Docker's engine does not run", "sudo systemctl start docker"), *NO_ENGINE],
-    ),
-    "a user outside of the group": (
-        unreachable("denied", in_group=False),
-        [
-            fail(
-                "engine",
-                "you may not ask Docker's engine",
-                "sudo usermod -aG docker $USER, then log in again (newgrp docker)",
-            ),
-            *NO_ENGINE,
-        ],
-    ),
-    "a session from before the group": (
-        unreachable("denied"),
-        [
-            fail(
-                "engine",
-                "this session does not know yet that you are in the group docker",
-                "newgrp docker, or log in again",
-            ),
-            *NO_ENGINE,
-        ],
-    ),
-    "an engine that hangs": (
-        unreachable("other"),
-        [
-            fail(
-                "engine",
-                "Docker's engine does not answer: Read timed out",
-                "docker info; docker context ls; echo $DOCKER_HOST",
-            ),
-            *NO_ENGINE,
-        ],
-    ),
-    "an engine elsewhere": (
-        engine(address="http://gpu-7:2375"),
-        [
-            fail(
-                "engine",
-                "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS at http://gpu-7:2375, another machine, "
-                "which does not see these folders",
-                "unset DOCKER_HOST; docker context use default; or run this there",
-            ),
-            *NO_ENGINE,
-        ],
-    ),
-    "an old engine": (
-        engine(version="19.03.15", api="1.40"),
-        [
-            fail(
-                "engine",
-                "Docker 19.03.15 (API 1.40) on Ubuntu 22.04.5 LTS, wanted 20.10 or newer",
-                f"on Ubuntu: {INSTALL}",
-            ),
-            *NO_ENGINE,
-        ],
-    ),
-    "a rootless engine with a UID": (
-        engine(rootless=True),
-        [
-            warn(
-                "engine",
-                "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS, rootless, which was not tried: "
-                "a GPU there needs no-cgroups, and memlock may not be raised",
-                "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place; "
-                "and take the ulimits out of compose.yaml",
-            ),
-            fail(
-                "env",
-                "UID 1000, GID 1000, LOCK h100; in a rootless engine only 0 is you",
-                "(echo; echo UID=0; echo GID=0) >> .env",
-            ),
-            *NO_ENV,
-        ],
-    ),
-    "no Compose": (
-        replace(READY, compose=None),
-        [fail("compose", "docker compose does not answer", COMPOSE), skip("config", "needs docker.compose")],
-    ),
-    "an old Compose": (
-        replace(READY, compose="2.17.3"),
-        [fail("compose", "Compose 2.17.3, wanted 2.20 or newer", COMPOSE), skip("config", "needs docker.compose")],
-    ),
-    "no Buildx": (
-        replace(READY, buildx=None),
-        [
-            warn(
-                "buildx",
-                "docker buildx does not answer; newer versions of Compose build by it",
-                BUILDX,
-            )
-        ],
-    ),
-    "no NVIDIA toolkit": (
-        replace(engine(runtimes=("runc",)), hook=False),
-        [
-            fail(
-                "gpu",
-                'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"',
-                TOOLKIT,
-            )
-        ],
-    ),
-    "a toolkit that the engine does not know": (
-        engine(runtimes=("runc",)),
-        [
-            fail(
-                "gpu",
-                "the toolkit is installed, but the engine has no runtime nvidia: not configured, or not restarted",
-                CONFIGURE,
-            )
-        ],
-    ),
-    "a runtime whose toolkit is gone": (
-        replace(READY, hook=False),
-        [
-            warn(
-                "gpu",
-                "runtime nvidia, but no nvidia-container-runtime-hook on this PATH, by which the engine starts a GPU",
-                TOOLKIT,
-            )
-        ],
-    ),
-    "CDI only": (
-        replace(engine(runtimes=("runc",), cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all")), hook=False),
-        [
-            warn(
-                "gpu",
-                "no runtime nvidia, but CDI devices: nvidia.com/gpu=0, nvidia.com/gpu=all; "
-                "whether this engine starts a GPU by them was not tried",
-                TOOLKIT,
-            )
-        ],
-    ),
-    "CDI devices of another maker": (
-        replace(engine(runtimes=("runc",), cdi_devices=("amd.com/gpu=0",)), hook=False),
-        [
-            fail(
-                "gpu",
-                'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"',
-                TOOLKIT,
-            )
-        ],
-    ),
-    "Ubuntu's snap": (
-        replace(engine(runtimes=("runc",), folder="/var/snap/docker/common/var-lib-docker"), hook=False),
-        [
-            fail(
-                "gpu",
-                "the engine is Ubuntu's snap, which nvidia-ctk does not configure, and has no runtime nvidia",
-                f"sudo snap remove docker (its images and volumes go), then {INSTALL}, then {TOOLKIT}",
-            )
-        ],
-    ),
-    "Docker Desktop": (
-        engine(runtimes=("runc",), system="Docker Desktop"),
-        [
-            fail(
-                "gpu",
-                "Docker Desktop's engine runs in a virtual machine and has no runtime nvidia",
-                f"docker context use default, where an engine is installed; else {INSTALL}, then {TOOLKIT}",
-            )
-        ],
-    ),
-    "no .env": (
-        replace(READY, settings=Settings(problem="No such file or directory")),
-        [fail("env", ".env: No such file or directory", MAKE_ENV), *NO_ENV],
-    ),
-    "a .env without numbers": (
-        settings(uid="", gid="$(id -g)"),
-        [fail("env", "UID is '', GID is '$(id -g)' in .env, wanted numbers", MEND_ENV), *NO_ENV],
-    ),
-    "a lock that there is not": (
-        settings(lock="h200"),
-        [fail("env", "LOCK is 'h200' in .env, wanted h100 or cpu", "echo LOCK=h100 >> .env"), *NO_ENV],
-    ),
-    "another user's numbers": (
-        replace(settings(uid="1001"), folders=()),
-        [
-            warn(
-                "env", "UID 1001, GID 1000, LOCK h100; you are 1000, and what a run writes would not be yours", MEND_ENV
-            )
-        ],
-    ),
-    "a token file that is not there": (
-        token(None),
-        [
-            fail(
-                "secrets",
-                "no file lies where HF_TOKEN_FILE in .env says",
-                "hf auth login makes ~/.cache/huggingface/token; mend .env",
-            )
-        ],
-    ),
-    "a folder in a token file's place": (
-        token(0o040700),
-        [
-            fail(
-                "secrets",
-                "no file lies where HF_TOKEN_FILE in .env says",
-                "hf auth login makes ~/.cache/huggingface/token; mend .env",
-            )
-        ],
-    ),
-    "a token file of root's": (
-        token(0o100600, uid=0),
-        [
-            fail(
-                "secrets",
-                "UID 1000 cannot read /home/trainer/token (-rw------- 0:0)",
-                "sudo chown 1000 /home/trainer/token && chmod 600 /home/trainer/token",
-            )
-        ],
-    ),
-    "a token that no container gets": (
-        settings(loose=("HF_TOKEN", "WANDB_API_KEY")),
-        [
-            warn(
-                "secrets",
-                "HF_TOKEN and WANDB_API_KEY set, but no container gets that, only what a file holds",
-                "put it into a file that only you can read, "
-                "and HF_TOKEN_FILE=FILE and WANDB_API_KEY_FILE=FILE into .env",
-            )
-        ],
-    ),
-    "folders that are not there": (
-        replace(READY, folders=(*FOLDERS[:2], Place("models"), Place("adapters"))),
-        [fail("binds", "not there: models, adapters", "mkdir -p models adapters")],
-    ),
-    "a file in a folder's place": (
-        folder("models", 0o100644),
-        [fail("binds", "not a folder: models", "rm models && mkdir models, if it may go")],
-    ),
-    "adapters of root's": (
-        folder("adapters", 0o040755, 0, 0),
-        [
-            fail(
-                "binds",
-                "UID 1000, GID 1000 cannot write adapters (drwxr-xr-x 0:0)",
-                "sudo chown -R 1000:1000 adapters",
-            )
-        ],
-    ),
-    "a run of another group's": (
-        folder("adapters/mistral-7b-qlora-h100", 0o040755, 1001, 1000),
-        [
-            fail(
-                "binds",
-                "UID 1000, GID 1000 cannot write adapters/mistral-7b-qlora-h100 (drwxr-xr-x 1001:1000)",
-                "sudo chown -R 1000:1000 adapters",
-            )
-        ],
-    ),
-    "root without capabilities": (
-        replace(settings(uid="0", gid="0"), user=0),
-        [
-            fail(
-                "binds",
-                "UID 0, GID 0 cannot write adapters (drwxr-xr-x 1000:1000), "
-                "adapters/mistral-7b-qlora-h100 (drwxr-xr-x 1000:1000)",
-                "sudo chown -R 0:0 adapters",
-            )
-        ],
-    ),
-    "closed data": (
-        folder("data", 0o040700, 0, 0),
-        [fail("binds", "UID 1000, GID 1000 cannot read data (drwx------ 0:0)", "chmod -R a+rX data")],
-    ),
-    "remapped users": (
-        engine(remapped=True),
-        [skip("binds", "there; with userns-remap a container's UID is another here, so modes tell nothing")],
-    ),
-    "a compose.yaml that Compose refuses": (
-        replace(READY, config_problem="services.plan Additional property netwrk_mode is not allowed"),
-        [
-            fail(
-                "config",
-                "Compose refuses compose.yaml: services.plan Additional property netwrk_mode is not allowed",
-                "docker compose config --quiet",
-            )
-        ],
-    ),
-    "no image": (
-        replace(READY, image=None),
-        [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE],
-    ),
-    "the demo's image": (
-        settings(lock="cpu"),
-        [
-            fail(
-                "image",
-                "LOCK is cpu: an image without CUDA, which train-h100 needs",
-                "echo LOCK=h100 >> .env && docker compose build",
-            ),
-            *NO_IMAGE,
-        ],
-    ),
-    "an image from another lock": (
-        image(lock="cpu"),
-        [fail("image", f"{MADE}, says that it was made from cpu lock", BUILD), *NO_IMAGE],
-    ),
-    "an image of somebody else's": (
-        image(lock=""),
-        [fail("image", f"{MADE}, says that it was made from no lock", BUILD), *NO_IMAGE],
-    ),
-    "an image from an older lock": (
-        image(changed=("requirements/h100.lock", "src/train.py")),
-        [
-            fail("image", f"{MADE}, was made from another requirements/h100.lock than the one here", BUILD),
-            *NO_IMAGE,
-        ],
-    ),
-    "an image that cannot be opened": (
-        image(problem="no space left on device"),
-        [fail("image", f"{MADE}, cannot be looked into: no space left on device", BUILD), *NO_IMAGE],
-    ),
-    "an image of an older program": (
-        image(changed=("src/train.py", *(f"scripts/{name}.py" for name in "abcd"))),
-        [
-            warn(
-                "source",
-                "other in the image than here: src/train.py, scripts/a.py, scripts/b.py and 2 more",
-                BUILD,
-            )
-        ],
-    ),
-    "an image without flash-attn": (
-        image(flash_attn="skip"),
-        [
-            warn(
-                "flash_attention",
-                "the image has no flash-attn",
-                "echo FLASH_ATTN=build >> .env && docker compose build; or do without: "
-                "docker compose run --rm train-h100 --set model.attn_implementation=sdpa",
-            )
-        ],
-    ),
-    "a disk too small to build": (
-        disk(30.0, image=None),
-        [
-            fail("image", "no image mistral-7b-qlora:h100", BUILD),
-            *NO_IMAGE,
-            warn(
-                "disk",
-                "30.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image, 13.5 for the base",
-                FREE,
-            ),
-        ],
-    ),
-    "two disks, one too small": (
-        disk(25.0, 12.0, image=None),
-        [
-            fail("image", "no image mistral-7b-qlora:h100", BUILD),
-            *NO_IMAGE,
-            warn(
-                "disk",
-                "25.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image; "
-                "12.0 GiB free in /mnt/docker, expected to be needed: 13.5 for the base",
-                FREE,
-            ),
-        ],
-    ),
-    "a disk that may be too small for the base": (
-        disk(3.0),
-        [
-            warn(
-                "disk",
-                "3.0 GiB free in /var/lib/docker, expected to be needed: 13.5 for the base, "
-                "unless the cache volume holds it",
-                FREE,
-            )
-        ],
-    ),
-    "a disk in a virtual machine": (
-        replace(READY, image_disk=None, volume_disk=None),
-        [skip("disk", "where Docker keeps its data cannot be seen from here")],
-    ),
-}
+    "a Mac": (replace(unreachable("stopped"), machine=M4),
+        [A_MAC, *NO_GPU, fail("engine", "Docker's engine does not run", "open -a Docker"),
+        skip("gpu", "needs docker.host"), *NO_ENGINE[1:]]),
+    "a Mac without Docker": (replace(unreachable("absent"), machine=M4, compose=None, buildx=None),
+        [A_MAC, *NO_GPU, fail("engine", "Docker is not installed", "brew install --cask docker"),
+        fail("compose", "docker compose does not answer", COMPOSE), NO_BUILDX, skip("gpu", "needs docker.host"),
+        skip("config", "needs docker.compose"), *NO_ENGINE[1:]]),
+    "another system": (machine(system="FreeBSD", release="14.1"),
+        [fail("host", "FreeBSD 14.1 on x86_64; train-h100 needs Linux", "rent a Linux machine with an H100"), *NO_GPU,
+        skip("gpu", "needs docker.host")]),
+    "another processor": (machine(architecture="aarch64"),
+        [warn("host", "Linux 5.15.0-119-generic on aarch64; requirements/h100.lock was resolved for x86_64",
+        "rent an x86_64 machine")]),
+    "asked in a container": (machine(container=True),
+        [warn("host", "Linux 5.15.0-119-generic on x86_64, in a container: folders and driver seen here are its own",
+        "run this on the host")]),
+    "no driver": (machine(driver=None, gpus=()),
+        [fail("driver", "nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER),
+        skip("device", "needs docker.driver")]),
+    "an old driver": (machine(driver="470.256.02"),
+        [fail("driver", "driver 470.256.02; CUDA 12 needs 525 or newer", DRIVER),
+        skip("device", "needs docker.driver")]),
+    "a driver without a GPU": (machine(gpus=()),
+        [fail("device", "the driver shows no GPU",
+        "unset CUDA_VISIBLE_DEVICES; if that is not it, sudo dmesg | grep -i nvrm")]),
+    "another GPU": (machine(gpus=A100_80.gpus),
+        [warn("device", "NVIDIA A100-SXM4-80GB, an NVIDIA GPU, but no H100: hours and memory differ",
+        "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for; "
+        "if not: docker compose build --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0")]),
+    "no Docker": (unreachable("absent"),
+        [fail("engine", "Docker is not installed", f"on Ubuntu: {INSTALL}"), *NO_ENGINE]),
+    "an engine that was not started": (unreachable("stopped"),
+        [fail("engine", "Docker's engine does not run", "sudo systemctl start docker"), *NO_ENGINE]),
+    "a user outside of the group": (unreachable("denied", in_group=False),
+        [fail("engine", "you may not ask Docker's engine",
+        "sudo usermod -aG docker $USER, then log in again (newgrp docker)"), *NO_ENGINE]),
+    "a session from before the group": (unreachable("denied"),
+        [fail("engine", "this session does not know yet that you are in the group docker",
+        "newgrp docker, or log in again"), *NO_ENGINE]),
+    "an engine that hangs": (unreachable("other"),
+        [fail("engine", "Docker's engine does not answer: Read timed out",
+        "docker info; docker context ls; echo $DOCKER_HOST"), *NO_ENGINE]),
+    "an engine elsewhere": (engine(address="http://gpu-7:2375"),
+        [fail("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS at http://gpu-7:2375, another machine, "
+        "which does not see these folders", "unset DOCKER_HOST; docker context use default; or run this there"),
+        *NO_ENGINE]),
+    "an old engine": (engine(version="19.03.15", api="1.40"),
+        [fail("engine", "Docker 19.03.15 (API 1.40) on Ubuntu 22.04.5 LTS, wanted 20.10 or newer",
+        f"on Ubuntu: {INSTALL}"), *NO_ENGINE]),
+    "a rootless engine with a UID": (engine(rootless=True),
+        [warn("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS, rootless, which was not tried: "
+        "a GPU there needs no-cgroups, and memlock may not be raised",
+        "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place; "
+        "and take the ulimits out of compose.yaml"),
+        fail("env", "UID 1000, GID 1000, LOCK h100; in a rootless engine only 0 is you",
+        "(echo; echo UID=0; echo GID=0) >> .env"), *NO_ENV]),
+    "no Compose": (replace(READY, compose=None),
+        [fail("compose", "docker compose does not answer", COMPOSE), skip("config", "needs docker.compose")]),
+    "an old Compose": (replace(READY, compose="2.17.3"),
+        [fail("compose", "Compose 2.17.3, wanted 2.20 or newer", COMPOSE), skip("config", "needs docker.compose")]),
+    "no Buildx": (replace(READY, buildx=None), [NO_BUILDX]),
+    "no NVIDIA toolkit": (replace(engine(runtimes=("runc",)), hook=False),
+        [fail("gpu", 'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"',
+        TOOLKIT)]),
+    "a toolkit that the engine does not know": (engine(runtimes=("runc",)),
+        [fail("gpu",
+        "the toolkit is installed, but the engine has no runtime nvidia: not configured, or not restarted",
+        CONFIGURE)]),
+    "a runtime whose toolkit is gone": (replace(READY, hook=False),
+        [warn("gpu",
+        "runtime nvidia, but no nvidia-container-runtime-hook on this PATH, by which the engine starts a GPU",
+        TOOLKIT)]),
+    "CDI only": (replace(engine(runtimes=("runc",), cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all")),
+        hook=False),
+        [warn("gpu", "no runtime nvidia, but CDI devices: nvidia.com/gpu=0, nvidia.com/gpu=all; whether this engine "
+        "starts a GPU by them was not tried", TOOLKIT)]),
+    "CDI devices of another maker": (replace(engine(runtimes=("runc",), cdi_devices=("amd.com/gpu=0",)), hook=False),
+        [fail("gpu", 'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"',
+        TOOLKIT)]),
+    "Ubuntu's snap": (replace(engine(runtimes=("runc",), folder="/var/snap/docker/common/var-lib-docker"), hook=False),
+        [fail("gpu", "the engine is Ubuntu's snap, which nvidia-ctk does not configure, and has no runtime nvidia",
+        f"sudo snap remove docker (its images and volumes go), then {INSTALL}, then {TOOLKIT}")]),
+    "Docker Desktop": (engine(runtimes=("runc",), system="Docker Desktop"),
+        [fail("gpu", "Docker Desktop's engine runs in a virtual machine and has no runtime nvidia",
+        f"docker context use default, where an engine is installed; else {INSTALL}, then {TOOLKIT}")]),
+    "no .env": (replace(READY, settings=Settings(problem="No such file or directory")),
+        [fail("env", ".env: No such file or directory", MAKE_ENV), *NO_ENV]),
+    "a .env without numbers": (settings(uid="", gid="$(id -g)"),
+        [fail("env", "UID is '', GID is '$(id -g)' in .env, wanted numbers", MEND_ENV), *NO_ENV]),
+    "a lock that there is not": (settings(lock="h200"),
+        [fail("env", "LOCK is 'h200' in .env, wanted h100 or cpu", "echo LOCK=h100 >> .env"), *NO_ENV]),
+    "another user's numbers": (replace(settings(uid="1001"), folders=()),
+        [warn("env", "UID 1001, GID 1000, LOCK h100; you are 1000, and what a run writes would not be yours",
+        MEND_ENV)]),
+    "a token file that is not there": (token(None),
+        [fail("secrets", "no file lies where HF_TOKEN_FILE in .env says",
+        "hf auth login makes ~/.cache/huggingface/token; mend .env")]),
+    "a folder in a token file's place": (token(0o040700),
+        [fail("secrets", "no file lies where HF_TOKEN_FILE in .env says",
+        "hf auth login makes ~/.cache/huggingface/token; mend .env")]),
+    "a token file of root's": (token(0o100600, uid=0),
+        [fail("secrets", "UID 1000 cannot read /home/trainer/token (-rw------- 0:0)",
+        "sudo chown 1000 /home/trainer/token && chmod 600 /home/trainer/token")]),
+    "a token that no container gets": (settings(loose=("HF_TOKEN", "WANDB_API_KEY")),
+        [warn("secrets", "HF_TOKEN and WANDB_API_KEY set, but no container gets that, only what a file holds",
+        "put it into a file that only you can read, and HF_TOKEN_FILE=FILE and WANDB_API_KEY_FILE=FILE into .env")]),
+    "folders that are not there": (replace(READY, folders=(*FOLDERS[:2], Place("models"), Place("adapters"))),
+        [fail("binds", "not there: models, adapters", "mkdir -p models adapters")]),
+    "a file in a folder's place": (folder("models", 0o100644),
+        [fail("binds", "not a folder: models", "rm models && mkdir models, if it may go")]),
+    "adapters of root's": (folder("adapters", 0o040755, 0, 0),
+        [fail("binds", "UID 1000, GID 1000 cannot write adapters (drwxr-xr-x 0:0)",
+        "sudo chown -R 1000:1000 adapters")]),
+    "a run of another group's": (folder("adapters/mistral-7b-qlora-h100", 0o040755, 1001, 1000),
+        [fail("binds", "UID 1000, GID 1000 cannot write adapters/mistral-7b-qlora-h100 (drwxr-xr-x 1001:1000)",
+        "sudo chown -R 1000:1000 adapters")]),
+    "root without capabilities": (replace(settings(uid="0", gid="0"), user=0),
+        [fail("binds", "UID 0, GID 0 cannot write adapters (drwxr-xr-x 1000:1000), adapters/mistral-7b-qlora-h100 "
+        "(drwxr-xr-x 1000:1000)", "sudo chown -R 0:0 adapters")]),
+    "closed data": (folder("data", 0o040700, 0, 0),
+        [fail("binds", "UID 1000, GID 1000 cannot read data (drwx------ 0:0)", "chmod -R a+rX data")]),
+    "remapped users": (engine(remapped=True),
+        [skip("binds", "there; with userns-remap a container's UID is another here, so modes tell nothing")]),
+    "a compose.yaml that Compose refuses": (replace(READY,
+        config_problem="services.plan Additional property netwrk_mode is not allowed"),
+        [fail("config", "Compose refuses compose.yaml: services.plan Additional property netwrk_mode is not allowed",
+        "docker compose config --quiet")]),
+    "no image": (replace(READY, image=None), [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE]),
+    "the demo's image": (settings(lock="cpu"),
+        [fail("image", "LOCK is cpu: an image without CUDA, which train-h100 needs",
+        "echo LOCK=h100 >> .env && docker compose build"), *NO_IMAGE]),
+    "an image from another lock": (image(lock="cpu"),
+        [fail("image", f"{MADE}, says that it was made from cpu lock", BUILD), *NO_IMAGE]),
+    "an image of somebody else's": (image(lock=""),
+        [fail("image", f"{MADE}, says that it was made from no lock", BUILD), *NO_IMAGE]),
+    "an image from an older lock": (image(changed=("requirements/h100.lock", "src/train.py")),
+        [fail("image", f"{MADE}, was made from another requirements/h100.lock than the one here", BUILD), *NO_IMAGE]),
+    "an image that cannot be opened": (image(problem="no space left on device"),
+        [fail("image", f"{MADE}, cannot be looked into: no space left on device", BUILD), *NO_IMAGE]),
+    "an image of an older program": (image(changed=("src/train.py", *(f"scripts/{name}.py" for name in "abcd"))),
+        [warn("source", "other in the image than here: src/train.py, scripts/a.py, scripts/b.py and 2 more", BUILD)]),
+    "an image without flash-attn": (image(flash_attn="skip"),
+        [warn("flash_attention", "the image has no flash-attn", "echo FLASH_ATTN=build >> .env && docker compose "
+        "build; or do without: docker compose run --rm train-h100 --set model.attn_implementation=sdpa")]),
+    "a disk too small to build": (disk(30.0, image=None),
+        [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE,
+        warn("disk", "30.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image, 13.5 for the base",
+        FREE)]),
+    "two disks, one too small": (disk(25.0, 12.0, image=None),
+        [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE,
+        warn("disk", "25.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image; 12.0 GiB free in "
+        "/mnt/docker, expected to be needed: 13.5 for the base", FREE)]),
+    "a disk that may be too small for the base": (disk(3.0),
+        [warn("disk",
+        "3.0 GiB free in /var/lib/docker, expected to be needed: 13.5 for the base, unless the cache volume holds it",
+        FREE)]),
+    "a disk in a virtual machine": (replace(READY, image_disk=None, volume_disk=None),
+        [skip("disk", "where Docker keeps its data cannot be seen from here")]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -589,19 +262,13 @@ def test_every_check_has_a_fault_and_one_of_level_warn_never_fails() -> None:
     ("name", "host", "detail"),
     [
         ("docker.env", replace(settings(uid="1001"), folders=FOLDERS[:3]), None),
-        (
-            "docker.env",
-            replace(folder("adapters", 0o040755, 1001, 0), settings=replace(READY.settings, uid="1001")),
-            "",
-        ),
+        ("docker.env", replace(folder("adapters", 0o040755, 1001, 0), settings=replace(READY.settings, uid="1001")),
+            ""),
         ("docker.binds", folder("adapters", 0o040770, 0, 1000), ""),
         ("docker.binds", folder("adapters", 0o040777, 0, 0), ""),
         ("docker.secrets", token(0o100600), "tokens from /home/trainer/token"),
-        (
-            "docker.secrets",
-            settings(token_files={"HF_TOKEN_FILE": Place("/dev/null", 0o020666, 0, 0)}),
-            "tokens from /dev/null",
-        ),
+        ("docker.secrets", settings(token_files={"HF_TOKEN_FILE": Place("/dev/null", 0o020666, 0, 0)}),
+            "tokens from /dev/null"),
         ("docker.secrets", replace(token(0o100600, uid=0), engine=engine(remapped=True).engine), ""),
         ("docker.disk", disk(40.0, 13.5, image=None), ""),
         ("docker.disk", disk(53.5, image=None), ""),
@@ -609,7 +276,7 @@ def test_every_check_has_a_fault_and_one_of_level_warn_never_fails() -> None:
         ("docker.engine", engine(version="20.10.24+dfsg1"), ""),
         ("docker.device", machine(gpus=H100.gpus * 8), "NVIDIA H100 80GB HBM3 (the first of 8)"),
     ],
-)
+)  # fmt: skip
 def test_what_is_just_good_enough_passes(name: str, host: DockerHost, detail: str | None) -> None:
     [it] = [it for it in found(host) if it.id == name]
     assert it.status == ("warn" if detail is None else "pass"), it
