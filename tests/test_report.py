@@ -15,7 +15,6 @@ from finetune.checks.runner import Result
 from finetune.plan.describe import plan_lines
 from finetune.plan.plan import Plan
 from finetune.terminal import COLOURS, Terminal, tally
-from finetune.wording import clean
 
 PLAN = Plan(
     rows_train=12_345,
@@ -402,37 +401,3 @@ def test_an_empty_answer_still_has_its_name() -> None:
         "tuned  B",
         "",
     ]
-
-
-# What the data may write ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [
-        ("\033[31m", "\\x1b[31m"),
-        ("\a", "\\x07"),
-        ("\r", "\\r"),
-        ("\b", "\\x08"),
-        ("\t", "\\t"),
-        ("\0", "\\x00"),
-        ("\x7f", "\\x7f"),
-        ("\x9b31m", "\\x9b31m"),  # CSI in one character
-        ("\u202e", "\\u202e"),  # right-to-left override
-        ("\u2066", "\\u2066"),  # isolate
-        ("\u200b", "\\u200b"),  # zero width
-        ("\u2028", "\\u2028"),  # line separator
-        ("\ufeff", "\\ufeff"),
-        ("\ud800", "\\ud800"),  # half a surrogate pair
-        ("\U000e0041", "\\U000e0041"),  # tag
-    ],
-)
-def test_a_character_that_could_steer_the_terminal_is_escaped(text: str, escaped: str) -> None:
-    assert clean(f"a{text}b") == f"a{escaped}b"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "plain text", "two\nlines\n", "naïve café", "日本語", "Привет", "שלום", "🙂", "a\\b"]
-)
-def test_ordinary_text_and_line_ends_stay_as_they_are(text: str) -> None:
-    assert clean(text) == text

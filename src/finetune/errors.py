@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from finetune.wording import counted
+
 
 class UserError(Exception):
     """A problem that a user can fix: `found` says what is wrong and where, `fix` what to type. The text is both."""
@@ -14,14 +16,18 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The command line or a config file is wrong. `problems` holds one line per problem, all of them at once."""
+    """The command line or a config file is wrong. `problems` holds one line per problem, all of them at once.
+
+    `fix` is in the last of them, or, where `between` is a line's end, under all of them.
+    """
 
     exit_code = 2
 
     def __init__(self, *problems: str, fix: str = "", between: str = "; ") -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"config: {count}", *problems]), fix, between)
-        self.found, self.problems = "\n".join(problems), problems
+        heading = f"config: {counted(len(problems), 'problem')}"
+        super().__init__("\n  ".join([heading, *problems]), fix, between)
+        self.found = "\n".join(problems)
+        self.problems = (*problems[:-1], f"{problems[-1]}{between}{fix}") if fix and between == "; " else problems
 
 
 class CheckFailed(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -35,6 +36,36 @@ def clean(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(items: Sequence[object], most: int) -> str:
+    """`a, b and 3 more`: the first `most` of `items`, and how many are left."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
+
+
+def lines(items: Sequence[object], most: int) -> str:
+    """The first `most` of `items`, indented, one per line, and a last line that says how many are left."""
+    more = [f"... and {len(items) - most} more"] if len(items) > most else []
+    return "\n".join(f"  {item}" for item in [*items[:most], *more])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    """Every leaf of nested sections by its dotted path; an empty section is a leaf."""
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def show(value: Any) -> str:

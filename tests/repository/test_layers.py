@@ -20,7 +20,7 @@ from finetune.machine.platforms import PLATFORMS
 PACKAGE = ROOT / "src" / "finetune"
 # The rooms, lowest floor first: a file imports from its own room and from those before it.
 FLOORS = (
-    *("errors", "wording", "files", "cli", "machine", "config", "plan"),
+    *("wording", "errors", "files", "cli", "machine", "config", "plan"),
     *("data", "model", "terminal", "runs", "training", "results", "checks"),
 )
 MOST_MODULES = 16  # in one folder
@@ -33,7 +33,7 @@ HEAVY = {*TORCH, *DATA, *PAGES, "huggingface_hub", "pandas"}
 REFUSED = dict.fromkeys((*FLOORS[: FLOORS.index("data")], "terminal", "checks"), HEAVY) | {"data": TORCH | PAGES}
 ALLOWED = {"checks.numerics": HEAVY}  # computes with the libraries; a check imports it when it looks
 # Below these nobody may import what is heavy even in a function, but for the files that ask the libraries themselves.
-NEVER = ("errors", "wording", "files", "cli", "config", "plan")
+NEVER = ("wording", "errors", "files", "cli", "config", "plan")
 KNOWS_DEVICES = ("machine.platforms", "machine.device")
 DEVICE_WORDS = re.compile(r"\b(cuda|mps)\b")
 DEVICES = {row.device for row in PLATFORMS.values()}

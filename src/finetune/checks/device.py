@@ -9,6 +9,7 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped
 from finetune.cli import PYTHON, advice
 from finetune.machine.platforms import names, quantised_on
+from finetune.wording import first_line
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
@@ -74,8 +75,8 @@ def _flash_attention(preflight: Preflight) -> Finding:
     try:
         distance = numerics.flash_attention(preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return failed(f"flash-attn is installed and does not work: {first}", f"{BUILD_FLASH_ATTENTION}  {without}")
+        found = f"flash-attn is installed and does not work: {first_line(error)}"
+        return failed(found, f"{BUILD_FLASH_ATTENTION}  {without}")
     text = f"flash-attn over two packed documents is {distance:.1e} from attention over each alone"
     if not distance <= TOLERANCE["bfloat16"]:
         return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", f"{BUILD_FLASH_ATTENTION}  {without}")

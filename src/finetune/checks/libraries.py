@@ -10,6 +10,7 @@ from finetune import cli
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, warned
 from finetune.files import ROOT
+from finetune.wording import first_line, listed
 
 if TYPE_CHECKING:
     from packaging.version import Version
@@ -83,15 +84,10 @@ def _versions(preflight: Preflight) -> Finding:
             (older if name in DECISIVE and plain < version else other).append(f"{name} {found} (locked: {version})")
     if absent or older:
         parts = {"not installed": absent, "older than tested": older}
-        return failed("; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names), fix)
+        return failed("; ".join(f"{what}: {listed(names, LISTED)}" for what, names in parts.items() if names), fix)
     if other:
-        return warned(f"not the locked versions: {_listed(other)}", fix)
+        return warned(f"not the locked versions: {listed(other, LISTED)}", fix)
     return passed(f"{len(wanted)} libraries as in requirements/{lock.name}")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _imports(preflight: Preflight) -> Finding:
@@ -100,8 +96,7 @@ def _imports(preflight: Preflight) -> Finding:
         try:
             importlib.import_module(name)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what broken installations raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            broken.append(f"{name}: {first}")
+            broken.append(f"{name}: {first_line(error)}")
     if broken:
         return failed("cannot be imported: " + "; ".join(broken), preflight.platform.repair)
     return passed(f"{', '.join(IMPORTED)} import")

@@ -49,7 +49,7 @@ def config_file(choice: str | None) -> tuple[Path, str]:
         raise ConfigError(f"--config {choice}: {error.strerror}") from None
     if not found:
         names = ", ".join(PLATFORMS)
-        raise ConfigError(f"--config {choice}: no such file; type a path or one of: {names}")
+        raise ConfigError(f"--config {choice}: no such file", fix=f"type a path or one of: {names}")
     return path, f"--config {choice}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from finetune.errors import ConfigError
+from finetune.wording import first_line
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
@@ -99,7 +100,7 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{where}:{number}: not YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{where}:{number}: not YAML: {first_line(error)}") from None
 
 
 def _places(node: yaml.MappingNode, where: str, prefix: str) -> Iterable[tuple[str, str]]:

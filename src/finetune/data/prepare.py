@@ -25,7 +25,7 @@ from finetune.data.store import Rows, SplitWriter, first_pair
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.files import make_folder, resolve, sha256, write_json
-from finetune.wording import counted
+from finetune.wording import counted, lines
 
 LISTED_PROBLEMS = 20
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
@@ -183,11 +183,10 @@ def worker_count() -> int:
 
 def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) -> None:
     """Raise DataError with every bad row as file:line and what was found, up to LISTED_PROBLEMS, then a count."""
-    bad = [f"  {paths[name]}:{line}: {text}" for name in paths for line, text in writers[name].statistics.bad]
+    bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in writers[name].statistics.bad]
     if bad:
-        more = [f"  ... and {len(bad) - LISTED_PROBLEMS} more"] if len(bad) > LISTED_PROBLEMS else []
         fix = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
-        found = "\n".join([f"data: {counted(len(bad), 'bad row')}", *bad[:LISTED_PROBLEMS], *more])
+        found = f"data: {counted(len(bad), 'bad row')}\n{lines(bad, LISTED_PROBLEMS)}"
         raise DataError(found, fix, between="\n")
 
 

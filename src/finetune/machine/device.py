@@ -16,6 +16,7 @@ from finetune.errors import CheckFailed, OutOfResource
 from finetune.files import GIB
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import Platform
+from finetune.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ def read_torch() -> Torch:
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:  # a broken shared library is an OSError
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckFailed(f"torch cannot be imported: {first}") from None
+        raise CheckFailed(f"torch cannot be imported: {first_line(error)}") from None
     nvidia, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     return Torch(
         version=str(torch.__version__),
@@ -80,7 +80,7 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
             "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE
         ):
             raise
-        raise OutOfResource(f"out of memory: {str(error).splitlines()[0]}", advice, between="\n") from None
+        raise OutOfResource(f"out of memory: {first_line(error)}", advice, between="\n") from None
 
 
 def peak_memory_gib(platform: Platform) -> float:

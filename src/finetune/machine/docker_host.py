@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from finetune.errors import CheckFailed
 from finetune.files import GIB, ROOT
-from finetune.machine.docker_image import Image, first_line, read_image
+from finetune.machine.docker_image import Image, read_image
 from finetune.machine.inspect import ANSWER_SECONDS, Machine, read_machine
+from finetune.wording import first_line
 
 BINDS = ("data", "configs", "models", "adapters")  # what compose.yaml mounts; only the last may be written
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # containers get the files that HF_TOKEN_FILE and WANDB_API_KEY_FILE name

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.files import GIB
+from finetune.wording import first_line
 
 REPOSITORY = "mistral-7b-qlora"  # compose.yaml's image, tagged with the lock it was made from
 SOURCES = ("src", "scripts")  # the program in the image; configs are mounted over the image's own
@@ -86,8 +87,3 @@ def files_in(container: Any, name: str) -> dict[str, bytes]:
             if content is not None:  # None for folders, too
                 found[str(parent / member.name)] = content.read()
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """An error's text on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

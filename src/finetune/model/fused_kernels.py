@@ -19,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from transformers.models.mistral import modeling_mistral as mistral
 
 from finetune.errors import CheckFailed
+from finetune.wording import first_line
 
 # From the first call on sizes are symbols, and kernels are not chosen by stop-watch: what a run computes must not
 # depend on the length of its first batch, or a resumed run would differ from an uninterrupted one.
@@ -69,7 +70,7 @@ def install(model: PeftModel, bf16: bool) -> None:
         _compile_all(model, bf16)
     except TorchDynamoException as error:
         cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-        reason = f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise CheckFailed(f"fused kernels: torch.compile fails: {reason}", TURN_OFF, between="\n") from None
 
 

@@ -23,6 +23,7 @@ from finetune.machine.platforms import quantised_on
 from finetune.model.hub import GIVE_TOKEN, is_cached
 from finetune.model.lora import add_lora, install_fused
 from finetune.model.verify import verify_base
+from finetune.wording import first_line
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
@@ -83,8 +84,7 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
     except OSError as error:
         raise _no_weights(model.name, error) from None
     except ImportError as error:
-        first = str(error).strip().splitlines()[0]
-        found = f"model: {model.name} needs a library that is not installed: {first}"
+        found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
         fix = "without flash-attn: --set model.attn_implementation=sdpa"
         raise CheckFailed(found, fix, between="\n") from None
     for module in base.modules():
@@ -122,7 +122,7 @@ def _unpacked(layer: Any) -> Any:
 
 
 def _no_weights(name: str, error: OSError) -> CheckFailed:
-    first = str(error).splitlines()[0]
+    first = first_line(error)
     if is_local(name):
         return CheckFailed(f"model: {name} cannot be loaded: {first}")
     accept = f"Accept its terms at https://huggingface.co/{name} once, then {GIVE_TOKEN}"

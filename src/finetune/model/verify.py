@@ -12,6 +12,7 @@ from transformers import (
 
 from finetune.config.schema import ModelConfig, QuantizationConfig
 from finetune.errors import CheckFailed
+from finetune.wording import lines
 
 
 def verify_base(
@@ -43,8 +44,7 @@ def verify_base(
     if attention != model.attn_implementation:
         problems.append(f"attention is {attention}, wanted {model.attn_implementation}")
     if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckFailed("model: not loaded as the config asks\n  " + "\n  ".join(problems[:10]) + more)
+        raise CheckFailed(f"model: not loaded as the config asks\n{lines(problems, 10)}")
 
 
 def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list[str]:

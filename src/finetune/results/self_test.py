@@ -25,6 +25,7 @@ from finetune.data.store import Rows
 from finetune.data.template import IGNORED
 from finetune.model.generate import evaluating, reply_to
 from finetune.runs.outcome import Outcome
+from finetune.wording import listed
 
 LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more
 ANSWERS = 4  # validation rows whose first question is answered
@@ -162,7 +163,7 @@ def _finite(saved: dict[str, torch.Tensor]) -> SelfCheck:
 
 
 def _some(names: list[str]) -> str:
-    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
+    return f"{listed(names, 1)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _differs(tuned: torch.Tensor, base: torch.Tensor) -> SelfCheck:

@@ -17,7 +17,7 @@ from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import ConfigError
 from finetune.files import resolve
-from finetune.wording import one_line, show
+from finetune.wording import leaves, one_line, show
 
 FILE = "receipt.json"
 SCHEMA_VERSION = 1
@@ -50,7 +50,7 @@ def make(config: Config, prepared: Prepared) -> dict[str, Any]:
 
     `must_agree` and `by_design` map what is compared, in words or as a key of the config, to its value.
     """
-    keys = _flat(config.as_dict())
+    keys = leaves(config.as_dict())
     chosen = {key: keys.pop(key) for key in BY_DESIGN}
     shared = {key: value for key, value in keys.items() if key not in NOT_COMPARED}
     base = {f"model.{name}": value for name, value in base_model(config).items()}
@@ -117,14 +117,6 @@ def _shown(receipt: dict[str, Any], what: str) -> str:
         return "absent"
     text = json.dumps(receipt[what], ensure_ascii=False)
     return text[1:13] if re.fullmatch(r'"[0-9a-f]{64}"', text) else text
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every leaf by its dotted path."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _split(config: Config, prepared: Prepared) -> float | str:

@@ -21,6 +21,7 @@ from finetune.runs.checkpoints import (
     step_of,
 )
 from finetune.terminal import Terminal
+from finetune.wording import leaves
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,9 @@ def best_step(folder: Path) -> int:
     return min(losses, key=lambda step: losses[step], default=step_of(folder) + 1)
 
 
-def differences(then: Any, now: Any, path: str = "") -> Iterator[str]:
+def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """Each leaf that differs between two trees, as `path: then -> now`."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in sorted(then.keys() | now.keys()):
-            yield from differences(then.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif then != now:
-        yield f"{path}: {then} -> {now}"
+    was, is_now = leaves(then), leaves(now)
+    for path in sorted(was.keys() | is_now.keys()):
+        if was.get(path) != is_now.get(path):
+            yield f"{path}: {was.get(path)} -> {is_now.get(path)}"

@@ -27,7 +27,7 @@ from finetune.plan.plan import count_steps
 from finetune.plan.schedule import Pace, Schedule
 from finetune.runs.folder import Run
 from finetune.training.short_training import MemoryEnds, Stage, Trial
-from finetune.wording import clock, duration
+from finetune.wording import clock, counted, duration
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Rehearsal:
         memory = f"peak {self.peak_gib:.1f} of {self.capacity_gib:.1f} GiB"
         speed = f"{step:.1f} s a step" if step >= 1 else f"{step:.2g} s a step"
         steps = self.schedule.steps - self.schedule.done
-        count = "1 step" if steps == 1 else f"{steps:,} steps"
-        return f"{memory}, {speed}, {duration(3600 * self.hours)} for {count}, finished about {clock(end, now)}"
+        took = f"{duration(3600 * self.hours)} for {counted(steps, 'step')}"
+        return f"{memory}, {speed}, {took}, finished about {clock(end, now)}"
 
 
 def rehearse(

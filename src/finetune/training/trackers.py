@@ -19,6 +19,7 @@ from finetune.model.hub import PROBE_SECONDS
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.training.wandb_access import wandb_offline_reason, wandb_sync
+from finetune.wording import first_line
 
 FINISH_SECONDS = 15  # for what is left at the end: three tries of wandb's, a few seconds where the server is well
 
@@ -166,7 +167,7 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         try:
             self._start(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
         except self._wandb.errors.Error as error:
-            self.offline = str(error).splitlines()[0]
+            self.offline = first_line(error)
             self._say_later()
             self._wandb.teardown()  # its own process still holds this run's id
             self._start(mode="offline")
@@ -205,5 +206,5 @@ class Wandb(WandbCallback):  # type: ignore[misc]
     def _give_up(self, error: Exception) -> None:
         if not self.given_up:
             self.given_up = True
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            self.terminal.warn(f"wandb has failed and is left out from here ({first}); metrics.jsonl goes on")
+            why = first_line(error)
+            self.terminal.warn(f"wandb has failed and is left out from here ({why}); metrics.jsonl goes on")

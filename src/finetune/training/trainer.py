@@ -34,6 +34,7 @@ from finetune.training.progress import Progress
 from finetune.training.recompute import Checkpointing
 from finetune.training.stopper import EvaluationStopped, Stopper
 from finetune.training.totals import Sums
+from finetune.wording import listed
 
 DEVICE_RANDOM_STATE = "device_rng.safetensors"
 
@@ -84,8 +85,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     def _rows(self, lines: tuple[int, ...]) -> str:
         if not self.model.training:
             return "the validation rows"
-        more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
-        return "rows " + ", ".join(f"{self.train_file}:{line}" for line in lines[:8]) + more
+        return f"rows {listed([f'{self.train_file}:{line}' for line in lines], 8)}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', which for each micro-batch counts all parameters anew."""

@@ -9,6 +9,7 @@ from finetune.checks.runner import Check, Finding, failed, passed, skipped, warn
 from finetune.machine.docker_host import Disk, DockerHost
 from finetune.machine.docker_image import REPOSITORY, SOURCES, Image
 from finetune.machine.platforms import PLATFORMS
+from finetune.wording import listed
 
 IMAGE_GIB = 40  # an expectation: the image, its stages and uv's cache, which the engine keeps beside it
 LISTED = 3  # files named in one finding, then a count
@@ -40,8 +41,7 @@ def _made(host: DockerHost) -> Image:
 def _source(host: DockerHost) -> Finding:
     other = [path for path in _made(host).changed if path.split("/")[0] in SOURCES]
     if other:
-        more = f" and {len(other) - LISTED} more" if len(other) > LISTED else ""
-        return warned(f"other in the image than here: {', '.join(other[:LISTED])}{more}", BUILD)
+        return warned(f"other in the image than here: {listed(other, LISTED)}", BUILD)
     return passed(f"{' and '.join(SOURCES)} in the image are those here")
 
 

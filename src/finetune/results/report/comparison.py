@@ -14,7 +14,7 @@ from finetune.results.report import charts
 from finetune.results.report.charts import Line
 from finetune.results.report.run_summary import SCRIPT, Evidence
 from finetune.results.report.verdicts import Answer
-from finetune.wording import duration
+from finetune.wording import duration, leaves
 
 FOUND: tuple[tuple[str, Callable[[Evidence], Any], str], ...] = (
     ("status", lambda run: run.status, "{}"),
@@ -102,16 +102,8 @@ def _curves(first: Evidence, second: Evidence) -> Iterator[tuple[str, Markup]]:
 
 def _differences(first: Evidence, second: Evidence) -> Iterator[tuple[str, str, str]]:
     """Keys of config.yaml that differ, with both values as YAML has them."""
-    trees = [dict(_leaves(yaml.safe_load(run.config) or {})) for run in (first, second)]
+    trees = [leaves(yaml.safe_load(run.config) or {}) for run in (first, second)]
     for key in sorted(trees[0].keys() | trees[1].keys()):
         values = [tree.get(key, "not there") for tree in trees]
         if values[0] != values[1]:
             yield key, *(str(value) if value is not None else "null" for value in values)  # type: ignore[misc]
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
