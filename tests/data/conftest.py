@@ -8,6 +8,8 @@ import pytest
 
 from finetune.data import encode
 from finetune.data import prepare as prepare_module
+from finetune.data.tokenizer import Chat, load_chat
+from support.conversations import chatml_tokenizer
 from support.prepared import Case, numbered, the_chat, the_reference, write
 
 
@@ -24,3 +26,15 @@ def two_files(case: Case) -> Case:
     write(case.train, *numbered(5))
     write(case.validation, *numbered(2, start=100))
     return case
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Chat:
+    return load_chat(None)
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    folder = tmp_path_factory.mktemp("chatml")
+    chatml_tokenizer().save(str(folder / "tokenizer.json"))
+    return load_chat(folder)

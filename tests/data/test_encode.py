@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode
-from finetune.data.encode import Encoder, Statistics, control_tokens, with_system_prompt
-from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Messages
-from finetune.data.tokenizer import Reference
+from finetune.data.encode import Encoder, Statistics, control_tokens, truncate, with_system_prompt
+from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages
+from finetune.data.tokenizer import Chat, Reference
 from finetune.errors import CheckFailed, DataError, OutOfResource
+from support.conversations import conversation
 from support.prepared import (
     NO_TURN_FITS,
     RECIPE,
@@ -26,7 +27,6 @@ from support.prepared import (
     TWO_TURNS,
     Case,
     contents,
-    conversation,
     lines,
     numbered,
     same,
@@ -337,3 +337,35 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(case: Case, monkeypat
     assert str(failure.value) == (
         f"{case.train}: a process that encodes it was killed, probably for want of memory; free some and try again"
     )
+
+
+# --- truncation
+
+THREE_TURNS = Encoded(list(range(10)), [*[IGNORED] * 2, 2, *[IGNORED] * 3, 6, 7, IGNORED, 9], [3, 8, 10])
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept", "turn_ends"),
+    [(9, 8, [3, 8]), (8, 8, [3, 8]), (7, 3, [3]), (4, 3, [3]), (3, 3, [3])],
+)
+def test_a_long_row_is_cut_at_the_end_of_the_last_whole_assistant_turn_that_fits(
+    limit: int, kept: int, turn_ends: list[int]
+) -> None:
+    wanted = Encoded(THREE_TURNS.input_ids[:kept], THREE_TURNS.labels[:kept], turn_ends)
+    assert truncate(THREE_TURNS, limit) == wanted
+
+
+@pytest.mark.parametrize("limit", [2, 1])
+def test_a_row_in_which_no_turn_fits_is_none(limit: int) -> None:
+    assert truncate(THREE_TURNS, limit) is None
+
+
+@pytest.mark.parametrize("limit", [10, 11, 1000])
+def test_a_row_that_fits_is_left_as_it_is(limit: int) -> None:
+    assert truncate(THREE_TURNS, limit) is THREE_TURNS
+
+
+def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
+    short = mistral.encode([conversation("a", "b", system="c")])[0]
+    long = mistral.encode([conversation("a", "b", "d", "e", system="c")])[0]
+    assert truncate(long, len(long.input_ids) - 1) == short

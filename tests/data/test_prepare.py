@@ -16,6 +16,7 @@ from finetune.data import prepare as prepare_module
 from finetune.data.store import SplitWriter
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError
+from support.conversations import conversation
 from support.prepared import (
     NO_TURN_FITS,
     RECIPE,
@@ -23,7 +24,6 @@ from support.prepared import (
     SYSTEM_PROMPT,
     TWO_TURNS,
     Case,
-    conversation,
     lines,
     numbered,
     same,

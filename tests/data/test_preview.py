@@ -12,7 +12,8 @@ from finetune.data.encode import Recipe
 from finetune.data.preview import marked, preview, segments
 from finetune.data.template import Messages
 from finetune.wording import clean
-from support.prepared import RECIPE, TWO_TURNS, Case, conversation, the_chat, write
+from support.conversations import conversation
+from support.prepared import RECIPE, TWO_TURNS, Case, the_chat, write
 
 
 def first_row(case: Case, row: Messages, width: int, recipe: Recipe = RECIPE) -> list[tuple[str, bool]]:

@@ -14,7 +14,8 @@ from finetune.data import encode
 from finetune.data.encode import Statistics
 from finetune.data.store import Rows, SplitWriter, histogram
 from finetune.data.template import IGNORED, Messages
-from support.prepared import Case, contents, conversation, numbered, write
+from support.conversations import conversation
+from support.prepared import Case, contents, numbered, write
 
 
 def test_one_very_long_row_does_not_squeeze_the_histogram_into_one_bar() -> None:

@@ -8,35 +8,13 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE, WordLevel
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from finetune.data.encode import truncate
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference, load_chat
 from finetune.errors import ConfigError
-
-BOS, EOS = 1, 2
-CONTROL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-
-
-def conversation(*turns: str, system: str | None = None) -> Messages:
-    """`turns` are questions and answers in turn."""
-    led = [{"role": "system", "content": system}] if system is not None else []
-    roles = ("user", "assistant") * len(turns)
-    return led + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-
-
-def encoded(chat: Chat, messages: Messages) -> tuple[list[int], list[int]]:
-    row = chat.encode([messages])[0]
-    return row.input_ids, row.labels
-
-
-@pytest.fixture(scope="module")
-def mistral() -> Chat:
-    return load_chat(None)
+from support.conversations import BOS, EOS, conversation, conversations, encoded
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +27,6 @@ def mistral_common() -> Any:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     return MistralTokenizer.v1()
-
-
-anything = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
-# Runs and near-control texts are where tokenizers part; each element is drawn as often as a letter.
-tricky = st.lists(
-    st.sampled_from([" ", "  ", " " * 16, " " * 23, "\n", "\t", "▁", "<s>", "</s>", "[INST]", "[/INST]", "<0x0A>", "a"])
-    | st.characters(exclude_categories=["Cs"]),
-    min_size=1,
-    max_size=12,
-).map("".join)
-texts = (anything | tricky).filter(str.strip)
-
-
-@st.composite
-def conversations(draw: st.DrawFn, contents: st.SearchStrategy[str] = texts) -> Messages:
-    turns = draw(st.integers(1, 3))
-    system = draw(st.none() | contents)
-    return conversation(*(draw(contents) for _ in range(2 * turns)), system=system)
 
 
 AWKWARD = [
@@ -205,117 +165,6 @@ def test_rows_of_one_call_are_encoded_as_each_alone(mistral: Chat) -> None:
     assert mistral.encode([]) == []
 
 
-# --- the template
-
-
-def fast_tokenizer(chat: Chat) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=chat.tokenizer,
-        bos_token=chat.format.bos,
-        eos_token=chat.format.end,
-        pad_token=chat.format.pad,
-        chat_template=chat.format.template,
-    )
-
-
-def reloaded(chat: Chat, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    fast_tokenizer(chat).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def templated(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
-    found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, mask = found["input_ids"], found["assistant_masks"]
-    return ids, [token if carried else IGNORED for token, carried in zip(ids, mask, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def mistral_templates(mistral: Chat, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return [fast_tokenizer(mistral), reloaded(mistral, tmp_path_factory.mktemp("mistral"))]
-
-
-def chatml_tokenizer() -> Tokenizer:
-    """A byte-level BPE as SmolLM2's, learned from a line of text."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=400,
-        special_tokens=[AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["system\nuser\nassistant\nthe other one\n\n  is another one, 日本 😀"] * 9, trainer)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    folder = tmp_path_factory.mktemp("chatml")
-    chatml_tokenizer().save(str(folder / "tokenizer.json"))
-    return load_chat(folder)
-
-
-@pytest.fixture(scope="module")
-def chatml_templates(chatml: Chat, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return [fast_tokenizer(chatml), reloaded(chatml, tmp_path_factory.mktemp("chatml-saved"))]
-
-
-# A template is text, so a control token's own text in a message would become one: only Chat.encode keeps it apart.
-plain = texts.filter(lambda text: not any(token in text for token in CONTROL))
-
-
-@settings(max_examples=60, deadline=None)
-@given(messages=conversations(plain))
-def test_mistrals_template_gives_the_same_ids_and_labels_also_when_saved_and_loaded(
-    mistral: Chat, mistral_templates: list[Any], messages: Messages
-) -> None:
-    for tokenizer in mistral_templates:
-        assert templated(tokenizer, messages) == encoded(mistral, messages)
-
-
-@settings(max_examples=60, deadline=None)
-@given(messages=conversations(plain.filter(lambda text: not text[0].isspace())))
-def test_the_chatml_template_gives_the_same_ids_and_labels_also_when_saved_and_loaded(
-    chatml: Chat, chatml_templates: list[Any], messages: Messages
-) -> None:
-    for tokenizer in chatml_templates:
-        assert templated(tokenizer, messages) == encoded(chatml, messages)
-
-
-def test_the_template_and_a_prompt_open_the_reply_alike(
-    mistral: Chat, chatml: Chat, mistral_templates: list[Any], chatml_templates: list[Any]
-) -> None:
-    asked = conversation("Why?", "Because.", "And?", system="Be short.")
-    for chat, tokenizers in ((mistral, mistral_templates), (chatml, chatml_templates)):
-        for tokenizer in tokenizers:
-            found = tokenizer.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
-            assert found["input_ids"] == chat.encode_prompt(asked)
-
-
-def test_mistrals_template_refuses_roles_out_of_turn(mistral_templates: list[Any]) -> None:
-    from jinja2 import TemplateError
-
-    for messages in (
-        conversation("a")[:1] * 2,
-        conversation("a", "b")[1:],
-        conversation("a") + conversation(system="b"),
-    ):
-        with pytest.raises(
-            TemplateError, match=r"^roles must be: system \(first only\), then user and assistant in turn$"
-        ):
-            mistral_templates[0].apply_chat_template(messages, tokenize=False)
-
-
-def test_making_a_template_tokenizer_leaves_the_chats_own_one_as_it_was(mistral: Chat) -> None:
-    fast_tokenizer(mistral).apply_chat_template(conversation("a", "b"), tokenize=True)
-    assert EOS not in mistral.encode([conversation("</s>", "b")])[0].input_ids[:-1]
-
-
 def test_chatml_text_is_never_a_control_token(chatml: Chat) -> None:
     text = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     input_ids, labels = encoded(chatml, conversation(text, text, system=text))
@@ -419,35 +268,3 @@ def test_a_chatml_tokenizer_without_the_end_token_is_a_config_error(tmp_path: Pa
     assert str(caught.value) == (
         "config: 1 problem\n  model.name: its tokenizer has no '<|im_end|>', which the chatml format needs"
     )
-
-
-# --- truncation
-
-THREE_TURNS = Encoded(list(range(10)), [*[IGNORED] * 2, 2, *[IGNORED] * 3, 6, 7, IGNORED, 9], [3, 8, 10])
-
-
-@pytest.mark.parametrize(
-    ("limit", "kept", "turn_ends"),
-    [(9, 8, [3, 8]), (8, 8, [3, 8]), (7, 3, [3]), (4, 3, [3]), (3, 3, [3])],
-)
-def test_a_long_row_is_cut_at_the_end_of_the_last_whole_assistant_turn_that_fits(
-    limit: int, kept: int, turn_ends: list[int]
-) -> None:
-    wanted = Encoded(THREE_TURNS.input_ids[:kept], THREE_TURNS.labels[:kept], turn_ends)
-    assert truncate(THREE_TURNS, limit) == wanted
-
-
-@pytest.mark.parametrize("limit", [2, 1])
-def test_a_row_in_which_no_turn_fits_is_none(limit: int) -> None:
-    assert truncate(THREE_TURNS, limit) is None
-
-
-@pytest.mark.parametrize("limit", [10, 11, 1000])
-def test_a_row_that_fits_is_left_as_it_is(limit: int) -> None:
-    assert truncate(THREE_TURNS, limit) is THREE_TURNS
-
-
-def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
-    short = mistral.encode([conversation("a", "b", system="c")])[0]
-    long = mistral.encode([conversation("a", "b", "d", "e", system="c")])[0]
-    assert truncate(long, len(long.input_ids) - 1) == short

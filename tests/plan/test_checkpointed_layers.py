@@ -6,18 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from finetune.config import load as config_load
-from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.plan.checkpointed_layers import TRIALS, Choice, by_formula, by_trials, settled, with_layers
 from finetune.plan.memory import checkpointed_layers, peak_gib
 from finetune.plan.model_shape import MISTRAL_7B
+from support.plans import load
 
 AUTO = "training.checkpointed_layers=auto"
-
-
-def load(*settings: str) -> Config:
-    return config_load.load_config("h100", settings)[0]
 
 
 # The key --------------------------------------------------------------------------------------------------------------

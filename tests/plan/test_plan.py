@@ -22,6 +22,7 @@ from finetune.machine.inspect import Machine
 from finetune.plan.model_shape import MISTRAL_7B
 from finetune.plan.plan import Plan, count_steps, disk_bytes, make_plan
 from finetune.plan.throughput import Throughput
+from support.plans import load
 from support.recorded import M4
 
 H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.126, 1007.6, 950.0)
@@ -33,10 +34,6 @@ TRAIN = Statistics(
 VALIDATION = Statistics(
     rows=100, tokens=20_000, supervised_tokens=9_000, truncated=4, dropped_long=5, dropped_bad=6, certified=105
 )
-
-
-def load(*settings: str) -> Config:
-    return config_load.load_config("h100", settings)[0]
 
 
 def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> Config:

@@ -8,16 +8,11 @@ from typing import Any
 
 import pytest
 
-from finetune.config import load as config_load
-from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.plan.model_shape import MISTRAL_7B
 from finetune.plan.throughput import RESULTS, Throughput, find, read
+from support.plans import load
 from support.throughput import ENTRY
-
-
-def load(*settings: str) -> Config:
-    return config_load.load_config("h100", settings)[0]
 
 
 def write(folder: Path, name: str, date: str, *entries: dict[str, Any]) -> Path:

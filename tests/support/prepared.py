@@ -16,6 +16,7 @@ from finetune.data.prepare import Prepared, prepare
 from finetune.data.store import Rows
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Reference, load_chat
+from support.conversations import conversation
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
 SYSTEM_PROMPT = "Be kind."
@@ -23,12 +24,6 @@ SYSTEM_PROMPT = "Be kind."
 # Making Mistral's tokenizer takes a third of a second, and these tests make it some hundred times.
 the_chat = functools.cache(load_chat)
 the_reference = functools.cache(Reference)
-
-
-def conversation(*turns: str, system: str | None = None) -> Messages:
-    led = [{"role": "system", "content": system}] if system is not None else []
-    roles = ("user", "assistant") * len(turns)
-    return led + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
 
 
 def write(path: Path, *rows: Messages | str) -> Path:
