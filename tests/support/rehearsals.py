@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import PeftModel
 
 from finetune.config.schema import Config
+from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
 from finetune.training.rehearsal import Rehearsal, rehearse
@@ -35,3 +36,20 @@ def attributes(model: PeftModel) -> list[dict[str, Any]]:
         {name: list(value) if isinstance(value, dict | set | list) else value for name, value in entry.items()}
         for entry in found
     ]
+
+
+CPU = PLATFORMS["cpu"]
+
+
+DROPOUT = ("lora.lora_dropout=0.1", "training.gradient_accumulation_steps=2", "training.eval_steps=2")
+KINDS = {
+    "packed": ("training.packing=true",),
+    "padded, in bf16, recomputed": (
+        "training.packing=false",
+        "training.per_device_train_batch_size=3",
+        "training.gradient_checkpointing=true",
+        "model.dtype=bfloat16",
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
+        "training.bf16=true",
+    ),
+}

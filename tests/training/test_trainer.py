@@ -1,17 +1,9 @@
-"""What the trainer adds to TRL's: exact evaluation, fp32 adapters, the best adapter kept, clear stops."""
+"""What the trainer adds to TRL's: exact evaluation, fp32 adapters, resumes to the same bits, clear stops."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 import shutil
-import signal
-import time
-from collections.abc import Iterable, Iterator
-from datetime import datetime
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,29 +16,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers import Trainer as TransformersTrainer
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from finetune.errors import DiskFull, Diverged, Stopped
+from finetune.errors import Diverged
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
-from finetune.plan.schedule import Pace
-from finetune.runs.checkpoints import read_seal, saved
-from finetune.runs.folder import Run
-from finetune.runs.outcome import Outcome
-from finetune.terminal import Terminal
-from finetune.training import progress as progress_module
+from finetune.runs.checkpoints import read_seal
 from finetune.training import trainer as trainer_module
-from finetune.training.arguments import training_arguments
-from finetune.training.keeper import Keeper
-from finetune.training.progress import Progress
-from finetune.training.stopper import EvaluationStopped, Stopper
-from finetune.training.trainer import Trainer, evaluates_first, is_over
-from support.training import FINGERPRINT, Case, adapter_weights, same
+from finetune.training.trainer import Trainer, is_over
+from support.training import Case, adapter_weights, same
+from support.whole_trainings import BETWEEN, EVERY_STEP, UNEVEN, scripted
 
 # --- steps
 
@@ -114,115 +96,6 @@ def test_making_a_trainer_leaves_the_adapter_weights_as_they_were_in_fp32(case: 
     assert same(fresh, after)
 
 
-def test_only_one_gpu_is_used_however_many_are_in_sight(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def eight(self: TrainingArguments) -> torch.device:
-        self._n_gpu = 8
-        return torch.device("cpu")
-
-    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(eight))
-    assert training_arguments(case.config().training, case.run, [], PLATFORMS["cpu"], True).n_gpu == 1
-
-
-# --- the keeper
-
-
-class Adapter:
-    """Saves its text where a PeftModel would save its weights."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def parameters(self) -> list[Any]:
-        return []
-
-    def save_pretrained(self, folder: Path, save_embedding_layers: bool) -> None:
-        assert save_embedding_layers is False  # PEFT would ask the Hub
-        folder.mkdir()
-        (folder / "adapter_model.safetensors").write_text(self.text)
-
-
-def evaluated(keeper: Keeper, step: int, loss: float, stopping: bool = False) -> Any:
-    """What the keeper makes of control after an evaluation."""
-    control = SimpleNamespace(should_save=False, should_training_stop=stopping)
-    state = SimpleNamespace(global_step=step)
-    keeper.on_evaluate(None, state, control, {"eval_loss": loss}, model=Adapter(f"weights of step {step}"))
-    return control
-
-
-@pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    run = Run(tmp_path / "run", False, None)
-    run.checkpoints.mkdir(parents=True)
-    return Keeper(run, FINGERPRINT, 3)
-
-
-def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper) -> None:
-    assert keeper.best is None
-    seen = []
-    for step, loss in {0: 3.0, 100: 2.0, 200: 2.5, 300: 2.0, 400: 1.5, 500: 1.6}.items():
-        evaluated(keeper, step, loss)
-        best = keeper.run.checkpoints / "best"
-        facts = read_seal(best)
-        assert (best / "adapter_model.safetensors").read_text() == f"weights of step {facts['step']}"
-        assert facts["fingerprint"] == FINGERPRINT
-        assert keeper.best == {key: facts[key] for key in ("step", "eval_loss", "fingerprint")}
-        seen.append((facts["step"], facts["eval_loss"]))
-    assert seen == [(0, 3.0), (100, 2.0), (100, 2.0), (100, 2.0), (400, 1.5), (400, 1.5)]
-    assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
-
-
-def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -> None:
-    evaluated(keeper, 100, 2.0)
-    later = Keeper(keeper.run, FINGERPRINT, 3)
-    evaluated(later, 200, 2.5)
-    assert later.best == read_seal(keeper.run.checkpoints / "best")
-    assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 100"
-
-
-def test_a_best_adapter_half_written_by_a_killed_run_is_replaced(keeper: Keeper) -> None:
-    partial = keeper.run.checkpoints / "best.partial"
-    partial.mkdir()
-    (partial / "adapter_model.safetensors").write_text("half")
-    evaluated(keeper, 0, 2.0)
-    assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
-    assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 0"
-
-
-def test_an_evaluation_asks_for_a_save_only_where_training_stops(keeper: Keeper) -> None:
-    assert evaluated(keeper, 100, 2.0).should_save is False
-    assert evaluated(keeper, 200, 2.0, stopping=True).should_save is True
-
-
-def test_a_checkpoint_is_sealed_with_its_loss_and_the_older_ones_thinned_out(keeper: Keeper) -> None:
-    for step, loss in {2: 5.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}.items():
-        evaluated(keeper, step, loss)
-        folder = keeper.run.checkpoints / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "optimizer.pt").write_text("moments")
-        keeper.on_save(None, SimpleNamespace(global_step=step), TrainerControl())
-    facts = {folder.name: read_seal(folder) for folder in saved(keeper.run.checkpoints)}
-    found = {name: (fact["step"], fact["eval_loss"], list(fact["files"])) for name, fact in facts.items()}
-    losses = {4: 1.0, 6: 2.0, 8: 3.0, 10: 9.0}
-    assert found == {f"checkpoint-{step}": (step, loss, ["optimizer.pt"]) for step, loss in losses.items()}
-
-
-def test_a_disk_too_small_for_the_best_adapter_keeps_the_one_before(
-    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    evaluated(keeper, 0, 3.0)
-    usage = SimpleNamespace(free=-1)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(DiskFull, match=r"^no space left: "):
-        evaluated(keeper, 100, 2.0)
-    assert read_seal(keeper.run.checkpoints / "best")["step"] == 0
-
-
-# --- whole trainings
-
-
-BETWEEN = ("training.eval_steps=4", "training.save_steps=4", "lora.lora_dropout=0.2")
-
-
 def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
     case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -236,25 +109,6 @@ def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
     _, model, _ = later.train(*BETWEEN, checkpoint=checkpoint)
     assert same(adapter_weights(model), adapter_weights(whole))
     assert later.checkpoints() == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_seconds_and_speed_are_of_all_starts_of_a_run(
-    case: Case, tiny_mistral: Path, conversations: Path, tmp_path: Path
-) -> None:
-    whole, _, _ = case.train(*BETWEEN, "training.save_minutes=0.00001", "training.save_total_limit=10")
-    assert whole.tokens_per_second * whole.seconds > (tokens := case.metrics()[-2]["num_tokens"])
-    later = Case(tiny_mistral, conversations, tmp_path / "later", case.tokenizer)
-    for name in ("checkpoint-3", "best"):
-        shutil.copytree(case.run.checkpoints / name, later.run.checkpoints / name)
-    path = later.run.checkpoints / "checkpoint-3" / "trainer_state.json"
-    state = json.loads(path.read_text(encoding="utf-8"))
-    state["stateful_callbacks"]["Sums"]["attributes"] |= {"seconds": 1000.0, "step_seconds": 500.0}
-    path.write_text(json.dumps(state), encoding="utf-8")
-    started = time.monotonic()
-    outcome, _, _ = later.train(*BETWEEN, checkpoint=path.parent)
-    assert 1000 < outcome.seconds < 1000 + time.monotonic() - started
-    assert outcome.tokens_per_second == pytest.approx(tokens / 500, rel=0.01)  # the fourth step takes milliseconds
-    assert later.metrics()[-2]["num_tokens"] == tokens
 
 
 @pytest.mark.parametrize(
@@ -340,24 +194,6 @@ def test_a_checkpoint_of_another_platform_brings_no_random_numbers_of_this_devic
 def test_without_a_clock_saves_come_at_their_steps_only(case: Case) -> None:
     case.train(*BETWEEN, "training.save_minutes=null")
     assert case.checkpoints() == ["checkpoint-4"]
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> dict[int, dict[str, torch.Tensor]]:
-    """Evaluations give `losses` by step, the rest of them 100; returns the adapter's weights by step as it goes."""
-    by_step = dict(enumerate(losses))
-    weights: dict[int, dict[str, torch.Tensor]] = {}
-
-    def evaluation_loop(self: Trainer, *_args: Any, **_kwargs: Any) -> EvalLoopOutput:
-        weights[self.state.global_step] = adapter_weights(self.model)
-        loss = by_step.get(self.state.global_step, 100.0)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics={"eval_loss": loss}, num_samples=1)
-
-    monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
-    return weights
-
-
-EVERY_STEP = ("training.max_steps=10", "training.eval_steps=1", "training.save_steps=10")
-UNEVEN = (9.0, 8.0, 5.0, 6.0, 7.0, 6.5)  # the best is at step 2, between two saves
 
 
 def test_early_stopping_saves_where_it_stops_and_leaves_the_best_weights_in_the_model(
@@ -513,240 +349,3 @@ def test_the_first_loss_that_is_not_finite_names_the_rows_of_its_batch(case: Cas
 def test_an_evaluation_that_is_not_finite_says_so(case: Case) -> None:
     with pytest.raises(Diverged, match=r"the loss is not a finite number on the validation rows; "):
         case.trainer(change=infinite).evaluate()
-
-
-# --- signals
-
-
-@pytest.fixture
-def stopper(tmp_path: Path) -> Iterator[Stopper]:
-    stopper = Stopper(Run(tmp_path, False, None))
-    with stopper:
-        yield stopper
-
-
-SAID = "SIGTERM: stopping as soon as the step is done; once more leaves at once\n"
-
-
-def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(
-    stopper: Stopper, capfd: pytest.CaptureFixture[str]
-) -> None:
-    control = TrainerControl()
-    stopper.on_step_end(None, TrainerState(global_step=3), control)
-    assert (control.should_save, control.should_training_stop) == (False, False)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert capfd.readouterr() == ("", SAID)
-    stopper.on_step_end(None, TrainerState(global_step=4), control)
-    assert (control.should_save, control.should_training_stop) == (True, True)
-    with pytest.raises(EvaluationStopped):
-        stopper.on_prediction_step(None, TrainerState(global_step=4), control)
-    (stopper.run.checkpoints / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(Stopped) as stopped:
-        stopper.leave(4)
-    assert (stopped.value.exit_code, str(stopped.value)) == (
-        143,
-        "stopped by SIGTERM at step 4; the same command goes on from checkpoint-4",
-    )
-
-
-def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: Stopper) -> None:
-    stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(EvaluationStopped):
-        stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
-    with pytest.raises(Stopped) as stopped:
-        stopper.leave(0)
-    assert (stopped.value.exit_code, str(stopped.value)) == (
-        130,
-        "stopped by SIGINT at step 0; the same command starts again (no checkpoint yet)",
-    )
-
-
-STEPPED = (
-    "training.max_steps=6",
-    "training.eval_steps=2",
-    "training.save_steps=6",
-    "training.logging_steps=4",
-    "training.early_stopping_patience=3",
-    "lora.lora_dropout=0.2",
-)
-
-
-def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """SIGTERM in the first batch of the next evaluation of `step`."""
-    predict = Trainer.prediction_step
-    left = [step]
-
-    def prediction_step(self: Trainer, *arguments: Any, **named: Any) -> Any:
-        if self.state.global_step in left:
-            left.clear()
-            os.kill(os.getpid(), signal.SIGTERM)
-        return predict(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainer, "prediction_step", prediction_step)
-
-
-def ended(case: Case, outcome: Outcome, model: Any) -> dict[str, Any]:
-    """All of a finished training that a stop must not change; times and speeds are left out."""
-    last = saved(case.run.checkpoints)[-1]
-    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))
-    logged = [
-        {key: entry[key] for key in entry if "time" not in key and "second" not in key} for entry in case.metrics()
-    ]
-    folders = {"last": last, "best": case.run.checkpoints / "best"}
-    files = {
-        name: sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS) for name, folder in folders.items()
-    }
-    return {
-        "files": {f"{name}/{path.name}": path.read_bytes() for name in files for path in files[name]},
-        "metrics": logged,
-        "outcome": dataclasses.replace(outcome, seconds=0, tokens_per_second=0),
-        "step": (state["global_step"], read_seal(last)["eval_loss"]),
-        "weights": {name: value.tolist() for name, value in adapter_weights(model).items()},
-    }
-
-
-WEIGHTS = (".safetensors", ".pt", ".pth")
-
-
-def test_a_signal_in_an_evaluation_saves_its_step_and_the_same_command_makes_it_first_to_the_same_bits(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = ended(case, *case.train(*STEPPED)[:2])
-    for step in (2, 6):
-        later = Case(case.base, Path(case.train_file), tmp_path / f"stopped at {step}", case.tokenizer)
-        signalled(monkeypatch, step)
-        with pytest.raises(Stopped) as stopped:
-            later.train(*STEPPED)
-        goes_on = f"the same command goes on from checkpoint-{step}"
-        assert str(stopped.value) == f"stopped by SIGTERM at step {step}; {goes_on}"
-        checkpoint = later.run.checkpoints / f"checkpoint-{step}"
-        assert read_seal(checkpoint)["eval_loss"] is None
-        assert [entry["step"] for entry in later.metrics() if "eval_loss" in entry] == [*range(0, step, 2)]
-        outcome, model, _ = later.train(*STEPPED, checkpoint=checkpoint)
-        assert ended(later, outcome, model) == whole
-        again, model, _ = later.train(*STEPPED, checkpoint=later.run.checkpoints / "checkpoint-6")
-        assert ended(later, again, model) == whole  # where the export was killed
-
-
-def test_a_signal_in_an_evaluation_that_was_due_leaves_it_due(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    for checkpoint in (None, case.run.checkpoints / "checkpoint-4"):
-        signalled(monkeypatch, 4)
-        with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
-            case.train(*STEPPED, checkpoint=checkpoint)
-    assert case.checkpoints() == ["checkpoint-4"]
-    assert evaluates_first(case.run.checkpoints / "checkpoint-4")
-    case.train(*STEPPED, checkpoint=case.run.checkpoints / "checkpoint-4")
-    assert [entry["step"] for entry in case.metrics() if "eval_loss" in entry] == [0, 2, 4, 6]
-
-
-@pytest.mark.parametrize("step", [2, 5], ids=["the best evaluation", "the one that ends patience"])
-def test_an_evaluation_that_was_due_counts_for_patience(case: Case, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    settings = (*EVERY_STEP, "training.early_stopping_patience=3")
-    scripted(monkeypatch, UNEVEN)
-    evaluation_loop = Trainer.evaluation_loop
-
-    def stopping(self: Trainer, *arguments: Any, **named: Any) -> EvalLoopOutput:
-        if self.state.global_step == step and not case.checkpoints():
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise EvaluationStopped
-        return evaluation_loop(self, *arguments, **named)
-
-    monkeypatch.setattr(Trainer, "evaluation_loop", stopping)
-    with pytest.raises(Stopped):
-        case.train(*settings)
-    checkpoint = case.run.checkpoints / f"checkpoint-{step}"
-    outcome, _, _ = case.train(*settings, checkpoint=checkpoint)
-    assert (outcome.steps, outcome.stopped_early, outcome.best_step, outcome.eval_loss) == (5, True, 2, 5.0)
-    assert read_seal(checkpoint)["eval_loss"] == UNEVEN[step]
-
-
-def test_a_second_signal_leaves_at_once(stopper: Stopper) -> None:
-    assert stopper.signal_number is None
-    os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(SystemExit) as left:
-        os.kill(os.getpid(), signal.SIGINT)
-    assert left.value.code == 130
-
-
-def test_after_the_training_signals_do_what_they_did_before(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with Stopper(Run(tmp_path, False, None)):
-        assert signal.getsignal(signal.SIGTERM) is not before
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_signal_that_was_ignored_before_the_training_stays_ignored(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with Stopper(Run(tmp_path, False, None)) as stopper:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stopper.signal_number is None
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Screen(StringIO):
-    """A terminal of unknown size."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is noon, and this process was started two minutes ago."""
-
-    class Noon(datetime):
-        @classmethod
-        def now(cls, _: Any = None) -> Any:
-            return datetime(2024, 1, 31, 12)
-
-    monkeypatch.setattr(progress_module, "datetime", Noon)
-    monkeypatch.setattr(progress_module, "seconds_since_start", lambda: 120.0)
-
-
-def progressed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of 30 s of 100, each logged, then an evaluation."""
-    clock = iter([0.0, 30.0, 100.0, 130.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    state = TrainerState(global_step=0, max_steps=100, eval_steps=10, save_steps=50)
-    progress.on_train_begin(None, state, None)
-    for step in (1, 2):
-        progress.on_step_begin(None, state, None)
-        state.global_step = step
-        progress.on_step_end(None, state, None)
-        progress.on_log(None, state, None, {"loss": 3.25, "num_tokens": 60_000.0 * step})
-    progress.on_log(None, state, None, {"eval_loss": 2.5})
-    progress.on_log(None, state, None, {"train_runtime": 1.0})
-
-
-@pytest.mark.usefixtures("at_noon")
-def test_a_plain_progress_line_says_when_it_ends_and_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = StringIO()
-    progress = Progress(Terminal(stream=stream), Pace(1.0, 60.0, 12.0), 3.0, lambda: 12.94)
-    progressed(progress, monkeypatch)
-    progress.on_train_end(None, TrainerState(), None)
-    # 99 steps of 30 s, 10 evaluations of 60 s, 2 saves of 12 s: 3,594 s; with the 120 s since the start 3,714 s
-    assert stream.getvalue() == (
-        "step 1/100: loss 3.250, 2,000 tokens/s, 60 min left, ends about 12:59, cost 0.10 of 3.10, peak 12.9 GiB\n"
-        "step 2/100: loss 3.250, 2,000 tokens/s, 59 min left, ends about 12:59, cost 0.10 of 3.07, peak 12.9 GiB\n"
-        "step 2/100: eval_loss 2.5000\n"
-    )
-
-
-@pytest.mark.usefixtures("at_noon")
-def test_on_a_terminal_one_line_holds_the_last_of_everything_and_evaluations_stay(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
-    screen = Screen()
-    progress = Progress(Terminal(stream=screen), Pace(1.0, 60.0, 12.0), 3.0, lambda: 12.94)
-    progressed(progress, monkeypatch)
-    shown = screen.getvalue().split("\r")
-    ending = "59 min left, ends about 12:59, eval_loss 2.5000, cost 0.10 of 3.07"
-    assert shown[-1] == f"step 2/100: loss 3.250, 2,000 tokens/s, {ending}, peak 12.9 GiB"
-    assert [part for part in shown if "\n" in part] == ["step 2/100: eval_loss 2.5000\n"]
-    progress.on_train_end(None, TrainerState(), None)
-    assert screen.getvalue().endswith(f"\r{' ' * len(shown[-1])}\r")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
-from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,61 +15,12 @@ import pytest
 from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.config.schema import MISTRAL
-from finetune.errors import Diverged, Stopped
-from finetune.results.report import charts, refresh
 from finetune.results.report import page as report_page
-from finetune.results.report.charts import Line
-from finetune.runs.folder import Run
-from finetune.terminal import Terminal
-from finetune.wording import clean
 from support.browser import PROGRAM, Browser
+from support.pages import HOSTILE, Reader
 from support.run_folders import SAMPLES, make_run, manifest, rows, start, without_end
 
 SCRIPT = ROOT / "scripts" / "make_report.py"
-HOSTILE = (
-    "<script>document.title='taken'</script><img src=x onerror=alert(1)></svg></style>\"'><b id=escaped>"
-    "\u202edetrever\u2066 {{ 7*7 }} $\\frac{1}{2}$ \x1b[31m https://example.org/track " + "wide" * 200
-)
-
-
-class Reader(HTMLParser):
-    """What a page is made of: its tags, its links, and the text that a person reads."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.links: list[str] = []
-        self.events: list[str] = []
-        self.ids: list[str] = []
-        self._words: list[str] = []
-        self._skip = False
-        self.feed(page.read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self._words).split())
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self._skip = tag == "style"
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "action") and not (value or "").startswith("#"):
-                self.links.append(value or "")
-            if name.startswith("on"):
-                self.events.append(name)
-            if name == "id":
-                self.ids.append(value or "")
-
-    def handle_data(self, data: str) -> None:
-        if not self._skip:
-            self._words.append(data)
-
-    def order(self, *texts: str) -> bool:
-        """Whether all of `texts` are there, in this order."""
-        places = [self.text.find(text) for text in texts]
-        return -1 not in places and places == sorted(places)
-
-
-@pytest.fixture
-def complete(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", manifest())
 
 
 def hostile(folder: Path) -> Path:
@@ -168,26 +116,6 @@ def test_a_run_that_is_not_complete_says_so_before_the_verdict(tmp_path: Path, s
     assert page.order(first, f"{PYTHON} src/train.py --config {tmp_path}/run/config.yaml", "Verdict")
 
 
-def test_two_runs_share_their_charts_and_the_keys_that_differ_are_listed(complete: Path, tmp_path: Path) -> None:
-    other = make_run(
-        tmp_path / "warm", manifest(best_step=20, eval_loss=2.7), settings=("training.learning_rate=1e-4",)
-    )
-    path = report_page.write_comparison(complete, other)
-    assert path == complete / "compare-warm.html"
-    page = Reader(path)
-    assert page.order("run and warm", "Which did better?", "run Best held-out loss 2.5000 against 2.7000 of warm")
-    assert page.order("Config keys that differ", "training.learning_rate 0.0002 0.0001", "Tuned answers")
-    assert page.order(SAMPLES[0]["prompt"], "run Keeper's log: boil it.", "warm Keeper's log: boil it.")
-    assert path.read_text(encoding="utf-8").count("<svg") == 4
-
-
-def test_losses_on_different_held_out_rows_are_not_compared(complete: Path, tmp_path: Path) -> None:
-    content = manifest()
-    content["tokens"]["validation"]["input_ids"] = "00" * 32
-    page = Reader(report_page.write_comparison(complete, make_run(tmp_path / "other", content)))
-    assert "Not comparable They were evaluated on different held-out rows" in page.text
-
-
 # --- text that wants to break out
 
 
@@ -202,17 +130,6 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
     shown = "<script>document.title='taken'</script><img src=x onerror=alert(1)></svg>"
     assert page.text.count(shown) >= 12
     assert "\\u202edetrever\\u2066 {{ 7*7 }} $\\frac{1}{2}$ \\x1b[31m" in page.text
-
-
-def test_a_curve_of_values_that_are_no_numbers_is_drawn_without_them() -> None:
-    points = [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, float("nan"))]
-    assert charts.in_words("Loss", points) == "Loss: from 2 at step 1 to nan at step 5, least 1, most 2."
-    assert charts.in_words("Loss", points[-1:]) == "Loss: from nan at step 5 to nan at step 5."
-    svg = charts.curves("loss", HOSTILE, HOSTILE, [Line(HOSTILE, points)], None)
-    root = ElementTree.fromstring(svg)
-    assert root[0].text == clean(HOSTILE)
-    assert not [element.tag for element in root.iter() if element.tag.endswith(("script", "img", "style"))]
-    assert not re.search(r"\bnan\b|\binf\b", svg.split("</desc>")[1])
 
 
 def test_the_same_run_gives_the_same_bytes(complete: Path) -> None:
@@ -267,64 +184,6 @@ def test_a_browser_shows_every_page_quietly_whole_and_readable(
     assert len(seen.texts) > 50
     assert [text for text in seen.texts if text["ratio"] < 4.5] == []
     assert [text for text in seen.texts if text["pixels"] < 10] == []
-
-
-# --- where it is made
-
-
-class Told:
-    """A terminal that keeps what is said."""
-
-    def __init__(self) -> None:
-        self.stream = StringIO()
-        self.terminal = Terminal(stream=self.stream)
-
-    @property
-    def text(self) -> str:
-        return self.stream.getvalue()
-
-
-@pytest.mark.parametrize("error", [None, Stopped(143, "stopped"), Diverged("not finite"), ZeroDivisionError("a bug")])
-def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception | None) -> None:
-    told = Told()
-    try:
-        with refresh.reported(Run(complete, False, None), told.terminal):
-            if error:
-                raise error
-    except Exception as raised:  # noqa: BLE001  # compared on the next line
-        assert raised is error
-    assert (complete / "report.html").is_file()
-    assert told.text == ""
-
-
-def test_a_signal_that_wants_it_to_end_at_once_is_not_kept_waiting(complete: Path) -> None:
-    with pytest.raises(SystemExit), refresh.reported(Run(complete, False, None), Told().terminal):
-        raise SystemExit(143)
-    assert not (complete / "report.html").exists()
-
-
-def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
-    complete: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report_page, "write", lambda _folder: 1 / 0)
-    told = Told()
-    with refresh.reported(Run(complete, False, None), told.terminal):
-        pass
-    again = f"{PYTHON} scripts/make_report.py {complete}"
-    assert told.text == f"warning: the report page was not made (division by zero); this makes it again: {again}\n"
-
-
-def test_a_page_that_is_as_new_as_the_run_is_left_alone_and_an_older_one_made_again(complete: Path) -> None:
-    run, told = Run(complete, True, None), Told()
-    refresh.make(run, told.terminal)
-    page, manifest_file = complete / "report.html", complete / "manifest.json"
-    page.write_text("mine", encoding="utf-8")
-    refresh.make(run, told.terminal)
-    assert page.read_text(encoding="utf-8") == "mine"
-    later = page.stat().st_mtime_ns + 10**9
-    os.utime(manifest_file, ns=(later, later))
-    refresh.make(run, told.terminal)
-    assert page.read_text(encoding="utf-8") != "mine"
 
 
 def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

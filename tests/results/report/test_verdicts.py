@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import pytest
 
 from finetune.cli import PYTHON
 from finetune.config.schema import MISTRAL
-from finetune.errors import ConfigError
 from finetune.results.report import run_summary, verdicts
 from finetune.results.report.verdicts import Answer
-from support.run_folders import PASSED, SAMPLES, make_run, manifest, rows, start, without_end
+from support.run_folders import PASSED, make_run, manifest, rows, start, without_end
 
 NOT_LEFT_TO_TEST = "No check looks at whether what it says is true or harmless."
 
@@ -121,30 +119,3 @@ def test_a_failed_run_says_its_error_first(tmp_path: Path) -> None:
     run = of(tmp_path, without_end("failed", start((0, 2), (0, 3), "failed"), error=error), steps=2)
     again = f"Mend that, then: {PYTHON} src/train.py --config {tmp_path}/run/config.yaml"
     assert verdicts.unfinished(run) == Answer("This run failed", "At step 3 of 40.", "bad", [error, again])
-
-
-def test_the_answers_of_a_run_that_is_not_complete_are_those_of_its_newest_best_step(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", without_end("interrupted"))
-    assert run_summary.read(folder).answers == []
-    lines = [{"step": step, "eval_loss": 2.0, "samples": SAMPLES[:count]} for step, count in ((10, 2), (20, 1))]
-    cut = '{"step": 30, "sam'  # a kill came in the middle of a line
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + cut, encoding="utf-8")
-    assert run_summary.read(folder).answers == SAMPLES[:1]
-
-
-@pytest.mark.parametrize(
-    ("manifest_text", "problem"),
-    [
-        (None, r"\S+/run: no manifest.json in it; name a run's folder, as in adapters/RUN"),
-        ("{", r"\S+/run/manifest.json: cannot be read \(Expecting property name .+\)"),
-        ("[]", r"\S+/run/manifest.json: found list, wanted an object"),
-    ],
-)
-def test_a_folder_that_is_no_runs_is_one_message(tmp_path: Path, manifest_text: str | None, problem: str) -> None:
-    (tmp_path / "run").mkdir()
-    if manifest_text:
-        (tmp_path / "run" / "manifest.json").write_text(manifest_text, encoding="utf-8")
-    with pytest.raises(ConfigError) as wrong:
-        run_summary.read(tmp_path / "run")
-    (found,) = wrong.value.problems
-    assert re.fullmatch(problem, found)
