@@ -39,25 +39,12 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_ur
     ("platform", "skipped"),
     [
         ("h100", {"model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
-        (
-            "m4",
-            {
-                "container.shm": "not in a container",
-                "container.init": "not in a container",
-                "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched",
-            },
-        ),
-        (
-            "cpu",
-            {
-                "container.shm": "not in a container",
-                "container.init": "not in a container",
-                "model.access": "a local folder needs no Hub",
-                "tracking.wandb": "tracking.report_to is none",
-            },
-        ),
+        ("m4", {"container.shm": "not in a container", "container.init": "not in a container",
+            "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
+        ("cpu", {"container.shm": "not in a container", "container.init": "not in a container",
+            "model.access": "a local folder needs no Hub", "tracking.wandb": "tracking.report_to is none"}),
     ],
-)
+)  # fmt: skip
 def test_where_nothing_is_wrong_nothing_is_found(
     platform: str, skipped: dict[str, str], healthy: dict[str, list[Result]]
 ) -> None:

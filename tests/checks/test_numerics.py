@@ -48,8 +48,7 @@ def changed(function: Callable[..., Any], change: Callable[[torch.Tensor], torch
 
 
 @pytest.mark.parametrize(
-    ("change", "lost"),
-    [(torch.zeros_like, 1.0), (lambda back: back * 1.2, 0.224), (lambda back: back.flip(0), 1.43)],
+    ("change", "lost"), [(torch.zeros_like, 1.0), (lambda back: back * 1.2, 0.224), (lambda back: back.flip(0), 1.43)]
 )
 def test_unpacking_that_gives_other_weights_loses_more_than_is_allowed(
     change: Callable[[torch.Tensor], torch.Tensor], lost: float, monkeypatch: pytest.MonkeyPatch

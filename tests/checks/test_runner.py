@@ -52,11 +52,7 @@ def test_results_come_in_the_order_of_the_rows_each_as_soon_as_it_is_there() -> 
 @pytest.mark.parametrize("first", [failed("broken", "mend"), skipped("not here")])
 def test_what_needs_a_check_that_did_not_pass_is_left_out_and_so_is_what_needs_that(first: Finding) -> None:
     rows = (check("a", first), check("b", needs=("a",)), check("c", needs=("b",)), check("d"))
-    assert told(*rows)[1:] == [
-        ("b", "skip", "needs a", ""),
-        ("c", "skip", "needs b", ""),
-        ("d", "pass", "fine", ""),
-    ]
+    assert told(*rows)[1:] == [("b", "skip", "needs a", ""), ("c", "skip", "needs b", ""), ("d", "pass", "fine", "")]
 
 
 def test_a_warning_is_good_enough_for_what_needs_it() -> None:
@@ -90,17 +86,13 @@ def test_a_crash_is_one_finding_and_the_rest_goes_on(error: Exception, detail: s
     [
         (CheckFailed("torch cannot be imported", "reinstall it"), "torch cannot be imported", "reinstall it", 3),
         (DataError("2 bad rows\n  a:1: x; y", "Mend them", "\n"), "2 bad rows\n  a:1: x; y", "Mend them", 4),
-        (
-            OutOfResource("5 h; what fits:", "--set a=1\n  --set b=2", "\n  "),
-            "5 h; what fits:",
-            "--set a=1\n--set b=2",
-            6,
-        ),
+        (OutOfResource("5 h; what fits:", "--set a=1\n  --set b=2", "\n  "), "5 h; what fits:", "--set a=1\n--set b=2",
+            6),
         (ConfigError("a.jsonl: not there", fix="put it there"), "a.jsonl: not there", "put it there", 2),
         (ConfigError("x: 1; y", "z: 2", fix="--fresh starts anew"), "x: 1; y\nz: 2", "--fresh starts anew", 2),
         (ConfigError("x: is 1", "z: is 2"), "x: is 1\nz: is 2", "mend that, or set another value with --set", 2),
     ],
-)
+)  # fmt: skip
 def test_a_user_error_is_a_finding_with_its_fix_as_what_to_type(
     error: UserError, detail: str, fix: str, code: int
 ) -> None:
@@ -168,12 +160,8 @@ def test_the_exit_code_is_the_datas_own_only_where_nothing_else_failed(
 
 def test_json_has_five_values_of_each_result() -> None:
     assert Result("a", "fail", "broken", "mend it", 0.25, 4).as_dict() == {
-        "id": "a",
-        "status": "fail",
-        "detail": "broken",
-        "fix": "mend it",
-        "seconds": 0.25,
-    }
+        "id": "a", "status": "fail", "detail": "broken", "fix": "mend it", "seconds": 0.25,
+    }  # fmt: skip
 
 
 # Which checks a command means -----------------------------------------------------------------------------------------
@@ -201,11 +189,8 @@ def test_deep_checks_are_made_when_asked_for_in_either_way() -> None:
 def test_a_check_is_named_by_id_or_by_group() -> None:
     assert ids("h100", only=["host.clock", "tokens"]) == ["host.clock", "tokens.certificate"]
     assert ids("m4", only=["mac"], skip=["mac.power", "mac.chip"]) == [
-        "mac.torch",
-        "mac.memory",
-        "mac.watermarks",
-        "mac.pressure",
-    ]
+        "mac.torch", "mac.memory", "mac.watermarks", "mac.pressure",
+    ]  # fmt: skip
     assert "gpu.driver" not in ids("h100", skip=["gpu"])
     assert ids("cpu", skip=["gpu"]) == ids("cpu")  # true on every platform, so one command line serves all
 
@@ -213,18 +198,14 @@ def test_a_check_is_named_by_id_or_by_group() -> None:
 @pytest.mark.parametrize(
     ("call", "problems"),
     [
-        (
-            lambda: ids("cpu", only=["gpu.drivr", "hosts"]),
-            (
-                "--only gpu.drivr: no such check; did you mean gpu.driver?",
-                "--only hosts: no such check; did you mean host?",
-            ),
-        ),
+        (lambda: ids("cpu", only=["gpu.drivr", "hosts"]),
+            ("--only gpu.drivr: no such check; did you mean gpu.driver?",
+            "--only hosts: no such check; did you mean host?")),
         (lambda: ids("cpu", skip=[""]), ("--skip : no such check",)),
         (lambda: ids("cpu", only=["gpu"]), ("no check is left to make on cpu",)),
         (lambda: ids("cpu", only=["data"], skip=["data"]), ("no check is left to make on cpu",)),
     ],
-)
+)  # fmt: skip
 def test_a_name_that_means_no_check_is_refused(call: Callable[[], object], problems: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as failure:
         call()

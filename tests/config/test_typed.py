@@ -49,23 +49,11 @@ class Tree:
 
 
 GOOD: dict[str, Any] = {
-    "section": {
-        "count": 1,
-        "share": 0.5,
-        "rate": 1,
-        "size": 16,
-        "any_number": -3,
-        "flag": False,
-        "name": "x",
-        "note": None,
-        "patience": None,
-        "mode": "packed",
-        "layers": "all",
-        "names": ["a", "b"],
-    },
+    "section": {"count": 1, "share": 0.5, "rate": 1, "size": 16, "any_number": -3, "flag": False, "name": "x",
+        "note": None, "patience": None, "mode": "packed", "layers": "all", "names": ["a", "b"]},
     "lora": {"r": 8},
     "seed": 42,
-}
+}  # fmt: skip
 
 
 def built(section: dict[str, Any], places: dict[str, str] | None = None, **above: Any) -> tuple[Any, list[str]]:

@@ -28,29 +28,14 @@ from finetune.errors import ConfigError
 # What YAML gives a meaning to, so that a fuzzer made of it gets past the first character.
 FRAGMENTS = [
     *(
-        "a",
-        "b: ",
-        "value: ",
-        "é",
-        "1",
-        "-0",
-        "2e-4",
-        "1_0",
-        "0x",
-        "0xf",
-        "0b",
-        "1:30",
-        ".inf",
-        ".nan",
-        "null",
-        "~",
+        "a", "b: ", "value: ", "é", "1", "-0", "2e-4", "1_0", "0x", "0xf", "0b", "1:30", ".inf", ".nan", "null", "~",
         "yes",
     ),
     *(": ", ":", "? ", "- ", "[", "]", "{", "}", ", ", "\n", "\n  ", "\r\n", "\t", " ", "'", '"', "\\", "|\n", ">-\n"),
     *("&x ", "*x", "<<: ", "=", "!", "!t ", "!!int ", "!!float ", "!!bool ", "!!null ", "!!timestamp ", "!!binary "),
     *("!!set ", "!!omap ", "!!map ", "!!seq ", "!!str ", "!!python/object:os.system ", "%YAML 1.1\n", "---\n", "...\n"),
     *("#", "@", "`", "\x00", "\x07", "\x85", "\u2028", "\ufeff", "\ud800", "2001-01-01", "2001-99-99", "1:99:99"),
-]
+]  # fmt: skip
 yaml_like = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join) | st.text(max_size=60)
 fuzz = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 
@@ -76,23 +61,11 @@ def test_a_mapping_comes_with_the_line_of_each_dotted_key() -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("2e-4", 0.0002),
-        ("2.0e-4", 0.0002),
-        ("2E-4", 0.0002),
-        ("1E3", 1000.0),
-        ("1e+3", 1000.0),
-        ("-1e3", -1000.0),
-        ("+1e3", 1000.0),
-        (".5e-3", 0.0005),
-        (".5e3", 500.0),
-        ("5.e-3", 0.005),
-        ("1_000e2", 100000.0),
-        ("1_000.5e1", 10005.0),
-        ("012e1", 120.0),
-        ("0.0002", 0.0002),
-        (".inf", math.inf),
+        ("2e-4", 0.0002), ("2.0e-4", 0.0002), ("2E-4", 0.0002), ("1E3", 1000.0), ("1e+3", 1000.0), ("-1e3", -1000.0),
+        ("+1e3", 1000.0), (".5e-3", 0.0005), (".5e3", 500.0), ("5.e-3", 0.005), ("1_000e2", 100000.0),
+        ("1_000.5e1", 10005.0), ("012e1", 120.0), ("0.0002", 0.0002), (".inf", math.inf),
     ],
-)
+)  # fmt: skip
 def test_a_number_in_any_usual_spelling_is_a_float(text: str, value: float) -> None:
     read_value = parse(f"rate: {text}", "f.yaml")[0]["rate"]
     assert (type(read_value), read_value) == (float, value)

@@ -35,11 +35,8 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (keys / "hf").write_text(TOKEN, encoding="utf-8")
     (keys / "wandb").write_text(KEY, encoding="utf-8")
     settings = {
-        "LOCK": "cpu",
-        "FLASH_ATTN": "skip",
-        "HF_TOKEN_FILE": f"{keys}/hf",
-        "WANDB_API_KEY_FILE": f"{keys}/wandb",
-    }
+        "LOCK": "cpu", "FLASH_ATTN": "skip", "HF_TOKEN_FILE": f"{keys}/hf", "WANDB_API_KEY_FILE": f"{keys}/wandb",
+    }  # fmt: skip
     lines = "".join(f"{key}={value}\n" for key, value in {**settings, "UID": UID, "GID": UID}.items())
     (folder / ".env").write_text((folder / ".env.example").read_text(encoding="utf-8") + lines, encoding="utf-8")
     row = {"messages": [{"role": "user", "content": PRIVATE}, {"role": "assistant", "content": "Yes."}]}

@@ -56,10 +56,7 @@ def common(folder: Path) -> dict[str, Any]:
         },
         "cap_drop": ["ALL"],
         "command": None,
-        "environment": {
-            "HF_TOKEN_PATH": "/run/secrets/hf_token",
-            "WANDB_API_KEY_FILE": "/run/secrets/wandb_api_key",
-        },
+        "environment": {"HF_TOKEN_PATH": "/run/secrets/hf_token", "WANDB_API_KEY_FILE": "/run/secrets/wandb_api_key"},
         "image": "mistral-7b-qlora:h100",
         "init": True,
         "networks": {"default": None},

@@ -110,12 +110,8 @@ for folder in ("/", "/app", "/app/src", "/app/configs", "/app/data", "/app/model
         assert error.errno in (13, 30), error
 """
     assert project.python(code).stdout.split() == [
-        "/app/adapters",
-        "/cache",
-        "/cache/home",
-        "/cache/huggingface",
-        "/tmp",
-    ]
+        "/app/adapters", "/cache", "/cache/home", "/cache/huggingface", "/tmp",
+    ]  # fmt: skip
 
 
 def test_no_key_and_no_data_of_yours_stands_in_any_layer_or_word_of_the_image_or_of_a_container(

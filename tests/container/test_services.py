@@ -19,11 +19,8 @@ from support.docker_project import COMMIT, KEY, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
-    "model.name=models/tiny",
-    "lora.lora_dropout=0.1",
-    "training.num_train_epochs=3",
-    "dataset.sample_prompts=[]",
-)
+    "model.name=models/tiny", "lora.lora_dropout=0.1", "training.num_train_epochs=3", "dataset.sample_prompts=[]",
+)  # fmt: skip
 TINY = ("--config", "cpu", "--skip", "device,rehearsal", *(word for text in SETTINGS for word in ("--set", text)))
 SAMPLE = ("--set", "dataset.train_file=data/sample/train.jsonl", "--set", "dataset.validation_file=null")
 
@@ -125,13 +122,8 @@ def test_validate_without_a_gpu_finds_that_and_says_where_to_look(project: Proje
         "on the host: .venv/bin/python scripts/check_docker.py",
     )
     passed = {
-        "container.shm",
-        "container.init",
-        "libraries.versions",
-        "libraries.imports",
-        "paths.output",
-        "paths.caches",
-    }
+        "container.shm", "container.init", "libraries.versions", "libraries.imports", "paths.output", "paths.caches",
+    }  # fmt: skip
     assert {name for name in passed | {"gpu.compiler"} if found[name]["status"] != "pass"} == set()
     assert found["libraries.versions"]["detail"].endswith("libraries as in requirements/cpu.lock")
 

@@ -249,11 +249,8 @@ def test_no_system_prompt_leaves_every_row_as_it_is() -> None:
 
 def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Messages | str] = [
-        *numbered(600),
-        *numbered(40),
-        NO_TURN_FITS,
-        conversation("Hi", "Hello " * 40, "a", "b"),
-    ]
+        *numbered(600), *numbered(40), NO_TURN_FITS, conversation("Hi", "Hello " * 40, "a", "b"),
+    ]  # fmt: skip
     rows[300] = "{}"
     rows[10] = "not JSON"
     write(case.train, *rows)
@@ -345,8 +342,7 @@ THREE_TURNS = Encoded(list(range(10)), [*[IGNORED] * 2, 2, *[IGNORED] * 3, 6, 7,
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept", "turn_ends"),
-    [(9, 8, [3, 8]), (8, 8, [3, 8]), (7, 3, [3]), (4, 3, [3]), (3, 3, [3])],
+    ("limit", "kept", "turn_ends"), [(9, 8, [3, 8]), (8, 8, [3, 8]), (7, 3, [3]), (4, 3, [3]), (3, 3, [3])]
 )
 def test_a_long_row_is_cut_at_the_end_of_the_last_whole_assistant_turn_that_fits(
     limit: int, kept: int, turn_ends: list[int]

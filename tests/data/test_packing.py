@@ -88,10 +88,7 @@ def example(*rows: tuple[int, list[int]], packed: bool) -> dict[str, Any]:
 
 def packed_batch() -> dict[str, Any]:
     return Collator(tokenizer("right"))(
-        [
-            example((1, [11, 12, 13]), (4, [21, 22]), packed=True),
-            example((2, [31]), (3, [41, 42, 43, 44]), packed=True),
-        ]
+        [example((1, [11, 12, 13]), (4, [21, 22]), packed=True), example((2, [31]), (3, [41, 42, 43, 44]), packed=True)]
     )
 
 

@@ -25,11 +25,8 @@ def first_row(case: Case, row: Messages, width: int, recipe: Recipe = RECIPE) ->
 def test_a_preview_tells_what_carries_loss_by_marks(case: Case) -> None:
     parts = first_row(case, TWO_TURNS, 200)
     assert parts == [
-        ("<s> [INST] Hi [/INST]", False),
-        (" Hello</s>", True),
-        (" [INST] Hi [/INST]", False),
-        (" Yes</s>", True),
-    ]
+        ("<s> [INST] Hi [/INST]", False), (" Hello</s>", True), (" [INST] Hi [/INST]", False), (" Yes</s>", True),
+    ]  # fmt: skip
     assert marked(parts) == "<s> [INST] Hi [/INST]>> Hello</s><< [INST] Hi [/INST]>> Yes</s><<"
 
 

@@ -139,12 +139,7 @@ def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_
     dataset = written(tmp_path, ROWS, 2)[0].dataset([[1], [0, 2]])
     assert [dataset[index] for index in range(len(dataset))] == [
         {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": [5], "seq_lengths": [4]},
-        {
-            "input_ids": [1, 10, 11, 1, 17],
-            "labels": [1, IGNORED, 11, 1, 17],
-            "lines": [3, 9],
-            "seq_lengths": [3, 2],
-        },
+        {"input_ids": [1, 10, 11, 1, 17], "labels": [1, IGNORED, 11, 1, 17], "lines": [3, 9], "seq_lengths": [3, 2]},
     ]
 
 

@@ -19,12 +19,9 @@ def fast_tokenizer(chat: Chat) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=chat.tokenizer,
-        bos_token=chat.format.bos,
-        eos_token=chat.format.end,
-        pad_token=chat.format.pad,
-        chat_template=chat.format.template,
-    )
+        tokenizer_object=chat.tokenizer, bos_token=chat.format.bos, eos_token=chat.format.end,
+        pad_token=chat.format.pad, chat_template=chat.format.template,
+    )  # fmt: skip
 
 
 def reloaded(chat: Chat, folder: Path) -> Any:

@@ -11,13 +11,9 @@ import pytest
 from support.harness import CHECKPOINTS, FILES, Command, Ended, Warm, Whole, names
 
 ADAPTER = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "tokenizer.json",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json",
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -23,17 +23,11 @@ def planted(home: Path) -> dict[str, str]:
     proxy = f"http://user:{PASSWORD}@127.0.0.1:9"
     names = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")
     return {
-        "HOME": str(home),
-        "HF_TOKEN": f"hf_{MARK}token",
-        "HUGGING_FACE_HUB_TOKEN": f"hf_{MARK}old",
-        "HF_TOKEN_PATH": str(home / "hf-token"),
-        "WANDB_API_KEY": MARK + "1" * 28,
-        "WANDB_MODE": "offline",
-        "WANDB_ANONYMOUS": "allow",
-        "NETRC": str(home / ".netrc"),
-        "AWS_SECRET_ACCESS_KEY": f"{MARK}aws",
+        "HOME": str(home), "HF_TOKEN": f"hf_{MARK}token", "HUGGING_FACE_HUB_TOKEN": f"hf_{MARK}old",
+        "HF_TOKEN_PATH": str(home / "hf-token"), "WANDB_API_KEY": MARK + "1" * 28, "WANDB_MODE": "offline",
+        "WANDB_ANONYMOUS": "allow", "NETRC": str(home / ".netrc"), "AWS_SECRET_ACCESS_KEY": f"{MARK}aws",
         **dict.fromkeys(names, proxy),
-    }
+    }  # fmt: skip
 
 
 def holds_the_mark(content: bytes) -> bool:

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.docker_hosts import project as project
-from support.recorded_docker import (
-    FakeEngine,
-    fake_engine,
-)
+from support.recorded_docker import FakeEngine, fake_engine
 
 
 @pytest.fixture

@@ -20,14 +20,7 @@ from finetune.errors import CheckFailed
 from finetune.machine import docker_host
 from finetune.machine.docker_host import Engine, Place, Settings, Unreachable, read_docker_host
 from support.docker_hosts import ENV_LINES, docker, needs_engine
-from support.recorded_docker import (
-    INFO_20,
-    INFO_BARE,
-    INFO_CDI,
-    INFO_NVIDIA,
-    INFO_ROOTLESS,
-    FakeEngine,
-)
+from support.recorded_docker import INFO_20, INFO_BARE, INFO_CDI, INFO_NVIDIA, INFO_ROOTLESS, FakeEngine
 
 
 @pytest.fixture
@@ -59,13 +52,8 @@ class as_nobody:
 def test_an_env_file_is_read_as_compose_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/trainer")
     assert docker_host.parse_env(f"{ENV_LINES}bad\n") == {
-        "UID": "3",
-        "GID": "2",
-        "HF_TOKEN_FILE": "/home/trainer/t#1",
-        "A": "$HOME",
-        "B": "x",
-        "C": "x#y",
-    }
+        "UID": "3", "GID": "2", "HF_TOKEN_FILE": "/home/trainer/t#1", "A": "$HOME", "B": "x", "C": "x#y",
+    }  # fmt: skip
 
 
 def test_the_shell_comes_before_the_env_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,38 +142,20 @@ def test_a_command_that_is_not_there_or_hangs_is_no_answer(
 @pytest.mark.parametrize(
     ("info", "wanted"),
     [
-        (
-            INFO_20,
-            Engine(
-                *("20.10.24+dfsg1", "1.41", "Debian GNU/Linux 12 (bookworm)", "/var/lib/docker"),
-                runtimes=("io.containerd.runc.v2", "runc"),
-            ),
-        ),
-        (
-            INFO_NVIDIA,
-            Engine("28.2.2", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker", runtimes=("nvidia", "runc")),
-        ),
-        (
-            INFO_CDI,
-            Engine(
-                *("29.0.1", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker"),
-                runtimes=("runc",),
-                cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all"),
-                containerd=True,
-            ),
-        ),
-        (
-            INFO_ROOTLESS,
-            Engine(
-                *("28.2.2", "1.41", "Debian GNU/Linux 12 (bookworm)", "/home/trainer/.local/share/docker"),
-                runtimes=("io.containerd.runc.v2", "runc"),
-                rootless=True,
-            ),
-        ),
+        (INFO_20,
+            Engine(*("20.10.24+dfsg1", "1.41", "Debian GNU/Linux 12 (bookworm)", "/var/lib/docker"),
+            runtimes=("io.containerd.runc.v2", "runc"))),
+        (INFO_NVIDIA, Engine("28.2.2", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker", runtimes=("nvidia", "runc"))),
+        (INFO_CDI,
+            Engine(*("29.0.1", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker"), runtimes=("runc",),
+            cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all"), containerd=True)),
+        (INFO_ROOTLESS,
+            Engine(*("28.2.2", "1.41", "Debian GNU/Linux 12 (bookworm)", "/home/trainer/.local/share/docker"),
+            runtimes=("io.containerd.runc.v2", "runc"), rootless=True)),
         (INFO_BARE, Engine("24.0.0-rc.1", "1.41", "Alpine", "/data")),
     ],
     ids=["20.10", "nvidia", "cdi", "rootless", "bare"],
-)
+)  # fmt: skip
 def test_an_engine_is_what_it_says(info: dict[str, Any], wanted: Engine) -> None:
     assert docker_host.engine_of(info, "1.41", docker_host.LOCAL) == wanted
     assert docker_host.engine_of(info, "1.41", "http://gpu-7:2375").address == "http://gpu-7:2375"
@@ -202,14 +172,11 @@ def test_an_engine_that_fails_over_info_does_not_answer(fake: FakeEngine, projec
 @pytest.mark.parametrize(
     ("host", "wanted"),
     [
-        ("unix:///nowhere/docker.sock", "stopped"),
-        ("unix://{folder}/dead.sock", "stopped"),
-        ("unix://{folder}/closed.sock", "denied"),
-        ("tcp://127.0.0.1:1", "stopped"),
-        ("ssh://gpu-7", "other"),
+        ("unix:///nowhere/docker.sock", "stopped"), ("unix://{folder}/dead.sock", "stopped"),
+        ("unix://{folder}/closed.sock", "denied"), ("tcp://127.0.0.1:1", "stopped"), ("ssh://gpu-7", "other"),
         ("nonsense", "other"),
     ],
-)
+)  # fmt: skip
 def test_why_no_engine_answers_is_told_apart(
     host: str, wanted: str, short_folder: Path, project: Path, commands: Callable[[str], None]
 ) -> None:

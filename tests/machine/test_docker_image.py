@@ -8,10 +8,7 @@ from finetune.machine import docker_host
 from finetune.machine.docker_host import Engine, read_docker_host
 from finetune.machine.docker_image import Image
 from support.docker_hosts import PROGRAM
-from support.recorded_docker import (
-    INFO_NVIDIA,
-    FakeEngine,
-)
+from support.recorded_docker import INFO_NVIDIA, FakeEngine
 
 
 def test_an_image_of_this_program_differs_in_nothing(fake: FakeEngine, project: Path) -> None:

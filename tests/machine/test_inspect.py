@@ -79,13 +79,8 @@ def test_an_h100_is_read_from_its_driver_with_who_is_on_it(tool: Tool) -> None:
 @pytest.mark.parametrize(
     ("answer", "gpus", "free_gib", "total_gib", "driver"),
     [
-        (
-            "NVIDIA A100-SXM4-40GB, 40336, 40960, 535.183.01\nTesla T4, 15102, 15360, 535.183.01",
-            ("NVIDIA A100-SXM4-40GB", "Tesla T4"),
-            40336 / 1024,
-            40.0,
-            "535.183.01",
-        ),
+        ("NVIDIA A100-SXM4-40GB, 40336, 40960, 535.183.01\nTesla T4, 15102, 15360, 535.183.01",
+            ("NVIDIA A100-SXM4-40GB", "Tesla T4"), 40336 / 1024, 40.0, "535.183.01"),
         ("NVIDIA GH200 480GB, [N/A], [N/A], 550.54.15", ("NVIDIA GH200 480GB",), None, None, "550.54.15"),
         ("NVIDIA GB10, [Not Supported], 98304, 580.65", ("NVIDIA GB10",), None, 96.0, "580.65"),
         ("NVIDIA H100, NVL, 94000, 95830, 550.90", ("NVIDIA H100, NVL",), 94000 / 1024, 95830 / 1024, "550.90"),
@@ -95,14 +90,9 @@ def test_an_h100_is_read_from_its_driver_with_who_is_on_it(tool: Tool) -> None:
         ("GPU access blocked by the operating system", (), None, None, None),
         (",\n,,,\n, , , ", (), None, None, None),
     ],
-)
+)  # fmt: skip
 def test_gpus_are_what_nvidia_smi_prints_and_nothing_else(
-    tool: Tool,
-    answer: str,
-    gpus: tuple[str, ...],
-    free_gib: float | None,
-    total_gib: float | None,
-    driver: str | None,
+    tool: Tool, answer: str, gpus: tuple[str, ...], free_gib: float | None, total_gib: float | None, driver: str | None
 ) -> None:
     nvidia_smi(tool, answer)
     found = read_machine()

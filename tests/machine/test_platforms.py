@@ -30,17 +30,10 @@ def test_a_platform_is_chosen_with_its_reason(machine: Machine, name: str, reaso
 @pytest.mark.parametrize(
     ("name", "machine", "free_gib"),
     [
-        ("h100", H100, 79.1),
-        ("h100", GH200, None),
-        ("h100", LINUX, None),
-        ("m4", M4, 20.5),
-        ("m4", INTEL_MAC, None),
-        ("m4", H100, None),
-        ("cpu", LINUX, 12.0),
-        ("cpu", M4, 20.5),
-        ("cpu", H100, 950.0),
+        ("h100", H100, 79.1), ("h100", GH200, None), ("h100", LINUX, None), ("m4", M4, 20.5), ("m4", INTEL_MAC, None),
+        ("m4", H100, None), ("cpu", LINUX, 12.0), ("cpu", M4, 20.5), ("cpu", H100, 950.0),
     ],
-)
+)  # fmt: skip
 def test_free_memory_is_where_the_model_would_live_or_unknown(
     name: str, machine: Machine, free_gib: float | None
 ) -> None:

@@ -42,12 +42,9 @@ def test_changes_add_up_in_their_order_until_the_run_fits() -> None:
     found = smallest_change(wasteful, MISTRAL_7B, 5.8)
     assert found is not None
     assert found.settings == (
-        "training.per_device_train_batch_size=1",
-        "training.gradient_accumulation_steps=24",
-        "training.gradient_checkpointing=true",
-        "quantization.storage=packed",
-        "model.max_seq_length=2048",
-    )
+        "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=24",
+        "training.gradient_checkpointing=true", "quantization.storage=packed", "model.max_seq_length=2048",
+    )  # fmt: skip
     assert found.sentence == (
         "training.per_device_train_batch_size 6 -> 1, training.gradient_accumulation_steps 4 -> 24 keeps the effective "
         "batch of 24; training.gradient_checkpointing false -> true; "

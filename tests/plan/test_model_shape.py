@@ -14,16 +14,10 @@ from finetune.errors import ConfigError
 from finetune.plan.model_shape import MISTRAL_7B, Geometry, read_geometry
 
 SMALL: dict[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 32000,
-    "tie_word_embeddings": True,
+    "architectures": ["MistralForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32000, "tie_word_embeddings": True,
     "rope_theta": 10000.0,
-}
+}  # fmt: skip
 LARGE = {"architectures": ["MistralForCausalLM"], **dataclasses.asdict(MISTRAL_7B)}
 
 
@@ -60,14 +54,9 @@ def test_more_layers_to_checkpoint_than_the_model_has_are_refused(platform: str,
 
 def test_the_seven_linear_layers_of_mistral_7b_have_their_published_shapes() -> None:
     assert MISTRAL_7B.linear_shapes() == {
-        "q_proj": (4096, 4096),
-        "k_proj": (4096, 1024),
-        "v_proj": (4096, 1024),
-        "o_proj": (4096, 4096),
-        "gate_proj": (4096, 14336),
-        "up_proj": (4096, 14336),
-        "down_proj": (14336, 4096),
-    }
+        "q_proj": (4096, 4096), "k_proj": (4096, 1024), "v_proj": (4096, 1024), "o_proj": (4096, 4096),
+        "gate_proj": (4096, 14336), "up_proj": (4096, 14336), "down_proj": (14336, 4096),
+    }  # fmt: skip
 
 
 def test_the_shapes_are_those_of_transformers_own_mistral(tiny_mistral: Path) -> None:

@@ -106,18 +106,10 @@ def test_steps_are_those_that_transformers_trainer_takes(
             return {"loss": (self.weight * x).mean()}
 
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-    )
+        output_dir=str(tmp_path), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs, max_steps=max_steps, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no",
+        logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
     trainer = Trainer(Model(), arguments, train_dataset=[{"x": torch.ones(1)}] * sequences)
     trainer.train()
     assert (trainer.state.global_step, trainer.state.max_steps) == (steps, steps)
@@ -372,34 +364,14 @@ def test_several_problems_are_told_at_once() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 KEYS: dict[str, type | tuple[type, ...]] = {
-    "rows_train": int,
-    "rows_validation": int,
-    "tokens_train": int,
-    "supervised_tokens_train": int,
-    "rows_truncated": int,
-    "rows_dropped": int,
-    "sequences_train": int,
-    "packing_efficiency": float,
-    "effective_batch_size": int,
-    "steps_per_epoch": int,
-    "steps": int,
-    "warmup_steps": int,
-    "evaluations": int,
-    "checkpoints": int,
-    "peak_memory_gib": float,
-    "memory_parts": dict,
-    "memory_available_gib": (float, type(None)),
-    "disk_gib": float,
-    "hours": (float, type(None)),
-    "certificate": dict,
-    "problems": list,
-    "checkpointed_layers": int,
-    "hours_from": (str, type(None)),
-    "checkpointed_from": (str, type(None)),
-    "cost_per_hour": (float, type(None)),
-    "working_set_gib": (float, type(None)),
-    "specified_memory_gb": (list, type(None)),
-}
+    "rows_train": int, "rows_validation": int, "tokens_train": int, "supervised_tokens_train": int,
+    "rows_truncated": int, "rows_dropped": int, "sequences_train": int, "packing_efficiency": float,
+    "effective_batch_size": int, "steps_per_epoch": int, "steps": int, "warmup_steps": int, "evaluations": int,
+    "checkpoints": int, "peak_memory_gib": float, "memory_parts": dict, "memory_available_gib": (float, type(None)),
+    "disk_gib": float, "hours": (float, type(None)), "certificate": dict, "problems": list, "checkpointed_layers": int,
+    "hours_from": (str, type(None)), "checkpointed_from": (str, type(None)), "cost_per_hour": (float, type(None)),
+    "working_set_gib": (float, type(None)), "specified_memory_gb": (list, type(None)),
+}  # fmt: skip
 
 # Imported before the program: no connection leaves this machine, and whoever tries leaves a trace.
 NO_NETWORK = """\

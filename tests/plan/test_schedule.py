@@ -268,19 +268,11 @@ class Command:
     def __init__(self, base: Path, train_file: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.output, self.monkeypatch = output, monkeypatch
         self.settings = [
-            f"model.name={base}",
-            f"dataset.train_file={train_file}",
-            "tracking.run_name=run",
-            "dataset.sample_prompts=[]",
-            "dataset.validation_split=0.25",
-            "model.max_seq_length=64",
-            "lora.lora_dropout=0.1",
-            "training.packing=true",
-            "training.max_steps=6",
-            "training.eval_steps=2",
-            "training.save_steps=2",
-            "training.gradient_accumulation_steps=2",
-        ]
+            f"model.name={base}", f"dataset.train_file={train_file}", "tracking.run_name=run",
+            "dataset.sample_prompts=[]", "dataset.validation_split=0.25", "model.max_seq_length=64",
+            "lora.lora_dropout=0.1", "training.packing=true", "training.max_steps=6", "training.eval_steps=2",
+            "training.save_steps=2", "training.gradient_accumulation_steps=2",
+        ]  # fmt: skip
 
     def __call__(
         self, folder: str, *settings: str, clock: Callable[[], float] = seconds_since_start

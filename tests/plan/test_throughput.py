@@ -39,16 +39,11 @@ def test_an_entry_under_the_same_conditions_is_told_with_its_file_and_machine(tm
 @pytest.mark.parametrize(
     "setting",
     [
-        "model.max_seq_length=2048",
-        "training.packing=false",
-        "quantization.storage=expanded",
-        "model.attn_implementation=sdpa",
-        "training.gradient_checkpointing=false",
-        "training.checkpointed_layers=24",
-        "training.fused_lora=true",
-        "training.fused_kernels=true",
+        "model.max_seq_length=2048", "training.packing=false", "quantization.storage=expanded",
+        "model.attn_implementation=sdpa", "training.gradient_checkpointing=false", "training.checkpointed_layers=24",
+        "training.fused_lora=true", "training.fused_kernels=true",
     ],
-)
+)  # fmt: skip
 def test_an_entry_under_other_conditions_is_not_used(setting: str, tmp_path: Path) -> None:
     write(tmp_path, "a.json", "2026-11-23", {})
     assert find(load(setting), MISTRAL_7B, tmp_path) is None

@@ -17,9 +17,7 @@ from finetune.config.load import ROOT
 from finetune.machine.docker_host import DockerHost
 from support.commands import load_script
 from support.docker_hosts import IDS, unreachable
-from support.recorded_docker import (
-    READY,
-)
+from support.recorded_docker import READY
 
 
 @pytest.fixture
@@ -88,9 +86,7 @@ def test_json_is_one_document_of_the_shape_that_validate_has(shown: Callable[...
     assert document["environment"]["versions"] == versions
 
 
-def test_json_of_a_host_without_docker_fails_and_knows_no_versions(
-    shown: Callable[..., tuple[int, str, str]],
-) -> None:
+def test_json_of_a_host_without_docker_fails_and_knows_no_versions(shown: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = shown(unreachable("absent", compose=None, buildx=None), "--json")
     document = json.loads(out)
     assert (code, document["status"]) == (3, "fail")

@@ -107,22 +107,11 @@ NOT_MPS = Torch("2.14.1", mps_built=True)
             "  24.0 GiB on it, 23.5 free\n"
             "config: configs/training_config_h100.yaml (found NVIDIA GeForce RTX 4090)\n" + CUDA,
         ),
-        (
-            T4,
-            LINUX_TORCH,
-            f"accelerator: Tesla T4{OTHER}\n"
-            "  15.0 GiB on it, 14.7 free\n"
-            "config: configs/training_config_h100.yaml (found Tesla T4)\n"
-            "PyTorch: 2.13.0+cpu without CUDA sees no GPU\n",
-        ),
-        (
-            GH200,
-            Torch("2.10.0+cu128", built_for="12.8"),
-            f"accelerator: NVIDIA GH200 480GB{OTHER}\n"
-            "  573.0 GiB of memory, 500.0 free\n"
-            "config: configs/training_config_h100.yaml (found NVIDIA GH200 480GB)\n"
-            "PyTorch: 2.10.0+cu128 for CUDA 12.8 sees no GPU\n",
-        ),
+        (T4, LINUX_TORCH, f"accelerator: Tesla T4{OTHER}\n  15.0 GiB on it, 14.7 free\nconfig: "
+            "configs/training_config_h100.yaml (found Tesla T4)\nPyTorch: 2.13.0+cpu without CUDA sees no GPU\n"),
+        (GH200, Torch("2.10.0+cu128", built_for="12.8"), f"accelerator: NVIDIA GH200 480GB{OTHER}\n  573.0 GiB of "
+            "memory, 500.0 free\nconfig: configs/training_config_h100.yaml (found NVIDIA GH200 480GB)\nPyTorch: "
+            "2.10.0+cu128 for CUDA 12.8 sees no GPU\n"),
         (
             M4,
             M4_TORCH,
@@ -130,14 +119,9 @@ NOT_MPS = Torch("2.14.1", mps_built=True)
             "  32.0 GiB of unified memory, 20.5 free\n"
             "config: configs/training_config_m4.yaml (found Apple silicon with 32 GiB of unified memory)\n" + MPS,
         ),
-        (
-            M4_16,
-            NOT_MPS,
-            "accelerator: Apple M4\n"
-            "  16.0 GiB of unified memory, 9.0 free\n"
-            "config: configs/training_config_m4.yaml (found Apple silicon with 16 GiB of unified memory)\n"
-            "PyTorch: 2.14.1 is built with MPS and cannot use it\n",
-        ),
+        (M4_16, NOT_MPS, "accelerator: Apple M4\n  16.0 GiB of unified memory, 9.0 free\nconfig: "
+            "configs/training_config_m4.yaml (found Apple silicon with 16 GiB of unified memory)\nPyTorch: 2.14.1 "
+            "is built with MPS and cannot use it\n"),
         (
             M2_32,
             M4_TORCH,
@@ -145,33 +129,17 @@ NOT_MPS = Torch("2.14.1", mps_built=True)
             "  32.0 GiB of unified memory, 20.5 free\n"
             "config: configs/training_config_m4.yaml (found Apple silicon with 32 GiB of unified memory)\n" + MPS,
         ),
-        (
-            INTEL_MAC,
-            Torch("2.2.2"),
-            "accelerator: none: CPU only\n"
-            "  16.0 GiB of memory, 8.0 free\n"
-            "config: configs/training_config_cpu.yaml (found no NVIDIA driver and no Apple silicon (Darwin x86_64))\n"
-            "PyTorch: 2.2.2 without CUDA sees no GPU\n",
-        ),
-        (
-            ROSETTA,
-            Torch("2.2.2"),
-            "accelerator: none: CPU only\n"
-            "  32.0 GiB of memory, 20.5 free\n"
-            "config: configs/training_config_cpu.yaml "
-            "(found Apple silicon, but this Python is an Intel build under Rosetta)\n"
-            "PyTorch: 2.2.2 without CUDA sees no GPU\n",
-        ),
-        (
-            LINUX,
-            LINUX_TORCH,
-            "accelerator: none: CPU only\n"
-            "  15.6 GiB of memory, 12.0 free\n"
-            "config: configs/training_config_cpu.yaml (found no NVIDIA driver and no Apple silicon (Linux x86_64))\n"
-            "PyTorch: 2.13.0+cpu without CUDA sees no GPU\n",
-        ),
+        (INTEL_MAC, Torch("2.2.2"), "accelerator: none: CPU only\n  16.0 GiB of memory, 8.0 free\nconfig: "
+            "configs/training_config_cpu.yaml (found no NVIDIA driver and no Apple silicon (Darwin "
+            "x86_64))\nPyTorch: 2.2.2 without CUDA sees no GPU\n"),
+        (ROSETTA, Torch("2.2.2"), "accelerator: none: CPU only\n  32.0 GiB of memory, 20.5 free\nconfig: "
+            "configs/training_config_cpu.yaml (found Apple silicon, but this Python is an Intel build under "
+            "Rosetta)\nPyTorch: 2.2.2 without CUDA sees no GPU\n"),
+        (LINUX, LINUX_TORCH, "accelerator: none: CPU only\n  15.6 GiB of memory, 12.0 free\nconfig: "
+            "configs/training_config_cpu.yaml (found no NVIDIA driver and no Apple silicon (Linux "
+            "x86_64))\nPyTorch: 2.13.0+cpu without CUDA sees no GPU\n"),
     ],
-)
+)  # fmt: skip
 def test_a_machine_is_told_in_four_lines(
     machine: Machine, torch: Torch, wanted: str, shown: Callable[..., tuple[str, str]]
 ) -> None:

@@ -90,14 +90,11 @@ class Place:
         path = self.programs / name
         path.write_text(
             PYTHON.format(
-                bash=self.programs / "bash",
-                python=sys.executable,
-                version=version.replace(".", ", "),
-                dotted=version,
+                bash=self.programs / "bash", python=sys.executable, version=version.replace(".", ", "), dotted=version,
                 machine=machine,
             ),
             encoding="utf-8",
-        )
+        )  # fmt: skip
         path.chmod(0o755)
         return path
 
@@ -116,13 +113,9 @@ class Place:
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Exit code, stdout, stderr; the log holds this call only."""
         done = subprocess.run(
-            self.command(script, *arguments),
-            cwd=self.folder,
-            env=self.variables(environment),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+            self.command(script, *arguments), cwd=self.folder, env=self.variables(environment), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
         return done.returncode, done.stdout, done.stderr
 
     def command(self, script: str, *arguments: str) -> list[str]:
@@ -212,11 +205,7 @@ def test_macos_14_and_later_are_taken(tmp_path: Path, version: str) -> None:
 
 @pytest.mark.parametrize(
     ("there", "chosen"),
-    [
-        (["conda", "mamba", "micromamba"], "conda"),
-        (["mamba", "micromamba"], "mamba"),
-        (["micromamba"], "micromamba"),
-    ],
+    [(["conda", "mamba", "micromamba"], "conda"), (["mamba", "micromamba"], "mamba"), (["micromamba"], "micromamba")],
 )
 def test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock(mac: Place, there: list[str], chosen: str) -> None:
     for name in there:

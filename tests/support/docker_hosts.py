@@ -17,10 +17,7 @@ from finetune.checks.runner import run
 from finetune.config.load import ROOT
 from finetune.machine import docker_host, docker_image
 from finetune.machine.docker_host import DockerHost, Engine, Place, Unreachable
-from support.recorded_docker import (
-    FOLDERS,
-    READY,
-)
+from support.recorded_docker import FOLDERS, READY
 
 IDS = [check.id for check in CHECKS]
 

@@ -25,20 +25,10 @@ COUNTS: Counter[str] = Counter()
 Item = TypeVar("Item")
 
 FILES = {
-    "README.md",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "checkpoints",
-    "config.yaml",
-    "lock",
-    "manifest.json",
-    "metrics.jsonl",
-    "receipt.json",
-    "report.html",
-    "tokenizer.json",
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
+    "config.yaml", "lock", "manifest.json", "metrics.jsonl", "receipt.json", "report.html", "tokenizer.json",
     "tokenizer_config.json",
-}
+}  # fmt: skip
 PROBE = ".check-"  # a folder with a file of 7 bytes, where the kill came in the check that output.dir can be written
 CHECKPOINTS = {"best", *(f"checkpoint-{step}" for step in (2, 4, 6))}
 
@@ -62,21 +52,11 @@ class Command:
 
     def arguments(self) -> list[str]:
         settings = [
-            f"model.name={self.base}",
-            f"dataset.train_file={self.train_file}",
-            f"output.dir={self.output}",
-            "tracking.run_name=run",
-            "dataset.sample_prompts=[]",
-            "dataset.validation_split=0.2",
-            "model.max_seq_length=64",
-            "lora.lora_dropout=0.1",
-            "training.packing=true",
-            f"training.max_steps={STEPS}",
-            "training.eval_steps=2",
-            "training.save_steps=2",
-            "training.gradient_accumulation_steps=2",
-            *self.more,
-        ]
+            f"model.name={self.base}", f"dataset.train_file={self.train_file}", f"output.dir={self.output}",
+            "tracking.run_name=run", "dataset.sample_prompts=[]", "dataset.validation_split=0.2",
+            "model.max_seq_length=64", "lora.lora_dropout=0.1", "training.packing=true", f"training.max_steps={STEPS}",
+            "training.eval_steps=2", "training.save_steps=2", "training.gradient_accumulation_steps=2", *self.more,
+        ]  # fmt: skip
         sets = [word for setting in settings for word in ("--set", setting)]
         return ["--config", "cpu", "--skip", "host,libraries,device,rehearsal", *sets]
 

@@ -70,13 +70,9 @@ INFO_ROOTLESS = {
     "SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless", "name=cgroupns"],
 }
 INFO_BARE = {
-    "ServerVersion": "24.0.0-rc.1",
-    "OperatingSystem": "Alpine",
-    "DockerRootDir": "/data",
-    "SecurityOptions": None,
-    "DriverStatus": None,
-    "Runtimes": None,
-}
+    "ServerVersion": "24.0.0-rc.1", "OperatingSystem": "Alpine", "DockerRootDir": "/data", "SecurityOptions": None,
+    "DriverStatus": None, "Runtimes": None,
+}  # fmt: skip
 
 
 def archive(files: dict[str, bytes], name: str) -> bytes | None:

@@ -15,18 +15,11 @@ def training(
 ) -> subprocess.Popen[str]:
     """A start of train.py that tells wandb; `more` are settings of its own."""
     settings = {
-        "model.name": base,
-        "dataset.train_file": train_file,
-        "output.dir": output,
-        "tracking.run_name": "run",
-        "tracking.report_to": "wandb",
-        "dataset.sample_prompts": "[]",
-        "dataset.validation_split": 0.25,
-        "model.max_seq_length": 64,
-        "training.max_steps": steps,
-        "training.eval_steps": steps,
+        "model.name": base, "dataset.train_file": train_file, "output.dir": output, "tracking.run_name": "run",
+        "tracking.report_to": "wandb", "dataset.sample_prompts": "[]", "dataset.validation_split": 0.25,
+        "model.max_seq_length": 64, "training.max_steps": steps, "training.eval_steps": steps,
         "training.save_steps": steps,
-    }
+    }  # fmt: skip
     lines = [*(f"{key}={value}" for key, value in settings.items()), *more]
     sets = [word for line in lines for word in ("--set", line)]
     line = [sys.executable, str(ROOT / "src" / "train.py"), "--config", "cpu", *sets]

@@ -28,20 +28,11 @@ class Command:
 
     def settings(self) -> list[str]:
         return [
-            f"model.name={self.base}",
-            f"dataset.train_file={self.train_file}",
-            f"output.dir={self.output}",
-            "tracking.run_name=run",
-            "dataset.sample_prompts=[]",
-            "dataset.validation_split=0.2",
-            "model.max_seq_length=64",
-            "lora.lora_dropout=0.1",
-            "training.packing=true",
-            f"training.max_steps={STEPS}",
-            "training.eval_steps=2",
-            "training.save_steps=2",
-            "training.gradient_accumulation_steps=2",
-        ]
+            f"model.name={self.base}", f"dataset.train_file={self.train_file}", f"output.dir={self.output}",
+            "tracking.run_name=run", "dataset.sample_prompts=[]", "dataset.validation_split=0.2",
+            "model.max_seq_length=64", "lora.lora_dropout=0.1", "training.packing=true", f"training.max_steps={STEPS}",
+            "training.eval_steps=2", "training.save_steps=2", "training.gradient_accumulation_steps=2",
+        ]  # fmt: skip
 
     def line(self, *options: str) -> list[str]:
         sets = [word for setting in self.settings() for word in ("--set", setting)]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from finetune.machine.platforms import PLATFORMS
 from finetune.training.arguments import training_arguments

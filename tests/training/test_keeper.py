@@ -7,9 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import (
-    TrainerControl,
-)
+from transformers import TrainerControl
 
 from finetune.errors import DiskFull
 from finetune.runs.checkpoints import read_seal, saved

@@ -7,9 +7,7 @@ from io import StringIO
 from typing import Any
 
 import pytest
-from transformers import (
-    TrainerState,
-)
+from transformers import TrainerState
 
 from finetune.plan.schedule import Pace
 from finetune.terminal import Terminal

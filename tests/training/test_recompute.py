@@ -168,15 +168,12 @@ def test_on_an_nvidia_gpu_what_torch_holds_is_measured_and_a_cpu_is_not_measured
 @pytest.mark.parametrize(
     ("capacity_gib", "choice", "trials"),
     [
-        (
-            2.2,
-            Choice(0, "0 of 2: peak 1.8 GiB measured, at most 2.0 of 2.2 (1.0 with 2, 1.4 with 1, 1.8 with 0)"),
-            [2, 1, 0],
-        ),
+        (2.2, Choice(0, "0 of 2: peak 1.8 GiB measured, at most 2.0 of 2.2 (1.0 with 2, 1.4 with 1, 1.8 with 0)"),
+            [2, 1, 0]),
         (1.9, Choice(1, "1 of 2: peak 1.4 GiB measured, at most 1.7 of 1.9 (1.0 with 2, 1.4 with 1)"), [2, 1]),
         (1.4, Choice(2, "2 of 2: peak 1.0 GiB measured, at most 1.3 of 1.4 (1.0 with 2, 1.4 with 1)"), [2, 1]),
     ],
-)
+)  # fmt: skip
 def test_a_rehearsal_measures_and_picks_the_fewest_layers_within_the_budget(
     case: Case,
     tried: list[int],

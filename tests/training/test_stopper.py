@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    TrainerControl,
-    TrainerState,
-)
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.errors import Stopped
@@ -69,13 +66,9 @@ def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: Stopper) -
 
 
 STEPPED = (
-    "training.max_steps=6",
-    "training.eval_steps=2",
-    "training.save_steps=6",
-    "training.logging_steps=4",
-    "training.early_stopping_patience=3",
-    "lora.lora_dropout=0.2",
-)
+    "training.max_steps=6", "training.eval_steps=2", "training.save_steps=6", "training.logging_steps=4",
+    "training.early_stopping_patience=3", "lora.lora_dropout=0.2",
+)  # fmt: skip
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

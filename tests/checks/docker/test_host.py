@@ -35,10 +35,7 @@ from support.docker_hosts import (
     warn,
 )
 from support.recorded import A100_80, H100, M4
-from support.recorded_docker import (
-    FOLDERS,
-    READY,
-)
+from support.recorded_docker import FOLDERS, READY
 
 
 def test_on_a_host_that_is_ready_every_check_passes_and_says_what_it_saw() -> None:
