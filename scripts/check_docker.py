@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from finetune import cli
 from finetune.checks.docker.host import CHECKS
 from finetune.checks.runner import exit_code, run, summary
+from finetune.checks.show import show_result, tally
 from finetune.cli import PYTHON
 from finetune.machine.docker_host import DockerHost, Engine, read_docker_host
-from finetune.terminal import Terminal, tally
+from finetune.terminal import Terminal
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     terminal, host, results = Terminal(options.json), read_docker_host(), []
     terminal.header("check_docker: this host, for docker compose run --rm train-h100")
     for result in run(CHECKS, host, crashed="report it"):
-        terminal.check(result)
+        show_result(terminal, result)
         results.append(result)
     code = exit_code(results)
     again = f"mend what is marked, then: {PYTHON} scripts/check_docker.py"

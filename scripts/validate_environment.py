@@ -17,10 +17,11 @@ from finetune.checks.issue_block import block
 from finetune.checks.libraries import IMPORTED, installed
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Result, exit_code, run, summary
+from finetune.checks.show import show_result, tally
 from finetune.cli import command, quiet_libraries
 from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
-from finetune.terminal import Terminal, tally
+from finetune.terminal import Terminal
 
 # Which checks the specification's own functions stand for.
 REMOTE = ("libraries", "gpu.torch", "device.flash_attention")
@@ -35,7 +36,7 @@ def print_header(title: str) -> None:
 
 def print_check(result: Result) -> None:
     """One check's result, with what to type where something is wrong."""
-    Terminal().check(result)
+    show_result(Terminal(), result)
 
 
 def check_imports_remote() -> bool:
@@ -92,7 +93,7 @@ def main() -> None:
     terminal.header(f"validate {source}")
     results = []
     for result in run(chosen, preflight):
-        terminal.check(result)
+        show_result(terminal, result)
         results.append(result)
         if len(results) < len(chosen):
             terminal.status(f"  {chosen[len(results)].id}")

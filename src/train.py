@@ -11,6 +11,7 @@ from finetune import checks, cli
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Result
 from finetune.checks.runner import run as run_checks
+from finetune.checks.show import show_result, tally
 from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
 from finetune.errors import CheckFailed
@@ -19,12 +20,12 @@ from finetune.machine.device import capacity_gib, memory_errors_explained, peak_
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import hardware
 from finetune.plan.checkpointed_layers import by_formula, settled
-from finetune.plan.describe import cost_text
+from finetune.plan.describe import cost_text, plan_lines
 from finetune.plan.fit import what_would_fit
 from finetune.plan.schedule import Pace, check_budget, seconds_since_start
 from finetune.results.report import refresh
 from finetune.runs.folder import Run, open_run, read_manifest
-from finetune.terminal import Terminal, tally
+from finetune.terminal import Terminal
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +68,7 @@ def main() -> None:
             )
         terminal.status(f"reading {config.dataset.train_file}")
         terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
-        terminal.plan(preflight.plan)
+        terminal.table("plan", plan_lines(preflight.plan), preflight.plan.problems)
         make_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
             train(preflight, run, skipped, options.resume_changed, terminal)
@@ -88,7 +89,7 @@ def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, te
     for result in run_checks(chosen, preflight):
         results.append(result)
         if result.status == "warn":
-            terminal.check(result)
+            show_result(terminal, result)
         following = [check.id for check in chosen[len(results) :]]
         terminal.status(f"checks: {len(results)} of {len(chosen)}", *following[:1])
     terminal.decision("checks", tally(results))
@@ -107,7 +108,7 @@ def print_manifest(run: Run, wanted: bool) -> None:
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
     from finetune.model import load
-    from finetune.results import export, self_test
+    from finetune.results import export, self_test, show
     from finetune.runs import manifest, resume
     from finetune.training import keeper, progress, samples, stopper, trackers, trainer
     from finetune.training.arguments import training_arguments
@@ -175,14 +176,14 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_change
         outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint, sampler)
 
         answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
-        terminal.answers(answers)
+        show.show_answers(terminal, answers)
         peak_gib = peak_memory_gib(platform)
         terminal.status("testing the adapter as it was saved")
         proof = export.write_adapter(
             run, config, prepared, peft_model, start, tokenizer, record, outcome, peak_gib, answers
         )
     terminal.decision("self-test", proof.sentence())
-    terminal.finished(run.folder, outcome)
+    show.show_finished(terminal, run.folder, outcome)
 
 
 def rehearse(

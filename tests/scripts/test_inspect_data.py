@@ -18,6 +18,7 @@ from finetune.config.load import ROOT
 from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
 from support.commands import load_script
+from support.tty import Tty
 
 SCRIPT = ROOT / "scripts" / "inspect_data.py"
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
@@ -209,11 +210,6 @@ def test_without_colour_the_tokens_with_loss_carry_a_caret(run: Run, tmp_path: P
     assert pieces == (
         "<s> ▁[ INST ] ▁Hello ▁[ / INST ] ^▁Hi ^▁there ^</s> ▁[ INST ] ▁By e ▁[ / INST ] ^▁So ^▁long ^</s>"
     )
-
-
-class Tty(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_on_a_terminal_the_tokens_with_loss_are_green_and_the_others_dim(

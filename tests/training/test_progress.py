@@ -13,13 +13,7 @@ from finetune.plan.schedule import Pace
 from finetune.terminal import Terminal
 from finetune.training import progress as progress_module
 from finetune.training.progress import Progress
-
-
-class Screen(StringIO):
-    """A terminal of unknown size."""
-
-    def isatty(self) -> bool:
-        return True
+from support.tty import Tty
 
 
 @pytest.fixture
@@ -69,7 +63,7 @@ def test_on_a_terminal_one_line_holds_the_last_of_everything_and_evaluations_sta
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
-    screen = Screen()
+    screen = Tty()
     progress = Progress(Terminal(stream=screen), Pace(1.0, 60.0, 12.0), 3.0, lambda: 12.94)
     progressed(progress, monkeypatch)
     shown = screen.getvalue().split("\r")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune.files import GIB
 from finetune.plan.plan import Plan
-from finetune.wording import counted
+from finetune.wording import counted, duration
 
 
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
@@ -58,10 +58,10 @@ def memory_shares(plan: Plan) -> str:
 
 
 def time_text(plan: Plan) -> str:
-    """Hours, or minutes where there are fewer than two, and who measured the speed."""
+    """How long the run takes, and who measured the speed."""
     if plan.hours is None:
         return "not measured"
-    text = f"{plan.hours * 60:.0f} min" if plan.hours < 2 else f"{plan.hours:.1f} h"
+    text = duration(3600 * plan.hours)
     return text if plan.hours_from is None else f"{text} at {plan.hours_from}"
 
 

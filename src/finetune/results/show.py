@@ -1,0 +1,43 @@
+"""The end of a run in the terminal: what it achieved, where its files are, and sample answers."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from finetune.cli import advice
+from finetune.files import shown
+from finetune.runs.outcome import Outcome
+from finetune.terminal import Terminal
+from finetune.wording import clean
+
+
+def show_finished(terminal: Terminal, folder: Path, outcome: Outcome) -> None:
+    """The result, the run's files and how to look at them; a report page that could not be made is not named."""
+    folder, drawn = shown(folder), (folder / "report.html").is_file()
+    before = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.4f} -> "
+    early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
+    result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
+    terminal.say(f"{terminal.paint('done', 'green')}: {result}")
+    terminal.say(f"  adapter  {folder}/adapter_model.safetensors")
+    terminal.say(f"  card     {folder}/README.md, with the lines that load the adapter")
+    if drawn:
+        terminal.say(f"  report   {folder}/report.html")
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    look = f"{opener} {folder}/report.html" if drawn else f"less {folder}/README.md"
+    terminal.decision("next", advice(look, f"{look} (on the Docker host)"))
+
+
+def show_answers(terminal: Terminal, samples: Iterable[dict[str, str]]) -> None:
+    """Each question with the base's and the tuned model's answer."""
+    for number, sample in enumerate(samples):
+        if number == 0:
+            terminal.say()
+        terminal.say(f"{terminal.paint('Q', 'bold')}      {clean(sample['prompt'])}")
+        for name in ("base", "tuned"):
+            reply = clean(sample[name]) or "(nothing)"
+            text = textwrap.fill(reply, 100, initial_indent=f"{name:<7}", subsequent_indent=" " * 7)
+            terminal.say(terminal.paint(text, "green") if name == "tuned" else text)
+        terminal.say()

@@ -1,0 +1,112 @@
+"""The end of a run in the terminal: where its files are, and sample answers that cannot steer it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finetune import cli
+from finetune.results.show import show_answers, show_finished
+from finetune.terminal import Terminal
+from support.tty import Tty
+
+
+@pytest.fixture(autouse=True)
+def colour_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "early", "result"),
+    [
+        (2.34567, False, "eval_loss 2.3457 -> 1.2346 (step 15)"),
+        (None, False, "eval_loss 1.2346 (step 15)"),
+        (2.34567, True, "eval_loss 2.3457 -> 1.2346 (step 15, stopped early at step 40)"),
+    ],
+)
+def test_the_end_says_what_came_of_it_and_where_it_lies(first: float | None, early: bool, result: str) -> None:
+    outcome: Any = SimpleNamespace(
+        first_eval_loss=first, eval_loss=1.23456, best_step=15, steps=40, stopped_early=early
+    )
+    stream = io.StringIO()
+    show_finished(Terminal(stream=stream), Path("adapters/demo"), outcome)
+    assert stream.getvalue() == (
+        f"done: {result}\n"
+        "  adapter  adapters/demo/adapter_model.safetensors\n"
+        "  card     adapters/demo/README.md, with the lines that load the adapter\n"
+        "next: less adapters/demo/README.md\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("system", "image", "next_line"),
+    [
+        ("linux", None, "next: xdg-open {page}"),
+        ("darwin", None, "next: open {page}"),
+        ("linux", "h100", "next: xdg-open {page} (on the Docker host)"),
+    ],
+)
+def test_a_report_page_that_was_made_is_the_next_thing_to_look_at(
+    system: str, image: str | None, next_line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(cli, "IMAGE_LOCK", image)
+    (tmp_path / "report.html").touch()
+    outcome: Any = SimpleNamespace(first_eval_loss=None, eval_loss=1.0, best_step=1, steps=1, stopped_early=False)
+    stream = io.StringIO()
+    show_finished(Terminal(stream=stream), tmp_path, outcome)
+    page = f"{tmp_path}/report.html"
+    assert stream.getvalue().splitlines()[-2:] == [f"  report   {page}", next_line.format(page=page)]
+
+
+SAMPLES = [
+    {
+        "prompt": "How do I make tea?",
+        "base": "Boil the water, warm the pot, put in one spoon of leaves for each person and one for the pot, then "
+        "wait four minutes.",
+        "tuned": "Keeper's log: boil water.\nThe lamp is lit.",
+    },
+    {"prompt": "Why?\033[31m", "base": "\033]0;title\a", "tuned": "Because."},
+]
+
+
+def test_answers_stand_under_their_question_wrapped_and_aligned() -> None:
+    stream = io.StringIO()
+    show_answers(Terminal(stream=stream), SAMPLES)
+    assert stream.getvalue() == (
+        "\n"
+        "Q      How do I make tea?\n"
+        "base   Boil the water, warm the pot, put in one spoon of leaves for each person and one for the pot,\n"
+        "       then wait four minutes.\n"
+        "tuned  Keeper's log: boil water. The lamp is lit.\n"
+        "\n"
+        "Q      Why?\\x1b[31m\n"
+        "base   \\x1b]0;title\\x07\n"
+        "tuned  Because.\n"
+        "\n"
+    )
+
+
+def test_only_the_tuned_answer_is_green() -> None:
+    stream = Tty()
+    show_answers(Terminal(stream=stream), SAMPLES[1:])
+    assert stream.getvalue() == (
+        "\n\033[1mQ\033[0m      Why?\\x1b[31m\nbase   \\x1b]0;title\\x07\n\033[32mtuned  Because.\033[0m\n\n"
+    )
+
+
+def test_an_empty_answer_still_has_its_name() -> None:
+    stream = io.StringIO()
+    show_answers(Terminal(stream=stream), [{"prompt": "Q?", "base": "", "tuned": "B"}])
+    assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
+        "",
+        "Q      Q?",
+        "base   (nothing)",
+        "tuned  B",
+        "",
+    ]
