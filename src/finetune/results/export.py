@@ -13,7 +13,7 @@ from finetune.data.prepare import Prepared
 from finetune.errors import SelfTestFailed
 from finetune.files import sha256, shown
 from finetune.results.model_card import model_card
-from finetune.results.self_test import SelfTest, Start, self_test
+from finetune.results.self_test import SelfTest, Untrained, self_test
 from finetune.runs.folder import Run
 from finetune.runs.manifest import Manifest
 from finetune.runs.outcome import Outcome
@@ -26,7 +26,7 @@ def write_adapter(
     config: Config,
     prepared: Prepared,
     model: PeftModel,
-    start: Start,
+    start: Untrained,
     tokenizer: PreTrainedTokenizerFast,
     manifest: Manifest,
     outcome: Outcome,

@@ -37,7 +37,7 @@ TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 
 
 @dataclass(frozen=True)
-class Start:
+class Untrained:
     """sha256 digests from before the first step: of the base's weights, and of each tensor of the adapter."""
 
     base: str
@@ -73,10 +73,10 @@ class SelfTest:
         return {"status": "fail" if self.failed else "pass", "checks": [asdict(check) for check in self.checks]}
 
 
-def before_training(model: PeftModel) -> Start:
-    """Digests of a model that is not trained yet; `Start` says of what."""
+def before_training(model: PeftModel) -> Untrained:
+    """Digests of a model that is not trained yet; `Untrained` says of what."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return Start(_base_digest(model.get_base_model()), {name: _digest(tensor) for name, tensor in adapter.items()})
+    return Untrained(_base_digest(model.get_base_model()), {name: _digest(tensor) for name, tensor in adapter.items()})
 
 
 def _base_digest(base: Any) -> str:
@@ -92,7 +92,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def self_test(
-    model: PeftModel, folder: Path, start: Start, prepared: Prepared, config: Config, outcome: Outcome
+    model: PeftModel, folder: Path, start: Untrained, prepared: Prepared, config: Config, outcome: Outcome
 ) -> SelfTest:
     """Look at the adapter in `folder`, which `model` was saved to; takes our LoRA off `model`, which is of no use then.
 

@@ -12,7 +12,7 @@ import pytest
 from finetune.cli import PYTHON
 from finetune.config.schema import MISTRAL
 from finetune.results.report import run_summary, verdicts
-from finetune.results.report.verdicts import Answer
+from finetune.results.report.verdicts import Verdict
 from support.run_folders import PASSED, make_run, manifest, rows, start, without_end
 
 NOT_LEFT_TO_TEST = "No check looks at whether what it says is true or harmless."
@@ -22,7 +22,7 @@ def of(folder: Path, content: dict[str, Any], steps: int = 40) -> run_summary.Ev
     return run_summary.read(make_run(folder / "run", content, steps))
 
 
-def told(answer: Answer | None) -> tuple[Any, ...]:
+def told(answer: Verdict | None) -> tuple[Any, ...]:
     assert answer is not None
     return astuple(answer)[1:]
 
@@ -118,4 +118,4 @@ def test_a_failed_run_says_its_error_first(tmp_path: Path) -> None:
     error = "step 3: the loss is not a finite number on rows train.jsonl:7; lower training.learning_rate"
     run = of(tmp_path, without_end("failed", start((0, 2), (0, 3), "failed"), error=error), steps=2)
     again = f"Mend that, then: {PYTHON} src/train.py --config {tmp_path}/run/config.yaml"
-    assert verdicts.unfinished(run) == Answer("This run failed", "At step 3 of 40.", "bad", [error, again])
+    assert verdicts.unfinished(run) == Verdict("This run failed", "At step 3 of 40.", "bad", [error, again])

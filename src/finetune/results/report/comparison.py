@@ -13,7 +13,7 @@ from finetune.files import shown
 from finetune.results.report import charts
 from finetune.results.report.charts import Line
 from finetune.results.report.run_summary import SCRIPT, Evidence
-from finetune.results.report.verdicts import Answer
+from finetune.results.report.verdicts import Verdict
 from finetune.wording import duration, leaves
 
 FOUND: tuple[tuple[str, Callable[[Evidence], Any], str], ...] = (
@@ -65,7 +65,7 @@ def _names(first: Evidence, second: Evidence) -> list[str]:
     return [f"{run.folder.parent.name}/{run.name}" for run in (first, second)]
 
 
-def _better(first: Evidence, second: Evidence) -> Answer:
+def _better(first: Evidence, second: Evidence) -> Verdict:
     """Which has the lower held-out loss, if both measured it on the same tokens."""
     question = "Which did better?"
     held_out = [
@@ -74,17 +74,17 @@ def _better(first: Evidence, second: Evidence) -> Answer:
     ]
     if held_out[0] != held_out[1] or None in held_out[0]:
         why = "They were evaluated on different held-out rows, so their losses cannot be compared."
-        return Answer(question, "Not comparable", "warn", [why])
+        return Verdict(question, "Not comparable", "warn", [why])
     if first.best is None or second.best is None:
-        return Answer(question, "Not known yet", "warn", ["One of them has no evaluation."])
+        return Verdict(question, "Not known yet", "warn", ["One of them has no evaluation."])
     (low, one), (high, other) = sorted(
         zip((first.best[1], second.best[1]), _names(first, second), strict=True), key=lambda pair: pair[0]
     )
     if low == high:
-        return Answer(question, "Neither", "plain", [f"Both reach a held-out loss of {low:.4f} on the same rows."])
+        return Verdict(question, "Neither", "plain", [f"Both reach a held-out loss of {low:.4f} on the same rows."])
     more = [f"Best held-out loss {low:.4f} against {high:.4f} of {other}, on the same rows."]
     more += [f"{run.name} is {run.status}." for run in (first, second) if run.status != "complete"]
-    return Answer(question, one, "good", more)
+    return Verdict(question, one, "good", more)
 
 
 def _curves(first: Evidence, second: Evidence) -> Iterator[tuple[str, Markup]]:

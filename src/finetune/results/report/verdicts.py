@@ -13,7 +13,7 @@ ROSE_AGAIN = 1.01  # times the best held-out loss; less than that is noise betwe
 
 
 @dataclass(frozen=True)
-class Answer:
+class Verdict:
     """One of the questions at the head of a page: `tone` is good, warn, bad or plain; `more` are sentences."""
 
     question: str
@@ -22,7 +22,7 @@ class Answer:
     more: list[str]
 
 
-def unfinished(run: Evidence) -> Answer | None:
+def unfinished(run: Evidence) -> Verdict | None:
     """What a reader must know first of a run that is not complete: how it ended, and how to go on; else None."""
     if run.status == "complete":
         return None
@@ -31,7 +31,7 @@ def unfinished(run: Evidence) -> Answer | None:
     place = f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
     if run.status == "failed":
         error = str(run.get("error") or "no reason was recorded")
-        return Answer("This run failed", f"At {place}.", "bad", [error, f"Mend that, then: {again}"])
+        return Verdict("This run failed", f"At {place}.", "bad", [error, f"Mend that, then: {again}"])
     ways = {
         "stopped": f"It was stopped at {place}.",
         "time budget": f"Its time budget ended at {place}.",
@@ -41,10 +41,10 @@ def unfinished(run: Evidence) -> Answer | None:
     goes_on = (
         f"There is no final adapter yet. The same command goes on from the newest checkpoint, and so does: {again}"
     )
-    return Answer("This run is not finished", ways.get(end, ways[None]), "warn", [goes_on])
+    return Verdict("This run is not finished", ways.get(end, ways[None]), "warn", [goes_on])
 
 
-def trained(run: Evidence) -> Answer:
+def trained(run: Evidence) -> Verdict:
     """What was trained, on what."""
     base = str(run.get("base_model", "name") or "an unknown base")
     rows, tokens = run.number("tokens", "train", "rows"), run.number("tokens", "train", "supervised")
@@ -56,46 +56,46 @@ def trained(run: Evidence) -> Answer:
         more.append(
             "It stopped early: no better held-out loss in as many evaluations as training.early_stopping_patience says."
         )
-    return Answer("What was trained?", f"A LoRA adapter for {base}", "plain", more)
+    return Verdict("What was trained?", f"A LoRA adapter for {base}", "plain", more)
 
 
-def helped(run: Evidence) -> Answer:
+def helped(run: Evidence) -> Verdict:
     """Whether the held-out loss fell."""
     question = "Did it help?" if run.status == "complete" else "Has it helped so far?"
     before, best = dict(run.evaluations).get(0, run.number("eval_loss_before")), run.best
     if before is None or best is None or (best[0] == 0 and run.status != "complete"):
-        return Answer(question, "Not known yet", "warn", ["There is no evaluation after the one before training."])
+        return Verdict(question, "Not known yet", "warn", ["There is no evaluation after the one before training."])
     step, after = best
     rows = run.number("tokens", "validation", "rows")
     held_out = f"on {counted(int(rows), 'conversation')} that it was not trained on" if rows else "on held-out rows"
     losses = f"Held-out loss {before:.3f} before, {after:.3f} at step {step:,.0f} (nats a token, {held_out})."
     if step == 0 or after >= before:
         none = "No evaluation was better than the one before training: the adapter is the untrained one."
-        return Answer(question, "No", "bad", [losses, none] if step == 0 else [losses])
+        return Verdict(question, "No", "bad", [losses, none] if step == 0 else [losses])
     more = [losses]
     last = run.evaluations[-1]
     if last[0] > step and last[1] > after * ROSE_AGAIN:
         rose = f"It rose again, to {last[1]:.3f} at step {last[0]:,.0f}: longer training only learns the rows by heart."
         more.append(rose)
     more.append("That says how well it predicts such answers, not that they are right: read those below.")
-    return Answer(question, f"Yes: {1 - after / before:.0%} less held-out loss", "good", more)
+    return Verdict(question, f"Yes: {1 - after / before:.0%} less held-out loss", "good", more)
 
 
-def safe(run: Evidence) -> Answer:
+def safe(run: Evidence) -> Verdict:
     """Whether the adapter is what it should be, by its self-test; and what was left out or found on the way."""
     question, test = "Is it safe to use?", run.get("self_test")
     notes = cautions(run)
     checks = (test or {}).get("checks", [])
     wrong = [f"{check['name']}: {check['detail']}" for check in checks if check["status"] == "fail"]
     if test and test["status"] != "pass":
-        return Answer(question, "No: its self-test failed", "bad", [*wrong, *notes])
+        return Verdict(question, "No: its self-test failed", "bad", [*wrong, *notes])
     if run.status != "complete":
-        return Answer(question, "There is no final adapter", "bad" if run.status == "failed" else "warn", notes)
+        return Verdict(question, "There is no final adapter", "bad" if run.status == "failed" else "warn", notes)
     if not test:
-        return Answer(question, "Not tested", "warn", ["The self-test of the adapter was not made.", *notes])
+        return Verdict(question, "Not tested", "warn", ["The self-test of the adapter was not made.", *notes])
     limit = "No check looks at whether what it says is true or harmless."
     made = f"Its self-test passed: {counted(len(checks), 'check')}, listed below."
-    return Answer(
+    return Verdict(
         question, "Yes, as far as tested" if not notes else "Yes, with these notes", "good", [made, *notes, limit]
     )
 
