@@ -29,7 +29,7 @@ from finetune.config.schema import MISTRAL
 from finetune.data.tokenizer import load_chat
 from finetune.results.model_card import model_card
 from finetune.runs.checkpoints import read_seal
-from support.train_command import ENVIRONMENT, STEPS, Command
+from support.train_command import ENVIRONMENT, FILES, STEPS, Command
 
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
@@ -80,21 +80,7 @@ def finished(tiny_mistral: Path, train_file: Path, tmp_path_factory: pytest.Temp
 
 
 def test_a_finished_run_leaves_these_files_and_no_others(finished: Finished) -> None:
-    assert names(finished.folder) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "chat_template.jinja",
-        "checkpoints",
-        "config.yaml",
-        "lock",
-        "manifest.json",
-        "metrics.jsonl",
-        "receipt.json",
-        "report.html",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
+    assert names(finished.folder) == sorted(FILES)
     assert names(finished.folder / "checkpoints") == ["best", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.harness import COUNTS, Command, Warm, Whole, names, result
+from support.train_command import write_rows
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +25,7 @@ def warm() -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 short conversations, each different."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    with path.open("w", encoding="utf-8") as stream:
-        for number in range(40):
-            question = {"role": "user", "content": f"What comes after {number}?"}
-            text = f"After {number} " + "and then " * (number % 4) + "comes the next."
-            stream.write(json.dumps({"messages": [question, {"role": "assistant", "content": text}]}) + "\n")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 40)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from support.harness import CHECKPOINTS, FILES, Command, Ended, Warm, Whole, names
+from support.harness import CHECKPOINTS, Command, Ended, Warm, Whole, names
+from support.train_command import FILES
 
 ADAPTER = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",

@@ -14,21 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.train_command import FILES, ROOT, STEPS, run_settings
+
 HERE = ROOT / "tests" / "faults"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-STEPS = 6
 PATIENCE = 120.0  # seconds, after which a run that hangs is ended
 NIGHTLY = "NIGHTLY" in os.environ
 PART, PARTS = map(int, os.environ.get("NIGHTLY_PART", "0/1").split("/"))
 COUNTS: Counter[str] = Counter()
 Item = TypeVar("Item")
 
-FILES = {
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
-    "config.yaml", "lock", "manifest.json", "metrics.jsonl", "receipt.json", "report.html", "tokenizer.json",
-    "tokenizer_config.json",
-}  # fmt: skip
 PROBE = ".check-"  # a folder with a file of 7 bytes, where the kill came in the check that output.dir can be written
 CHECKPOINTS = {"best", *(f"checkpoint-{step}" for step in (2, 4, 6))}
 
@@ -51,12 +46,7 @@ class Command:
         return self.folder / "checkpoints"
 
     def arguments(self) -> list[str]:
-        settings = [
-            f"model.name={self.base}", f"dataset.train_file={self.train_file}", f"output.dir={self.output}",
-            "tracking.run_name=run", "dataset.sample_prompts=[]", "dataset.validation_split=0.2",
-            "model.max_seq_length=64", "lora.lora_dropout=0.1", "training.packing=true", f"training.max_steps={STEPS}",
-            "training.eval_steps=2", "training.save_steps=2", "training.gradient_accumulation_steps=2", *self.more,
-        ]  # fmt: skip
+        settings = [*run_settings(self.base, self.train_file, self.output), *self.more]
         sets = [word for setting in settings for word in ("--set", setting)]
         return ["--config", "cpu", "--skip", "host,libraries,device,rehearsal", *sets]
 
