@@ -21,9 +21,9 @@ from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 from finetune.runs import receipt
 
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")}
 # Indented or fenced blocks that are no commands, by how they begin.
-SHOWN = ("step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
+SHOWN = ("src/train.py  ", "step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
 FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
 PROGRAMS = rf"{FOLDERS}|(python|pip|uv|docker|rsync|export|hf|wandb|curl|conda) "
 
