@@ -257,9 +257,6 @@ def test_validate_on_a_terminal_names_the_check_at_hand_and_leaves_only_results(
     assert status == 0, written
     assert "\r  model.geometry\r" in written
     assert [text[:23] for text in screen(written)[:-1]] == [
-        "validate configs/traini",
-        "  pass  model.name     ",
-        "  pass  model.geometry ",
-        "  pass  paths.output   ",
+        "validate configs/traini", "  pass  model.name     ", "  pass  model.geometry ", "  pass  paths.output   ",
         "3 passed, 0 warnings, 0",
-    ]
+    ]  # fmt: skip

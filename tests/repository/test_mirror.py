@@ -53,7 +53,7 @@ def rooms() -> set[str]:
     return {path.name for path in PROGRAM.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
-def tested() -> set[str]:
+def mirrored() -> set[str]:
     """Test files of the rooms, as the module paths that they should mirror."""
     files = [path.relative_to(TESTS) for room in rooms() for path in (TESTS / room).rglob("test_*.py")]
     return {path.with_name(path.stem.removeprefix("test_")).as_posix() for path in files}
@@ -64,9 +64,9 @@ def top_level() -> set[str]:
 
 
 def test_each_module_with_logic_has_a_test_file_of_its_name() -> None:
-    assert modules() - tested() - top_level() == listed(TESTED_ELSEWHERE)
+    assert modules() - mirrored() - top_level() == listed(TESTED_ELSEWHERE)
 
 
 def test_each_test_file_of_a_room_is_named_as_a_module() -> None:
     names = {path.relative_to(PROGRAM).with_suffix("").as_posix() for path in PROGRAM.rglob("*.py")}
-    assert (tested() | top_level()) - names == listed(OF_NO_MODULE)
+    assert (mirrored() | top_level()) - names == listed(OF_NO_MODULE)

@@ -65,14 +65,10 @@ def test_a_report_page_that_was_made_is_the_next_thing_to_look_at(
 
 
 SAMPLES = [
-    {
-        "prompt": "How do I make tea?",
-        "base": "Boil the water, warm the pot, put in one spoon of leaves for each person and one for the pot, then "
-        "wait four minutes.",
-        "tuned": "Keeper's log: boil water.\nThe lamp is lit.",
-    },
+    {"prompt": "How do I make tea?", "base": "Boil the water, warm the pot, put in one spoon of leaves for each "
+        "person and one for the pot, then wait four minutes.", "tuned": "Keeper's log: boil water.\nThe lamp is lit."},
     {"prompt": "Why?\033[31m", "base": "\033]0;title\a", "tuned": "Because."},
-]
+]  # fmt: skip
 
 
 def test_answers_stand_under_their_question_wrapped_and_aligned() -> None:
@@ -104,9 +100,5 @@ def test_an_empty_answer_still_has_its_name() -> None:
     stream = io.StringIO()
     show_answers(Terminal(stream=stream), [{"prompt": "Q?", "base": "", "tuned": "B"}])
     assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
-        "",
-        "Q      Q?",
-        "base   (nothing)",
-        "tuned  B",
-        "",
-    ]
+        "", "Q      Q?", "base   (nothing)", "tuned  B", "",
+    ]  # fmt: skip

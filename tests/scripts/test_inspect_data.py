@@ -35,9 +35,7 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def run(
-    script: ModuleType,
-    ended: Callable[[Callable[[], None]], tuple[int, str, str]],
-    monkeypatch: pytest.MonkeyPatch,
+    script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> Run:
     """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
     monkeypatch.setattr(tokenizer, "load_chat", the_chat)
@@ -112,14 +110,10 @@ def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(ru
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        ([], [1, 2, 3]),
-        (["--rows", "5"], [5]),
-        (["--rows", "1"], [1]),
-        (["--rows", "4-6"], [4, 5, 6]),
-        (["--rows", "7-7"], [7]),
-        (["--rows", "149-9000"], [149, 150]),
+        ([], [1, 2, 3]), (["--rows", "5"], [5]), (["--rows", "1"], [1]), (["--rows", "4-6"], [4, 5, 6]),
+        (["--rows", "7-7"], [7]), (["--rows", "149-9000"], [149, 150]),
     ],
-)
+)  # fmt: skip
 def test_rows_are_lines_of_the_file_both_ends_included(run: Run, arguments: list[str], lines: list[int]) -> None:
     code, out, err = run(SAMPLE, "--json", *arguments)
     assert code == 0, err
@@ -132,12 +126,7 @@ def test_blank_lines_are_counted_but_not_shown(run: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        *("0", "0-3", "3-2", "-3", "a", "1-b", "1-2-3", "1.5", "", "-", " ", "1,2", "+1"),
-        "²",
-        "3-",
-    ],
+    "text", [*("0", "0-3", "3-2", "-3", "a", "1-b", "1-2-3", "1.5", "", "-", " ", "1,2", "+1"), "²", "3-"]
 )
 def test_anything_else_is_exit_2_with_an_example(run: Run, text: str) -> None:
     wanted = f"config: 1 problem\n  --rows {text}: wanted a line or a range of lines, for example 3 or 3-7\n"

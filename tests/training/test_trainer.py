@@ -11,12 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import load_peft_weights
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedTokenizerFast,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerFast, TrainerControl, TrainerState
 from transformers import Trainer as TransformersTrainer
 from trl import SFTTrainer
 
@@ -114,15 +109,10 @@ def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
 @pytest.mark.parametrize(
     ("step", "due", "waited", "patience", "over"),
     [
-        (4, False, 0, 5, False),
-        (10, False, 0, 5, True),
-        (10, True, 0, 5, False),
-        (4, False, 5, 5, True),
-        (4, False, 6, 5, True),
-        (4, False, 4, 5, False),
-        (4, False, 99, None, False),
+        (4, False, 0, 5, False), (10, False, 0, 5, True), (10, True, 0, 5, False), (4, False, 5, 5, True),
+        (4, False, 6, 5, True), (4, False, 4, 5, False), (4, False, 99, None, False),
     ],
-)
+)  # fmt: skip
 def test_a_run_is_over_at_its_last_step_if_that_is_evaluated_or_at_the_end_of_its_patience(
     case: Case, tmp_path: Path, step: int, due: bool, waited: int, patience: int | None, over: bool
 ) -> None:
@@ -263,14 +253,9 @@ def test_patience_counts_on_after_a_resume(case: Case, monkeypatch: pytest.Monke
 
 ADVICE = "look at them with scripts/inspect_data.py, lower training.learning_rate"
 EACH_STEP = (
-    "training.per_device_train_batch_size=1",
-    "training.gradient_accumulation_steps=2",
-    "training.logging_steps=10",
-    "training.save_minutes=0.00001",
-    "training.save_total_limit=10",
-    "training.eval_steps=4",
-    "training.save_steps=4",
-)
+    "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2", "training.logging_steps=10",
+    "training.save_minutes=0.00001", "training.save_total_limit=10", "training.eval_steps=4", "training.save_steps=4",
+)  # fmt: skip
 
 
 def ends(case: Case, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Diverged:
