@@ -182,11 +182,11 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     arguments = training_arguments(config.training, run, [], platform, evaluate_first=True)
     tokenizer = load.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
-    rows = 2 * config.effective_batch_size
-    train_rows = examples(rows, case.length, vocab, case.packing)
+    train_rows = examples(2 * config.effective_batch_size, case.length, vocab, case.packing)
     eval_rows = examples(training.per_device_eval_batch_size, case.length, vocab, False)
     checkpointed = checkpointed_layers(config, case.geometry)
-    return trainer.make_trainer(peft_model, tokenizer, train_rows, eval_rows, "train.jsonl", arguments, checkpointed)
+    rows = trainer.Examples(train_rows, eval_rows, "train.jsonl")
+    return trainer.make_trainer(peft_model, tokenizer, rows, arguments, checkpointed)
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

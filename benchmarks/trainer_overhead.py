@@ -139,7 +139,8 @@ def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     run.checkpoints.mkdir(parents=True)
     sft = training_arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
-    made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), rows(case), evaluated, "train.jsonl", sft)
+    examples = trainer.Examples(rows(case), evaluated, "train.jsonl")
+    made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), examples, sft)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper
 
@@ -178,7 +179,8 @@ def ours(case: Case, folder: Path, clock: Clock) -> float:
     made, config, keeper = make_ours(case, folder)
     made.add_callback(clock)
     steps = config.training.max_steps
-    trainer.train(made, config.training, keeper, Stopper(keeper.run), progress(), steps, None)
+    watchers = trainer.Watchers(keeper, Stopper(keeper.run), progress())
+    trainer.train(made, config.training, watchers, steps, None)
     return first_loss(made)
 
 

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from datetime import datetime
-from functools import partial
-from typing import TYPE_CHECKING
 
 from finetune import checks, cli
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Result
 from finetune.checks.runner import run as run_checks
 from finetune.checks.show import show_result, tally
-from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
 from finetune.errors import CheckFailed
 from finetune.files import shown
-from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import hardware
-from finetune.plan.checkpointed_layers import by_formula, settled
-from finetune.plan.describe import cost_text, plan_lines
-from finetune.plan.fit import what_would_fit
-from finetune.plan.schedule import Pace, check_budget, seconds_since_start
+from finetune.plan.describe import plan_lines
+from finetune.plan.model_shape import read_geometry
 from finetune.results.report import refresh
 from finetune.runs.folder import Run, open_run, read_manifest
 from finetune.terminal import Terminal
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerFast
-
-    from finetune.training.rehearsal import Rehearsal
 
 
 def parse() -> argparse.Namespace:
@@ -44,7 +31,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    quiet_libraries()
+    cli.quiet_libraries()
     options = parse()
     terminal = Terminal(options.json)
     skipped = checks.expand("--skip", options.skip)
@@ -52,13 +39,14 @@ def main() -> None:
     config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
     preflight = Preflight(config, read_machine())
-    preflight.geometry  # noqa: B018  # a base of another shape is told before anything is written
+    read_geometry(config)  # a base of another shape is told before anything is written
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
         terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run beside it")
         refresh.make(run, terminal)  # a kill may have come between the manifest and the page
-        print_manifest(run, options.json)
+        if options.json:
+            cli.print_json(read_manifest(run.folder))
         return
 
     try:
@@ -72,9 +60,8 @@ def main() -> None:
         make_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
             train(preflight, run, skipped, options.resume_changed, terminal)
-            print_manifest(run, options.json)
-        elif options.json:
-            cli.print_json(preflight.plan.as_dict())
+        if options.json:
+            cli.print_json(read_manifest(run.folder) if run else preflight.plan.as_dict())
     finally:
         terminal.clear()
         if run is not None:
@@ -101,114 +88,39 @@ def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, te
         raise CheckFailed(found, f"mend that, or leave it out: --skip {','.join(failed)}", between="\n")
 
 
-def print_manifest(run: Run, wanted: bool) -> None:
-    if wanted:
-        cli.print_json(read_manifest(run.folder))
-
-
-def train(preflight: Preflight, run: Run, skipped: frozenset[str], resume_changed: bool, terminal: Terminal) -> None:
-    from finetune.model import load
+def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_changes: bool, terminal: Terminal) -> None:
     from finetune.results import export, self_test, show
     from finetune.runs import manifest, resume
-    from finetune.training import keeper, progress, samples, stopper, trackers, trainer
-    from finetune.training.arguments import training_arguments
+    from finetune.training import job as training_job
+    from finetune.training import rehearsal, trackers, trainer
 
-    config, prepared, platform = preflight.config, preflight.prepared, preflight.platform
-    known = manifest.describe(config, prepared, hardware(platform, preflight.machine))
-    plan = preflight.plan.as_dict()
-    record = manifest.Manifest(run, known | {"skipped_checks": sorted(skipped), "plan": plan})
+    config, prepared, steps = preflight.config, preflight.prepared, preflight.plan.steps
+    facts = manifest.describe(config, prepared, hardware(preflight.platform, preflight.machine))
+    plan = {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
+    record = manifest.Manifest(run, facts | plan)
     fingerprint = manifest.fingerprint(config, prepared)
     decision = resume.decide(run.checkpoints, fingerprint)
-    set_aside = resume.apply(decision, resume_changed, terminal)
-    checkpoint = decision.checkpoint
+    set_aside = resume.apply(decision, accept_changes, terminal)
     tracking = trackers.make_trackers(config, run, terminal)
 
-    prepare_device(platform)
-    capacity = capacity_gib(platform)
     terminal.status(f"loading {config.model.name}")
-    with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = load.load_model(config, platform.device)
-    tokenizer = load.make_tokenizer(prepared.chat, config.dataset.padding_side)
-    start = self_test.before_training(peft_model)
-
-    over = checkpoint is not None and trainer.is_over(config.training, preflight.plan.steps, checkpoint)
-    done = decision.step
-    rehearsed = None
-    if over or "rehearsal" in skipped:
-        pace, choice = Pace(), by_formula(config, preflight.geometry, capacity, "the rehearsal is left out")
-        if choice.reason and not over:
-            terminal.decision("checkpointed layers", choice.reason)
-    else:
-        rehearsed = rehearse(preflight, run, peft_model, tokenizer, done, terminal)
-        pace, choice = rehearsed.pace, rehearsed.checkpointed
-    hours = config.training.time_budget_hours
-    budget = None if hours is None else stopper.TimeBudget(hours, pace, seconds_since_start)
-
+    job = training_job.load_job(run, config, prepared)
+    untrained = self_test.before_training(job.model)
+    outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in skipped, terminal)
     manifest.write_config(run, config, prepared)
-    layers = None if over else choice.layers  # after its last step a run computes no layer again
-    record.started(decision, set_aside, layers, rehearsed.as_dict() if rehearsed else None)
-    out_of_memory = memory_errors_explained(what_would_fit(settled(config, choice), preflight.geometry, capacity))
-    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), out_of_memory:
-        made = trainer.make_trainer(
-            peft_model,
-            tokenizer,
-            prepared.train.dataset(prepared.sequences),
-            prepared.validation.dataset(None),
-            config.dataset.train_file,
-            training_arguments(config.training, run, [], platform, trainer.evaluates_first(checkpoint)),
-            choice.layers,
-        )
-        for tracker in tracking.all():
-            made.add_callback(tracker)
-        keeper = keeper.Keeper(run, fingerprint, config.training.save_total_limit, config.training.save_minutes)
-        stopper = stopper.Stopper(run, budget)
-        sampler = samples.Sampler(
-            run.folder,
-            prepared.chat,
-            samples.questions(config, prepared),
-            keeper,
-            stopper.signalled,
-            terminal,
-            tracking.all(),
-        )
-        peak_now = partial(peak_memory_gib, platform)
-        watchers = (keeper, stopper, progress.Progress(terminal, pace, config.tracking.cost_per_hour, peak_now))
-        outcome = trainer.train(made, config.training, *watchers, preflight.plan.steps, checkpoint, sampler)
+    record.started(decision, set_aside, outlook.layers, outlook.measured)
 
-        answers = sampler.finish(peft_model, outcome.best_step, outcome.eval_loss)
+    out_of_memory = job.memory_explained(outlook.choice)
+    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), out_of_memory:
+        made = job.trainer(outlook.choice.layers, decision.checkpoint, tracking)
+        watchers = job.watchers(fingerprint, outlook.pace, tracking.all(), terminal)
+        outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
+        answers = watchers.final_samples(job.model, outcome)
         show.show_answers(terminal, answers)
-        peak_gib = peak_memory_gib(platform)
         terminal.status("testing the adapter as it was saved")
-        proof = export.write_adapter(
-            run, config, prepared, peft_model, start, tokenizer, record, outcome, peak_gib, answers
-        )
+        proof = export.write_adapter(job, untrained, record, outcome, answers)
     terminal.decision("self-test", proof.sentence())
     show.show_finished(terminal, run.folder, outcome)
-
-
-def rehearse(
-    preflight: Preflight,
-    run: Run,
-    peft_model: PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
-    done: int,
-    terminal: Terminal,
-) -> Rehearsal:
-    from finetune.training import rehearsal
-
-    config, folder = preflight.config, run.folder / "rehearsal"
-    capacity = capacity_gib(preflight.platform)
-    terminal.status("rehearsing the largest batches")
-    found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity, done)
-    if found.checkpointed.reason:
-        terminal.decision("checkpointed layers", found.checkpointed.reason)
-    terminal.decision("rehearsal", found.sentence(datetime.now()))
-    if config.tracking.cost_per_hour is not None:
-        terminal.decision("cost", cost_text(found.hours * config.tracking.cost_per_hour, config.tracking.cost_per_hour))
-    budget = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
-    if budget:
-        terminal.decision("time budget", budget)
-    return found
 
 
 if __name__ == "__main__":

@@ -239,8 +239,9 @@ def _ours(work: Work, base: Any) -> Any:
     arguments = training_arguments(config.training, run, [], work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
-    examples = packed_by_us(work.steps)
-    return trainer.make_trainer(peft_model, _tokenizer(), examples, examples, "rows", arguments, choice.layers)
+    rows = packed_by_us(work.steps)
+    examples = trainer.Examples(rows, rows, "rows")
+    return trainer.make_trainer(peft_model, _tokenizer(), examples, arguments, choice.layers)
 
 
 def unsloth_trainer(work: Work) -> Any:

@@ -19,7 +19,7 @@ from finetune.model.load import load_base, make_tokenizer
 from finetune.model.lora import add_lora
 from finetune.runs.folder import Run
 from finetune.training.arguments import training_arguments
-from finetune.training.trainer import Trainer, make_trainer
+from finetune.training.trainer import Examples, Trainer, make_trainer
 
 TOLERANCE = 1e-5  # relative; sums in another order
 
@@ -41,7 +41,7 @@ class Case:
         self.collator = Collator(tokenizer)
         sft = training_arguments(config.training, Run(folder / "run", False, None), [], PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
-        self.trainer: Trainer = make_trainer(self.model, tokenizer, rows, rows, str(train_file), sft)
+        self.trainer: Trainer = make_trainer(self.model, tokenizer, Examples(rows, rows, str(train_file)), sft)
         self.model.train()
 
     def batch(self, *sequences: list[int]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from finetune.config.schema import TrainingConfig
 from finetune.errors import ConfigError, OutOfResource, UserError
 from finetune.plan.schedule import MARGIN, Pace, Schedule, check_budget, seconds_since_start
 from finetune.runs.folder import Run
+from finetune.training import job, rehearsal
 from finetune.training.stopper import Stopper, TimeBudget
 from finetune.wording import duration
 
@@ -281,7 +282,8 @@ class Command:
         settings = (*self.settings, f"output.dir={self.output / folder}", *settings)
         line = ["train.py", "--config", "cpu", *(word for setting in settings for word in ("--set", setting))]
         self.monkeypatch.setattr(sys, "argv", line)
-        self.monkeypatch.setattr(program, "seconds_since_start", clock)
+        for module in (rehearsal, job):
+            self.monkeypatch.setattr(module, "seconds_since_start", clock)
         try:
             program.main()
         except UserError as error:

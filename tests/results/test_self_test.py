@@ -25,10 +25,11 @@ from finetune.results import self_test as self_test_module
 from finetune.results.self_test import SelfTest, Untrained, before_training, loss_rows, mean_loss, self_test
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
+from finetune.training.job import Job
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.stopper import Stopper
-from finetune.training.trainer import train
+from finetune.training.trainer import Watchers, train
 from support.training import FINGERPRINT, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -39,6 +40,7 @@ Change = Callable[[Any], None]
 class Trained:
     """A tiny model after four steps: its adapter, saved, and all that a self-test is told of the training."""
 
+    case: Case
     config: Config
     prepared: Prepared
     start: Untrained
@@ -53,8 +55,8 @@ class Trained:
 
     def test(self, model: PeftModel | None = None, folder: Path | None = None, **outcome: Any) -> SelfTest:
         facts = dataclasses.replace(self.outcome, **outcome)
-        found = folder or self.folder
-        return self_test(model or self.model(), found, self.start, self.prepared, self.config, facts)
+        job = Job(self.case.run, self.config, self.prepared, model or self.model(), self.case.tokenizer)
+        return self_test(job, folder or self.folder, self.start, facts)
 
     def changed(self, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
         """A copy of the adapter with other tensors."""
@@ -77,10 +79,10 @@ def train_tiny(base: Path, folder: Path, *settings: str) -> Trained:
     case = Case(base, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
     config, trainer = case.config(*settings), case.trainer(*settings)
     start = before_training(trainer.model)
-    watchers = Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO()))
-    outcome = train(trainer, config.training, *watchers, 4, None)
+    watchers = Watchers(Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO())))
+    outcome = train(trainer, config.training, watchers, 4, None)
     trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    return Trained(config, case.data(config), start, outcome, folder / "adapter", trainer.model)
+    return Trained(case, config, case.data(config), start, outcome, folder / "adapter", trainer.model)
 
 
 @pytest.fixture(scope="module")

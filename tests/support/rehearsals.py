@@ -11,6 +11,7 @@ from finetune.config.schema import Config
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
+from finetune.training.job import Job
 from finetune.training.rehearsal import Rehearsal, rehearse
 from support.training import Case
 
@@ -24,8 +25,8 @@ def loaded(config: Config) -> PeftModel:
 def rehearsed(
     case: Case, config: Config, model: PeftModel, capacity_gib: float = PLENTY_GIB, done: int = 0
 ) -> Rehearsal:
-    folder = case.run.folder / "rehearsal"
-    return rehearse(model, case.tokenizer, case.data(config), config, folder, capacity_gib, done)
+    job = Job(case.run, config, case.data(config), model, case.tokenizer)
+    return rehearse(job, case.run.folder / "rehearsal", capacity_gib, done)
 
 
 def attributes(model: PeftModel) -> list[dict[str, Any]]:

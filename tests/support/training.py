@@ -27,7 +27,7 @@ from finetune.training.arguments import training_arguments
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.stopper import Stopper
-from finetune.training.trainer import Trainer, evaluates_first, make_trainer, train
+from finetune.training.trainer import Examples, Trainer, Watchers, evaluates_first, make_trainer, train
 
 QUICK = (
     "model.max_seq_length=64",
@@ -65,7 +65,8 @@ class Case:
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
         sft = training_arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
         layers = checkpointed_layers(config, read_geometry(config))
-        return make_trainer(model, self.tokenizer, rows, validation, self.train_file, sft, layers)
+        examples = Examples(rows, validation, self.train_file)
+        return make_trainer(model, self.tokenizer, examples, sft, layers)
 
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:
         """(outcome, model, what was printed) of a whole training."""
@@ -74,8 +75,8 @@ class Case:
         stream = StringIO()
         keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
-        watchers = keeper, Stopper(self.run), Progress(Terminal(stream=stream))
-        outcome = train(trainer, config.training, *watchers, steps, checkpoint)
+        watchers = Watchers(keeper, Stopper(self.run), Progress(Terminal(stream=stream)))
+        outcome = train(trainer, config.training, watchers, steps, checkpoint)
         return outcome, trainer.model, stream.getvalue()
 
     def checkpoints(self) -> list[str]:

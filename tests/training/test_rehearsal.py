@@ -36,7 +36,7 @@ from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.rehearsal import Rehearsal
 from finetune.training.stopper import Stopper
-from finetune.training.trainer import Trainer, make_trainer, train
+from finetune.training.trainer import Examples, Trainer, Watchers, make_trainer, train
 from support.rehearsals import CPU, DROPOUT, KINDS, PLENTY_GIB, attributes, loaded, rehearsed
 from support.training import FINGERPRINT, Case, adapter_weights, same
 
@@ -152,9 +152,10 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     data = case.data(config)
     sft = training_arguments(config.training, case.run, [], CPU, evaluate_first=checkpoint is None)
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
-    made = make_trainer(model, case.tokenizer, rows, held_out, case.train_file, sft)
+    made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft)
     keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)
-    train(made, config.training, keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())), 4, checkpoint)
+    watchers = Watchers(keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())))
+    train(made, config.training, watchers, 4, checkpoint)
     names = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
     logged = [{name: entry[name] for name in names if name in entry} for entry in case.metrics()]
     return {"logged": logged, "adapter": adapter_weights(model)}

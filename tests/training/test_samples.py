@@ -20,9 +20,9 @@ from finetune.terminal import Terminal
 from finetune.training import samples as samples_module
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
-from finetune.training.samples import FILE, Question, Sampler, questions
+from finetune.training.samples import FILE, Question, Sampler, make_questions
 from finetune.training.stopper import Stopper
-from finetune.training.trainer import evaluates_first, train
+from finetune.training.trainer import Watchers, evaluates_first, train
 from support.training import FINGERPRINT, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")
@@ -61,15 +61,8 @@ class Start:
         self.keeper = Keeper(self.case.run, FINGERPRINT, 3)
         self.asked = 0
         prepared = self.case.data(config)
-        self.sampler = Sampler(
-            self.case.run.folder,
-            prepared.chat,
-            questions(config, prepared),
-            self.keeper,
-            self._stopped,
-            Terminal(stream=self.stream),
-            [self.tracker],
-        )
+        questions, terminal = make_questions(config, prepared), Terminal(stream=self.stream)
+        self.sampler = Sampler(questions, self.keeper, self._stopped, terminal, [self.tracker])
 
     def _stopped(self) -> bool:
         self.asked += 1
@@ -80,8 +73,9 @@ class Start:
     def __call__(self, checkpoint: Path | None = None, sampled: bool = True) -> tuple[Outcome, Any]:
         config = self.case.config(*SETTINGS, self.prompts)
         trainer = self.case.trainer(*SETTINGS, first=evaluates_first(checkpoint), change=endless)
-        watchers = self.keeper, self.stopper, Progress(Terminal(stream=self.stream))
-        outcome = train(trainer, config.training, *watchers, 4, checkpoint, self.sampler if sampled else None)
+        progress = Progress(Terminal(stream=self.stream))
+        watchers = Watchers(self.keeper, self.stopper, progress, self.sampler if sampled else None)
+        outcome = train(trainer, config.training, watchers, 4, checkpoint)
         return outcome, trainer.model
 
     def written(self) -> list[dict[str, Any]]:
@@ -100,7 +94,7 @@ def test_the_configs_own_prompts_are_asked_with_its_system_prompt(case: Case) ->
     config = case.config(ASKED, "system_prompt=Be kind.")
     prepared = case.data(config)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
-    found = questions(config, prepared)
+    found = make_questions(config, prepared).asked
     assert [question.prompt for question in found] == ["What is two plus one?", "Why?"]
     assert found[1].input_ids == prepared.chat.encode_prompt(messages)
 
@@ -116,7 +110,7 @@ def test_without_any_the_first_questions_of_the_first_short_validation_rows_are_
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     config = case.config("dataset.sample_prompts=null", f"dataset.validation_file={path}", "model.max_seq_length=2048")
     prepared = case.data(config)
-    assert questions(config, prepared) == [
+    assert make_questions(config, prepared).asked == [
         Question(f"What is {number}?", prepared.chat.encode_prompt(rows[number][:2])) for number in (0, 2, 3)
     ]
 

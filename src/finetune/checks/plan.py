@@ -9,11 +9,11 @@ from datetime import datetime
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.files import resolve
-from finetune.machine.device import capacity_gib, memory_errors_explained, prepare_device
+from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import names
-from finetune.plan.fit import what_would_fit
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
+from finetune.runs.folder import Run
 
 
 def _steps(preflight: Preflight) -> Finding:
@@ -53,17 +53,13 @@ def _hours(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
-    from finetune.model import load
-    from finetune.training import rehearsal
+    from finetune.training.job import load_job
+    from finetune.training.rehearsal import rehearse
 
-    config, platform = preflight.config, preflight.platform
+    config = preflight.config
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
-    prepare_device(platform)
-    capacity = capacity_gib(platform)
-    with memory_errors_explained(what_would_fit(config, preflight.geometry, capacity)):
-        peft_model = load.load_model(config, platform.device)
-    tokenizer = load.make_tokenizer(preflight.chat, config.dataset.padding_side)
-    found = rehearsal.rehearse(peft_model, tokenizer, preflight.prepared, config, folder, capacity)
+    job = load_job(Run(folder, False, None), config, preflight.prepared)
+    found = rehearse(job, folder, capacity_gib(preflight.platform))
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
     return passed("; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial))))

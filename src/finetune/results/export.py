@@ -5,44 +5,33 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
-
-from finetune.config.schema import Config
-from finetune.data.prepare import Prepared
 from finetune.errors import SelfTestFailed
 from finetune.files import sha256, shown
+from finetune.machine.device import peak_memory_gib
 from finetune.results.model_card import model_card
 from finetune.results.self_test import SelfTest, Untrained, self_test
 from finetune.runs.folder import Run
 from finetune.runs.manifest import Manifest
 from finetune.runs.outcome import Outcome
+from finetune.training.job import Job
 
 REJECTED = "rejected"
 
 
 def write_adapter(
-    run: Run,
-    config: Config,
-    prepared: Prepared,
-    model: PeftModel,
-    start: Untrained,
-    tokenizer: PreTrainedTokenizerFast,
-    manifest: Manifest,
-    outcome: Outcome,
-    peak_memory_gib: float,
-    samples: list[dict[str, str]],
+    job: Job, before: Untrained, manifest: Manifest, outcome: Outcome, samples: list[dict[str, str]]
 ) -> SelfTest:
     """The final files, once the adapter among them has passed its self-test; the manifest that says so comes last.
 
     Raises SelfTestFailed where it has not: the files then lie in `rejected`, and `manifest` holds all that
-    that of a finished run does. `model` is of no use afterwards.
+    that of a finished run does. Its model is of no use afterwards.
     """
+    peak_gib, run = peak_memory_gib(job.platform), job.run
     partial = run.folder / "export.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, save_embedding_layers=False)
-    tokenizer.save_pretrained(partial)
-    found = self_test(model, partial, start, prepared, config, outcome)
+    job.model.save_pretrained(partial, save_embedding_layers=False)
+    job.tokenizer.save_pretrained(partial)
+    found = self_test(job, partial, before, outcome)
     manifest.content |= {
         "steps": outcome.steps,
         "train_loss": outcome.train_loss,
@@ -51,13 +40,13 @@ def write_adapter(
         "best_step": outcome.best_step,
         "stopped_early": outcome.stopped_early,
         "tokens_per_second": round(outcome.tokens_per_second, 1),
-        "peak_memory_gib": round(peak_memory_gib, 2),
+        "peak_memory_gib": round(peak_gib, 2),
         "seconds": round(outcome.seconds, 1),
         "adapter_sha256": sha256(partial / "adapter_model.safetensors"),
         "self_test": found.as_dict(),
         "samples": samples,
     }
-    (partial / "README.md").write_text(model_card(config, manifest.document("complete")), encoding="utf-8")
+    (partial / "README.md").write_text(model_card(job.config, manifest.document("complete")), encoding="utf-8")
     if found.failed:
         raise _reject(run, partial, found)
     for path in sorted(partial.iterdir()):

@@ -19,12 +19,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.store import Rows
 from finetune.data.template import IGNORED
 from finetune.model.generate import evaluating, reply_to
 from finetune.runs.outcome import Outcome
+from finetune.training.job import Job
 from finetune.wording import listed
 
 LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more
@@ -74,7 +74,7 @@ class SelfTest:
 
 
 def before_training(model: PeftModel) -> Untrained:
-    """Digests of a model that is not trained yet; `Untrained` says of what."""
+    """Untrained of a model that is not trained yet; `Untrained` says of what."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     return Untrained(_base_digest(model.get_base_model()), {name: _digest(tensor) for name, tensor in adapter.items()})
 
@@ -91,13 +91,12 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(content.data).hexdigest()
 
 
-def self_test(
-    model: PeftModel, folder: Path, start: Untrained, prepared: Prepared, config: Config, outcome: Outcome
-) -> SelfTest:
-    """Look at the adapter in `folder`, which `model` was saved to; takes our LoRA off `model`, which is of no use then.
+def self_test(job: Job, folder: Path, before: Untrained, outcome: Outcome) -> SelfTest:
+    """Look at the adapter in `folder`, which the model was saved to; takes our LoRA off it, so it is of no use then.
 
     A file that cannot be read back ends it early; all else is looked at in any case.
     """
+    model, prepared = job.model, job.prepared
     rows = loss_rows(prepared.validation)
     whole = len(rows) == len(prepared.validation.lengths)
     tokens = int(prepared.validation.lengths[rows].sum())
@@ -105,7 +104,7 @@ def self_test(
     expected = outcome.eval_loss if whole else mean_loss(model.get_base_model(), prepared.validation, rows)
 
     base = model.unload()
-    checks = [_base_unchanged(start.base, _base_digest(base))]
+    checks = [_base_unchanged(before.base, _base_digest(base))]
     first = prepared.validation.row(rows[0])[1]
     plain = _logits(base, first)
     try:
@@ -115,10 +114,12 @@ def self_test(
         return SelfTest((*checks, _check("reload", False, f"PEFT cannot read it: {error}")))
     checks += [
         _reloaded(saved, get_peft_model_state_dict(tuned, save_embedding_layers=False)),
-        _changed(saved, start.adapter, outcome.best_step),
+        _changed(saved, before.adapter, outcome.best_step),
         _finite(saved),
         _differs(_logits(tuned.get_base_model(), first), plain),
-        _same_loss(mean_loss(tuned.get_base_model(), prepared.validation, rows), expected, over, config.model.dtype),
+        _same_loss(
+            mean_loss(tuned.get_base_model(), prepared.validation, rows), expected, over, job.config.model.dtype
+        ),
         _answers_end(tuned, prepared),
     ]
     return SelfTest(tuple(checks))

@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
-
 from finetune.config.schema import Config
 from finetune.data.batches import example_lengths, train_load, validation_load
-from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource
 from finetune.files import make_folder
+from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import PLATFORMS
 from finetune.plan.checkpointed_layers import Choice, by_formula, by_trials, with_layers
+from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
 from finetune.plan.model_shape import read_geometry
 from finetune.plan.plan import count_steps
-from finetune.plan.schedule import Pace, Schedule
+from finetune.plan.schedule import Pace, Schedule, check_budget, seconds_since_start
 from finetune.runs.folder import Run
+from finetune.runs.resume import Decision
+from finetune.terminal import Terminal
+from finetune.training.job import Job
 from finetune.training.short_training import MemoryEnds, Stage, Trial
+from finetune.training.trainer import is_over
 from finetune.wording import clock, counted, duration
 
 
@@ -70,26 +72,69 @@ class Rehearsal:
         return f"{memory}, {speed}, {took}, finished about {clock(end, now)}"
 
 
-def rehearse(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prepared: Prepared,
-    config: Config,
-    folder: Path,
-    capacity_gib: float,
-    done: int = 0,
-) -> Rehearsal:
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before the first step: how long things take, how many layers are checkpointed, what was measured.
+
+    `over` where no step is left to make; then, and where the rehearsal was left out, nothing was measured.
+    """
+
+    pace: Pace
+    choice: Choice
+    rehearsal: Rehearsal | None = None
+    over: bool = False
+
+    @property
+    def layers(self) -> int | None:
+        """For the manifest: after its last step a run computes no layer again."""
+        return None if self.over else self.choice.layers
+
+    @property
+    def measured(self) -> dict[str, float] | None:
+        """For the manifest."""
+        return None if self.rehearsal is None else self.rehearsal.as_dict()
+
+
+def look_ahead(job: Job, decision: Decision, steps: int, left_out: bool, terminal: Terminal) -> Outlook:
+    """Rehearse the steps after `decision`, of `steps` in all, unless that is `left_out` or none remains; say it."""
+    capacity = capacity_gib(job.platform)
+    over = decision.checkpoint is not None and is_over(job.config.training, steps, decision.checkpoint)
+    if over or left_out:
+        choice = by_formula(job.config, job.geometry, capacity, "the rehearsal is left out")
+        if choice.reason and not over:
+            terminal.decision("checkpointed layers", choice.reason)
+        return Outlook(Pace(), choice, None, over)
+    terminal.status("rehearsing the largest batches")
+    found = rehearse(job, job.run.folder / "rehearsal", capacity, decision.step)
+    _say(found, job.config, terminal)
+    return Outlook(found.pace, found.checkpointed, found)
+
+
+def _say(found: Rehearsal, config: Config, terminal: Terminal) -> None:
+    """With cost and time budget. Raises OutOfResource where that is not enough."""
+    if found.checkpointed.reason:
+        terminal.decision("checkpointed layers", found.checkpointed.reason)
+    terminal.decision("rehearsal", found.sentence(datetime.now()))
+    price = config.tracking.cost_per_hour
+    if price is not None:
+        terminal.decision("cost", cost_text(found.hours * price, price))
+    budget = check_budget(config.training, found.schedule, found.pace, seconds_since_start())
+    if budget:
+        terminal.decision("time budget", budget)
+
+
+def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehearsal:
     """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
 
     `done` steps of the run are behind it. Where `training.checkpointed_layers` is auto, several numbers of layers are
     tried. Raises OutOfResource where memory or disk is not enough, CheckFailed where a checkpoint cannot be saved or
     does not load back as it was saved, and Diverged.
     """
+    config, prepared = job.config, job.prepared
     lengths = example_lengths(prepared)
     load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
     held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
-    run, geometry = Run(folder, False, None), read_geometry(config)
-    stage = Stage(model, tokenizer, prepared, config, geometry, run, load, held_out, capacity_gib)
+    stage = Stage(dataclasses.replace(job, run=Run(folder, False, None)), load, held_out, capacity_gib)
     shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it
     make_folder(folder)
     try:
@@ -119,8 +164,9 @@ def _settle(stage: Stage) -> tuple[Trial, Trial, Choice]:
 
     Raises MemoryEnds.
     """
-    config, capacity, total = stage.config, stage.capacity_gib, stage.geometry.num_hidden_layers
-    found = by_formula(config, stage.geometry, capacity, "the resident peak of a process cannot be measured twice")
+    config, capacity, geometry = stage.config, stage.capacity_gib, stage.job.geometry
+    total = geometry.num_hidden_layers
+    found = by_formula(config, geometry, capacity, "the resident peak of a process cannot be measured twice")
     if found.reason is None:
         trial = stage.train().within(capacity)
         return trial, trial, found
@@ -128,7 +174,8 @@ def _settle(stage: Stage) -> tuple[Trial, Trial, Choice]:
 
     def measure(layers: int) -> float | None:
         try:
-            trial = dataclasses.replace(stage, config=with_layers(config, layers)).train()
+            tried = dataclasses.replace(stage.job, config=with_layers(config, layers))
+            trial = dataclasses.replace(stage, job=tried).train()
             for earlier in trials.values():
                 earlier.watch.saved = None  # an adapter and its moments, in host memory; another is on the disk now
             trials[layers] = trial
@@ -140,7 +187,7 @@ def _settle(stage: Stage) -> tuple[Trial, Trial, Choice]:
         return None
 
     if PLATFORMS[config.platform].peak_begins_anew:
-        found = by_trials(config, stage.geometry, capacity, measure)
+        found = by_trials(config, geometry, capacity, measure)
     elif measure(found.layers) is None:
         measure(total)
         found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")

@@ -45,22 +45,36 @@ class Question:
     input_ids: list[int]
 
 
-def questions(config: Config, prepared: Prepared) -> list[Question]:
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and `chat` to read the answers."""
+
+    chat: Chat
+    asked: list[Question]
+
+    def answered_by(self, model: PeftModel, stopped: Callable[[], bool]) -> list[str] | None:
+        """The replies; None where `stopped`, which is asked after each token, says so."""
+        prompts = [question.input_ids for question in self.asked]
+        replies = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, stopped)
+        return None if replies is None else [reply.text for reply in replies]
+
+
+def make_questions(config: Config, prepared: Prepared) -> Questions:
     """Those of `dataset.sample_prompts`; where it is null, the first questions of up to PROMPTS validation rows."""
     prompts = config.dataset.sample_prompts
     if prompts is None:
-        asked: Iterator[Messages] = _held_out(prepared)
+        conversations: Iterator[Messages] = _held_out(prepared)
     else:
-        asked = iter([[{"role": "user", "content": prompt}] for prompt in prompts])
-    found = []
-    for messages in asked:
+        conversations = iter([[{"role": "user", "content": prompt}] for prompt in prompts])
+    found: list[Question] = []
+    for messages in conversations:
         whole = with_system_prompt(messages, config.system_prompt)
         question = Question(messages[-1]["content"], prepared.chat.encode_prompt(whole))
         if prompts is not None or len(question.input_ids) <= LONGEST_PROMPT:
             found.append(question)
         if prompts is None and len(found) == PROMPTS:
             break
-    return found
+    return Questions(prepared.chat, found)
 
 
 def _held_out(prepared: Prepared) -> Iterator[Messages]:
@@ -83,9 +97,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
     token: where it says so the answers are left out, and the step is saved and the last.
     """
 
-    folder: Path
-    chat: Chat
-    questions: list[Question]
+    questions: Questions
     keeper: Keeper
     stopped: Callable[[], bool]
     terminal: Terminal
@@ -98,7 +110,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         best, step = self.keeper.best, state.global_step
-        if not self.questions or step == 0 or best is None or best["step"] != step:
+        if not self.questions.asked or step == 0 or best is None or best["step"] != step:
             return
         samples = self._ask(kwargs["model"])
         if samples is None:
@@ -109,25 +121,24 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def finish(self, model: PeftModel, step: int, eval_loss: float) -> Samples:
         """Ask the model as it is exported, that of `step`."""
-        samples = self._ask(model) if self.questions else None
+        samples = self._ask(model) if self.questions.asked else None
         if samples is None:
             return []
         self._add({"step": step, "eval_loss": eval_loss, "final": True, "samples": samples})
         return samples
 
     def _ask(self, model: PeftModel) -> Samples | None:
-        prompts = [question.input_ids for question in self.questions]
         if not self._base:
             with model.disable_adapter():
-                base = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, self.stopped)
+                base = self.questions.answered_by(model, self.stopped)
             if base is None:
                 return None
-            self._base = [reply.text for reply in base]
-        tuned = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, self.stopped)
+            self._base = base
+        tuned = self.questions.answered_by(model, self.stopped)
         if tuned is None:
             return None
-        answers = zip(self.questions, self._base, tuned, strict=True)
-        return [{"prompt": asked.prompt, "base": base, "tuned": reply.text} for asked, base, reply in answers]
+        answers = zip(self.questions.asked, self._base, tuned, strict=True)
+        return [{"prompt": question.prompt, "base": base, "tuned": reply} for question, base, reply in answers]
 
     def _add(self, entry: dict[str, Any]) -> None:
         self._write([*self._entries(), entry])
@@ -136,11 +147,15 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
 
     def _entries(self) -> list[dict[str, Any]]:
         """What stands in samples.jsonl; the last word of an earlier start does not count, since this one goes on."""
-        return [entry for entry in read_json_lines(self.folder / FILE) if "final" not in entry]
+        return [entry for entry in read_json_lines(self._path) if "final" not in entry]
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
-        if self.questions or (self.folder / FILE).is_file():
-            write_json_lines(self.folder / FILE, entries)
+        if self.questions.asked or self._path.is_file():
+            write_json_lines(self._path, entries)
+
+    @property
+    def _path(self) -> Path:
+        return self.keeper.run.folder / FILE
 
 
 def _new_best(step: int, sample: dict[str, str]) -> str:

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from finetune.config.schema import Config
 from finetune.data.batches import Load
-from finetune.data.prepare import Prepared
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
-from finetune.machine.platforms import PLATFORMS, Platform
+from finetune.machine.platforms import Platform
 from finetune.plan.memory import checkpointed_layers
-from finetune.plan.model_shape import Geometry
 from finetune.runs.checkpoints import read_seal, seal
-from finetune.runs.folder import Run
 from finetune.training.arguments import training_arguments
+from finetune.training.job import Job
 from finetune.training.restore import put_back
-from finetune.training.trainer import Trainer, make_trainer
+from finetune.training.trainer import Examples, Trainer, make_trainer
 
 STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured
 
@@ -115,23 +113,23 @@ class Trial:
 class Stage:
     """What the trainers of a rehearsal are made of."""
 
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerFast
-    prepared: Prepared
-    config: Config
-    geometry: Geometry
-    run: Run
+    job: Job
     load: Load
     held_out: Load
     capacity_gib: float
 
+    @property
+    def config(self) -> Config:
+        """With the number of checkpointed layers that is tried."""
+        return self.job.config
+
     def train(self) -> Trial:
         """Train, evaluate and save. Raises MemoryEnds."""
-        platform, training = PLATFORMS[self.config.platform], self.config.training
+        platform, training = self.job.platform, self.config.training
         forget_memory(platform)  # what loading took and gave back is no part of the peak
         before = peak_memory_gib(platform)
-        watch = Stopwatch(platform, self.run.checkpoints, training.gradient_accumulation_steps > 1)
-        with put_back(self.model, platform):
+        watch = Stopwatch(platform, self.job.run.checkpoints, training.gradient_accumulation_steps > 1)
+        with put_back(self.job.model, platform):
             try:
                 with _memory_ends():
                     trainer = self._trainer()
@@ -143,8 +141,8 @@ class Stage:
 
     def load_back(self, watch: Stopwatch) -> None:
         """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
-        folder = self.run.checkpoints / f"checkpoint-{STEPS}"
-        with put_back(self.model, PLATFORMS[self.config.platform]):
+        folder = self.job.run.checkpoints / f"checkpoint-{STEPS}"
+        with put_back(self.job.model, self.job.platform):
             try:
                 read_seal(folder)
             except (ValueError, OSError) as error:
@@ -159,17 +157,11 @@ class Stage:
 
     def _trainer(self) -> Trainer:
         """The run's own trainer, but for these batches, in this order, and STEPS steps with one micro-batch each."""
-        train = self.prepared.train.dataset(self.prepared.sequences).select(self.load.worst * STEPS)
-        held_out = self.prepared.validation.dataset(None).select(self.held_out.worst)
-        return make_trainer(
-            self.model,
-            self.tokenizer,
-            train,
-            held_out,
-            self.config.dataset.train_file,
-            self._arguments(),
-            checkpointed_layers(self.config, self.geometry),
-        )
+        rows = self.job.examples()
+        worst = rows.train.select(self.load.worst * STEPS), rows.validation.select(self.held_out.worst)
+        layers = checkpointed_layers(self.config, self.job.geometry)
+        examples = Examples(*worst, rows.train_file)
+        return make_trainer(self.job.model, self.job.tokenizer, examples, self._arguments(), layers)
 
     def _arguments(self) -> SFTConfig:
         training = dataclasses.replace(
@@ -181,13 +173,13 @@ class Stage:
             eval_steps=STEPS,
             save_steps=STEPS,
         )
-        sft = training_arguments(training, self.run, [], PLATFORMS[self.config.platform], evaluate_first=False)
+        sft = training_arguments(training, self.job.run, [], self.job.platform, evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
 
     @property
     def _disk(self) -> Path:
-        return self.run.folder.parent
+        return self.job.run.folder.parent
 
 
 def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:

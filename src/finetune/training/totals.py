@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer
 
 from finetune.training.progress import Progress
-
-if TYPE_CHECKING:
-    from finetune.training.trainer import Trainer
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -21,7 +19,7 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
     between two starts is in none of them, nor what was lost with a start that was killed.
     """
 
-    def __init__(self, trainer: Trainer, progress: Progress) -> None:
+    def __init__(self, trainer: SFTTrainer, progress: Progress) -> None:
         self.trainer, self.progress = trainer, progress
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._since_log: dict[str, Any] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from finetune.runs.outcome import Outcome
 from finetune.training.keeper import Keeper, adapter_bytes
 from finetune.training.progress import Progress
 from finetune.training.recompute import Checkpointing
+from finetune.training.samples import Sampler, Samples
 from finetune.training.stopper import EvaluationStopped, Stopper
 from finetune.training.totals import Sums
 from finetune.wording import listed
@@ -173,12 +175,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Datasets of encoded rows; `train_file` is what messages name the training's by."""
+
+    train: Any
+    validation: Any
+    train_file: str
+
+
 def make_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
-    train_dataset: Any,
-    eval_dataset: Any,
-    train_file: str,
+    examples: Examples,
     sft: SFTConfig,
     checkpointed: int | None = None,
 ) -> Trainer:
@@ -193,11 +202,11 @@ def make_trainer(
         model=model,
         args=sft,
         data_collator=Collator(tokenizer),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
         processing_class=tokenizer,
     )
-    trainer.train_file = train_file
+    trainer.train_file = examples.train_file
     trainer.remove_callback(PrinterCallback)
     if checkpointed is not None:
         trainer.add_callback(Checkpointing(checkpointed))
@@ -207,27 +216,38 @@ def make_trainer(
     return trainer
 
 
+@dataclass(frozen=True)
+class Watchers:
+    """The callbacks of a training: what is kept of it, what ends it, what it shows, and what it is asked."""
+
+    keeper: Keeper
+    stopper: Stopper
+    progress: Progress
+    sampler: Sampler | None = None
+
+    def in_order(self) -> list[TrainerCallback]:
+        """The sampler comes after the best adapter is kept, and its time counts as that of the evaluation."""
+        callbacks = (self.keeper, self.sampler, self.stopper.budget, self.stopper, self.progress)
+        return [callback for callback in callbacks if callback is not None]
+
+    def final_samples(self, model: PeftModel, outcome: Outcome) -> Samples:
+        """What the model as it is exported answers."""
+        return [] if self.sampler is None else self.sampler.finish(model, outcome.best_step, outcome.eval_loss)
+
+
 def train(
-    trainer: Trainer,
-    training: TrainingConfig,
-    keeper: Keeper,
-    stopper: Stopper,
-    progress: Progress,
-    steps: int,
-    checkpoint: Path | None,
-    sampler: TrainerCallback | None = None,
+    trainer: Trainer, training: TrainingConfig, watchers: Watchers, steps: int, checkpoint: Path | None
 ) -> Outcome:
     """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
 
-    `steps` is how many the plan counts; `sampler` comes after the best adapter is kept, and its time counts as that of
-    the evaluation. Raises Stopped after a signal or at the end of a time budget, and Diverged.
+    `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
     """
+    keeper, stopper, progress = watchers.keeper, watchers.stopper, watchers.progress
     sums = Sums(trainer, progress)
     trainer.progress = progress
     stopping = EarlyStoppingCallback(training.early_stopping_patience or sys.maxsize)
-    for callback in (stopping, keeper, sampler, stopper.budget, stopper, progress, sums):
-        if callback is not None:
-            trainer.add_callback(callback)
+    for callback in (stopping, *watchers.in_order(), sums):
+        trainer.add_callback(callback)
     if checkpoint is not None:
         _recall(trainer, stopping, keeper, sums, checkpoint)
     if checkpoint is not None and is_over(training, steps, checkpoint):

@@ -1,0 +1,100 @@
+"""One training: what is trained, on what and how, and the trainer and callbacks that are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from finetune.config.schema import Config
+from finetune.data.prepare import Prepared
+from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
+from finetune.machine.platforms import PLATFORMS, Platform
+from finetune.model import load
+from finetune.plan.checkpointed_layers import Choice, settled
+from finetune.plan.fit import what_would_fit
+from finetune.plan.model_shape import Geometry, read_geometry
+from finetune.plan.schedule import Pace, seconds_since_start
+from finetune.runs.folder import Run
+from finetune.terminal import Terminal
+from finetune.training.arguments import training_arguments
+from finetune.training.keeper import Keeper
+from finetune.training.progress import Progress
+from finetune.training.samples import Sampler, make_questions
+from finetune.training.stopper import Stopper, TimeBudget
+from finetune.training.trackers import Trackers
+from finetune.training.trainer import Examples, Trainer, Watchers, evaluates_first, make_trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one training is made of."""
+
+    run: Run
+    config: Config
+    prepared: Prepared
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def platform(self) -> Platform:
+        """Where it runs."""
+        return PLATFORMS[self.config.platform]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The base model's shape."""
+        return read_geometry(self.config)
+
+    def examples(self) -> Examples:
+        """All rows, the training's as they are packed."""
+        prepared = self.prepared
+        rows, held_out = prepared.train.dataset(prepared.sequences), prepared.validation.dataset(None)
+        return Examples(rows, held_out, self.config.dataset.train_file)
+
+    def memory_explained(self, choice: Choice) -> AbstractContextManager[None]:
+        """Raise OutOfResource with the smallest change that fits where memory ends in the block."""
+        return _memory_explained(settled(self.config, choice))
+
+    def trainer(self, layers: int, checkpoint: Path | None, trackers: Trackers) -> Trainer:
+        """As it goes on from `checkpoint`, with `layers` checkpointed."""
+        first = evaluates_first(checkpoint)
+        arguments = training_arguments(self.config.training, self.run, [], self.platform, first)
+        made = make_trainer(self.model, self.tokenizer, self.examples(), arguments, layers)
+        for tracker in trackers.all():
+            made.add_callback(tracker)
+        return made
+
+    def watchers(
+        self, fingerprint: dict[str, Any], pace: Pace, trackers: Sequence[Any], terminal: Terminal
+    ) -> Watchers:
+        """The callbacks, with the time budget, prompts and prices of the config; `pace` as rehearsed."""
+        training, tracking = self.config.training, self.config.tracking
+        hours = training.time_budget_hours
+        budget = None if hours is None else TimeBudget(hours, pace, seconds_since_start)
+        keeper = Keeper(self.run, fingerprint, training.save_total_limit, training.save_minutes)
+        stopper = Stopper(self.run, budget)
+        questions = make_questions(self.config, self.prepared)
+        sampler = Sampler(questions, keeper, stopper.signalled, terminal, trackers)
+        peak = partial(peak_memory_gib, self.platform)
+        return Watchers(keeper, stopper, Progress(terminal, pace, tracking.cost_per_hour, peak), sampler)
+
+
+def load_job(run: Run, config: Config, prepared: Prepared) -> Job:
+    """Load base and tokenizer. Raises OutOfResource with the smallest change that fits, and CheckFailed."""
+    platform = PLATFORMS[config.platform]
+    prepare_device(platform)
+    with _memory_explained(config):
+        model = load.load_model(config, platform.device)
+    return Job(run, config, prepared, model, load.make_tokenizer(prepared.chat, config.dataset.padding_side))
+
+
+def _memory_explained(config: Config) -> AbstractContextManager[None]:
+    capacity = capacity_gib(PLATFORMS[config.platform])
+    return memory_errors_explained(what_would_fit(config, read_geometry(config), capacity))
