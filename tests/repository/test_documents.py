@@ -99,7 +99,7 @@ def test_a_file_that_a_comment_names_is_there() -> None:
     named = {
         (str(path.relative_to(ROOT)), name)
         for path in sources
-        if "tests" not in path.parts
+        if "tests" not in path.relative_to(ROOT).parts
         for text in remarks(path.read_text(encoding="utf-8"))
         for name in re.findall(r"(?<![\w/.])[\w/]+\.py\b", text)
     }
