@@ -23,7 +23,7 @@ CONVERSATIONS = (
         "user",
         "Thanks",
         "assistant",
-        "Any time.",
+        "Sure.",
     ),
     ("user", "def f(x):\n                return x  # 16 spaces\n", "assistant", "\tIt returns  x."),
     ("user", "Ein Kilo Äpfel, 東京 🗼 \u200d zero width", "assistant", "naïve café — “quoted”"),
@@ -81,9 +81,8 @@ def _access(preflight: Preflight) -> Finding:
         return passed("in the Hub's cache: nothing to fetch")
     local = "or put its files in a folder: --set model.name=FOLDER"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return failed(
-            "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base", f"unset HF_HUB_OFFLINE; {local}"
-        )
+        found = "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base"
+        return failed(found, f"unset HF_HUB_OFFLINE; {local}")
     status, text = hub.why_not_reachable(model.name, model.revision)
     where = hub.endpoint()
     if status == 200:
@@ -91,10 +90,7 @@ def _access(preflight: Preflight) -> Finding:
     if status is None:
         return failed(f"{where} does not answer: {text}", f"set HTTPS_PROXY or HF_ENDPOINT where you need one; {local}")
     if status == 401:
-        return failed(
-            f"{where} wants a token (401 {text})",
-            f"{hub.GIVE_TOKEN}; {local}",
-        )
+        return failed(f"{where} wants a token (401 {text})", f"{hub.GIVE_TOKEN}; {local}")
     if status == 403:
         return failed(f"{where} refuses this token (403 {text})", f"accept the terms at {where}/{model.name}; {local}")
     if status == 404:
@@ -118,15 +114,11 @@ def _certificate(preflight: Preflight) -> Finding:
     return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
 
 
+CERTIFICATE = "ids and labels of fixed conversations against mistral-common's"
 CHECKS = (
     Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
     Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),
     Check("model.files", "the weights are there, whole, and safetensors", _files),
     Check("model.access", "the Hub gives the base to this token, or its cache holds it", _access, network=True),
-    Check(
-        "tokens.certificate",
-        "ids and labels of fixed conversations against mistral-common's",
-        _certificate,
-        needs=("model.geometry",),
-    ),
+    Check("tokens.certificate", CERTIFICATE, _certificate, needs=("model.geometry",)),
 )

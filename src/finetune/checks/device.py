@@ -35,9 +35,14 @@ def _qlora(preflight: Preflight) -> Finding:
         return failed(text, preflight.platform.repair)
     distance = numerics.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
-    if not distance <= TOLERANCE[dtype]:
-        return failed(f"{text}, wanted at most {TOLERANCE[dtype]:g}", preflight.platform.repair)
-    return passed(f"NF4 keeps {1 - lost:.1%} of normal weights; {text}")
+    judged = _judged(text, distance, TOLERANCE[dtype], preflight.platform.repair)
+    kept = f"NF4 keeps {1 - lost:.1%} of normal weights; {text}"
+    return passed(kept) if judged.status == "pass" else judged
+
+
+def _judged(text: str, distance: float, most: float, fix: str) -> Finding:
+    """Whether `distance`, which may be NaN, is at most `most`."""
+    return passed(text) if distance <= most else failed(f"{text}, wanted at most {most:g}", fix)
 
 
 def _bfloat16(preflight: Preflight) -> Finding:
@@ -47,71 +52,43 @@ def _bfloat16(preflight: Preflight) -> Finding:
         return skipped(f"model.dtype is {preflight.config.model.dtype}")
     distance = numerics.bfloat16_product(preflight.platform.device)
     text = f"a bfloat16 product is {distance:.1e} from fp32"
-    if not distance <= TOLERANCE["bfloat16"]:
-        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", preflight.platform.repair)
-    return passed(text)
+    return _judged(text, distance, TOLERANCE["bfloat16"], preflight.platform.repair)
 
 
 def _optimizer(preflight: Preflight) -> Finding:
     from finetune.checks import numerics
 
     name = preflight.config.training.optim
-    most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
     distance = numerics.optimizer_step(name, preflight.platform.device)
     text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
-    if not distance <= most:
-        return failed(f"{text}, wanted at most {most:g}", preflight.platform.repair)
-    return passed(text)
+    most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
+    return _judged(text, distance, most, preflight.platform.repair)
 
 
 def _flash_attention(preflight: Preflight) -> Finding:
     if preflight.config.model.attn_implementation != "flash_attention_2":
         return skipped(f"model.attn_implementation is {preflight.config.model.attn_implementation}")
-    without = "or without it: --set model.attn_implementation=sdpa"
+    fix = f"{BUILD_FLASH_ATTENTION}  or without it: --set model.attn_implementation=sdpa"
     if importlib.util.find_spec("flash_attn") is None:
-        return failed("flash-attn is not installed", f"{BUILD_FLASH_ATTENTION}  {without}")
+        return failed("flash-attn is not installed", fix)
     from finetune.checks import numerics
 
     try:
         distance = numerics.flash_attention(preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
-        found = f"flash-attn is installed and does not work: {first_line(error)}"
-        return failed(found, f"{BUILD_FLASH_ATTENTION}  {without}")
+        return failed(f"flash-attn is installed and does not work: {first_line(error)}", fix)
     text = f"flash-attn over two packed documents is {distance:.1e} from attention over each alone"
-    if not distance <= TOLERANCE["bfloat16"]:
-        return failed(f"{text}, wanted at most {TOLERANCE['bfloat16']:g}", f"{BUILD_FLASH_ATTENTION}  {without}")
-    return passed(text)
+    return _judged(text, distance, TOLERANCE["bfloat16"], fix)
 
 
-ACCELERATED = names(lambda row: row.accelerated)
-_WORKING_DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
-
+ACCELERATED, FLASH = names(lambda row: row.accelerated), names(lambda row: "flash_attention_2" in row.attentions)
+DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
+QLORA = "NF4 there and back, and a QLoRA step with the base held as configured, against fp32"
+OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
+ATTENTION = "flash-attn, where the config asks for it: forward and backward over packed documents"
 CHECKS = (
-    Check(
-        "device.qlora",
-        "NF4 there and back, and a QLoRA step with the base held as configured, against fp32",
-        _qlora,
-        needs=_WORKING_DEVICE,
-    ),
-    Check(
-        "device.bfloat16",
-        "a bfloat16 product against fp32",
-        _bfloat16,
-        platforms=ACCELERATED,
-        needs=_WORKING_DEVICE,
-    ),
-    Check(
-        "device.optimizer",
-        "the config's optimizer against PyTorch's AdamW on the CPU",
-        _optimizer,
-        platforms=ACCELERATED,
-        needs=_WORKING_DEVICE,
-    ),
-    Check(
-        "device.flash_attention",
-        "flash-attn, where the config asks for it: forward and backward over packed documents",
-        _flash_attention,
-        platforms=names(lambda row: "flash_attention_2" in row.attentions),
-        needs=_WORKING_DEVICE,
-    ),
+    Check("device.qlora", QLORA, _qlora, needs=DEVICE),
+    Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),
+    Check("device.optimizer", OPTIMIZER, _optimizer, ACCELERATED, DEVICE),
+    Check("device.flash_attention", ATTENTION, _flash_attention, FLASH, DEVICE),
 )

@@ -101,16 +101,11 @@ def _compiler(preflight: Preflight) -> Finding:
     return passed(f"{found}, with Python's headers")
 
 
+CUDA = "torch is built for CUDA 12.1 or newer and sees the GPU"
 NVIDIA, LINUX = names(lambda row: row.nvidia), ("host.system",)
 CHECKS = (
     Check("gpu.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, NVIDIA, LINUX),
-    Check(
-        "gpu.torch",
-        "torch is built for CUDA 12.1 or newer and sees the GPU",
-        _cuda,
-        NVIDIA,
-        ("gpu.driver", "libraries.imports"),
-    ),
+    Check("gpu.torch", CUDA, _cuda, NVIDIA, ("gpu.driver", "libraries.imports")),
     Check("gpu.device", "an H100; what would not fit on another GPU", _device, NVIDIA, ("gpu.torch", "model.geometry")),
     Check("gpu.memory", "free memory against the expected peak", _memory, NVIDIA, ("gpu.driver", "model.geometry")),
     Check("gpu.processes", "no other program on the GPU", _processes, NVIDIA, ("gpu.driver",), level="warn"),

@@ -81,17 +81,12 @@ def _power(preflight: Preflight) -> Finding:
     return passed("low power mode is off")
 
 
+MEMORY = "free memory and the GPU's working set against the expected peak"
 MAC, A_MAC = names(lambda row: row.unified_memory), ("host.system",)
 CHECKS = (
     Check("mac.torch", "torch is built with MPS and can use it", _mps, MAC, (*A_MAC, "libraries.imports")),
     Check("mac.chip", "an M4 with 32 GB", _chip, MAC, (*A_MAC, "model.geometry"), level="warn"),
-    Check(
-        "mac.memory",
-        "free memory and the GPU's working set against the expected peak",
-        _memory,
-        MAC,
-        ("mac.torch", "model.geometry"),
-    ),
+    Check("mac.memory", MEMORY, _memory, MAC, ("mac.torch", "model.geometry")),
     Check("mac.watermarks", "PyTorch's MPS watermark variables", _watermarks, MAC, A_MAC),
     Check("mac.pressure", "memory pressure and swap", _pressure, MAC, A_MAC, level="warn"),
     Check("mac.power", "low power mode is off", _power, MAC, A_MAC, level="warn"),

@@ -35,11 +35,10 @@ def _write(folder: Path) -> str | None:
 
 def _output(preflight: Preflight) -> Finding:
     folder = resolve(preflight.config.output.dir)
-    if reason := _write(folder):
-        return failed(
-            f"{shown(folder)} cannot be written: {reason}",
-            f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER",
-        )
+    reason = _write(folder)
+    if reason:
+        fix = f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER"
+        return failed(f"{shown(folder)} cannot be written: {reason}", fix)
     return passed(f"{shown(folder)}: written, synced, renamed")
 
 

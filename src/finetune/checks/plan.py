@@ -72,12 +72,5 @@ CHECKS = (
     Check("plan.memory", "free memory against the expected peak", _memory, CPU, _GEOMETRY),
     Check("plan.hours", "expected hours against training.time_budget_hours", _hours, needs=_ROWS, level="warn"),
 )
-REHEARSAL = (
-    Check(
-        "rehearsal",
-        "with --deep: the largest batches, an evaluation, a save and a load",
-        _rehearsal,
-        needs=_ROWS,
-        deep=True,
-    ),
-)
+DEEP = "with --deep: the largest batches, an evaluation, a save and a load"
+REHEARSAL = (Check("rehearsal", DEEP, _rehearsal, needs=_ROWS, deep=True),)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def install(model: PeftModel, bf16: bool) -> None:
         elif isinstance(module, mistral.MistralMLP):
             module.forward = partial(_mlp_forward, module, module.forward)
         elif isinstance(module, mistral.MistralAttention):
-            module.forward = _with_rotary(module)
+            module.forward = partial(_attention_forward, module.forward)
     try:
         _compile_all(model, bf16)
     except TorchDynamoException as error:
@@ -96,11 +95,13 @@ def _rotate(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor) -> tuple[to
     return rotary(q, k, *angles)
 
 
-def _with_rotary(attention: torch.nn.Module) -> Any:
-    """`attention.forward` with a namespace of its own, since transformers' is that of every model in the process."""
-    forward: Any = type(attention).forward
-    names = {**forward.__globals__, "apply_rotary_pos_emb": _rotate}
-    return FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__).__get__(attention)
+def _attention_forward(plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """transformers looks its function up in its module, so it is replaced while this model's attention runs."""
+    mistral.apply_rotary_pos_emb = _rotate
+    try:
+        return plain(*args, **options)
+    finally:
+        mistral.apply_rotary_pos_emb = rotate_plain
 
 
 def _compile_all(model: PeftModel, bf16: bool) -> None:
