@@ -6,11 +6,8 @@ import argparse
 
 from finetune import checks, cli
 from finetune.checks.preflight import Preflight
-from finetune.checks.runner import Result
-from finetune.checks.runner import run as run_checks
-from finetune.checks.show import show_result, tally
+from finetune.checks.show import require_checks
 from finetune.config.load import load_config
-from finetune.errors import CheckFailed
 from finetune.files import shown
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import hardware
@@ -57,7 +54,7 @@ def main() -> None:
         terminal.status(f"reading {config.dataset.train_file}")
         terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
         terminal.table("plan", plan_lines(preflight.plan), preflight.plan.problems)
-        make_checks(preflight, skipped, options.dry_run, terminal)
+        require_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
             train(preflight, run, skipped, options.resume_changed, terminal)
         if options.json:
@@ -66,26 +63,6 @@ def main() -> None:
         terminal.clear()
         if run is not None:
             run.close()
-
-
-def make_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
-    """What `scripts/validate_environment.py` looks at, too; a dry run looks at data and tokens only."""
-    only = ("data", "tokens") if dry_run else ()
-    chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
-    results: list[Result] = []
-    for result in run_checks(chosen, preflight):
-        results.append(result)
-        if result.status == "warn":
-            show_result(terminal, result)
-        following = [check.id for check in chosen[len(results) :]]
-        terminal.status(f"checks: {len(results)} of {len(chosen)}", *following[:1])
-    terminal.decision("checks", tally(results))
-    failed = {
-        result.id: f"  {result.id}: {result.detail}\n    {result.fix}" for result in results if result.status == "fail"
-    }
-    if failed:
-        found = "\n".join([f"checks: {len(failed)} failed", *failed.values()])
-        raise CheckFailed(found, f"mend that, or leave it out: --skip {','.join(failed)}", between="\n")
 
 
 def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_changes: bool, terminal: Terminal) -> None:

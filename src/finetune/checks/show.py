@@ -1,16 +1,41 @@
-"""Checks in the terminal: a line per result, and how many there are of each status."""
+"""Checks in the terminal: made before a training, a line per result, and how many there are of each status."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 
-from finetune.checks.runner import Result
+from finetune import checks
+from finetune.checks.preflight import Preflight
+from finetune.checks.runner import Result, run
+from finetune.errors import CheckFailed
 from finetune.terminal import Terminal
 from finetune.wording import clean, counted
 
 STATUSES = {"pass": ("pass", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red"), "skip": ("skip", "dim")}
 DETAIL_COLUMN = 33  # where what a check found begins
+
+
+def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
+    """Make the checks of `scripts/validate_environment.py`, of a dry run those of data and tokens; show warnings.
+
+    Raises CheckFailed with all that failed.
+    """
+    only = ("data", "tokens") if dry_run else ()
+    chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
+    results: list[Result] = []
+    for result in run(chosen, preflight):
+        results.append(result)
+        if result.status == "warn":
+            show_result(terminal, result)
+        following = [check.id for check in chosen[len(results) :]]
+        terminal.status(f"checks: {len(results)} of {len(chosen)}", *following[:1])
+    terminal.decision("checks", tally(results))
+    failed = [result for result in results if result.status == "fail"]
+    if failed:
+        lines = (f"  {result.id}: {result.detail}\n    {result.fix}" for result in failed)
+        fix = f"mend that, or leave it out: --skip {','.join(result.id for result in failed)}"
+        raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *lines]), fix, between="\n")
 
 
 def show_result(terminal: Terminal, result: Result) -> None:
