@@ -8,7 +8,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
-from finetune.config import load, schema, typed, yaml_file
+from finetune.config import load, yaml_file
+from finetune.config.suggest import unknown
 from finetune.config.yaml_file import deep_merge, get_config_value, load_yaml, validate_required_fields
 from finetune.errors import ConfigError
 from finetune.machine.platforms import PLATFORMS
@@ -18,11 +19,31 @@ __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fie
 
 def wanted(tree: dict[str, Any], key: str) -> Any:
     """The value at the dotted `key`. Raises ConfigError where the config has no such key."""
+    from finetune.config.schema import keys
+
     absent = object()
     value = get_config_value(tree, key, absent)
     if value is absent:
-        raise ConfigError(f"--get {key}: unknown key{typed.did_you_mean(key, typed.paths(schema.Config))}")
+        raise ConfigError(f"--get {key}: {unknown(key, keys())}")
     return value
+
+
+def json_schema() -> dict[str, Any]:
+    """What an editor knows of a config file: each key's type and bounds, and what the base's comment says of it.
+
+    No key is required, since a file need not hold all.
+    """
+    from finetune.config.schema import Config
+
+    tree = Config.model_json_schema()
+    names = {name: part["$ref"].rsplit("/", 1)[-1] for name, part in tree["properties"].items() if "$ref" in part}
+    for part in (tree, *tree["$defs"].values()):
+        del part["required"]
+    for path, comment in yaml_file.comments(load.BASE_FILE).items():
+        section, _, key = path.rpartition(".")
+        holder = tree["$defs"][names[section]] if section else tree
+        holder["properties"][key]["description"] = comment
+    return tree
 
 
 def readable(value: Any) -> str:
@@ -35,9 +56,15 @@ def readable(value: Any) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("file", metavar="FILE", help=f"a config file, or one of: {', '.join(PLATFORMS)}")
+    parser.add_argument("file", metavar="FILE", nargs="?", help=f"a config file, or one of: {', '.join(PLATFORMS)}")
     parser.add_argument("--get", metavar="KEY", help="print one value or section, such as lora.r")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a config file, for editors")
     options = parser.parse_args(arguments)
+    if options.schema:
+        cli.print_json(json_schema())
+        return
+    if options.file is None:
+        parser.error("the following arguments are required: FILE")
     tree = load.load_config(options.file, options.set)[0].as_dict()
     value = tree if options.get is None else wanted(tree, options.get)
     if options.json:

@@ -8,15 +8,19 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
+from finetune.config.base_model import is_local
 from finetune.config.load import load_config
-from finetune.config.schema import Config, is_local
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve
 from finetune.terminal import Terminal
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 
 def parse() -> argparse.Namespace:

@@ -80,7 +80,7 @@ def hub_cache(tiny_mistral: Path, tmp_path: Path) -> Path:
     """
     from transformers import MistralForCausalLM
 
-    from finetune.config.schema import MISTRAL
+    from finetune.config.base_model import MISTRAL
 
     cache, revision = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
     repository = cache / f"models--{MISTRAL.replace('/', '--')}"

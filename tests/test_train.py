@@ -24,8 +24,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune.cli import PYTHON
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL
 from finetune.data.tokenizer import load_chat
 from finetune.results.model_card import model_card
 from finetune.runs.checkpoints import read_seal

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL, Config
+from finetune.config.schema import Config
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import Platform
 from finetune.plan.model_shape import MISTRAL_7B, Geometry

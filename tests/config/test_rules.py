@@ -8,8 +8,8 @@ import pytest
 
 from finetune import files
 from finetune.cli import command
+from finetune.config import base_model, rules
 from finetune.config import load as config_load
-from finetune.config import rules, schema
 from finetune.config.load import BASE_FILE
 from finetune.errors import ConfigError
 from support.configs import load, problems, written
@@ -163,8 +163,8 @@ def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
 
 def test_a_local_folder_is_accepted_as_base_model_absolute_or_from_the_root(tmp_path: Path) -> None:
     for name in (str(tmp_path), "data/sample"):
-        assert schema.is_local(load(str(BASE_FILE), f"model.name={name}").model.name)
-    assert not schema.is_local("mistralai/Mistral-7B-Instruct-v0.2")
+        assert base_model.is_local(load(str(BASE_FILE), f"model.name={name}").model.name)
+    assert not base_model.is_local("mistralai/Mistral-7B-Instruct-v0.2")
 
 
 @pytest.mark.parametrize("name", ["''", "~nobody-of-this-name/model", "x" * 300, "pyproject.toml"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.config.schema import MISTRAL
+from finetune.config.base_model import MISTRAL
 from finetune.errors import ConfigError
 from finetune.model import hub
 

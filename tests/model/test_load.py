@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL, Config
+from finetune.config.schema import Config
 from finetune.errors import CheckFailed
 from finetune.model import load as model_module
 from finetune.model.load import load_base
@@ -100,11 +100,7 @@ def test_evaluation_changes_neither_the_packed_base_nor_the_losses_after_it(
     # Every CPU is taken for one with AVX512-BF16, where bitsandbytes would repack the weights for good.
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     if bfloat16:
-        config = replace(
-            config,
-            model=replace(config.model, dtype="bfloat16"),
-            quantization=replace(config.quantization, bnb_4bit_compute_dtype="bfloat16"),
-        )
+        config = config.changed("model", dtype="bfloat16").changed("quantization", bnb_4bit_compute_dtype="bfloat16")
 
     def losses(evaluate: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         model = tuned_model(config)
@@ -154,7 +150,7 @@ def test_a_folder_without_safetensors_is_told_and_pickles_are_not_read(
     (tmp_path / "config.json").write_bytes((tiny_mistral / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckFailed) as failure:
-        base_model(replace(config, model=replace(config.model, name=str(tmp_path))))
+        base_model(config.changed("model", name=str(tmp_path)))
     found = f"Error no file named model.safetensors found in directory {tmp_path}."
     assert str(failure.value) == f"model: {tmp_path} cannot be loaded: {found}"
 
@@ -168,7 +164,7 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, m
 
     monkeypatch.setattr(model_module.AutoModelForCausalLM, "from_pretrained", gated)
     with pytest.raises(CheckFailed) as failure:
-        base_model(replace(config, model=replace(config.model, name=MISTRAL, revision="abc")))
+        base_model(config.changed("model", name=MISTRAL, revision="abc"))
     assert str(failure.value) == (
         f"model: {MISTRAL} cannot be fetched: You are trying to access a gated repo.\n"
         f"Accept its terms at https://huggingface.co/{MISTRAL} once, then export HF_TOKEN=hf_...; or put its files in "
@@ -237,7 +233,7 @@ def test_for_a_device_without_4_bit_kernels_the_base_is_quantised_and_expanded_o
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", quantized)
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", dequantized)
     monkeypatch.setattr(model_module, "verify_base", verified)
-    base = load_base(config.model, replace(config.quantization, storage="expanded"), "meta")
+    base = load_base(config.model, config.changed("quantization", storage="expanded").quantization, "meta")
     assert devices == ["cpu"] * 28  # each of 14 layers there and back
     assert moved == [["meta"] * number for number in range(14)]  # each has left the host when the next is expanded
     assert {value.device.type for value in (*base.parameters(), *base.buffers())} == {"meta"}
@@ -270,7 +266,7 @@ def test_only_an_expanded_base_for_mps_is_quantised_elsewhere(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
     with pytest.raises(CheckFailed, match="enough"):
-        load_base(config.model, replace(config.quantization, storage=storage), device)
+        load_base(config.model, config.changed("quantization", storage=storage).quantization, device)
     assert maps == [{"": where}]
 
 

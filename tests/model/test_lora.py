@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,11 +50,7 @@ def test_only_fp32_lora_weights_train_and_only_on_the_targets(lora_config: Confi
 
 
 def test_lora_on_a_bfloat16_base_is_fp32(lora_config: Config) -> None:
-    bfloat16 = replace(
-        lora_config,
-        model=replace(lora_config.model, dtype="bfloat16"),
-        quantization=replace(lora_config.quantization, bnb_4bit_compute_dtype="bfloat16"),
-    )
+    bfloat16 = lora_config.changed("model", dtype="bfloat16").changed("quantization", bnb_4bit_compute_dtype="bfloat16")
     assert {value.dtype for value in adapter(bfloat16, 42, 0).values()} == {torch.float32}
 
 
@@ -63,6 +58,6 @@ def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monk
     real = lora_module.get_peft_model
     monkeypatch.setattr(lora_module, "get_peft_model", lambda *args: real(*args).to(torch.bfloat16))
     with pytest.raises(CheckFailed) as failure:
-        adapter(replace(lora_config, quantization=replace(lora_config.quantization, storage="expanded")), 42, 0)
+        adapter(lora_config.changed("quantization", storage="expanded"), 42, 0)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import bitsandbytes
@@ -88,7 +87,7 @@ def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Conf
 
 
 def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
-    expanded = replace(config.quantization, storage="expanded")
+    expanded = config.changed("quantization", storage="expanded").quantization
     base = base_model(config, storage="expanded")
     verify_base(base, config.model, expanded, "cpu", "expanded")
     base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)

@@ -202,7 +202,7 @@ def test_a_laptop_plans_auto_for_the_80_gib_of_an_h100() -> None:
 def at_speed(monkeypatch: pytest.MonkeyPatch, evaluation: float | None, *settings: str) -> Plan:
     """The plan where 1,000 tokens a second were measured, and `evaluation` in evaluations."""
     speed = Throughput(1000.0, evaluation, "benchmarks/results/here.json", "2 cores of something")
-    monkeypatch.setattr("finetune.plan.plan.find", lambda *_run: speed)
+    monkeypatch.setattr("finetune.plan.throughput.find", lambda *_run: speed)
     return planned(50, *settings)
 
 
@@ -336,7 +336,7 @@ def test_on_a_mac_auto_stays_within_the_gpus_working_set() -> None:
 def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     def problems(tokens_per_second: float) -> list[str]:
         speed = Throughput(tokens_per_second, None, "benchmarks/results/mac.json", "Apple M4")
-        monkeypatch.setattr("finetune.plan.plan.find", lambda *_run: speed)
+        monkeypatch.setattr("finetune.plan.throughput.find", lambda *_run: speed)
         return on_the_mac(1_000_000).problems
 
     assert problems(70) == []  # 23.8 h by arithmetic

@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from finetune.checks.preflight import Preflight
-from finetune.config import typed
 from finetune.config.load import ROOT, load_config
-from finetune.config.schema import Config
+from finetune.config.schema import keys
 from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 from finetune.runs import receipt
@@ -264,4 +263,4 @@ def test_a_program_is_there_and_knows_every_flag_that_it_is_given(script: str) -
 def test_every_key_that_a_setting_names_is_in_the_config() -> None:
     named = {key for text in TEXTS.values() for key in re.findall(r"--set ([\w.]+)=", text)}
     assert len(named) > 10
-    assert sorted(named - {"dotted.key"} - set(typed.paths(Config))) == []
+    assert sorted(named - {"dotted.key"} - set(keys())) == []

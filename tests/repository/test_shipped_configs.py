@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.config import schema, typed, yaml_file
+from finetune.config import yaml_file
 from finetune.config.load import BASE_FILE, load_config
+from finetune.config.schema import Config, Mark, keys, marked
 from finetune.files import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -92,7 +93,7 @@ def platform_file(name: str) -> Path:
     return ROOT / "configs" / f"training_config_{name}.yaml"
 
 
-def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> schema.Config:
+def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> Config:
     """The resolved config; where the file's base model is the demo, which may not be made yet, a folder stands in."""
     on_cpu = yaml_file.load_yaml(path)["platform"] == "cpu"
     stand_in = [f"model.name={local_model}"] if on_cpu else []
@@ -141,7 +142,7 @@ def test_a_shipped_config_loads(path: Path, tmp_path: Path) -> None:
 def test_the_base_loads_alone_and_holds_every_key_of_the_schema(tmp_path: Path) -> None:
     base = leaves(yaml_file.load_yaml(BASE_FILE))
     sections = {"model", "quantization", "lora", "training", "dataset", "tracking", "output"}
-    assert list(base) == [path for path in typed.paths(schema.Config) if path not in sections]
+    assert list(base) == [path for path in keys() if path not in sections]
     assert load(BASE_FILE, tmp_path).platform == "cpu"
 
 
@@ -161,6 +162,7 @@ def test_a_platform_file_holds_exactly_the_values_of_the_specification(name: str
 def test_the_two_platforms_differ_in_their_own_keys_only(tmp_path: Path) -> None:
     h100, m4 = (leaves(load(platform_file(name), tmp_path).as_dict()) for name in ("h100", "m4"))
     assert {key: (h100[key], m4[key]) for key in h100 if h100[key] != m4[key]} == OWN
+    assert OWN.keys() == {*marked(Mark.PER_PLATFORM)}
 
 
 def test_both_platforms_take_sixteen_sequences_an_optimizer_step(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL, Config
+from finetune.config.schema import Config
 from finetune.results.model_card import hub_base, metadata, model_card
 from finetune.results.self_test import SelfCheck, SelfTest
 from finetune.wording import clean
@@ -135,7 +135,7 @@ def test_of_an_unknown_base_neither_id_nor_licence_is_invented(local: Config) ->
 def test_a_folder_is_mistral_where_the_download_noted_the_pinned_commit(
     note: str, revision: str | None, base: str | None, local: Config
 ) -> None:
-    config = replace(local, model=replace(local.model, revision=revision))
+    config = local.changed("model", revision=revision)
     assert hub_base(config) is None
     notes = Path(local.model.name) / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True)
@@ -224,11 +224,7 @@ def test_no_name_ends_the_header_or_the_markdown_around_it(text: str, local: Con
         "git_commit": text,
         "self_test": {"status": "pass", "checks": [{"name": text, "status": "pass", "detail": text}]},
     }
-    config = replace(
-        local,
-        lora=replace(local.lora, target_modules=(text,)),
-        tracking=replace(local.tracking, run_name=text),
-    )
+    config = local.changed("lora", target_modules=(text,)).changed("tracking", run_name=text)
     card, plain = model_card(config, hostile), model_card(local, MANIFEST | {"self_test": hostile["self_test"]})
     written = header(card)
     assert written["model-index"][0]["name"] == text

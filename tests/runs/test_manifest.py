@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL, Config
+from finetune.config.schema import Config
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.errors import Diverged, OutOfResource, Stopped

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from finetune.config import typed
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL, Config
+from finetune.config.schema import Config, Mark, keys, marked
 from finetune.data import encode
 from finetune.data import prepare as prepare_module
 from finetune.data.encode import Recipe
@@ -22,7 +22,7 @@ from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError
 from finetune.files import write_json
 from finetune.runs import receipt
-from finetune.runs.receipt import BY_DESIGN, NOT_COMPARED, differences
+from finetune.runs.receipt import differences
 
 Row = list[dict[str, str]]
 Receipt = dict[str, Any]
@@ -100,8 +100,8 @@ def test_the_mac_and_the_h100_agree_and_their_lengths_differ_by_design(machine: 
             "model.max_seq_length: 2048 -> 4096",
             'quantization.storage: "expanded" -> "packed"',
             "training.per_device_train_batch_size: 1 -> 4",
-            "training.gradient_accumulation_steps: 16 -> 4",
             "training.per_device_eval_batch_size: 1 -> 4",
+            "training.gradient_accumulation_steps: 16 -> 4",
             'training.optim: "adamw_torch" -> "paged_adamw_32bit"',
             "train: sequences: 1 -> 2",
             "train: rows cut: 1 -> 0",
@@ -251,19 +251,19 @@ def test_a_base_in_a_folder_is_named_without_its_path_or_revision(machine: Machi
 
 
 def leaves() -> set[str]:
-    every = typed.paths(Config)
+    every = list(keys())
     return {path for path in every if not any(other.startswith(f"{path}.") for other in every)}
 
 
 def test_every_key_of_the_config_is_compared_or_left_out_on_purpose(machine: Machine) -> None:
     made = machine.receipt("h100")
-    assert set(BY_DESIGN) | set(NOT_COMPARED) <= leaves()
-    assert set(BY_DESIGN) <= made["by_design"].keys()
+    assert set(marked(Mark.BY_DESIGN)) | set(marked(Mark.NOT_COMPARED)) <= leaves()
+    assert set(marked(Mark.BY_DESIGN)) <= made["by_design"].keys()
     by_content = {"dataset.train_file", "dataset.validation_file"}
     derived = {"model.name", "model.revision", "dataset.validation_split"}
     compared = leaves() & (made["must_agree"].keys() | made["by_design"].keys())
-    assert leaves() - compared == set(NOT_COMPARED) - derived
-    assert by_content <= set(NOT_COMPARED)
+    assert leaves() - compared == set(marked(Mark.NOT_COMPARED)) - derived
+    assert by_content <= set(marked(Mark.NOT_COMPARED))
 
 
 # --- receipts that are none

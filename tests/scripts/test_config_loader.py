@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -20,6 +22,7 @@ from support.commands import load_script
 SCRIPT = ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
+SCHEMA = json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,12 @@ def script() -> ModuleType:
 def run(script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]]) -> Run:
     """Runs the command in this process; returns exit code, stdout, stderr."""
     return lambda *arguments: ended(lambda: script.main(list(arguments)))
+
+
+def jsonschema_errors(tree: dict[str, Any]) -> list[str]:
+    """The dotted path of each place that an editor marks."""
+    errors = jsonschema.Draft202012Validator(SCHEMA).iter_errors(tree)
+    return [".".join(map(str, error.absolute_path)) for error in errors]
 
 
 def local(tmp_path: Path) -> tuple[str, str]:
@@ -114,11 +123,46 @@ def test_a_config_error_is_exit_2_with_its_text_on_stderr(run: Run) -> None:
     assert err == "config: 1 problem\n  --set lora.r=many  lora.r: found 'many' (text), wanted a whole number\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"], ["h100", "m4"], ["h100", "--get"]])
+@pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"], ["h100", "m4"], ["h100", "--get"], ["--json"]])
 def test_wrong_usage_is_exit_2(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("usage: ")
+
+
+def test_the_schema_for_editors_is_the_one_that_is_checked_in(run: Run) -> None:
+    """Where it is not: .venv/bin/python scripts/config_loader.py --schema > configs/schema.json."""
+    assert run("--schema") == (0, (ROOT / "configs" / "schema.json").read_text(encoding="utf-8"), "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_an_editor_finds_the_schema_and_accepts_every_shipped_config(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == "# yaml-language-server: $schema=schema.json"
+    assert jsonschema_errors(yaml_file.load_yaml(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "where"),
+    [
+        ({"lora": {"rank": 8}}, "lora"),
+        ({"lora": {"r": 0}}, "lora.r"),
+        ({"training": {"learning_rate": 2}}, "training.learning_rate"),
+        ({"training": {"optim": "adam"}}, "training.optim"),
+        ({"training": {"bf16": "yes"}}, "training.bf16"),
+        ({"platform": "h200"}, "platform"),
+        ({"seed": 1}, ""),
+    ],
+)
+def test_an_editor_marks_what_the_program_refuses(tree: dict[str, Any], where: str) -> None:
+    assert jsonschema_errors(tree) == [where]
+
+
+def test_every_key_has_a_description_in_the_schema() -> None:
+    properties = [part["properties"] for part in (SCHEMA, *SCHEMA["$defs"].values())]
+    described = {name: value for part in properties for name, value in part.items() if "$ref" not in value}
+    assert [name for name, value in described.items() if not value.get("description")] == []
+    assert described["learning_rate"]["description"] == "usual for LoRA; lower if the loss jumps"
 
 
 def test_the_four_functions_of_the_specification_are_the_packages_own(script: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 
 def base_model(config: Config, **quantization: Any) -> Any:
-    return load_base(config.model, replace(config.quantization, **quantization), "cpu")
+    return load_base(config.model, config.changed("quantization", **quantization).quantization, "cpu")
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:

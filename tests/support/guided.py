@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 GUIDING = {
-    "config": ["finetune.config.yaml_file", "finetune.config.typed", "finetune.config.load"],
+    "config": ["finetune.config.yaml_file", "finetune.config.problems", "finetune.config.load"],
     "jsonl": ["finetune.data.jsonl", "finetune.data.encode", "finetune.data.tokenizer"],
     "planted": ["support.planted"],
 }

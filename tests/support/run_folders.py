@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
-from finetune.config.schema import MISTRAL
 from finetune.config.yaml_file import dump
 
 BEGAN = 1_772_366_400  # 2026-03-01 12:00 UTC

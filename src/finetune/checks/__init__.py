@@ -8,7 +8,7 @@ from finetune.checks import base_model, data, device, gpu, host, libraries, mac,
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check
 from finetune.cli import command
-from finetune.config.typed import did_you_mean
+from finetune.config.suggest import did_you_mean
 from finetune.errors import ConfigError
 
 CHECKS: tuple[Check[Preflight], ...] = (

@@ -6,7 +6,7 @@ import os
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
-from finetune.config.schema import MISTRAL
+from finetune.config.base_model import MISTRAL
 from finetune.model import hub
 
 PIN = "set model.revision to the commit in configs/training_config_h100.yaml"

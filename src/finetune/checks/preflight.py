@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config.schema import Config, is_local
+from finetune.config.base_model import is_local
 from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.machine.device import Torch, read_torch
@@ -17,6 +17,7 @@ from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import Plan, make_plan
 
 if TYPE_CHECKING:
+    from finetune.config.schema import Config
     from finetune.data.prepare import Prepared
     from finetune.data.tokenizer import Chat
 

@@ -5,34 +5,23 @@ What a config means for one platform is checked by rules.py; the types and bound
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune.config import typed, yaml_file
-from finetune.config.rules import RULES
-from finetune.config.schema import (
-    Config,
-)
+from finetune.config import yaml_file
 from finetune.errors import ConfigError
 from finetune.files import ROOT, shown
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS, choose
 
-BASE_FILE = ROOT / "configs" / "training_config.yaml"
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
-# What no run can do without; the base brings them all, unless somebody broke it.
-REQUIRED = (
-    "model.name",
-    "model.max_seq_length",
-    *(f"lora.{key}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")),
-    "training.per_device_train_batch_size",
-    "training.per_device_eval_batch_size",
-    "training.gradient_accumulation_steps",
-)
+BASE_FILE = ROOT / "configs" / "training_config.yaml"
 
 
 def config_file(choice: str | None) -> tuple[Path, str]:
@@ -59,6 +48,8 @@ def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Confi
     Raises ConfigError with every problem: unknown, missing and duplicate keys, wrong types and values, and combinations
     that the platform cannot honour.
     """
+    from finetune.config import problems, rules, schema  # pydantic costs 0.1 s, and --help does without
+
     path, reason = config_file(choice)
     merged, places = yaml_file.read(BASE_FILE)
     unread: list[str] = []
@@ -72,16 +63,16 @@ def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Confi
         merged = yaml_file.deep_merge(merged, values)
         places |= value_places
     sections = {name for name, value in merged.items() if isinstance(value, dict)}
-    yaml_file.validate_required_fields(merged, (path for path in REQUIRED if path.split(".")[0] in sections))
-    problems = typed.Problems(places, unread)
-    everywhere = typed.paths(Config)
-    config = typed.build(Config, merged, "", problems, everywhere)
-    if not problems.found:
+    required = schema.marked(schema.Mark.REQUIRED)
+    yaml_file.validate_required_fields(merged, (key for key in required if key.split(".")[0] in sections))
+    faults = problems.Problems(places, unread)
+    config = problems.validated(schema.Config, merged, faults)
+    if config and not faults.found:
         config = _with_run_name(config, path)
-        for rule in RULES:
-            rule(config, problems)
-    if problems.found:
-        raise ConfigError(*sorted(set(problems.found), key=_by_line))
+        for rule in rules.RULES:
+            rule(config, faults)
+    if config is None or faults.found:
+        raise ConfigError(*sorted(set(faults.found), key=_by_line))
     return config, f"{os.path.relpath(path)} ({reason})"
 
 
@@ -95,4 +86,4 @@ def _with_run_name(config: Config, path: Path) -> Config:
     if config.tracking.run_name is not None:
         return config
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)
-    return dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name=name))
+    return config.changed("tracking", run_name=name)

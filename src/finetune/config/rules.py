@@ -7,17 +7,14 @@ from collections.abc import Callable
 
 from finetune import wording
 from finetune.cli import command
-from finetune.config import typed
-from finetune.config.schema import (
-    MISTRAL,
-    Config,
-    is_local,
-)
+from finetune.config.base_model import MISTRAL, is_local
+from finetune.config.problems import Problems
+from finetune.config.schema import Config
 from finetune.files import ROOT, resolve
 from finetune.machine.platforms import PLATFORMS
 
 
-def _base_model(config: Config, problems: typed.Problems) -> None:
+def _base_model(config: Config, problems: Problems) -> None:
     name = config.model.name
     if name == MISTRAL or is_local(name):
         return
@@ -27,7 +24,7 @@ def _base_model(config: Config, problems: typed.Problems) -> None:
         problems.add("model.name", f"found {wording.show(name)}, wanted {MISTRAL} or a local folder that holds it")
 
 
-def _platform_values(config: Config, problems: typed.Problems) -> None:
+def _platform_values(config: Config, problems: Problems) -> None:
     row = PLATFORMS[config.platform]
     chosen = {
         "training.optim": (config.training.optim, row.optimizers),
@@ -38,7 +35,7 @@ def _platform_values(config: Config, problems: typed.Problems) -> None:
             problems.add(path, f"{value} does not work on {row.label} ({row.name}); wanted {' | '.join(works)}")
 
 
-def _precision(config: Config, problems: typed.Problems) -> None:
+def _precision(config: Config, problems: Problems) -> None:
     if config.training.fp16:
         problems.add("training.fp16", "Mistral's activations overflow fp16; set training.bf16: true and fp16: false")
     if config.training.bf16 and config.model.dtype != "bfloat16":
@@ -50,12 +47,12 @@ def _precision(config: Config, problems: typed.Problems) -> None:
         problems.add("quantization.bnb_4bit_compute_dtype", f"{found}; set both to the same")
 
 
-def _quantization(config: Config, problems: typed.Problems) -> None:
+def _quantization(config: Config, problems: Problems) -> None:
     if not config.quantization.load_in_4bit:
         problems.add("quantization.load_in_4bit", "false, but QLoRA trains on a 4-bit base; set it to true")
 
 
-def _lora_targets(config: Config, problems: typed.Problems) -> None:
+def _lora_targets(config: Config, problems: Problems) -> None:
     known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     wrong = [name for name in config.lora.target_modules if name not in known]
     if wrong or not config.lora.target_modules:
@@ -64,7 +61,7 @@ def _lora_targets(config: Config, problems: typed.Problems) -> None:
         )
 
 
-def _schedule(config: Config, problems: typed.Problems) -> None:
+def _schedule(config: Config, problems: Problems) -> None:
     training = config.training
     if training.save_steps % training.eval_steps:
         text = f"{training.save_steps} is not a multiple of training.eval_steps {training.eval_steps}"
@@ -79,20 +76,20 @@ def _schedule(config: Config, problems: typed.Problems) -> None:
         problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
 
 
-def _time_budget(config: Config, problems: typed.Problems) -> None:
+def _time_budget(config: Config, problems: Problems) -> None:
     if config.training.time_budget_partial and config.training.time_budget_hours is None:
         text = "true has no effect without training.time_budget_hours; set those hours, or this to false"
         problems.add("training.time_budget_partial", text)
 
 
-def _checkpointed_layers(config: Config, problems: typed.Problems) -> None:
+def _checkpointed_layers(config: Config, problems: Problems) -> None:
     found = config.training.checkpointed_layers
     if found != "all" and not config.training.gradient_checkpointing:
         text = f"{found} has no effect beside gradient_checkpointing false; set that to true, or this to all"
         problems.add("training.checkpointed_layers", text)
 
 
-def _levers(config: Config, problems: typed.Problems) -> None:
+def _levers(config: Config, problems: Problems) -> None:
     row = PLATFORMS[config.platform]
     if config.training.fused_kernels and not row.compiles:
         problems.add("training.fused_kernels", f"true does not work on {row.label} ({row.name}); set it to false")
@@ -101,18 +98,18 @@ def _levers(config: Config, problems: typed.Problems) -> None:
         problems.add("training.fused_lora", f"{text}; set training.bf16: true, or this to false")
 
 
-def _system_prompt(config: Config, problems: typed.Problems) -> None:
+def _system_prompt(config: Config, problems: Problems) -> None:
     if config.system_prompt is not None and not config.system_prompt.strip():
         problems.add("system_prompt", "empty; set it to null for none")
 
 
-def _run_name(config: Config, problems: typed.Problems) -> None:
+def _run_name(config: Config, problems: Problems) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
         wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
         problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, wanted {wanted}")
 
 
-RULES: tuple[Callable[[Config, typed.Problems], None], ...] = (
+RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _base_model,
     _platform_values,
     _precision,

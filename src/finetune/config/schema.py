@@ -1,145 +1,172 @@
-"""The sections of the config, with the type and bounds of every key. Defaults live in configs/training_config.yaml."""
+"""The sections of the config: the type, the bounds and the marks of every key.
+
+A key's marks say what else depends on it; the lists that resume, receipt, model card and loading need are derived from
+them. A key without marks gets the strict default: it must not change between two starts of a run, must agree with a
+receipt, and has the same value in the h100 and m4 files. Defaults live in configs/training_config.yaml.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from finetune.config.typed import Bounds
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, Strict, StringConstraints
+from pydantic.fields import FieldInfo
+
 from finetune.files import resolve
 
 Dtype = Literal["bfloat16", "float32"]
-Count = Annotated[int, Bounds(least=1)]
-Share = Annotated[float, Bounds(least=0, most=1)]
+Count = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Hours = Annotated[float, Gt(0), Le(10000)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Strict(False)]  # YAML has lists only
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class Mark(Enum):
+    """What else depends on a key."""
+
+    REQUIRED = "a config without it is refused by name"
+    MAY_CHANGE = "may change on resume: it changes no token and no weight, or the token hashes cover it"
+    BY_DESIGN = "in a receipt, expected to differ: each platform chooses it for itself"
+    NOT_COMPARED = "not in a receipt: it changes no weight, or its content is compared"
+    IN_CARD = "in the model card's table of settings"
+    PER_PLATFORM = "the h100 and m4 files have values of their own"
+
+
+class Section(BaseModel):
+    """Strict, frozen, and without unknown keys."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
     """The base model and how it is held."""
 
-    name: str
-    revision: str | None
-    dtype: Dtype
-    attn_implementation: Literal["flash_attention_2", "sdpa"]
-    max_seq_length: Annotated[int, Bounds(least=16, most=32768)]
+    name: Annotated[Text, Mark.REQUIRED, Mark.NOT_COMPARED]
+    revision: Annotated[Text | None, Mark.NOT_COMPARED]
+    dtype: Annotated[Dtype, Mark.BY_DESIGN, Mark.IN_CARD]
+    attn_implementation: Annotated[
+        Literal["flash_attention_2", "sdpa"], Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM
+    ]
+    max_seq_length: Annotated[int, Ge(16), Le(32768), Mark.REQUIRED, Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM]
 
 
-@dataclass(frozen=True)
-class QuantizationConfig:
+class QuantizationConfig(Section):
     """bitsandbytes' names; `storage` says whether NF4 stays packed in memory or is expanded once at load."""
 
     load_in_4bit: bool
-    bnb_4bit_quant_type: Literal["nf4", "fp4"]
-    bnb_4bit_use_double_quant: bool
-    bnb_4bit_compute_dtype: Dtype
-    storage: Literal["packed", "expanded"]
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], Mark.IN_CARD]
+    bnb_4bit_use_double_quant: Annotated[bool, Mark.IN_CARD]
+    bnb_4bit_compute_dtype: Annotated[Dtype, Mark.BY_DESIGN]
+    storage: Annotated[Literal["packed", "expanded"], Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM]
 
 
-@dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Section):
     """PEFT's names."""
 
-    r: Annotated[int, Bounds(least=1, most=1024)]
-    lora_alpha: Count
-    lora_dropout: Annotated[float, Bounds(least=0, most=0.9)]
-    target_modules: tuple[str, ...]
-    bias: Literal["none"]
-    task_type: Literal["CAUSAL_LM"]
+    r: Annotated[int, Ge(1), Le(1024), Mark.REQUIRED, Mark.IN_CARD]
+    lora_alpha: Annotated[Count, Mark.REQUIRED, Mark.IN_CARD]
+    lora_dropout: Annotated[float, Ge(0), Le(0.9), Mark.REQUIRED, Mark.IN_CARD]
+    target_modules: Annotated[Texts, Mark.REQUIRED, Mark.IN_CARD]
+    bias: Annotated[Literal["none"], Mark.REQUIRED]
+    task_type: Annotated[Literal["CAUSAL_LM"], Mark.REQUIRED]
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """transformers' TrainingArguments' names, and those of our own beside them."""
+class TrainingConfig(Section):
+    """transformers' TrainingArguments' names, and some of our own."""
 
-    num_train_epochs: Annotated[float, Bounds(above=0, most=1000)]
-    max_steps: Annotated[int, Bounds(least=-1)]
-    per_device_train_batch_size: Count
-    per_device_eval_batch_size: Count
-    gradient_accumulation_steps: Count
-    learning_rate: Annotated[float, Bounds(above=0, most=1)]
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"]
-    warmup_ratio: Annotated[float, Bounds(least=0, most=0.9)]
-    weight_decay: Share
-    max_grad_norm: Annotated[float, Bounds(above=0, most=1000)]
-    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"]
-    bf16: bool
+    num_train_epochs: Annotated[float, Gt(0), Le(1000), Mark.IN_CARD]
+    max_steps: Annotated[int, Ge(-1), Mark.IN_CARD]
+    per_device_train_batch_size: Annotated[Count, Mark.REQUIRED, Mark.BY_DESIGN, Mark.PER_PLATFORM]
+    per_device_eval_batch_size: Annotated[Count, Mark.REQUIRED, Mark.MAY_CHANGE, Mark.BY_DESIGN, Mark.PER_PLATFORM]
+    gradient_accumulation_steps: Annotated[Count, Mark.REQUIRED, Mark.BY_DESIGN, Mark.PER_PLATFORM]
+    learning_rate: Annotated[float, Gt(0), Le(1), Mark.IN_CARD]
+    lr_scheduler_type: Annotated[Literal["cosine", "linear", "constant", "constant_with_warmup"], Mark.IN_CARD]
+    warmup_ratio: Annotated[float, Ge(0), Le(0.9), Mark.IN_CARD]
+    weight_decay: Annotated[Share, Mark.IN_CARD]
+    max_grad_norm: Annotated[float, Gt(0), Le(1000), Mark.IN_CARD]
+    optim: Annotated[
+        Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"],
+        *(Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM),
+    ]
+    bf16: Annotated[bool, Mark.BY_DESIGN]
     fp16: bool
-    gradient_checkpointing: bool
-    checkpointed_layers: Literal["all", "auto"] | Annotated[int, Bounds(least=0)]
-    packing: bool
-    fused_lora: bool
-    fused_kernels: bool
-    logging_steps: Count
-    eval_steps: Count
-    save_steps: Count
-    save_minutes: Annotated[float, Bounds(above=0, most=10000)] | None
-    save_total_limit: Count
+    gradient_checkpointing: Annotated[bool, Mark.BY_DESIGN]
+    checkpointed_layers: Annotated[Literal["all", "auto"] | Annotated[int, Ge(0)], Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    packing: Annotated[bool, Mark.BY_DESIGN, Mark.IN_CARD]
+    fused_lora: Annotated[bool, Mark.BY_DESIGN]  # the same training up to rounding, as fused_kernels
+    fused_kernels: Annotated[bool, Mark.BY_DESIGN]
+    logging_steps: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    eval_steps: Annotated[Count, Mark.BY_DESIGN]  # sequences differ with max_seq_length, so do steps
+    save_steps: Annotated[Count, Mark.BY_DESIGN]
+    save_minutes: Annotated[Hours | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    save_total_limit: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     metric_for_best_model: Literal["eval_loss"]
     load_best_model_at_end: bool
     early_stopping_patience: Count | None
-    time_budget_hours: Annotated[float, Bounds(above=0, most=10000)] | None
-    time_budget_partial: bool
-    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)]
+    time_budget_hours: Annotated[Hours | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    time_budget_partial: Annotated[bool, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    seed: Annotated[int, Ge(0), Le(2**32 - 1), Mark.IN_CARD]
 
 
-@dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(Section):
     """Where the conversations are and what happens to a row that is too long or bad."""
 
-    train_file: str
-    validation_file: str | None
-    validation_split: Annotated[float, Bounds(above=0, most=0.5)]
-    max_rows: Annotated[int, Bounds(least=2)] | None
-    truncation: bool
+    train_file: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    validation_file: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    validation_split: Annotated[float, Gt(0), Le(0.5), Mark.NOT_COMPARED]
+    max_rows: Annotated[int, Ge(2)] | None
+    truncation: Annotated[bool, Mark.BY_DESIGN]
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]
-    certificate: bool
-    sample_prompts: tuple[str, ...] | None
+    certificate: Annotated[bool, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    sample_prompts: Annotated[Texts | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
 
 
-@dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Section):
     """Where metrics go besides metrics.jsonl, and what an hour of the machine costs, in any currency."""
 
-    report_to: Literal["wandb", "tensorboard", "none"]
-    project: str
-    run_name: str | None
-    cost_per_hour: Annotated[float, Bounds(above=0)] | None
+    report_to: Annotated[Literal["wandb", "tensorboard", "none"], Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    project: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    run_name: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM]
+    cost_per_hour: Annotated[Annotated[float, Gt(0)] | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
 
 
-@dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Section):
     """Where runs are written."""
 
-    dir: str
+    dir: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
 
 
-MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """The whole tree; what a run is."""
 
-    platform: Literal["h100", "m4", "cpu"]
+    platform: Annotated[Literal["h100", "m4", "cpu"], Mark.BY_DESIGN, Mark.PER_PLATFORM]
     model: ModelConfig
     quantization: QuantizationConfig
     lora: LoraConfig
     training: TrainingConfig
     dataset: DatasetConfig
-    system_prompt: str | None
+    system_prompt: Text | None
     tracking: TrackingConfig
     output: OutputConfig
 
+    def changed(self, section: str, **values: object) -> Self:
+        """This config with other values in one section. Raises ValidationError for a key or value it cannot have."""
+        before = getattr(self, section)
+        return self.model_copy(update={section: type(before).model_validate(dict(before) | values)})
+
     def as_dict(self) -> dict[str, Any]:
         """The tree as plain mappings and lists, as YAML and JSON hold it."""
-        tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return tree
+        return self.model_dump(mode="json")
 
     def sha256(self) -> str:
         """Hash of the resolved values."""
@@ -162,9 +189,16 @@ class Config:
         return resolve(self.output.dir) / self.run_name
 
 
-def is_local(name: str) -> bool:
-    """Whether `model.name` is a folder here rather than a Hub id."""
-    try:
-        return resolve(name).is_dir()
-    except OSError:  # too long, or not ours to look at
-        return False
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    """The field of every dotted path, sections included, in the order of the tree."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        found[f"{prefix}{name}"] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def marked(mark: Mark) -> tuple[str, ...]:
+    """The dotted paths of all keys with `mark`, in the order of the tree."""
+    return tuple(path for path, field in keys().items() if mark in field.metadata)

@@ -141,6 +141,13 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read(path)[0]
 
 
+def comments(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The comment on the line of each dotted key that has one."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    found = {key: lines[int(place.rpartition(":")[2]) - 1].partition(" # ")[2] for key, place in read(path)[1].items()}
+    return {key: comment for key, comment in found.items() if comment}
+
+
 def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     """`base` with `override` laid over it, mapping by mapping; lists are replaced. Neither input is changed."""
     merged = dict(base)

@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune.config.schema import Config, ModelConfig, QuantizationConfig, is_local
+from finetune.config.base_model import is_local
+from finetune.config.schema import Config, ModelConfig, QuantizationConfig
 from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
 from finetune.files import resolve

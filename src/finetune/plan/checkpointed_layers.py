@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from finetune.config.schema import Config
 from finetune.machine.platforms import AUTO_SHARE
 from finetune.plan.memory import checkpointed_layers, peak_gib
 from finetune.plan.model_shape import Geometry
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 TRIALS = 6  # at most; each takes two steps, an evaluation and a save
 
@@ -24,7 +26,7 @@ class Choice:
 
 def with_layers(config: Config, layers: int) -> Config:
     """`config` with that many checkpointed layers in the place of what it says."""
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, checkpointed_layers=layers))
+    return config.changed("training", checkpointed_layers=layers)
 
 
 def settled(config: Config, choice: Choice) -> Config:

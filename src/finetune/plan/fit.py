@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from finetune.config.schema import Config
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import Geometry
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 # What may be changed, and what follows the change in its sentence.
 EFFECTS = {
@@ -111,25 +113,21 @@ def _changes(config: Config) -> Iterator[Config]:
     training, length = config.training, config.model.max_seq_length
     rows, evaluated = _divisor_below(training.per_device_train_batch_size), training.per_device_eval_batch_size
     if isinstance(training.checkpointed_layers, int):
-        yield _with(config, "training", checkpointed_layers="all")
+        yield config.changed("training", checkpointed_layers="all")
     if rows:
         steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
-        yield _with(config, "training", per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+        yield config.changed("training", per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
     if evaluated > 1:
-        yield _with(config, "training", per_device_eval_batch_size=_divisor_below(evaluated))
-    yield _with(config, "training", gradient_checkpointing=True)
-    yield _with(config, "quantization", storage="packed")
+        yield config.changed("training", per_device_eval_batch_size=_divisor_below(evaluated))
+    yield config.changed("training", gradient_checkpointing=True)
+    yield config.changed("quantization", storage="packed")
     if length // 2 >= LEAST_LENGTH:
-        yield _with(config, "model", max_seq_length=length // 2)
+        yield config.changed("model", max_seq_length=length // 2)
 
 
 def _divisor_below(count: int) -> int:
     """The largest divisor of `count` below it; 0 for 1."""
     return max((divisor for divisor in range(1, count) if count % divisor == 0), default=0)
-
-
-def _with(config: Config, section: str, **values: object) -> Config:
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
 
 def _described(before: Config, after: Config, peak: float) -> Change:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.plan.model_shape import Geometry
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 BYTES = {"bfloat16": 2, "float32": 4}
 PARTS = ("weights", "lora", "optimizer", "activations", "attention_mask", "logits", "workspace", "program")

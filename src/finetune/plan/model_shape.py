@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.config.schema import MISTRAL, Config, is_local
+from finetune.config.base_model import MISTRAL, is_local
 from finetune.errors import ConfigError
 from finetune.files import resolve
 from finetune.machine.platforms import PLATFORMS
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.config.schema import Config
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, memory_available_gib, memory_limits
@@ -15,7 +14,10 @@ from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
 from finetune.plan.model_shape import Geometry
-from finetune.plan.throughput import Throughput, find
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
+    from finetune.plan.throughput import Throughput
 
 BEFORE = "a rehearsal decides"  # so the formula is what the plan has
 
@@ -101,6 +103,8 @@ def make_plan(
 
     Memory is enough where the peak is within what is free and, on a Mac, within `working_set_gib`.
     """
+    from finetune.plan import throughput  # brings pydantic, which --help does without
+
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
     platform = PLATFORMS[config.platform]
@@ -108,7 +112,7 @@ def make_plan(
     choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
     config = settled(config, choice)
     parts = memory_parts(config, geometry)
-    speed = find(config, geometry)
+    speed = throughput.find(config, geometry)
     tokens = config.model.max_seq_length * sequences if training.packing else train.tokens
     plan = Plan(
         rows_train=train.rows,

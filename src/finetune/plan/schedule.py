@@ -7,12 +7,15 @@ import math
 import time
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 
-from finetune.config.schema import TrainingConfig
 from finetune.errors import OutOfResource
 from finetune.wording import duration
+
+if TYPE_CHECKING:
+    from finetune.config.schema import TrainingConfig
 
 # Two measurements of one config differ a little, and what is advised here must not be refused the next time.
 MARGIN = 1.05

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt
+
 from finetune import wording
-from finetune.config import typed
-from finetune.config.schema import Config, Count
+from finetune.config.problems import Problems, validated
+from finetune.config.schema import Config, Count, Section
 from finetune.errors import ConfigError
 from finetune.files import ROOT
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import Geometry
 
 RESULTS = ROOT / "benchmarks" / "results"
-Speed = Annotated[float, typed.Bounds(above=0)]
+Speed = Annotated[float, Gt(0)]
 
 
-@dataclass(frozen=True)
-class Conditions:
+class Conditions(Section):
     """What decides how fast a run is: an entry is used only where all of it is equal."""
 
     platform: Literal["h100", "m4", "cpu"]
@@ -32,12 +32,11 @@ class Conditions:
     storage: Literal["packed", "expanded"]
     attn_implementation: Literal["flash_attention_2", "sdpa"]
     gradient_checkpointing: bool
-    checkpointed_layers: Annotated[int, typed.Bounds(least=0)]
+    checkpointed_layers: Annotated[int, Ge(0)]
     fused_lora: bool
     fused_kernels: bool
 
 
-@dataclass(frozen=True)
 class Entry(Conditions):
     """One entry of a result file's `throughput`: tokens without padding, in training steps, and in evaluations.
 
@@ -80,12 +79,12 @@ def find(config: Config, geometry: Geometry, folder: Path = RESULTS) -> Throughp
 
     Raises ConfigError where a file's entry is malformed.
     """
-    wanted = dataclasses.asdict(conditions(config, geometry))
+    wanted = conditions(config, geometry).model_dump()
     found: dict[tuple[str, str], Throughput] = {}
     for path in sorted(folder.glob("*.json")):
         document, entries = read(path)
         for entry in entries:
-            if wanted.items() <= dataclasses.asdict(entry).items():
+            if wanted.items() <= entry.model_dump().items():
                 found[str(document.get("date", "")), path.name] = _throughput(entry, path, document)
     return found[max(found)] if found else None
 
@@ -107,20 +106,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     rows = document["throughput"]
     if not isinstance(rows, list):
         raise ConfigError(f"{_shown(path)}: throughput: found {wording.show(rows)}, wanted a list of entries")
-    problems = typed.Problems({})
-    entries = [_entry(row, f"throughput[{number}]", problems) for number, row in enumerate(rows)]
+    problems = Problems({})
+    entries = [validated(Entry, row, problems, f"throughput[{number}]") for number, row in enumerate(rows)]
     if problems.found:
         raise ConfigError(*(f"{_shown(path)}: {problem}" for problem in problems.found))
-    return document, entries
-
-
-def _entry(row: Any, where: str, problems: typed.Problems) -> Any:
-    names = [field.name for field in dataclasses.fields(Entry)]
-    missing = [name for name in names if isinstance(row, dict) and name not in row]
-    if missing:
-        problems.add(where, f"without {', '.join(missing)}")
-        return None
-    return typed.build(Entry, row, where, problems, [f"{where}.{name}" for name in names])
+    return document, [entry for entry in entries if entry]
 
 
 def _throughput(entry: Entry, path: Path, document: dict[str, Any]) -> Throughput:

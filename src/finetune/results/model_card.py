@@ -13,19 +13,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from finetune.config.schema import MISTRAL, Config, is_local
+from finetune.config.base_model import MISTRAL, is_local
+from finetune.config.schema import Config, Mark, marked
 from finetune.config.yaml_file import get_config_value
 from finetune.files import resolve
 from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
-HYPERPARAMETERS = (
-    *(f"lora.{key}" for key in ("r", "lora_alpha", "lora_dropout", "target_modules")),
-    *(f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay")),
-    *(f"training.{key}" for key in ("max_grad_norm", "optim", "num_train_epochs", "max_steps", "packing", "seed")),
-    *(f"model.{key}" for key in ("dtype", "max_seq_length", "attn_implementation")),
-    *(f"quantization.{key}" for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "storage")),
-)
 
 
 def model_card(config: Config, manifest: dict[str, Any]) -> str:
@@ -39,7 +33,7 @@ def model_card(config: Config, manifest: dict[str, Any]) -> str:
         "base": str(manifest["base_model"]["name"]),
         "revision": config.model.revision if hub else None,
         "config": config,
-        "settings": [(path, get_config_value(tree, path)) for path in HYPERPARAMETERS],
+        "settings": [(path, get_config_value(tree, path)) for path in marked(Mark.IN_CARD)],
     }
     return _cards().get_template("model_card.md.j2").render(manifest | found)
 

@@ -11,12 +11,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.cli import advice
-from finetune.config.schema import Config
 from finetune.errors import OutOfResource
 from finetune.files import make_folder, read_json, shown
+
+if TYPE_CHECKING:
+    from finetune.config.schema import Config
 
 MANIFEST, METRICS = "manifest.json", "metrics.jsonl"
 WAIT_FOR_NAME_SECONDS = 1.0

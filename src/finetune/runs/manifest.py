@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import yaml_file
-from finetune.config.schema import Config, is_local
+from finetune.config.base_model import is_local
+from finetune.config.schema import Config, Mark, marked
 from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, Stopped
@@ -60,31 +61,16 @@ def git_commit() -> str | None:
         return None
 
 
-# Keys that change no token and no weight, or that the token hashes stand for.
-FREE_TO_CHANGE = {
-    "training": (
-        "logging_steps",
-        "per_device_eval_batch_size",
-        "checkpointed_layers",
-        "save_total_limit",
-        "save_minutes",
-        "time_budget_hours",
-        "time_budget_partial",
-    ),
-    "dataset": ("sample_prompts", "train_file", "validation_file", "certificate"),
-}
-
-
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What must be equal for a checkpoint to go on: config (but FREE_TO_CHANGE), tokens, tokenizer, versions.
+    """What must be equal for a checkpoint to go on: config (but what may change), tokens, tokenizer, versions.
 
     And of a base in a folder its weights, which a base on the Hub has by its revision.
     """
     tree = config.as_dict()
-    del tree["tracking"], tree["output"]
-    for section, keys in FREE_TO_CHANGE.items():
-        for key in keys:
-            del tree[section][key]
+    for path in marked(Mark.MAY_CHANGE):
+        section, key = path.split(".")
+        del tree[section][key]
+    tree = {name: value for name, value in tree.items() if value != {}}
     tokens = prepared.tokens | {"tokenizer": prepared.chat.fingerprint}
     name = config.model.name
     weights = hub.weights_digest(resolve(name)) if is_local(name) else config.model.revision

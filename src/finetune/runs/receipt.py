@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Config, is_local
+from finetune.config.base_model import is_local
+from finetune.config.schema import Config, Mark, marked
 from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import ConfigError
@@ -22,28 +23,6 @@ from finetune.wording import leaves, one_line, show
 FILE = "receipt.json"
 SCHEMA_VERSION = 1
 
-# Every key of the config must agree, but for these: what each platform chooses for itself,
-BY_DESIGN = (
-    "platform",
-    *(f"model.{key}" for key in ("dtype", "attn_implementation", "max_seq_length")),
-    *(f"quantization.{key}" for key in ("bnb_4bit_compute_dtype", "storage")),
-    *(f"training.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")),
-    *(f"training.{key}" for key in ("per_device_eval_batch_size", "optim", "bf16", "gradient_checkpointing")),
-    *(f"training.{key}" for key in ("packing", "eval_steps", "save_steps")),  # sequences differ, so do steps
-    *(f"training.{key}" for key in ("fused_lora", "fused_kernels")),  # the same training up to rounding
-    "dataset.truncation",
-)
-# and what changes no weight, or is compared by its content.
-NOT_COMPARED = (
-    *(f"model.{key}" for key in ("name", "revision")),
-    *(f"training.{key}" for key in ("logging_steps", "save_total_limit", "save_minutes", "checkpointed_layers")),
-    *(f"training.time_budget_{key}" for key in ("hours", "partial")),
-    *(f"dataset.{key}" for key in ("train_file", "validation_file", "validation_split", "certificate")),
-    "dataset.sample_prompts",
-    *(f"tracking.{key}" for key in ("report_to", "project", "run_name", "cost_per_hour")),
-    "output.dir",
-)
-
 
 def make(config: Config, prepared: Prepared) -> dict[str, Any]:
     """The receipt of a run with this config over this data, as JSON holds it.
@@ -51,8 +30,8 @@ def make(config: Config, prepared: Prepared) -> dict[str, Any]:
     `must_agree` and `by_design` map what is compared, in words or as a key of the config, to its value.
     """
     keys = leaves(config.as_dict())
-    chosen = {key: keys.pop(key) for key in BY_DESIGN}
-    shared = {key: value for key, value in keys.items() if key not in NOT_COMPARED}
+    chosen = {key: keys.pop(key) for key in marked(Mark.BY_DESIGN)}
+    shared = {key: value for key, value in keys.items() if key not in marked(Mark.NOT_COMPARED)}
     base = {f"model.{name}": value for name, value in base_model(config).items()}
     derived = {
         "effective batch size": config.effective_batch_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,8 +163,8 @@ class Stage:
         return make_trainer(self.job.model, self.job.tokenizer, examples, self._arguments(), layers)
 
     def _arguments(self) -> SFTConfig:
-        training = dataclasses.replace(
-            self.config.training,
+        trial = self.config.changed(
+            "training",
             max_steps=STEPS,
             per_device_train_batch_size=len(self.load.worst),
             gradient_accumulation_steps=1,
@@ -173,7 +172,7 @@ class Stage:
             eval_steps=STEPS,
             save_steps=STEPS,
         )
-        sft = training_arguments(training, self.job.run, [], self.job.platform, evaluate_first=False)
+        sft = training_arguments(trial.training, self.job.run, [], self.job.platform, evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
 

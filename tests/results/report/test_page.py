@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 from finetune.cli import PYTHON
+from finetune.config.base_model import MISTRAL
 from finetune.config.load import ROOT
-from finetune.config.schema import MISTRAL
 from finetune.results.report import page as report_page
 from support.browser import PROGRAM, Browser
 from support.pages import HOSTILE, Reader

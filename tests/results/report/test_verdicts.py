@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import PYTHON
-from finetune.config.schema import MISTRAL
+from finetune.config.base_model import MISTRAL
 from finetune.results.report import run_summary, verdicts
 from finetune.results.report.verdicts import Verdict
 from support.run_folders import PASSED, make_run, manifest, rows, start, without_end

@@ -11,7 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from finetune.cli import command
-from finetune.config.schema import MISTRAL
+from finetune.config import yaml_file
+from finetune.config.base_model import MISTRAL
+from finetune.errors import ConfigError
 from finetune.files import shown
 from finetune.results.report import charts, run_summary, verdicts
 from finetune.results.report.charts import Line
@@ -155,11 +157,12 @@ def _histogram(run: Evidence) -> Markup | None:
 
 def _limit(run: Evidence) -> int:
     """model.max_seq_length of config.yaml; 0 where it has none."""
-    for line in run.config.splitlines():
-        key, _, value = line.strip().partition(": ")
-        if key == "max_seq_length" and value.isdigit():
-            return int(value)
-    return 0
+    try:
+        tree, _ = yaml_file.parse(run.config, "config.yaml")
+    except ConfigError:  # cut short by a kill
+        return 0
+    limit = yaml_file.get_config_value(tree, "model.max_seq_length")
+    return limit if isinstance(limit, int) else 0
 
 
 def _happened(run: Evidence) -> list[tuple[str, str, str, str]]:

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Ge, Gt, Le
+from pydantic import ValidationError
 
 from finetune import wording
-from finetune.config import typed
-from finetune.config.typed import Bounds, Problems
+from finetune.config import problems, schema
+from finetune.config.problems import Problems
+from finetune.config.schema import Count, Text, Texts
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(schema.Section):
     """One key of each kind."""
 
-    count: Annotated[int, Bounds(least=1)]
-    share: Annotated[float, Bounds(least=0, most=0.5)]
-    rate: Annotated[float, Bounds(above=0, most=1)]
-    size: Annotated[int, Bounds(least=16, most=32768)]
+    count: Count
+    share: Annotated[float, Ge(0), Le(0.5)]
+    rate: Annotated[float, Gt(0), Le(1)]
+    size: Annotated[int, Ge(16), Le(32768)]
     any_number: float
     flag: bool
-    name: str
-    note: str | None
-    patience: Annotated[int, Bounds(least=1)] | None
+    name: Text
+    note: Text | None
+    patience: Count | None
     mode: Literal["packed", "expanded"]
-    layers: Literal["all", "auto"] | Annotated[int, Bounds(least=0)]
-    names: tuple[str, ...]
+    layers: Literal["all", "auto"] | Annotated[int, Ge(0)]
+    names: Texts
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(schema.Section):
     """Real names, for the synonyms."""
 
     r: int
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(schema.Section):
     """Two sections and a key beside them."""
 
     section: Section
@@ -58,25 +56,23 @@ GOOD: dict[str, Any] = {
 
 def built(section: dict[str, Any], places: dict[str, str] | None = None, **above: Any) -> tuple[Any, list[str]]:
     """The tree of GOOD with these changes, and the problems."""
-    problems = Problems(places or {})
+    faults = Problems(places or {})
     value = {**GOOD, "section": {**GOOD["section"], **section}, **above}
-    return typed.build(Tree, value, "", problems, typed.paths(Tree)), problems.found
+    return problems.validated(Tree, value, faults), faults.found
 
 
-def test_a_good_mapping_becomes_a_tree_of_frozen_dataclasses() -> None:
-    tree, problems = built({})
-    assert problems == []
-    assert tree == Tree(
-        Section(1, 0.5, 1.0, 16, -3.0, False, "x", None, None, "packed", "all", ("a", "b")), Lora(8), 42
-    )
-    with pytest.raises(dataclasses.FrozenInstanceError):
+def test_a_good_mapping_becomes_a_frozen_tree() -> None:
+    tree, found = built({})
+    assert found == []
+    assert tree.model_dump() == GOOD | {"section": GOOD["section"] | {"names": ("a", "b")}}
+    with pytest.raises(ValidationError):
         tree.section.count = 2
 
 
 @pytest.mark.parametrize("key", ["share", "rate", "any_number"])
 def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> None:
-    tree, problems = built({key: 1 if key == "rate" else 0})
-    assert problems == []
+    tree, found = built({key: 1 if key == "rate" else 0})
+    assert found == []
     assert type(getattr(tree.section, key)) is float
 
 
@@ -141,8 +137,8 @@ def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, val
 
 @pytest.mark.parametrize("value", ["all", "auto", 0, 24])
 def test_a_name_may_stand_in_a_numbers_place(value: str | int) -> None:
-    tree, problems = built({"layers": value})
-    assert (tree.section.layers, problems) == (value, [])
+    tree, found = built({"layers": value})
+    assert (tree.section.layers, found) == (value, [])
 
 
 @pytest.mark.parametrize("value", ["packed", "expanded"])
@@ -152,8 +148,8 @@ def test_each_choice_is_accepted(value: str) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("note", None), ("note", "x"), ("patience", None), ("patience", 1)])
 def test_null_is_accepted_where_it_has_a_meaning(key: str, value: Any) -> None:
-    tree, problems = built({key: value})
-    assert problems == []
+    tree, found = built({key: value})
+    assert found == []
     assert getattr(tree.section, key) == value
 
 
@@ -181,28 +177,27 @@ def test_an_unknown_key_comes_with_the_likeliest_known_one(
     assert built(section, **above)[1] == [message]
 
 
-def test_every_synonym_is_a_key_of_the_config() -> None:
-    from finetune.config.schema import Config
-
-    known = typed.paths(Config)
-    assert [target for target in typed._SYNONYMS.values() if target not in known] == []
-    assert [name for name in typed._SYNONYMS if name in {path.rsplit(".", 1)[-1] for path in known}] == []
-
-
 def test_a_missing_key_and_a_section_that_is_none_are_named() -> None:
-    problems = Problems({})
-    assert typed.build(Tree, {"lora": 5}, "", problems) is None
-    assert problems.found == [
-        "section: missing; the base config holds every key",
+    faults = Problems({})
+    assert problems.validated(Tree, {"lora": 5}, faults) is None
+    assert faults.found == [
+        "section: missing; every key must be there",
         "lora: found 5 (whole number), wanted a section with keys below it",
-        "seed: missing; the base config holds every key",
+        "seed: missing; every key must be there",
+    ]
+
+
+def test_a_dotted_key_and_the_key_that_it_means_are_told_apart() -> None:
+    assert built({}, lora={"r": "x"}, **{"lora.r": 1})[1] == [
+        "lora.r: found 'x' (text), wanted a whole number",
+        "lora.r: unknown key; dots are for --set: write r: below lora:",
     ]
 
 
 def test_all_problems_are_found_at_once_each_with_its_place() -> None:
     places = {"section.count": "f.yaml:3", "section.mode": "--set section.mode=x", "sed": "f.yaml:9"}
-    _, problems = built({"count": "many", "mode": "x", "flag": None}, places, sed=1)
-    assert sorted(problems) == [
+    _, found = built({"count": "many", "mode": "x", "flag": None}, places, sed=1)
+    assert sorted(found) == [
         "--set section.mode=x  section.mode: found 'x' (text), wanted packed | expanded",
         "f.yaml:3  section.count: found 'many' (text), wanted a whole number",
         "f.yaml:9  sed: unknown key; did you mean seed?",
@@ -210,9 +205,9 @@ def test_all_problems_are_found_at_once_each_with_its_place() -> None:
     ]
 
 
-def test_the_paths_of_a_tree_are_in_its_order_sections_included() -> None:
-    keys = [f"section.{field.name}" for field in dataclasses.fields(Section)]
-    assert typed.paths(Tree) == ["section", *keys, "lora", "lora.r", "seed"]
+def test_the_keys_of_a_tree_are_in_its_order_sections_included() -> None:
+    in_section = [f"section.{name}" for name in Section.model_fields]
+    assert list(schema.keys(Tree)) == ["section", *in_section, "lora", "lora.r", "seed"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,108 @@
+"""What is wrong with a config, in our words: pydantic's errors translated, all of them at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from finetune.config.schema import keys
+from finetune.config.suggest import unknown
+from finetune.config.yaml_file import get_config_value
+from finetune.wording import show
+
+Model = TypeVar("Model", bound=BaseModel)
+
+WANTED = {
+    "model_type": "a section with keys below it",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "tuple_type": "a list of texts",
+}
+BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
+
+
+@dataclass
+class Problems:
+    """Collects problems, each with the place of its key."""
+
+    places: dict[str, str]
+    found: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, path: str, text: str) -> None:
+        """One more problem at the dotted `path`."""
+        place = self.places.get(path, "")
+        self.found.append(f"{place}  {path}: {text}" if place else f"{path}: {text}")
+
+
+def validated(model: type[Model], value: Any, problems: Problems, prefix: str = "") -> Model | None:
+    """An instance of `model`, or None where `problems` now holds what is wrong, each at its path below `prefix`."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        known = keys(model)
+        faults: dict[tuple[str, ...], list[ErrorDetails]] = {}
+        for fault in error.errors(include_url=False):
+            faults.setdefault(_names(fault, known), []).append(fault)
+        for names, found in faults.items():
+            path = ".".join(names)
+            where = ".".join(filter(None, (prefix, path)))
+            problems.add(where, _sentence(path, found, known, get_config_value(value, path, value)))
+        return None
+
+
+def _names(fault: ErrorDetails, known: Iterable[str]) -> tuple[str, ...]:
+    """Section and key at fault; below a known key pydantic adds a list's index or a union's member."""
+    names = tuple(str(part) for part in fault["loc"])
+    return names if ".".join(names) in known or fault["type"] == "extra_forbidden" else names[:-1]
+
+
+def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo], value: Any) -> str:
+    kinds = [fault["type"] for fault in faults]
+    if kinds[0] == "extra_forbidden":
+        return unknown(path, known)
+    if kinds[0] == "missing":
+        return "missing; every key must be there"
+    if kinds[-1].startswith(("greater_than", "less_than")):
+        wanted = _bounds(known[path])
+    elif kinds[0] == "literal_error":
+        wanted = _choices(known[path], value)
+    else:
+        in_list = any(isinstance(name, int) for name in faults[0]["loc"])
+        wanted = WANTED["tuple_type" if in_list else kinds[0]]
+    return f"found {show(value)}, wanted {wanted}"
+
+
+def _bounds(field: FieldInfo) -> str:
+    """All bounds of a number, not only the one that it broke."""
+    bounds = [(words, getattr(part, name, None)) for part in _parts(field) for name, words in BOUNDS.items()]
+    return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+
+
+def _choices(field: FieldInfo, value: Any) -> str:
+    """The names to choose from, and whether a number may be there too; then the nearest to `value`."""
+    parts = [*_parts(field)]
+    names = [part for part in parts if isinstance(part, str)]
+    near = difflib.get_close_matches(str(value), names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return " | ".join([*names, *(["a whole number"] if int in parts else [])]) + hint
+
+
+def _parts(field: FieldInfo) -> Iterator[Any]:
+    """What the type of a key is made of, at every depth: types, bounds, choices, marks."""
+    yield from field.metadata
+    inner = [field.annotation]
+    while inner:
+        part = inner.pop(0)
+        yield part
+        inner += typing.get_args(part)
