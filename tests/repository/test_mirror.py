@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = (
         tuple(f"checks/{name}" for name in OF_A_TABLE),
         "each check is a row of the table of faults, on one machine that is otherwise healthy: checks/test_faults.py",
     ),
+    Unmirrored(("config/base_model",), "which base models are accepted is a rule: config/test_rules.py"),
     Unmirrored(("errors",), "each class is a row of the exit codes in test_cli.py"),
     Unmirrored(("results/export",), "what is exported is what test_train.py finds in a finished run's folder"),
     Unmirrored(("training/short_training",), "the training that a rehearsal makes: training/test_rehearsal.py"),
