@@ -31,7 +31,8 @@ def make(config: Config, prepared: Prepared) -> dict[str, Any]:
     """
     keys = leaves(config.as_dict())
     chosen = {key: keys.pop(key) for key in marked(Mark.BY_DESIGN)}
-    shared = {key: value for key, value in keys.items() if key not in marked(Mark.NOT_COMPARED)}
+    left_out = marked(Mark.NOT_COMPARED)
+    shared = {key: value for key, value in keys.items() if key not in left_out}
     base = {f"model.{name}": value for name, value in base_model(config).items()}
     derived = {
         "effective batch size": config.effective_batch_size,
