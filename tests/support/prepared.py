@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,18 @@ class Case:
 
     def dataset(self, **values: Any) -> DatasetConfig:
         validation = str(self.validation) if self.validation.exists() else None
-        standard = DatasetConfig(str(self.train), validation, 0.5, None, True, "right", "fail", False, ())
-        return replace(standard, **values)
+        standard = {
+            "train_file": str(self.train),
+            "validation_file": validation,
+            "validation_split": 0.5,
+            "max_rows": None,
+            "truncation": True,
+            "padding_side": "right",
+            "on_bad_row": "fail",
+            "certificate": False,
+            "sample_prompts": (),
+        }
+        return DatasetConfig.model_validate(standard | values)
 
     def prepare(
         self, recipe: Recipe = RECIPE, packing: bool = False, workers: int | None = 0, **of_dataset: Any
