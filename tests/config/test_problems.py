@@ -96,6 +96,7 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
         ("name", None, "found null, wanted text"),
         ("name", ["x"], "found ['x'] (list), wanted text"),
         ("note", 7, "found 7 (whole number), wanted text"),
+        ("note", "\ud800", "found '\\ud800' (text), wanted text without half of a surrogate pair"),
         ("patience", "5", "found '5' (text), wanted a whole number"),
         ("names", "a", "found 'a' (text), wanted a list of texts"),
         ("names", ["a", 1], "found ['a', 1] (list), wanted a list of texts"),

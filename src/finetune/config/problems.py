@@ -27,6 +27,7 @@ WANTED = {
     "float_type": "a number",
     "string_type": "text",
     "string_too_short": "text that is not empty",
+    "string_unicode": "text without half of a surrogate pair",
     "tuple_type": "a list of texts",
 }
 BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
