@@ -63,7 +63,7 @@ class Job:
         return _memory_explained(settled(self.config, choice))
 
     def trainer(self, layers: int, checkpoint: Path | None, trackers: Trackers) -> Trainer:
-        """As it goes on from `checkpoint`, with `layers` checkpointed."""
+        """The trainer that starts at `checkpoint`, or at the beginning, with `layers` checkpointed."""
         first = evaluates_first(checkpoint)
         arguments = training_arguments(self.config.training, self.run, [], self.platform, first)
         made = make_trainer(self.model, self.tokenizer, self.examples(), arguments, layers)
