@@ -81,6 +81,7 @@ RULES: dict[str, Here | By | Needs] = {
     "src/train.py --skip ID": By("tests/test_train.py", "test_checks_that_are_left_out_are_named_in_the_manifest"),
     ".venv/bin/python scripts/inspect_data.py data/processed/train.jsonl --config h100 --rows 1-3": Here(),
     ".venv/bin/python scripts/check_gpu.py": Here(),
+    ".venv/bin/python scripts/config_loader.py --schema > configs/schema.json": Here(),
     ".venv/bin/python scripts/check_docker.py": Here((0, 3)),
     f"{CHECK} --config h100": Here((0, 3)),
     f"{CHECK} --config m4": Here((0, 3)),
