@@ -69,7 +69,7 @@ def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) ->
 def test_each_chart_says_in_words_what_it_shows(complete: Path) -> None:
     text = report_page.write(complete).read_text(encoding="utf-8")
     svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
-    assert len(svgs) == 7
+    assert len(svgs) == 6
     described = {}
     for svg in svgs:
         title, description = svg[0], svg[1]
@@ -79,7 +79,6 @@ def test_each_chart_says_in_words_what_it_shows(complete: Path) -> None:
         "Training loss: from 3.95 at step 1 to 2 at step 40, least 2, most 3.95. Held-out loss: from 4 at step 0 to "
         "2.6 at step 40, least 2.5, most 4. Best held-out loss 2.5 at step 30."
     )
-    assert described["The run's starts"] == "2 starts: steps 0 to 25, killed; steps 20 to 40, complete."
     assert described["Lengths of the training conversations"] == (
         "100 conversations by length before cutting: half have up to 140 tokens, 95 % up to 390, the longest 9,000."
     )

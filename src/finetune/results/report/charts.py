@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
-from xml.etree import ElementTree
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its cache lies is nothing that a person can act on
 
@@ -23,19 +21,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 from finetune.wording import clean  # noqa: E402
 
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-# What matplotlib is told to paint with, and which of the page's variables stands in its place afterwards.
+# The page's variables, and what matplotlib paints with in their place.
+COLOURS = ("ink", "quiet", "line", "first", "second", "good", "bad", "warn")
 INK, QUIET, GRID, FIRST, SECOND, GOOD, BAD, WARN = (f"#00000{number}" for number in range(1, 9))
-VARIABLES = dict(
-    zip(
-        (INK, QUIET, GRID, FIRST, SECOND, GOOD, BAD, WARN),
-        ("ink", "quiet", "line", "first", "second", "good", "bad", "warn"),
-        strict=True,
-    )
-)
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "finetune",  # the same run gives the same bytes
     "text.parse_math": False,
     "font.size": 11,
     "axes.facecolor": "none",
@@ -74,16 +64,6 @@ class Line:
     thin: bool = False
 
 
-@dataclass(frozen=True)
-class Span:
-    """One start on a timeline, in hours since the first: when, over which steps, and how it ended."""
-
-    hours: tuple[float, float]
-    steps: tuple[float, float]
-    end: str
-    colour: str
-
-
 def in_words(what: str, points: Points) -> str:
     """A curve for who cannot see it."""
     if not points:
@@ -96,7 +76,7 @@ def in_words(what: str, points: Points) -> str:
 
 def curves(name: str, title: str, description: str, lines: Iterable[Line], best: tuple[float, float] | None) -> Markup:
     """Curves over steps; `best` (step, value) is marked. `name` is the SVG's id, of letters."""
-    with _style():
+    with _style(name):
         figure, axes = _axes()
         for line in lines:
             marker = "" if line.thin or len(line.points) > MOST_MARKERS else "o"
@@ -122,7 +102,7 @@ def curves(name: str, title: str, description: str, lines: Iterable[Line], best:
 
 def histogram(name: str, title: str, description: str, edges: list[int], counts: list[int], limit: int) -> Markup:
     """Rows by tokens; the last bar may stand for more than its width, and `limit` is drawn where it falls inside."""
-    with _style():
+    with _style(name):
         figure, axes = _axes()
         width = edges[1] - edges[0]
         axes.bar(edges[:-1], counts, width=0.9 * width, align="edge", color=FIRST)
@@ -141,32 +121,12 @@ def histogram(name: str, title: str, description: str, edges: list[int], counts:
         return _svg(figure, name, title, description)
 
 
-def timeline(name: str, title: str, description: str, spans: list[Span]) -> Markup:
-    """Steps over hours: a line for each start, dotted between them, and how each ended."""
-    with _style():
-        figure, axes = _axes()
-        for before, after in pairwise(spans):
-            gap = [before.hours[1], after.hours[0]], [before.steps[1], after.steps[0]]
-            axes.plot(*gap, color=QUIET, linestyle=":", linewidth=1.4)
-        for span in spans:
-            axes.plot(span.hours, span.steps, color=FIRST, linewidth=3)
-            axes.plot(span.hours[1], span.steps[1], "o", color=span.colour, ms=7)
-        axes.margins(x=0.04, y=0.12)
-        unit, scale = ("minutes", 60) if spans[-1].hours[1] < 2 else ("hours", 1)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda hours, _: f"{hours * scale:,.3g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10] if scale == 1 else [1, 1.5, 3, 6, 10]))
-        axes.set_xlabel(f"{unit} since the first start")
-        axes.set_ylabel("step")
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        return _svg(figure, name, title, description)
-
-
 @contextmanager
-def _style() -> Iterator[None]:
+def _style(name: str) -> Iterator[None]:
     """Within, nothing but STYLE changes matplotlib's own defaults, whatever a user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})  # the same run gives the same bytes
         yield
 
 
@@ -194,37 +154,16 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
     """The figure for a page: ids of its own, no size, a title and a description, colours by variables."""
-    stream = io.BytesIO()
+    stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    root = ElementTree.fromstring(stream.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style would hold for the whole page
-                parent.remove(child)
-    for element in root.iter():
-        for key, value in element.attrib.items():
-            element.set(key, _attribute(key, value, name))
-    for size in ("width", "height"):
-        del root.attrib[size]
-    root.attrib |= {"id": name, "role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        child = ElementTree.Element(f"{{{SVG}}}{tag}", {"id": f"{name}-{tag}"})
-        child.text = clean(text)  # XML has no place for control characters
-        root.insert(place, child)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _attribute(key: str, value: str, name: str) -> str:
-    if key == "style":
-        value = re.sub(r"font-family: [^;]*(; )?", "", value)  # the page's own
-        value = value.replace("url(#", f"url(#{name}-")
-        return re.sub("#00000[1-8]", lambda found: f"var(--{VARIABLES[found[0]]})", value)
-    if key == "id":
-        return f"{name}-{value}"
-    if key == f"{{{XLINK}}}href":
-        return value.replace("#", f"#{name}-", 1)
-    return value.replace("url(#", f"url(#{name}-") if value.startswith("url(#") else value
-
-
-ElementTree.register_namespace("", SVG)
-ElementTree.register_namespace("xlink", XLINK)
+    # Nothing refers to a group's id, which is the same in every chart; a style would hold for the whole page.
+    drawn = re.sub(
+        r'<metadata>.*?</metadata>|<style.*?</style>| id="[\w.]+_\d+"', "", stream.getvalue(), flags=re.DOTALL
+    )
+    drawn = re.sub("#00000([1-8])", lambda found: f"var(--{COLOURS[int(found[1]) - 1]})", drawn)
+    head = Markup(
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {1} {2}"'
+        ' id="{0}" role="img" aria-labelledby="{0}-title {0}-desc">'
+        '<title id="{0}-title">{3}</title><desc id="{0}-desc">{4}</desc>'
+    ).format(name, WIDTH, HEIGHT, clean(title), clean(description))
+    return head + Markup(drawn.split("<svg", 1)[1].split(">", 1)[1])

@@ -92,7 +92,6 @@ def _report(run: Evidence) -> dict[str, Any]:
         "histogram": _histogram(run),
         "happened": _happened(run),
         "starts": [_start(start) for start in run.starts],
-        "timeline": _timeline(run),
         "checks": (run.get("self_test") or {}).get("checks", []),
         "config": run.config,
         "facts": list(_facts(run)),
@@ -210,23 +209,6 @@ def _start(start: dict[str, Any]) -> dict[str, Any]:
     took = duration(_time(start["ended"]) - _time(start["started"])) if start["ended"] else "not known"
     notes = [f"went on although changed: {change}" for change in start.get("changed", [])] + start.get("set_aside", [])
     return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone, "notes": notes}
-
-
-def _timeline(run: Evidence) -> Markup | None:
-    if not run.starts:
-        return None
-    zero = _time(run.starts[0]["started"])
-    spans = []
-    for start in run.starts:
-        began = _time(start["started"])
-        last = [entry for entry in run.metrics if entry.get("time", 0) >= began] if start["end"] is None else []
-        ended = _time(start["ended"]) if start["ended"] else last[-1]["time"] if last else began
-        step = start["step"] if start["step"] is not None else last[-1]["step"] if last else start["from_step"]
-        hours = (began - zero) / 3600, (ended - zero) / 3600
-        colour = {"good": charts.GOOD, "warn": charts.WARN, "bad": charts.BAD}[_start(start)["tone"]]
-        spans.append(charts.Span(hours, (start["from_step"], step), _start(start)["end"], colour))
-    each = "; ".join(f"steps {span.steps[0]:,} to {span.steps[1]:,}, {span.end}" for span in spans)
-    return charts.timeline("starts", "The run's starts", f"{counted(len(spans), 'start')}: {each}.", spans)
 
 
 def _time(text: str) -> float:
