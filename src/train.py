@@ -81,7 +81,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_change
     tracking = trackers.make_trackers(config, run, terminal)
 
     terminal.status(f"loading {config.model.name}")
-    job = training_job.load_job(run, config, prepared)
+    job = training_job.load_job(run, config, prepared, terminal)
     untrained = self_test.before_training(job.model)
     outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in skipped, terminal)
     manifest.write_config(run, config, prepared)

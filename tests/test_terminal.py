@@ -122,6 +122,22 @@ def test_what_does_not_fit_into_the_terminals_width_is_left_out_whole(monkeypatc
     assert shown == {4: "\rste", 12: "\rstep 1/2", 13: "\rstep 1/2", 22: whole[:20], 80: whole}
 
 
+def test_progress_is_the_status_of_a_terminal_and_in_a_log_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds, log, live = [0.0], io.StringIO(), Tty()
+    monkeypatch.setattr("finetune.terminal.time.monotonic", lambda: seconds[0])
+    terminals = Terminal(stream=log), Terminal(stream=live)
+    for terminal in terminals:
+        terminal.status("loading")
+    for number in range(1, 26):
+        seconds[0] = number
+        for terminal in terminals:
+            terminal.progress(f"layer {number}")
+    assert log.getvalue() == "layer 10\nlayer 20\n"
+    assert screen(live.getvalue()) == ["layer 25"]
+
+
 def test_a_file_or_pipe_gets_no_status() -> None:
     stream = io.StringIO()
     Terminal(stream=stream).status("step 1/2")
@@ -240,6 +256,7 @@ def test_on_a_terminal_the_line_below_says_what_is_being_done(trained: tuple[Com
     assert [text for text, _ in groupby(others)] == [
         "reading DATA",
         "loading BASE",
+        "loading BASE: layer # of #, # s",
         "rehearsing the largest batches",
         "step #/#",
         "step #/#, peak # GiB, eval_loss #",

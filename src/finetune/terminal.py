@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable
 from typing import TextIO
 
+LOG_SECONDS = 10  # between two lines of progress where no line can be written again
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
 
@@ -19,6 +21,7 @@ class Terminal:
         self.live = self.stream.isatty()
         self.colour = self.live and "NO_COLOR" not in os.environ
         self._status = 0  # characters of the status that is on the screen
+        self._logged = time.monotonic()  # when the last line of progress was written, or the work began
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in one of COLOURS where this is a terminal."""
@@ -31,6 +34,7 @@ class Terminal:
 
     def status(self, text: str, *more: str) -> None:
         """On a terminal a line that lives until the next one: `text`, and what of `more` fits beside it."""
+        self._logged = time.monotonic()
         if not self.live:
             return
         columns = shutil.get_terminal_size().columns - 1  # 79 where the terminal does not say
@@ -41,6 +45,14 @@ class Terminal:
             text += f", {part}"
         print(f"\r{text:<{self._status}}", end="", file=self.stream, flush=True)
         self._status = len(text)
+
+    def progress(self, text: str) -> None:
+        """How far the work that the last status named has come: that status, or in a log a line every LOG_SECONDS."""
+        if self.live:
+            self.status(text)
+        elif time.monotonic() - self._logged >= LOG_SECONDS:
+            self.say(text)
+            self._logged = time.monotonic()
 
     def clear(self) -> None:
         """Take the status off the screen."""

@@ -173,6 +173,7 @@ def test_a_hub_model_that_cannot_be_fetched_says_how_to_get_it(config: Config, m
     wanted = {"name": MISTRAL, "revision": "abc", "trust_remote_code": False, "use_safetensors": True}
     assert {key: asked[key] for key in wanted} == wanted
     assert asked["device_map"] == {"": "cpu"}
+    assert asked["tqdm_class"].__module__ == "finetune.model.load_progress"
 
 
 def test_an_expanded_base_is_verified_before_its_scales_are_gone(

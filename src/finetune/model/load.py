@@ -6,7 +6,6 @@ from typing import Any
 
 import bitsandbytes
 import torch
-import transformers
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +21,7 @@ from finetune.errors import CheckFailed
 from finetune.files import resolve
 from finetune.machine.platforms import quantised_on
 from finetune.model.hub import GIVE_TOKEN, is_cached
+from finetune.model.load_progress import SILENT, Report, download_bar, layer_counter, layers_reported
 from finetune.model.lora import add_lora, install_fused
 from finetune.model.verify import verify_base
 from finetune.wording import first_line
@@ -41,9 +41,9 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
     )
 
 
-def load_model(config: Config, device: str) -> PeftModel:
+def load_model(config: Config, device: str, report: Report = SILENT) -> PeftModel:
     """What is trained: the base on `device`, and `adapt`. Raises CheckFailed as both do."""
-    return adapt(load_base(config.model, config.quantization, device), config)
+    return adapt(load_base(config.model, config.quantization, device, report), config)
 
 
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
@@ -53,11 +53,13 @@ def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
     return model
 
 
-def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str) -> PreTrainedModel:
+def load_base(
+    model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report = SILENT
+) -> PreTrainedModel:
     """The frozen base on `device`, its decoder's linear layers in NF4, or expanded back from NF4 once.
 
-    Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot be had, or where any
-    module is not what the config asks for.
+    `report` hears of bytes fetched, and of layers loaded and expanded. Never trusts remote code and never reads
+    pickles. Raises CheckFailed where the weights cannot be had, or where any module is not what the config asks for.
     """
     dtype, quantised = getattr(torch, model.dtype), quantised_on(device, quantization.storage)
     nf4 = BitsAndBytesConfig(
@@ -68,20 +70,21 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
     )
     name = str(resolve(model.name)) if is_local(model.name) else model.name
     here = is_local(model.name) or is_cached(model.name, model.revision)
-    transformers.utils.logging.disable_progress_bar()
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=model.revision or "main",
-            local_files_only=here,  # else a Hub that is silent is asked six times for each file that a base may have
-            adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
-            quantization_config=nf4,
-            dtype=dtype,
-            device_map={"": quantised},  # without it a Mac would silently get the CPU
-            attn_implementation=model.attn_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with layers_reported(model.name, report):
+            base = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=model.revision or "main",
+                local_files_only=here,  # else a silent Hub is asked six times for each file that a base may have
+                adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
+                tqdm_class=download_bar(model.name, report),
+                quantization_config=nf4,
+                dtype=dtype,
+                device_map={"": quantised},  # without it a Mac would silently get the CPU
+                attn_implementation=model.attn_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except OSError as error:
         raise _no_weights(model.name, error) from None
     except ImportError as error:
@@ -95,19 +98,21 @@ def load_base(model: ModelConfig, quantization: QuantizationConfig, device: str)
             module.support_avx512bf16_for_cpu = False
     verify_base(base, model, quantization, quantised, "packed")
     if quantization.storage == "expanded":
-        expand(base, dtype, device)
+        expand(base, dtype, device, report)
         verify_base(base, model, quantization, device, "expanded")
     return base
 
 
-def expand(base: PreTrainedModel, dtype: torch.dtype, device: str) -> None:
+def expand(base: PreTrainedModel, dtype: torch.dtype, device: str, report: Report = SILENT) -> None:
     """Each NF4 layer of `base` as a plain one on `device` that holds the same values, and all else moved there.
 
     One layer at a time, unpacked where it is packed, so that the peak is one layer above the final size: transformers'
     `dequantize` holds all packed layers, some 4 GB of a 7B, until the last one is expanded.
     """
     packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    reach = layer_counter("expanding NF4", packed_layers, report)
     for name in packed_layers:
+        reach(name)
         packed = base.get_submodule(name)
         plain = torch.nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
         plain.weight = torch.nn.Parameter(_unpacked(packed).to(device, dtype), requires_grad=False)

@@ -17,6 +17,7 @@ from finetune.data.prepare import Prepared
 from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.model import load
+from finetune.model.load_progress import SILENT, Report
 from finetune.plan.checkpointed_layers import Choice, settled
 from finetune.plan.fit import what_would_fit
 from finetune.plan.model_shape import Geometry, read_geometry
@@ -86,12 +87,16 @@ class Job:
         return Watchers(keeper, stopper, Progress(terminal, pace, tracking.cost_per_hour, peak), sampler)
 
 
-def load_job(run: Run, config: Config, prepared: Prepared) -> Job:
-    """Load base and tokenizer. Raises OutOfResource with the smallest change that fits, and CheckFailed."""
+def load_job(run: Run, config: Config, prepared: Prepared, terminal: Terminal | None = None) -> Job:
+    """Load base and tokenizer; `terminal` shows how far that is.
+
+    Raises OutOfResource with the smallest change that fits, and CheckFailed.
+    """
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
+    report = Report(terminal.progress, terminal.decision, terminal.warn) if terminal else SILENT
     with _memory_explained(config):
-        model = load.load_model(config, platform.device)
+        model = load.load_model(config, platform.device, report)
     return Job(run, config, prepared, model, load.make_tokenizer(prepared.chat, config.dataset.padding_side))
 
 

@@ -1,0 +1,94 @@
+"""How far the download and the load of a base have come, in words, read from the libraries' own progress bars."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from finetune.wording import duration
+
+GB = 1e9  # as the Hub and the disk makers count
+
+
+def _silent(*_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Report:
+    """What becomes of the words that loading a base has to say: by default nothing, or methods of a Terminal."""
+
+    progress: Callable[[str], None] = _silent  # how far it has come
+    decision: Callable[[str, str], None] = _silent  # what, and its reason
+    warn: Callable[[str], None] = _silent
+
+
+SILENT = Report()
+
+
+def download_bar(name: str, report: Report) -> type[Any]:
+    """A tqdm class for huggingface_hub that draws nothing, and reports bytes of the files of `name` in GB."""
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread of its own
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            # Of the Hub's other bars one counts files, and one what the network carried, whose total nobody knows.
+            if self.unit == "B" and self.total and not self.desc.startswith("Downloading bytes"):
+                report.progress(f"fetching {name}: {self.n / GB:.1f} of {self.total / GB:.1f} GB")
+
+    return Bar
+
+
+@contextmanager
+def layers_reported(name: str, report: Report) -> Iterator[None]:
+    """Report each layer of which transformers loads the first weight in the block; its own bars are off."""
+
+    def watched(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") != "Loading weights":  # as core_model_loading of transformers 5.23 says
+            return bar(*args, **options)
+        reach = layer_counter(f"loading {name}", [weight for weight, _ in args[0]], report)
+        return _each(args[0], reach)
+
+    logging.disable_progress_bar()
+    before = logging.set_tqdm_hook(watched)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def _each(items: Iterable[Any], reach: Callable[[str], None]) -> Iterator[Any]:
+    for item in items:
+        reach(item[0])
+        yield item
+
+
+def layer_counter(what: str, names: Iterable[str], report: Report) -> Callable[[str], None]:
+    """To be called with each of `names`, of weights or modules: reports each layer that it reaches, and the time."""
+    started, total, seen = time.monotonic(), len({_layer(name) for name in names} - {None}), set()
+
+    def reach(name: str) -> None:
+        number = _layer(name)
+        if number is not None and number not in seen:
+            seen.add(number)
+            report.progress(f"{what}: layer {len(seen)} of {total}, {duration(time.monotonic() - started)}")
+
+    return reach
+
+
+def _layer(name: str) -> str | None:
+    """N of a name such as model.layers.N.mlp.up_proj.weight; None where it belongs to no layer."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return found[1] if found else None
