@@ -26,7 +26,7 @@ def main() -> None:
         show_result(terminal, result)
         results.append(result)
     code = exit_code(results)
-    again = f"mend what is marked, then: {PYTHON} scripts/check_docker.py"
+    again = f"fix the failed checks, then run: {PYTHON} scripts/check_docker.py"
     terminal.say(f"{tally(results)}; {again if code else 'next: docker compose run --rm validate'}")
     if options.json:
         cli.print_json({**summary(results, code), "environment": environment(host)})

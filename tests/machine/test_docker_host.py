@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import docker
 import pytest
+from docker.errors import APIError
 
 from finetune.config.load import ROOT
 from finetune.errors import CheckFailed
+from finetune.files import GIB
 from finetune.machine import docker_host
-from finetune.machine.docker_host import Engine, Place, Settings, Unreachable, read_docker_host
-from support.docker_hosts import ENV_LINES, docker, needs_engine
-from support.recorded_docker import INFO_20, INFO_BARE, INFO_CDI, INFO_NVIDIA, INFO_ROOTLESS, FakeEngine
+from finetune.machine.docker_host import Disk, Engine, Place, Service, Unreachable, read_docker_host
+from support.docker_hosts import needs_engine
+from support.recorded_docker import INFO_20, INFO_BARE, INFO_CDI, INFO_NVIDIA, INFO_ROOTLESS
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Sockets have short paths, and another user must be able to reach the socket."""
+    with tempfile.TemporaryDirectory(prefix="check-docker-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -49,47 +62,48 @@ class as_nobody:
         os.seteuid(os.getuid())
 
 
-def test_an_env_file_is_read_as_compose_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/trainer")
-    assert docker_host.parse_env(f"{ENV_LINES}bad\n") == {
-        "UID": "3", "GID": "2", "HF_TOKEN_FILE": "/home/trainer/t#1", "A": "$HOME", "B": "x", "C": "x#y",
-    }  # fmt: skip
-
-
-def test_the_shell_comes_before_the_env_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (project / ".env").write_text("UID=1\nGID=2\nLOCK=h100\n")
-    monkeypatch.setenv("LOCK", "cpu")
-    assert docker_host.read_settings(project) == Settings(uid="1", gid="2", lock="cpu")
-
-
-def test_of_tokens_only_files_and_names_are_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(project))
+def test_the_service_is_what_compose_resolves(project: Path) -> None:
+    (project / "data").rmdir()
+    (project / "adapters/notes.txt").write_text("")
     (project / "token").write_text("hf_secret")
     (project / "token").chmod(0o640)
-    (project / ".env").write_text("UID=1\nGID=2\nHF_TOKEN=hf_loose\nHF_TOKEN_FILE=~/token\nWANDB_API_KEY=w_secret\n")
-    read = docker_host.read_settings(project)
     owner = (project / "token").stat()
-    assert read.token_files == {"HF_TOKEN_FILE": Place("~/token", 0o100640, owner.st_uid, owner.st_gid)}
-    assert read.loose == ("WANDB_API_KEY",)
-    assert "secret" not in repr(read)
-    assert "loose" not in repr(read).replace("loose=", "")
+    here = {"uid": owner.st_uid, "gid": owner.st_gid}
+    found = docker_host.service_of(resolved(project), project)
+    modes = {it.name: it.mode for it in found.folders}
+    assert modes.pop("data") is None
+    assert found == Service(
+        image="mistral-7b-qlora:cpu",
+        lock="cpu",
+        user="1:2",
+        folders=(
+            *(
+                Place(name, modes[name], **here) if name in modes else Place(name)
+                for name in ("configs", "data", "models")
+            ),
+            *(Place(name, modes[name], **here, writable=True) for name in ("adapters", "adapters/run")),
+        ),
+        tokens={"HF_TOKEN_FILE": Place("token", 0o100640, **here)},
+    )
+    assert all(docker_host.is_folder(it) for it in found.folders if it.name != "data")
+    assert "secret" not in repr(found)
 
 
-def test_an_env_file_that_is_a_folder_is_a_problem(project: Path) -> None:
-    (project / ".env").unlink()
-    (project / ".env").mkdir()
-    assert docker_host.read_settings(project) == Settings(problem="Is a directory")
-
-
-def test_folders_are_those_that_are_bound_and_those_of_runs(project: Path) -> None:
-    (project / "data").rmdir()
-    (project / "models").rmdir()
-    (project / "models").write_text("")
-    (project / "adapters/notes.txt").write_text("")
-    read = list(docker_host.read_folders(project))
-    assert [it.name for it in read] == ["data", "configs", "models", "adapters", "adapters/run"]
-    assert [docker_host.is_folder(it) for it in read] == [False, True, False, True, True]
-    assert read[0].mode is None
+def resolved(project: Path) -> dict[str, Any]:
+    """What Compose 2.26 answered to `config --format json`, shortened."""
+    binds = [
+        {"type": "bind", "source": f"{project}/{name}", "target": f"/app/{name}", "read_only": True, "bind": {}}
+        for name in ("configs", "data", "models")
+    ]
+    adapters = {"type": "bind", "source": f"{project}/adapters", "target": "/app/adapters", "bind": {}}
+    service = {
+        "build": {"args": {"FLASH_ATTN": "build", "GIT_COMMIT": "", "LOCK": "cpu", "MAX_JOBS": ""}},
+        "image": "mistral-7b-qlora:cpu",
+        "user": "1:2",
+        "volumes": [*binds, adapters, {"type": "volume", "source": "cache", "target": "/cache"}],
+    }
+    secrets = {"hf_token": {"file": f"{project}/token"}, "wandb_api_key": {"file": "/dev/null"}}
+    return {"services": {"train-h100": service}, "secrets": secrets}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +126,6 @@ def test_a_version_is_the_first_number_with_a_dot(
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        ("exit 0", ""),
         (
             "echo warning >&2; echo; echo services.plan must be a mapping >&2; exit 15",
             "services.plan must be a mapping",
@@ -126,7 +139,7 @@ def test_what_compose_says_of_env_never_shows_its_lines(
     script: str, problem: str, commands: Callable[[str], None], tmp_path: Path
 ) -> None:
     commands(script)
-    assert docker_host._config_problem(tmp_path) == problem
+    assert docker_host.read_service(tmp_path) == problem
 
 
 def test_a_command_that_is_not_there_or_hangs_is_no_answer(
@@ -143,16 +156,17 @@ def test_a_command_that_is_not_there_or_hangs_is_no_answer(
     ("info", "wanted"),
     [
         (INFO_20,
-            Engine(*("20.10.24+dfsg1", "1.41", "Debian GNU/Linux 12 (bookworm)", "/var/lib/docker"),
+            Engine(*("20.10.24+dfsg1", "1.41", "Debian GNU/Linux 12 (bookworm)", ("/var/lib/docker",)),
             runtimes=("io.containerd.runc.v2", "runc"))),
-        (INFO_NVIDIA, Engine("28.2.2", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker", runtimes=("nvidia", "runc"))),
+        (INFO_NVIDIA, Engine("28.2.2", "1.41", "Ubuntu 22.04.5 LTS", ("/var/lib/docker",),
+            runtimes=("nvidia", "runc"))),
         (INFO_CDI,
-            Engine(*("29.0.1", "1.41", "Ubuntu 22.04.5 LTS", "/var/lib/docker"), runtimes=("runc",),
-            cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all"), containerd=True)),
+            Engine(*("29.0.1", "1.41", "Ubuntu 22.04.5 LTS", ("/var/lib/docker", "/var/lib/containerd")),
+            runtimes=("runc",), cdi_devices=("nvidia.com/gpu=0", "nvidia.com/gpu=all"))),
         (INFO_ROOTLESS,
-            Engine(*("28.2.2", "1.41", "Debian GNU/Linux 12 (bookworm)", "/home/trainer/.local/share/docker"),
+            Engine(*("28.2.2", "1.41", "Debian GNU/Linux 12 (bookworm)", ("/home/trainer/.local/share/docker",)),
             runtimes=("io.containerd.runc.v2", "runc"), rootless=True)),
-        (INFO_BARE, Engine("24.0.0-rc.1", "1.41", "Alpine", "/data")),
+        (INFO_BARE, Engine("24.0.0-rc.1", "1.41", "Alpine", ("/data",))),
     ],
     ids=["20.10", "nvidia", "cdi", "rootless", "bare"],
 )  # fmt: skip
@@ -161,12 +175,28 @@ def test_an_engine_is_what_it_says(info: dict[str, Any], wanted: Engine) -> None
     assert docker_host.engine_of(info, "1.41", "http://gpu-7:2375").address == "http://gpu-7:2375"
 
 
-def test_an_engine_that_fails_over_info_does_not_answer(fake: FakeEngine, project: Path) -> None:
-    fake.info_status, fake.info = 500, {"message": "out of order"}
-    read = read_docker_host(project)
-    assert isinstance(read.engine, Unreachable)
-    assert read.engine.why == "other"
-    assert read.engine.text.endswith('Internal Server Error ("out of order")')
+def test_an_engine_that_fails_over_info_does_not_answer(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(_: object) -> None:
+        raise APIError("500 Server Error", explanation="out of order")
+
+    monkeypatch.setattr(docker, "from_env", lambda **_: docker.DockerClient("unix:///nowhere", version="1.41"))
+    monkeypatch.setattr(docker.DockerClient, "info", info)
+    assert read_docker_host(project).engine == Unreachable("other", '500 Server Error ("out of order")')
+
+
+def test_the_disk_is_the_fullest_of_those_with_the_engines_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"/var/lib/docker": 2 * GIB, "/var/lib/containerd": GIB}
+
+    def usage(folder: str) -> SimpleNamespace:
+        if folder not in free:
+            raise FileNotFoundError(folder)
+        return SimpleNamespace(free=free[folder])
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    engine = docker_host.engine_of(INFO_CDI, "1.41", docker_host.LOCAL)
+    assert docker_host._disk(engine) == Disk("/var/lib/containerd", 1.0)
+    assert docker_host._disk(replace(engine, address="http://gpu-7:2375")) is None
+    assert docker_host._disk(replace(engine, folders=("/var/lib/docker", "/not/there"))) is None
 
 
 @pytest.mark.parametrize(
@@ -188,7 +218,7 @@ def test_why_no_engine_answers_is_told_apart(
     (short_folder / "closed.sock").chmod(0)
     with pytest.MonkeyPatch.context() as patch, as_nobody():
         patch.setenv("DOCKER_HOST", host.format(folder=short_folder))
-        read = docker_host._engine_facts(project, "h100")
+        read = docker_host._engine_facts(project, "no service")
     assert [it.why for it in read.values()] == [wanted]
 
 
@@ -224,18 +254,6 @@ def test_what_real_compose_has_against_an_env_file_is_told_without_its_tokens(
 ) -> None:
     shutil.copy(ROOT / "compose.yaml", project)
     (project / ".env").write_text(text)
-    told = docker_host._config_problem(project)
+    told = str(docker_host.read_service(project))
     assert problem in told
     assert "secret" not in told
-
-
-@pytest.mark.slow
-@needs_engine
-def test_real_compose_reads_an_env_file_as_we_do(project: Path) -> None:
-    (project / ".env").write_text(ENV_LINES)
-    names = ("UID", "GID", "HF_TOKEN_FILE", "A", "B", "C")
-    lines = "".join(f'      {name}: "${{{name}}}"\n' for name in names)
-    (project / "compose.yaml").write_text(f"services:\n  a:\n    image: x\n    environment:\n{lines}")
-    document = json.loads(docker("compose", "config", "--format", "json", cwd=project))
-    read = {name: value.replace("$$", "$") for name, value in document["services"]["a"]["environment"].items()}
-    assert read == docker_host.parse_env((project / ".env").read_text())

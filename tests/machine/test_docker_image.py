@@ -1,64 +1,94 @@
-"""What an image holds, on a fake engine: never started, and compared with the files here."""
+"""What an image holds, compared with the files here and never started."""
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from finetune.machine import docker_host
-from finetune.machine.docker_host import Engine, read_docker_host
-from finetune.machine.docker_image import Image
+import pytest
+from docker.errors import APIError, ImageNotFound, NotFound
+
+from finetune.machine.docker_image import Image, read_image
 from support.docker_hosts import PROGRAM
-from support.recorded_docker import INFO_NVIDIA, FakeEngine
+
+NAME = "mistral-7b-qlora:h100"
 
 
-def test_an_image_of_this_program_differs_in_nothing(fake: FakeEngine, project: Path) -> None:
-    fake.hold(PROGRAM)
-    read = read_docker_host(project)
-    assert read.engine == docker_host.engine_of(INFO_NVIDIA, "1.41", docker_host.LOCAL)
-    assert read.image == Image(3.0, "h100", "build")
+class Client:
+    """docker-py's client of an engine with one image, whose /app has `files`; `calls` are what changes the engine."""
+
+    def __init__(self, files: dict[str, bytes], lock: str = "h100", flash_attn: str = "build") -> None:
+        config = {"Env": ["PATH=/bin", f"IMAGE_LOCK={lock}"], "Labels": {"flash-attn": flash_attn}}
+        self.image = SimpleNamespace(id="sha256:1", attrs={"Size": 3 * 2**30, "Config": config})
+        self.files, self.full = files, False
+        self.calls: list[tuple[str, Any]] = []
+        self.images = self.containers = self
+
+    def get(self, name: str) -> SimpleNamespace:
+        if name != NAME:
+            raise ImageNotFound("404 Client Error")
+        return self.image
+
+    def create(self, image: str, **_: object) -> Client:
+        if self.full:
+            raise APIError("500 Server Error", explanation="no space left on device")
+        self.calls.append(("create", image))
+        return self
+
+    def remove(self, **options: bool) -> None:
+        self.calls.append(("remove", options))
+
+    def get_archive(self, path: str) -> tuple[list[bytes], dict[str, Any]]:
+        """A tar whose paths begin with the last part of `path`."""
+        name = path.removeprefix("/app/")
+        below = {it: content for it, content in self.files.items() if it == name or it.startswith(f"{name}/")}
+        if not below:
+            raise NotFound("404 Client Error")
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for it, content in below.items():
+                member = tarfile.TarInfo(str(Path(it).relative_to(Path(name).parent)))
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return [packed.getvalue()], {}
 
 
-def test_an_image_says_itself_which_lock_it_was_made_from(fake: FakeEngine, project: Path) -> None:
-    fake.hold(PROGRAM, lock="cpu", flash_attn="skip")
-    assert read_docker_host(project).image == Image(3.0, "cpu", "skip")
+def test_an_image_of_this_program_differs_in_nothing_and_is_left_without_a_container(project: Path) -> None:
+    client = Client(PROGRAM)
+    assert read_image(client, project, NAME, "h100") == Image(3.0, "h100", "build")
+    assert client.calls == [("create", "sha256:1"), ("remove", {"v": True, "force": True})]
 
 
-def test_files_that_were_changed_added_or_removed_since_are_named(fake: FakeEngine, project: Path) -> None:
-    fake.hold(PROGRAM | {"scripts/old.py": b"", "src/finetune/__pycache__/a.pyc": b"", "src/train.py": b"old"})
+def test_an_image_names_the_lock_it_was_made_from(project: Path) -> None:
+    assert read_image(Client(PROGRAM, "cpu", "skip"), project, NAME, "h100") == Image(3.0, "cpu", "skip")
+
+
+def test_an_image_that_is_not_there_is_none(project: Path) -> None:
+    assert read_image(Client(PROGRAM), project, "mistral-7b-qlora:cpu", "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        (
+            PROGRAM | {"scripts/old.py": b"", "src/finetune/__pycache__/a.pyc": b"", "src/train.py": b"old"},
+            ("requirements/h100.lock", "src/new.py", "src/train.py", "scripts/old.py"),
+        ),
+        ({}, ("requirements/h100.lock", "src/finetune/a.py", "src/new.py", "src/train.py", "scripts/b.sh")),
+    ],
+    ids=["changed, added and removed", "no program"],
+)
+def test_files_that_are_others_here_are_named(files: dict[str, bytes], changed: tuple[str, ...], project: Path) -> None:
     (project / "src/new.py").write_text("")
     (project / "requirements/h100.lock").write_text("torch==2.11.0\n")
-    read = read_docker_host(project)
-    assert read.image is not None
-    assert read.image.changed == ("requirements/h100.lock", "src/new.py", "src/train.py", "scripts/old.py")
+    assert read_image(Client(files), project, NAME, "h100") == Image(3.0, "h100", "build", changed)
 
 
-def test_an_image_without_the_program_differs_in_all_of_it(fake: FakeEngine, project: Path) -> None:
-    fake.hold({})
-    read = read_docker_host(project)
-    assert read.image is not None
-    assert sorted(read.image.changed) == sorted(PROGRAM)
-
-
-def test_the_container_is_made_and_removed_with_its_volumes_and_never_started(fake: FakeEngine, project: Path) -> None:
-    fake.hold(PROGRAM)
-    read_docker_host(project)
-    changing = [request for request in fake.requests if request.startswith(("POST", "PUT", "DELETE"))]
-    assert changing == ["POST /v1.41/containers/create", "DELETE /v1.41/containers/1?v=True&link=False&force=True"]
-
-
-def test_the_image_is_the_one_that_the_lock_of_env_names(fake: FakeEngine, project: Path) -> None:
-    (project / ".env").write_text("UID=1\nGID=1\nLOCK=cpu\n")
-    read = read_docker_host(project)
-    assert isinstance(read.engine, Engine)
-    assert read.image is None
-    assert [request for request in fake.requests if "/images/" in request] == [
-        "GET /v1.41/images/mistral-7b-qlora:cpu/json"
-    ]
-
-
-def test_an_engine_without_room_for_a_container_is_a_finding_about_the_image(fake: FakeEngine, project: Path) -> None:
-    fake.hold(PROGRAM)
-    fake.full = True
-    read = read_docker_host(project)
-    assert read.image is not None
-    assert read.image.problem.endswith('Internal Server Error ("no space left on device")')
+def test_an_engine_without_room_for_a_container_is_a_finding_about_the_image(project: Path) -> None:
+    client = Client(PROGRAM)
+    client.full = True
+    problem = '500 Server Error ("no space left on device")'
+    assert read_image(client, project, NAME, "h100") == Image(3.0, "h100", "build", problem=problem)

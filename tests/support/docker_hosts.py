@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +14,8 @@ import pytest
 from finetune.checks.docker.host import CHECKS
 from finetune.checks.runner import run
 from finetune.config.load import ROOT
-from finetune.machine import docker_host, docker_image
-from finetune.machine.docker_host import DockerHost, Engine, Place, Unreachable
+from finetune.machine import docker_host
+from finetune.machine.docker_host import Disk, DockerHost, Engine, Place, Service, Unreachable
 from support.recorded_docker import FOLDERS, READY
 
 IDS = [check.id for check in CHECKS]
@@ -56,8 +55,9 @@ def machine(**changes: Any) -> DockerHost:
     return replace(READY, machine=replace(READY.machine, **changes))
 
 
-def settings(**changes: Any) -> DockerHost:
-    return replace(READY, settings=replace(READY.settings, **changes))
+def service(**changes: Any) -> DockerHost:
+    assert isinstance(READY.service, Service)
+    return replace(READY, service=replace(READY.service, **changes))
 
 
 def image(**changes: Any) -> DockerHost:
@@ -66,27 +66,21 @@ def image(**changes: Any) -> DockerHost:
 
 
 def folder(name: str, mode: int | None, uid: int = 1000, gid: int = 1000) -> DockerHost:
-    other = Place(name, mode, uid, gid)
-    return replace(READY, folders=tuple(other if it.name == name else it for it in FOLDERS))
+    changes = {"mode": mode, "uid": uid, "gid": gid}
+    return service(folders=tuple(replace(it, **changes) if it.name == name else it for it in FOLDERS))
 
 
 def token(mode: int | None, uid: int = 1000) -> DockerHost:
-    return settings(token_files={"HF_TOKEN_FILE": Place("/home/trainer/token", mode, uid, uid)})
+    return service(tokens={"HF_TOKEN_FILE": Place("/home/trainer/token", mode, uid, uid)})
 
 
 def unreachable(why: str, **changes: Any) -> DockerHost:
     silence = Unreachable(why, "Read timed out") if why == "other" else Unreachable(why)  # type: ignore[arg-type]
-    return replace(READY, engine=silence, image=None, image_disk=None, volume_disk=None, **changes)
+    return replace(READY, engine=silence, image=None, disk=None, **changes)
 
 
-def disk(images: float, volumes: float | None = None, **changes: Any) -> DockerHost:
-    """Of one file system, or of two."""
-    assert READY.image_disk is not None
-    first = replace(READY.image_disk, free_gib=images)
-    if volumes is None:
-        return replace(READY, image_disk=first, volume_disk=first, **changes)
-    second = docker_host.Disk("/mnt/docker", volumes, 67)
-    return replace(READY, image_disk=first, volume_disk=second, **changes)
+def disk(free_gib: float, **changes: Any) -> DockerHost:
+    return replace(READY, disk=Disk("/var/lib/docker", free_gib), **changes)
 
 
 BUILD = "docker compose build"
@@ -95,7 +89,7 @@ BUILD = "docker compose build"
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project's folder with lock, program, .env and bound folders, in a shell that names none of it."""
-    for name in ("UID", "GID", "LOCK", *docker_host.SECRETS):
+    for name in ("UID", "GID", "LOCK", "HF_TOKEN_FILE", "WANDB_API_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("data", "configs", "models", "adapters/run", "requirements", "src/finetune/__pycache__", "scripts"):
         (tmp_path / name).mkdir(parents=True)
@@ -112,16 +106,6 @@ PROGRAM = {
     "src/finetune/a.py": b"A = 1\n",
     "scripts/b.sh": b"true\n",
 }
-ENV_LINES = """\
-# LOCK=cpu
-UID=1
-export GID='2' # mine
-UID=3
-HF_TOKEN_FILE="$HOME/t#1" # mine
-A='$HOME'
-B = x # y
-C=x#y
-"""
 
 
 def answers() -> bool:
@@ -139,17 +123,18 @@ def docker(*arguments: str, **options: Any) -> str:
 
 
 @pytest.fixture
-def real(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def real(project: Path) -> Iterator[Path]:
     """A project's folder with compose.yaml, and an image of its own: nothing but the program."""
-    shutil.copy(ROOT / "compose.yaml", project)
-    # The stand-in's name is not that of a base image: the real one is left alone.
-    monkeypatch.setattr(docker_image, "REPOSITORY", f"check-docker-test-{os.getpid()}")
+    # The stand-in's name is not that of the real image, which is left alone.
+    name = f"check-docker-test-{os.getpid()}"
+    compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
+    (project / "compose.yaml").write_text(compose.replace("image: mistral-7b-qlora:", f"image: {name}:"))
     dockerfile = (
         "FROM scratch\nENV IMAGE_LOCK=h100\nLABEL flash-attn=build\nVOLUME /cache\n"
         "COPY requirements /app/requirements\nCOPY src /app/src\nCOPY scripts /app/scripts\n"
     )
     (project / "Dockerfile").write_text(dockerfile)
-    tag = f"{docker_image.REPOSITORY}:h100"
+    tag = f"{name}:h100"
     docker("build", "--quiet", "--tag", tag, str(project))
     yield project
     docker("image", "rm", "--force", tag)

@@ -1,6 +1,6 @@
-"""What this host's Docker engine, Compose, `.env`, image and bound folders are; read once, by asking, starting nothing.
+"""What this host's Docker engine, Compose, the service train-h100 and its image are; read by asking, starting nothing.
 
-All of it lands in one `DockerHost`, so that the checks can be shown a recorded one.
+Everything is read once into a `DockerHost`, so that the checks can be tested on recorded ones.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import grp
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -25,8 +26,7 @@ from finetune.machine.docker_image import Image, read_image
 from finetune.machine.inspect import ANSWER_SECONDS, Machine, read_machine
 from finetune.wording import first_line
 
-BINDS = ("data", "configs", "models", "adapters")  # what compose.yaml mounts; only the last may be written
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # containers get the files that HF_TOKEN_FILE and WANDB_API_KEY_FILE name
+SERVICE = "train-h100"
 LOCAL = "http+docker://localhost"  # docker-py's name for every engine that is reached by a socket
 
 
@@ -42,79 +42,72 @@ class Unreachable:
 class Engine:
     """An engine that answers. `address` is where, empty for a socket of this machine.
 
-    `cdi_devices` are those that it found by itself (newer ones tell); `folder` is where it keeps its data.
-    `rootless` and `remapped` say that a container's user ids are others on this machine; `containerd`, that images lie
-    in containerd's folder instead.
+    `cdi_devices` are those that it found by itself (newer ones report them); `folders` are where it keeps volumes and
+    images. With `rootless` or `remapped`, a container's user ids are others on this machine.
     """
 
     version: str
     api: str
     system: str
-    folder: str
+    folders: tuple[str, ...]
     address: str = ""
     runtimes: tuple[str, ...] = ()
     cdi_devices: tuple[str, ...] = ()
     rootless: bool = False
     remapped: bool = False
-    containerd: bool = False
 
 
 @dataclass(frozen=True)
 class Place:
-    """What lies at a path: mode, owner and group as stat has them; `mode` is None where nothing is there."""
+    """A path that a container gets: mode, owner and group as stat has them; `mode` is None where nothing is there."""
 
     name: str
     mode: int | None = None
     uid: int = 0
     gid: int = 0
+    writable: bool = False
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `.env`, and the shell before it, give compose.yaml; `problem` is why `.env` cannot be read.
+class Service:
+    """train-h100 as Compose resolves it from compose.yaml, `.env` and the shell.
 
-    `token_files` are what the `_FILE` of each of SECRETS names, by that variable; `loose` are those that have a value
-    and no file, which no container gets. The values are not kept.
+    `user` is UID:GID; `folders` are those bound, and those of the runs in them; `tokens` are the files named by the
+    variables HF_TOKEN_FILE and WANDB_API_KEY_FILE. What the files hold is not read.
     """
 
-    uid: str = ""
-    gid: str = ""
-    lock: str = "h100"
-    token_files: dict[str, Place] = field(default_factory=dict)
-    loose: tuple[str, ...] = ()
-    problem: str = ""
+    image: str
+    lock: str
+    user: str
+    folders: tuple[Place, ...] = ()
+    tokens: dict[str, Place] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Free space where `folder` lies; `device` tells file systems apart."""
+    """The free space of `folder`, the fullest of those where the engine keeps its data."""
 
     folder: str
     free_gib: float
-    device: int
 
 
 @dataclass(frozen=True)
 class DockerHost:
-    """One host. `user` is who asks (before sudo), `in_group` says that the group docker names them.
+    """One host. `in_group` says that the group docker names this user.
 
-    `compose` and `buildx` are versions, None where they do not answer; `config_problem` is what Compose has against
-    compose.yaml. `hook` says that nvidia-container-runtime-hook is installed.
+    `service` is a text where Compose refuses compose.yaml or `.env`: its reason. `compose` and `buildx` are versions,
+    None where they do not answer. `hook` says that nvidia-container-runtime-hook is installed.
     """
 
     machine: Machine
     engine: Engine | Unreachable
-    settings: Settings
-    user: int
+    service: Service | str
     in_group: bool = False
     compose: str | None = None
     buildx: str | None = None
-    config_problem: str = ""
     hook: bool = False
-    folders: tuple[Place, ...] = ()
     image: Image | None = None
-    image_disk: Disk | None = None
-    volume_disk: Disk | None = None
+    disk: Disk | None = None
 
 
 def read_docker_host(root: Path = ROOT) -> DockerHost:
@@ -122,69 +115,16 @@ def read_docker_host(root: Path = ROOT) -> DockerHost:
     if importlib.util.find_spec("docker") is None:
         found = f"not installed for {sys.executable}: docker"
         raise CheckFailed(found, "type: scripts/make_venv.sh, then run this with .venv/bin/python", between="\n")
-    settings = read_settings(root)
     host = DockerHost(
         machine=read_machine(),
         engine=Unreachable("absent"),
-        settings=settings,
-        user=int(os.environ.get("SUDO_UID", os.getuid())),
+        service=read_service(root),
         in_group=_in_docker_group(),
         compose=_version("docker", "compose", "version", "--short"),
         buildx=_version("docker", "buildx", "version"),
-        config_problem=_config_problem(root),
         hook=shutil.which("nvidia-container-runtime-hook") is not None,
-        folders=tuple(read_folders(root)),
     )
-    return replace(host, **_engine_facts(root, settings.lock))
-
-
-# Files here -----------------------------------------------------------------------------------------------------------
-
-
-def read_settings(root: Path) -> Settings:
-    """What compose.yaml gets from `.env` in `root` and from this shell, which Compose asks first."""
-    try:
-        values = parse_env((root / ".env").read_text(encoding="utf-8", errors="replace"))
-    except OSError as error:
-        return Settings(problem=error.strerror or str(error))
-    values.update(os.environ)
-    files = {f"{name}_FILE": values.get(f"{name}_FILE", "") for name in SECRETS}
-    return Settings(
-        uid=values.get("UID", ""),
-        gid=values.get("GID", ""),
-        lock=values.get("LOCK") or "h100",
-        token_files={name: _place(path, root / Path(path).expanduser()) for name, path in files.items() if path},
-        loose=tuple(name for name in SECRETS if not files[f"{name}_FILE"] and values.get(name)),
-    )
-
-
-def parse_env(text: str) -> dict[str, str]:
-    """Values by name as Compose reads `.env`: the last one counts; quotes and comments are left out."""
-    found = {}
-    for line in text.splitlines():
-        name, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and not name.startswith("#"):
-            quoted = re.match(r"""(["'])(.*?)\1""", value.strip())
-            plain = quoted[2] if quoted else re.split(r"\s#", f" {value}")[0].strip()
-            found[name.strip()] = plain if quoted and quoted[1] == "'" else os.path.expandvars(plain)
-    return found
-
-
-def read_folders(root: Path) -> Iterator[Place]:
-    """What compose.yaml binds, and the folders of the runs that are there."""
-    for name in BINDS:
-        yield _place(name, root / name)
-    adapters = root / "adapters"
-    if adapters.is_dir() and os.access(adapters, os.R_OK | os.X_OK):
-        yield from (_place(f"adapters/{path.name}", path) for path in sorted(adapters.iterdir()) if path.is_dir())
-
-
-def _place(name: str, path: Path) -> Place:
-    try:
-        found = path.stat()
-    except OSError:  # not there, or in a folder that is closed
-        return Place(name)
-    return Place(name, found.st_mode, found.st_uid, found.st_gid)
+    return replace(host, **_engine_facts(root, host.service))
 
 
 def _in_docker_group() -> bool:
@@ -215,26 +155,57 @@ def _version(*command: str) -> str | None:
     return found[0] if found else None
 
 
-def _config_problem(root: Path) -> str:
-    """What Compose has against compose.yaml, nothing where it takes it.
+def read_service(root: Path) -> Service | str:
+    """The service as Compose resolves it in the folder `root`, or why Compose refuses.
 
-    Of a mistake in `.env` only the line's number: Compose quotes the line, and a token may stand in it.
+    Of a mistake in `.env` only the line's number: Compose quotes the line, which may hold a token.
     """
-    well, _, problem = _ask("docker", "compose", "config", "--quiet", folder=root)
+    well, text, problem = _ask("docker", "compose", "--profile", "program", "config", "--format", "json", folder=root)
     if well:
-        return ""
-    lines = [line for line in problem.splitlines() if line.strip()]
-    text = lines[-1] if lines else "no reason given"
+        return service_of(json.loads(text), root)
     if re.search("failed to read|unexpected character|unterminated", problem):
         line = re.search(r"\bline \d+", problem)
         return f".env cannot be read{f', {line[0]}' if line else ''}"
-    return text
+    return next((line for line in reversed(problem.splitlines()) if line.strip()), "no reason given")
+
+
+def service_of(document: dict[str, Any], root: Path) -> Service:
+    """What `document`, the answer of `docker compose config`, says of the service; paths are looked at from `root`."""
+    found = document["services"][SERVICE]
+    binds = [it for it in found["volumes"] if it["type"] == "bind"]
+    folders = [_place(it["source"], root, writable=not it.get("read_only")) for it in binds]
+    runs = [run for folder in folders if folder.writable for run in _folders_in(folder, root)]
+    files = {f"{name.upper()}_FILE": it["file"] for name, it in document["secrets"].items() if it["file"] != os.devnull}
+    return Service(
+        image=found["image"],
+        lock=found["build"]["args"]["LOCK"],
+        user=found["user"],
+        folders=(*folders, *runs),
+        tokens={name: _place(path, root) for name, path in files.items()},
+    )
+
+
+def _folders_in(place: Place, root: Path) -> Iterator[Place]:
+    path = root / place.name
+    if is_folder(place) and os.access(path, os.R_OK | os.X_OK):
+        yield from (_place(str(it), root, writable=True) for it in sorted(path.iterdir()) if it.is_dir())
+
+
+def _place(source: str, root: Path, writable: bool = False) -> Place:
+    """`source` by its path from `root` where it is in there."""
+    path = Path(source)
+    name = str(path.relative_to(root)) if path.is_relative_to(root) else source
+    try:
+        found = path.stat()
+    except OSError:  # not there, or in a folder that is closed
+        return Place(name, writable=writable)
+    return Place(name, found.st_mode, found.st_uid, found.st_gid, writable)
 
 
 # The engine -----------------------------------------------------------------------------------------------------------
 
 
-def _engine_facts(root: Path, lock: str) -> dict[str, Any]:
+def _engine_facts(root: Path, service: Service | str) -> dict[str, Any]:
     """The fields of DockerHost that an engine gives."""
     import docker
     from docker.errors import DockerException
@@ -247,8 +218,8 @@ def _engine_facts(root: Path, lock: str) -> dict[str, Any]:
         return {"engine": _unreachable(error)}
     try:
         engine = engine_of(client.info(), client.api.api_version, client.api.base_url)
-        disks = {} if engine.address else _disks(engine)
-        return {"engine": engine, "image": read_image(client, root, lock), **disks}
+        image = None if isinstance(service, str) else read_image(client, root, service.image, service.lock)
+        return {"engine": engine, "image": image, "disk": _disk(engine)}
     except (DockerException, RequestException) as error:
         return {"engine": Unreachable("other", first_line(error))}
     finally:
@@ -271,32 +242,29 @@ def engine_of(info: dict[str, Any], api: str, base_url: str) -> Engine:
     """What `info`, the engine's answer to `docker info`, says; engines leave out what they do not know."""
     options = {option.split(",")[0].removeprefix("name=") for option in info.get("SecurityOptions") or ()}
     store = dict(row[:2] for row in info.get("DriverStatus") or ())
+    containerd = store.get("driver-type", "").startswith("io.containerd.snapshotter")
     return Engine(
         version=info["ServerVersion"],
         api=api,
         system=info["OperatingSystem"],
-        folder=info["DockerRootDir"],
+        folders=(info["DockerRootDir"], *(["/var/lib/containerd"] if containerd else [])),
         address="" if base_url == LOCAL else base_url,
         runtimes=tuple(sorted(info.get("Runtimes") or ())),
         cdi_devices=tuple(device["ID"] for device in info.get("DiscoveredDevices") or ()),
         rootless="rootless" in options,
         remapped="userns" in options,
-        containerd=store.get("driver-type", "").startswith("io.containerd.snapshotter"),
     )
 
 
-def _disks(engine: Engine) -> dict[str, Disk | None]:
-    """Where the engine keeps images, and volumes."""
-    volumes = _disk(engine.folder)
-    return {"volume_disk": volumes, "image_disk": _disk("/var/lib/containerd") if engine.containerd else volumes}
-
-
-def _disk(folder: str) -> Disk | None:
-    """None where it cannot be seen from here, as with an engine in a virtual machine."""
+def _disk(engine: Engine) -> Disk | None:
+    """None where it cannot be seen from here, as with an engine in a virtual machine or on another one."""
+    if engine.address:
+        return None
     try:
-        return Disk(folder, shutil.disk_usage(folder).free / GIB, Path(folder).stat().st_dev)
+        disks = [Disk(folder, shutil.disk_usage(folder).free / GIB) for folder in engine.folders]
     except OSError:
         return None
+    return min(disks, key=lambda disk: disk.free_gib)
 
 
 def is_folder(place: Place) -> bool:

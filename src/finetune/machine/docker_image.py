@@ -12,7 +12,6 @@ from typing import Any
 from finetune.files import GIB
 from finetune.wording import first_line
 
-REPOSITORY = "mistral-7b-qlora"  # compose.yaml's image, tagged with the lock it was made from
 SOURCES = ("src", "scripts")  # the program in the image; configs are mounted over the image's own
 
 
@@ -31,13 +30,13 @@ class Image:
     problem: str = ""
 
 
-def read_image(client: Any, root: Path, lock: str) -> Image | None:
-    """The image for `lock`, compared with what lies in `root`; None where there is none."""
+def read_image(client: Any, root: Path, name: str, lock: str) -> Image | None:
+    """The image `name`, compared with the program and `lock` in `root`; None where there is none."""
     from docker.errors import DockerException, ImageNotFound
     from requests.exceptions import RequestException
 
     try:
-        image = client.images.get(f"{REPOSITORY}:{lock}")
+        image = client.images.get(name)
     except ImageNotFound:
         return None
     config = image.attrs["Config"]

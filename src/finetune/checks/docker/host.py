@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterable
 
 from packaging.version import Version
 
 from finetune.checks.docker import image
-from finetune.checks.docker.image import BUILD
+from finetune.checks.docker.image import BUILD, resolved
 from finetune.checks.host import DRIVER, OLDEST_DRIVER, nvidia_driver, on_linux
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
-from finetune.machine.docker_host import BINDS, DockerHost, Engine, Place, Unreachable, allows, is_folder
-from finetune.machine.platforms import accelerator, names
+from finetune.machine.docker_host import DockerHost, Engine, Place, Unreachable, allows, is_folder
+from finetune.machine.platforms import accelerator
 
 OLDEST_ENGINE = Version("20.10")  # older ones were not tried
 # Tried was 2.26. The youngest word of compose.yaml and its tests is `!reset`, of 2.18; what lies between is expected.
 OLDEST_COMPOSE = Version("2.20")
-LOCKS = names(lambda row: not row.unified_memory)
 
 KEYS = "/usr/share/keyrings/nvidia-container-toolkit-keyring.gpg"
 NVIDIA = "https://nvidia.github.io/libnvidia-container"
@@ -39,7 +39,6 @@ INSTALL = (
     "sudo tee /etc/apt/sources.list.d/docker.list && sudo apt-get update && sudo apt-get install -y "
     "docker-ce docker-ce-cli containerd.io docker-buildx-plugin docker-compose-plugin"
 )
-MAKE_ENV = "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env"  # as .env.example says
 MEND_ENV = "(echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env"  # the last one counts, all else stays
 
 
@@ -87,9 +86,9 @@ def _engine(host: DockerHost) -> Finding:
         return failed(f"{found}, wanted {OLDEST_ENGINE} or newer", f"on Ubuntu: {INSTALL}")
     if engine.rootless:
         group = "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
-        limits = "and take the ulimits out of compose.yaml"
+        rest = "take the ulimits out of compose.yaml; (echo; echo UID=0; echo GID=0) >> .env, which is you there"
         text = f"{found}, rootless, which was not tried: a GPU there needs no-cgroups, and memlock may not be raised"
-        return warned(text, f"{group}; {limits}")
+        return warned(text, f"{group}; {rest}")
     return passed(found)
 
 
@@ -101,11 +100,13 @@ def _no_engine(host: DockerHost, engine: Unreachable) -> Finding:
         return failed("Docker's engine does not run", "open -a Docker" if mac else "sudo systemctl start docker")
     if engine.why == "denied" and host.in_group:
         return failed(
-            "this session does not know yet that you are in the group docker", "newgrp docker, or log in again"
+            "permission denied: you are in the group docker, but this session started before that",
+            "newgrp docker, or log in again",
         )
     if engine.why == "denied":
         return failed(
-            "you may not ask Docker's engine", "sudo usermod -aG docker $USER, then log in again (newgrp docker)"
+            "permission denied: your user may not use the Docker engine",
+            "sudo usermod -aG docker $USER, then log in again (newgrp docker)",
         )
     return failed(
         f"Docker's engine does not answer: {engine.text}", "docker info; docker context ls; echo $DOCKER_HOST"
@@ -146,7 +147,7 @@ def _gpu(host: DockerHost) -> Finding:
     if devices:  # engines with moby#50228 start compose.yaml's GPU by these, older ones by the hook only
         found = f"no runtime nvidia, but CDI devices: {', '.join(devices)}"
         return warned(f"{found}; whether this engine starts a GPU by them was not tried", TOOLKIT)
-    if engine.folder.startswith("/var/snap/"):
+    if engine.folders[0].startswith("/var/snap/"):
         text = "the engine is Ubuntu's snap, which nvidia-ctk does not configure, and has no runtime nvidia"
         return failed(text, f"sudo snap remove docker (its images and volumes go), then {INSTALL}, then {TOOLKIT}")
     if "Docker Desktop" in engine.system:
@@ -165,83 +166,66 @@ def _gpu(host: DockerHost) -> Finding:
 # The project ----------------------------------------------------------------------------------------------------------
 
 
-def _env(host: DockerHost) -> Finding:
-    it = host.settings
-    if it.problem:
-        return failed(f".env: {it.problem}", MAKE_ENV)
-    wrong = [f"{name} is {value!r}" for name, value in (("UID", it.uid), ("GID", it.gid)) if not value.isdecimal()]
-    if wrong:
-        return failed(f"{', '.join(wrong)} in .env, wanted numbers", MEND_ENV)
-    if it.lock not in LOCKS:
-        return failed(f"LOCK is {it.lock!r} in .env, wanted {' or '.join(LOCKS)}", "echo LOCK=h100 >> .env")
-    found = f"UID {it.uid}, GID {it.gid}, LOCK {it.lock}"
-    if _rootless(host) and it.uid != "0":
-        return failed(f"{found}; in a rootless engine only 0 is you", "(echo; echo UID=0; echo GID=0) >> .env")
-    adapters = [folder.uid for folder in host.folders if folder.name == "adapters" and is_folder(folder)]
-    if _uid(host) not in (host.user, *adapters):
-        return warned(f"{found}; you are {host.user}, and what a run writes would not be yours", MEND_ENV)
-    return passed(found)
+def _config(host: DockerHost) -> Finding:
+    service = host.service
+    if isinstance(service, str):
+        problem = service.partition(". Type this")[0]  # the recipe in compose.yaml replaces .env, this one adds to it
+        fix = MEND_ENV if "required variable" in problem else "docker compose config --quiet"
+        return failed(f"Compose refuses compose.yaml or .env: {problem}", fix)
+    if not re.fullmatch(r"\d+:\d+", service.user):
+        return failed(f"UID:GID is {service.user!r} in .env, wanted numbers", MEND_ENV)
+    return passed(f"user {service.user}, image {service.image}")
 
 
-def _rootless(host: DockerHost) -> bool:
-    return isinstance(host.engine, Engine) and host.engine.rootless
+def _ids(host: DockerHost) -> tuple[int, int]:
+    uid, gid = resolved(host).user.split(":")
+    return int(uid), int(gid)
 
 
-def _remapped(host: DockerHost) -> bool:
-    return isinstance(host.engine, Engine) and host.engine.remapped
-
-
-def _uid(host: DockerHost) -> int:
-    """Who UID is on this machine: in a rootless engine, root is the one who runs it."""
-    return host.user if _rootless(host) else int(host.settings.uid)
+def _other_ids(host: DockerHost) -> bool:
+    """Whether a container's user is another on this machine, so that modes decide nothing."""
+    return isinstance(host.engine, Engine) and (host.engine.rootless or host.engine.remapped)
 
 
 def _secrets(host: DockerHost) -> Finding:
-    files, loose = host.settings.token_files, host.settings.loose
-    wrong = [name for name, it in files.items() if not _is_file(it)]
-    if wrong:  # told without the path: a token may stand there by mistake
-        found = f"no file lies where {' and '.join(wrong)} in .env says"
-        return failed(found, "hf auth login makes ~/.cache/huggingface/token; mend .env")
-    uid, gid = _uid(host), int(host.settings.gid)
-    closed = [] if _remapped(host) else [it for it in files.values() if not allows(it, uid, gid, 4)]
+    (uid, gid), tokens = _ids(host), resolved(host).tokens
+    absent = [name for name, it in tokens.items() if not stat.S_ISREG(it.mode or 0)]
+    if absent:  # without the path: somebody may have put the token itself there
+        fix = "hf auth login makes ~/.cache/huggingface/token; correct .env"
+        return failed(f"{' and '.join(absent)} in .env: no such file", fix)
+    closed = [] if _other_ids(host) else [it for it in tokens.values() if not allows(it, uid, gid, 4)]
     if closed:
         fix = f"sudo chown {uid} {_names(closed)} && chmod 600 {_names(closed)}"
         return failed(f"UID {uid} cannot read {_listed(closed)}", fix)
-    if loose:
-        lines = " and ".join(f"{name}_FILE=FILE" for name in loose)
-        fix = f"put it into a file that only you can read, and {lines} into .env"
-        return warned(f"{' and '.join(loose)} set, but no container gets that, only what a file holds", fix)
-    return passed(f"tokens from {', '.join(it.name for it in files.values())}" if files else "no token is given")
-
-
-def _is_file(place: Place) -> bool:
-    return place.mode is not None and (stat.S_ISREG(place.mode) or place.name == "/dev/null")
+    return passed(f"tokens from {', '.join(it.name for it in tokens.values())}" if tokens else "no token file is named")
 
 
 def _binds(host: DockerHost) -> Finding:
     """Compose is told to refuse folders that are not there; newer ones are reported to make them (compose#13602)."""
-    absent = [folder.name for folder in host.folders if folder.mode is None]
+    folders = resolved(host).folders
+    absent = [folder.name for folder in folders if folder.mode is None]
     if absent:
         return failed(f"not there: {', '.join(absent)}", f"mkdir -p {' '.join(absent)}")
-    files = [folder.name for folder in host.folders if not is_folder(folder)]
+    files = [folder.name for folder in folders if not is_folder(folder)]
     if files:
         return failed(
             f"not a folder: {', '.join(files)}", f"rm {' '.join(files)} && mkdir {' '.join(files)}, if it may go"
         )
-    if _remapped(host):
-        return skipped("there; with userns-remap a container's UID is another here, so modes tell nothing")
-    return _modes(host, _uid(host), int(host.settings.gid))
+    if _other_ids(host):
+        return skipped("there; in this engine a container's UID is another here, so modes decide nothing")
+    return _modes(folders, *_ids(host))
 
 
-def _modes(host: DockerHost, uid: int, gid: int) -> Finding:
-    writable = [folder for folder in host.folders if folder.name.split("/")[0] == "adapters"]
-    closed = [folder for folder in writable if not allows(folder, uid, gid, 7)]
+def _modes(folders: tuple[Place, ...], uid: int, gid: int) -> Finding:
+    closed = [it for it in folders if it.writable and not allows(it, uid, gid, 7)]
     if closed:
-        return failed(f"UID {uid}, GID {gid} cannot write {_listed(closed)}", f"sudo chown -R {uid}:{gid} adapters")
-    closed = [folder for folder in host.folders if not allows(folder, uid, gid, 5)]
+        fix = f"sudo chown -R {uid}:{gid} adapters; if {uid} is not you: {MEND_ENV}"
+        return failed(f"UID {uid}, GID {gid} cannot write {_listed(closed)}", fix)
+    closed = [it for it in folders if not allows(it, uid, gid, 5)]
     if closed:
         return failed(f"UID {uid}, GID {gid} cannot read {_listed(closed)}", f"chmod -R a+rX {_names(closed)}")
-    return passed(f"UID {uid} reads {', '.join(BINDS[:-1])} and writes {BINDS[-1]}")
+    read, written = ([it.name for it in folders if it.writable is writable] for writable in (False, True))
+    return passed(f"UID {uid} reads {', '.join(read)} and writes {', '.join(written[:1])}")
 
 
 def _names(places: Iterable[Place]) -> str:
@@ -252,13 +236,7 @@ def _listed(places: Iterable[Place]) -> str:
     return ", ".join(f"{it.name} ({stat.filemode(it.mode or 0)} {it.uid}:{it.gid})" for it in places)
 
 
-def _config(host: DockerHost) -> Finding:
-    if host.config_problem:
-        return failed(f"Compose refuses compose.yaml: {host.config_problem}", "docker compose config --quiet")
-    return passed("Compose takes compose.yaml")
-
-
-_HOST, _ENGINE, _ENV = ("docker.host",), ("docker.engine",), ("docker.env",)
+_HOST, _ENGINE, _CONFIG = ("docker.host",), ("docker.engine",), ("docker.config",)
 CHECKS: tuple[Check[DockerHost], ...] = (
     Check("docker.host", "Linux on x86_64, not in a container", _machine),
     Check("docker.driver", f"an NVIDIA driver, {OLDEST_DRIVER} or newer", _driver, needs=_HOST),
@@ -267,9 +245,10 @@ CHECKS: tuple[Check[DockerHost], ...] = (
     Check("docker.compose", f"Compose {OLDEST_COMPOSE} or newer", _compose),
     Check("docker.buildx", "Buildx answers", _buildx, level="warn"),
     Check("docker.gpu", "the engine has NVIDIA's runtime or CDI devices", _gpu, needs=(*_HOST, *_ENGINE)),
-    Check("docker.env", ".env has UID, GID and LOCK, and UID is you", _env),
-    Check("docker.secrets", "files with tokens are there, and UID may read them", _secrets, needs=_ENV),
-    Check("docker.binds", "data, configs, models and adapters are there; UID may write adapters", _binds, needs=_ENV),
-    Check("docker.config", "Compose takes compose.yaml", _config, needs=("docker.compose", "docker.env")),
+    Check("docker.config", "Compose takes compose.yaml and .env", _config, needs=("docker.compose",)),
+    Check("docker.secrets", "files with tokens are there, and UID may read them", _secrets, needs=_CONFIG),
+    Check(
+        "docker.binds", "data, configs, models and adapters are there; UID may write adapters", _binds, needs=_CONFIG
+    ),
     *image.CHECKS,
 )

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from finetune.checks.paths import BASE_GIB
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
-from finetune.machine.docker_host import Disk, DockerHost
-from finetune.machine.docker_image import REPOSITORY, SOURCES, Image
-from finetune.machine.platforms import PLATFORMS
+from finetune.machine.docker_host import DockerHost, Service
+from finetune.machine.docker_image import SOURCES, Image
+from finetune.machine.platforms import names
 from finetune.wording import listed
 
 IMAGE_GIB = 40  # an expectation: the image, its stages and uv's cache, which the engine keeps beside it
 LISTED = 3  # files named in one finding, then a count
 BUILD = "docker compose build"
+H100 = "echo LOCK=h100 >> .env"
+CUDA = names(lambda row: row.nvidia)
+
+
+def resolved(host: DockerHost) -> Service:
+    """The service, for checks that need docker.config."""
+    assert isinstance(host.service, Service)
+    return host.service
 
 
 def _image(host: DockerHost) -> Finding:
-    lock, image = host.settings.lock, host.image
-    if not PLATFORMS[lock].nvidia:
-        fix = f"echo LOCK=h100 >> .env && {BUILD}"
-        return failed(f"LOCK is {lock}: an image without CUDA, which train-h100 needs", fix)
+    name, lock, image = resolved(host).image, resolved(host).lock, host.image
+    if lock not in CUDA:
+        return failed(f"LOCK is {lock}: an image without CUDA, which train-h100 needs", f"{H100} && {BUILD}")
     if image is None:
-        return failed(f"no image {REPOSITORY}:{lock}", BUILD)
-    found = f"{REPOSITORY}:{lock}, {image.size_gib:.1f} GiB"
+        return failed(f"no image {name}", BUILD)
+    found = f"{name}, {image.size_gib:.1f} GiB"
     if image.problem:
         return failed(f"{found}, cannot be looked into: {image.problem}", BUILD)
     if image.lock != lock:
@@ -54,31 +59,21 @@ def _flash_attention(host: DockerHost) -> Finding:
 
 def _disk(host: DockerHost) -> Finding:
     """Against expectations. The base may be in the cache volume already, which only root can see."""
-    images, volumes = host.image_disk, host.volume_disk
-    if images is None or volumes is None:
-        return skipped("where Docker keeps its data cannot be seen from here")
-    needs: list[tuple[Disk, float, str]] = [] if host.image else [(images, IMAGE_GIB, "the image")]
-    needs.append((volumes, BASE_GIB, "the base"))
-    looked = [_room(disk, needs) for disk in {images.device: images, volumes.device: volumes}.values()]
-    found = "; ".join(text for _, text in looked)
-    if all(enough for enough, _ in looked):
+    if host.disk is None:
+        return skipped("the disk of the engine's data cannot be seen from here")
+    image_gib = 0 if host.image else IMAGE_GIB
+    needs = f"{f'{image_gib} for the image, ' if image_gib else ''}{BASE_GIB:g} for the base"
+    found = f"{host.disk.free_gib:.1f} GiB free in {host.disk.folder}, expected to be needed: {needs}"
+    if host.disk.free_gib >= image_gib + BASE_GIB:
         return passed(found)
-    fix = "docker system df shows what holds it; docker image prune; or another data-root in /etc/docker/daemon.json"
-    return warned(f"{found}, unless the cache volume holds it" if host.image else found, fix)
-
-
-def _room(disk: Disk, needs: Iterable[tuple[Disk, float, str]]) -> tuple[bool, str]:
-    """Whether `disk` has room for what of `needs` goes there, and that in words."""
-    mine = [(gib, what) for where, gib, what in needs if where.device == disk.device]
-    parts = ", ".join(f"{gib:g} for {what}" for gib, what in mine) or "nothing"
-    text = f"{disk.free_gib:.1f} GiB free in {disk.folder}, expected to be needed: {parts}"
-    return disk.free_gib >= sum(gib for gib, _ in mine), text
+    fix = "docker system df shows what uses it; docker image prune; or another data-root in /etc/docker/daemon.json"
+    return warned(f"{found}, unless the cache volume has it" if host.image else found, fix)
 
 
 _ENGINE, _IMAGE = ("docker.engine",), ("docker.image",)
 MADE = "the image is there, made from this requirements/h100.lock"
 CHECKS: tuple[Check[DockerHost], ...] = (
-    Check("docker.image", MADE, _image, needs=(*_ENGINE, "docker.env")),
+    Check("docker.image", MADE, _image, needs=(*_ENGINE, "docker.config")),
     Check("docker.source", "src and scripts in the image are those here", _source, needs=_IMAGE, level="warn"),
     Check("docker.flash_attention", "the image has flash-attn", _flash_attention, needs=_IMAGE, level="warn"),
     Check("docker.disk", "free disk where Docker keeps images and volumes", _disk, needs=_ENGINE, level="warn"),
