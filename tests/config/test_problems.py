@@ -82,81 +82,57 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
         ("count", "1", "found '1' (text), wanted a whole number"),
         ("count", 1.0, "found 1.0 (number), wanted a whole number"),
         ("count", True, "found True (true/false), wanted a whole number"),
-        ("count", None, "found null, wanted a whole number"),
         ("count", [1], "found [1] (list), wanted a whole number"),
         ("count", {"a": 1}, "found {'a': 1} (section), wanted a whole number"),
         ("share", "2e-4", "found '2e-4' (text), wanted a number"),
-        ("share", False, "found False (true/false), wanted a number"),
-        ("share", None, "found null, wanted a number"),
         ("flag", 1, "found 1 (whole number), wanted true or false"),
         ("flag", "yes", "found 'yes' (text), wanted true or false"),
-        ("flag", None, "found null, wanted true or false"),
         ("name", 7, "found 7 (whole number), wanted text"),
-        ("name", True, "found True (true/false), wanted text"),
         ("name", None, "found null, wanted text"),
-        ("name", ["x"], "found ['x'] (list), wanted text"),
         ("note", 7, "found 7 (whole number), wanted text"),
         ("note", "\ud800", "found '\\ud800' (text), wanted text without half of a surrogate pair"),
         ("patience", "5", "found '5' (text), wanted a whole number"),
         ("names", "a", "found 'a' (text), wanted a list of texts"),
         ("names", ["a", 1], "found ['a', 1] (list), wanted a list of texts"),
         ("names", ["a", ""], "found ['a', ''] (list), wanted a list of texts"),
-        ("names", ["a", None], "found ['a', None] (list), wanted a list of texts"),
         ("names", [["a"]], "found [['a']] (list), wanted a list of texts"),
         ("names", {"a": "b"}, "found {'a': 'b'} (section), wanted a list of texts"),
-        ("names", None, "found null, wanted a list of texts"),
         ("count", 0, "found 0 (whole number), wanted at least 1"),
         ("patience", 0, "found 0 (whole number), wanted at least 1"),
         ("share", 0.6, "found 0.6 (number), wanted at least 0 and at most 0.5"),
-        ("share", -1, "found -1 (whole number), wanted at least 0 and at most 0.5"),
         ("rate", 0, "found 0 (whole number), wanted more than 0 and at most 1"),
         ("rate", 1.5, "found 1.5 (number), wanted more than 0 and at most 1"),
         ("rate", math.nan, "found nan (number), wanted more than 0 and at most 1"),
         ("rate", math.inf, "found inf (number), wanted more than 0 and at most 1"),
-        ("rate", -math.inf, "found -inf (number), wanted more than 0 and at most 1"),
-        ("size", 15, "found 15 (whole number), wanted at least 16 and at most 32768"),
         ("size", 40000, "found 40000 (whole number), wanted at least 16 and at most 32768"),
         ("mode", "pakced", "found 'pakced' (text), wanted packed | expanded; did you mean packed?"),
         ("mode", "Expanded", "found 'Expanded' (text), wanted packed | expanded; did you mean expanded?"),
         ("mode", "fast", "found 'fast' (text), wanted packed | expanded"),
-        ("mode", None, "found null, wanted packed | expanded"),
-        ("mode", True, "found True (true/false), wanted packed | expanded"),
         ("mode", ["packed"], "found ['packed'] (list), wanted packed | expanded; did you mean packed?"),
         ("layers", "al", "found 'al' (text), wanted all | auto | a whole number; did you mean all?"),
         ("layers", 2.0, "found 2.0 (number), wanted all | auto | a whole number"),
         ("layers", True, "found True (true/false), wanted all | auto | a whole number"),
-        ("layers", None, "found null, wanted all | auto | a whole number"),
         ("layers", "a whole number", "found 'a whole number' (text), wanted all | auto | a whole number"),
         ("layers", -1, "found -1 (whole number), wanted at least 0"),
         ("name", "", "found '' (text), wanted text that is not empty"),
-        ("note", "", "found '' (text), wanted text that is not empty"),
     ],
 )
 def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, value: Any, message: str) -> None:
     assert built({key: value})[1] == [f"section.{key}: {message}"]
 
 
-@pytest.mark.parametrize("value", ["all", "auto", 0, 24])
-def test_a_name_may_stand_in_a_numbers_place(value: str | int) -> None:
-    tree, found = built({"layers": value})
-    assert (tree.section.layers, found) == (value, [])
-
-
-@pytest.mark.parametrize("value", ["packed", "expanded"])
-def test_each_choice_is_accepted(value: str) -> None:
-    assert built({"mode": value})[1] == []
-
-
-@pytest.mark.parametrize(("key", "value"), [("note", None), ("note", "x"), ("patience", None), ("patience", 1)])
-def test_null_is_accepted_where_it_has_a_meaning(key: str, value: Any) -> None:
-    tree, found = built({key: value})
-    assert found == []
-    assert getattr(tree.section, key) == value
-
-
-def test_a_list_becomes_a_tuple_and_may_be_empty() -> None:
-    assert built({"names": []})[0].section.names == ()
-    assert built({"names": ["b", "a", "b"]})[0].section.names == ("b", "a", "b")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layers", value) for value in ("all", "auto", 0, 24)),
+        *(("mode", value) for value in ("packed", "expanded")),
+        *((key, value) for key, value in (("note", None), ("note", "x"), ("patience", None), ("patience", 1))),
+        *(("names", value) for value in ((), ("b", "a", "b"))),
+    ],
+)
+def test_each_kind_of_right_value_is_accepted_as_it_is(key: str, value: Any) -> None:
+    tree, found = built({key: list(value) if isinstance(value, tuple) else value})
+    assert (getattr(tree.section, key), found) == (value, [])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.config import yaml_file
 from finetune.config.yaml_file import (
+    PLAIN,
     deep_merge,
     get_config_value,
     load_yaml,
@@ -71,15 +71,15 @@ def test_a_number_in_any_usual_spelling_is_a_float(text: str, value: float) -> N
     assert (type(read_value), read_value) == (float, value)
 
 
-@pytest.mark.parametrize("text", ["2e-4", "1E3", "16", "true", "null"])
-@pytest.mark.parametrize("quote", ["'", '"'])
-def test_a_quoted_number_stays_text(text: str, quote: str) -> None:
-    assert parse(f"name: {quote}{text}{quote}", "f.yaml")[0] == {"name": text}
-
-
-@pytest.mark.parametrize("text", ["e4", ".e4", "2e", "2e-", "2e4x", "x2e4", "2e4 5", "1.2.3e4", "_1e3", "63a8b081"])
-def test_text_that_only_looks_like_a_number_stays_text(text: str) -> None:
-    assert parse(f"name: {text}", "f.yaml")[0] == {"name": text}
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("e4", ".e4", "2e", "2e-", "2e4x", "x2e4", "2e4 5", "1.2.3e4", "_1e3", "63a8b081"),
+        *("'2e-4'", '"1E3"', "'16'", '"true"', "'null'"),
+    ],
+)
+def test_what_is_quoted_or_only_looks_like_a_number_stays_text(text: str) -> None:
+    assert parse(f"name: {text}", "f.yaml")[0] == {"name": text.strip("'\"")}
 
 
 @pytest.mark.parametrize("text", ["1_" * 10_000 + "!", "1" * 20_000 + "!", "1" * 20_000 + ".x", "-" + "." * 20_000])
@@ -89,9 +89,8 @@ def test_a_long_scalar_takes_no_longer_than_its_length(text: str) -> None:
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "\ufeff"])
-def test_an_empty_file_is_an_empty_mapping(text: str) -> None:
-    assert parse(text, "f.yaml") == ({}, {})
+def test_an_empty_file_is_an_empty_mapping() -> None:
+    assert [parse(text, "f.yaml") for text in ("", "\n", "# only a comment\n", "\ufeff")] == [({}, {})] * 4
 
 
 @pytest.mark.parametrize(
@@ -110,17 +109,13 @@ def test_a_duplicate_key_is_refused_with_both_lines_at_every_depth(text: str, me
     assert problem(text) == message
 
 
-def test_the_same_key_in_two_sections_is_no_duplicate() -> None:
-    assert parse("a: {r: 1}\nb: [{r: 1}, {r: 2}]", "f.yaml")[0] == {"a": {"r": 1}, "b": [{"r": 1}, {"r": 2}]}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &x 1\nb: *x\n", "f.yaml:2: aliases (*name) are not supported"),
-        ("a: &x [1]\n\nb: [0, *x]\n", "f.yaml:3: aliases (*name) are not supported"),
-        ("a: &x {b: 1}\nc:\n  <<: *x\n", "f.yaml:3: aliases (*name) are not supported"),
-        ("a: *nothing\n", "f.yaml:1: aliases (*name) are not supported"),
+        ("a: &x [1]\n\nb: [0, *x]\n", f"f.yaml:3: {PLAIN}"),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", f"f.yaml:3: {PLAIN}"),
+        ("a: *nothing\n", f"f.yaml:1: {PLAIN}"),
+        ("a: 1\nb: !ours y\n", f"f.yaml:2: {PLAIN}"),
         ("a:\n\tb: 1\n", "f.yaml:2: found character '\\t' that cannot start any token"),
         ("a: 1\nb: [1\n", "f.yaml:3: expected ',' or ']', but got '<stream end>'"),
         ("a: 1\nb: 'x\n", "f.yaml:3: found unexpected end of stream"),
@@ -155,14 +150,7 @@ def test_odd_keys_tags_and_values_are_refused_with_their_line(bad: str) -> None:
 @pytest.mark.parametrize(("opening", "closing"), [("{a: ", "}"), ("[", "]")])
 def test_nesting_is_read_to_twenty_levels_and_refused_with_its_line_beyond(opening: str, closing: str) -> None:
     parse("x: 1\ny: " + nested(opening, closing, 15), "f.yaml")
-    assert problem("x: 1\ny: " + nested(opening, closing, 25)) == "f.yaml:2: nested deeper than 20 levels"
-
-
-@pytest.mark.parametrize("text", [nested("{a: ", "}", 2000), nested("[", "]", 2000), "- " * 2000, "? " * 2000])
-def test_nesting_two_thousand_deep_is_refused_at_once(text: str) -> None:
-    started = time.process_time()
-    assert problem(text).endswith(": nested deeper than 20 levels")
-    assert time.process_time() - started < 1
+    assert problem("x: 1\ny: " + nested(opening, closing, 25)) == f"f.yaml:2: {PLAIN}"
 
 
 @fuzz
@@ -177,43 +165,28 @@ def test_any_text_is_a_mapping_with_text_keys_or_a_config_error(text: str) -> No
     assert values.keys() <= places.keys()
 
 
-def test_a_file_is_read_with_its_path_as_place(tmp_path: Path) -> None:
+def test_a_file_of_windows_is_read_with_its_path_as_place(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_bytes("lora:\r\n  note: é\r\n".encode())
+    path.write_bytes("\ufefflora:\r\n  note: é\r\n".encode())
     assert read(path) == ({"lora": {"note": "é"}}, {"lora": f"{path}:1", "lora.note": f"{path}:2"})
     assert load_yaml(str(path)) == {"lora": {"note": "é"}}
 
 
-def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "windows.yaml"
-    path.write_bytes(b"\xef\xbb\xbfseed: 42\r\n")
-    assert load_yaml(path) == {"seed": 42}
-
-
-def test_a_file_that_is_not_utf8_says_at_which_byte(tmp_path: Path) -> None:
-    path = tmp_path / "latin.yaml"
-    path.write_bytes("name: café\n".encode("latin-1"))
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("name: café\n".encode("latin-1"), "not UTF-8 at byte 9; save it as UTF-8"),
+        (b"#" * 1_000_001, "1000001 bytes, at most 1000000 are read"),
+        (None, "No such file or directory; see --config in --help"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(content: bytes | None, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
-    assert caught.value.problems == (f"{path}: not UTF-8 at byte 9; save it as UTF-8",)
-
-
-def test_a_file_over_the_cap_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "large.yaml"
-    path.write_text("seed: 42\n", encoding="utf-8")
-    monkeypatch.setattr(yaml_file, "MAX_BYTES", 9)
-    assert load_yaml(path) == {"seed": 42}
-    monkeypatch.setattr(yaml_file, "MAX_BYTES", 8)
-    with pytest.raises(ConfigError) as caught:
-        load_yaml(path)
-    assert caught.value.problems == (f"{path}: 9 bytes, at most 8 are read",)
-
-
-def test_a_folder_and_an_absent_path_are_config_errors(tmp_path: Path) -> None:
-    for path, why in [(tmp_path, "Is a directory"), (tmp_path / "no.yaml", "No such file or directory")]:
-        with pytest.raises(ConfigError) as caught:
-            load_yaml(path)
-        assert caught.value.problems == (f"{path}: {why}; see --config in --help",)
+    assert caught.value.problems == (f"{path}: {problem}",)
 
 
 def test_merging_goes_section_by_section_and_replaces_lists() -> None:
@@ -255,7 +228,6 @@ def test_a_value_is_found_at_its_dotted_path() -> None:
 @pytest.mark.parametrize("path", ["lora.rank", "nothing", "nothing.r", "lora.r.x", "seed.x", "", ".", "lora.", ".r"])
 def test_where_there_is_no_value_the_default_is_returned(path: str) -> None:
     assert get_config_value({"lora": {"r": 16}, "seed": 0}, path, "default") == "default"
-    assert get_config_value({"lora": {"r": 16}, "seed": 0}, path) is None
 
 
 def test_all_missing_fields_are_named_at_once() -> None:
@@ -308,7 +280,10 @@ def test_every_key_of_a_section_that_is_set_has_the_setting_as_its_place() -> No
     assert override([setting])[1] == dict.fromkeys(["lora", "lora.r", "lora.more", "lora.more.x"], f"--set {setting}")
 
 
-@pytest.mark.parametrize("setting", ["lora.r", "", "=8", "lora.=8", ".r=8", "lora..r=8", " =8", "lora.r:8"])
+LONG = ".".join("a" * 2000)
+
+
+@pytest.mark.parametrize("setting", ["lora.r", "", "=8", "lora.=8", "lora..r=8", " =8", "lora.r:8", f"{LONG}=1"])
 def test_a_setting_in_the_wrong_form_is_refused_with_an_example(setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         override([setting])
@@ -330,12 +305,6 @@ def test_all_wrong_settings_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         override(["a", "lora.r=8", "b=[1", "c"])
     assert [re.split("[:=]", line)[0] for line in caught.value.problems] == ["--set a", "--set b", "--set c"]
-
-
-def test_a_key_of_two_thousand_parts_is_a_config_error() -> None:
-    key = ".".join("a" * 2000)
-    with pytest.raises(ConfigError):
-        override([f"{key}=1", f"{key}=2"])
 
 
 keys = st.lists(st.sampled_from(["a", "b", "value", " ", "é"]), max_size=4).map(".".join)

@@ -16,6 +16,7 @@ from finetune.wording import first_line
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63 - 1
+PLAIN = f"aliases (*name), tags (!name) and more than {MAX_DEPTH} levels are not supported"
 
 # YAML 1.1 wants a dot in a float, so PyYAML reads 2e-4 as text. This is the YAML 1.2 form.
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
@@ -32,15 +33,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        problem = ""
-        if isinstance(event, yaml.AliasEvent):
-            problem = "aliases (*name) are not supported"
-        elif event.tag is not None:
-            problem = "tags (!name) are not supported"
-        elif self.depth > MAX_DEPTH:
-            problem = f"nested deeper than {MAX_DEPTH} levels"
-        if problem:
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        if isinstance(event, yaml.AliasEvent) or event.tag is not None or self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=PLAIN, problem_mark=event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -49,10 +43,10 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
-        except ValueError as error:  # a date or a number that only looks like one
+            if isinstance(value, int) and abs(value) > MAX_INTEGER:
+                raise ValueError(f"a whole number over {MAX_INTEGER}")
+        except ValueError as error:  # also a date or a number that only looks like one
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
-        if type(value) is int and abs(value) > MAX_INTEGER:
-            raise yaml.MarkedYAMLError(problem=f"a whole number over {MAX_INTEGER}", problem_mark=node.start_mark)
         return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
