@@ -15,7 +15,6 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its cache lies 
 
 import matplotlib  # noqa: E402
 from markupsafe import Markup  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
@@ -77,24 +76,21 @@ def in_words(what: str, points: Points) -> str:
 def curves(name: str, title: str, description: str, lines: Iterable[Line], best: tuple[float, float] | None) -> Markup:
     """Curves over steps; `best` (step, value) is marked. `name` is the SVG's id, of letters."""
     with _style(name):
-        figure, axes = _axes()
-        for line in lines:
+        figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+        axes = figure.add_subplot()
+        for line in (line for line in lines if line.points):
+            look: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.6} if line.thin else {"ms": 3.5}
             marker = "" if line.thin or len(line.points) > MOST_MARKERS else "o"
-            label = _short(line.label) if line.points else "_nothing"
-            width, alpha = (1.1, 0.6) if line.thin else (1.8, 1.0)
             axes.plot(
-                *_columns(line.points),
-                color=line.colour,
-                label=label,
-                linewidth=width,
-                alpha=alpha,
-                marker=marker,
-                ms=3.5,
+                *zip(*line.points, strict=True), color=line.colour, label=_short(line.label), marker=marker, **look
             )
         if best is not None:
             axes.plot(*best, "o", color=GOOD, ms=9, markerfacecolor="none", markeredgewidth=2, label="best")
-        _steps(axes)
-        labels = [label for label in axes.get_legend_handles_labels()[1] if label]
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        labels = axes.get_legend_handles_labels()[1]
         if len(labels) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4 if len("".join(labels)) < 36 else 2)
         return _svg(figure, name, title, description)
@@ -103,7 +99,8 @@ def curves(name: str, title: str, description: str, lines: Iterable[Line], best:
 def histogram(name: str, title: str, description: str, edges: list[int], counts: list[int], limit: int) -> Markup:
     """Rows by tokens; the last bar may stand for more than its width, and `limit` is drawn where it falls inside."""
     with _style(name):
-        figure, axes = _axes()
+        figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
+        axes = figure.add_subplot()
         width = edges[1] - edges[0]
         axes.bar(edges[:-1], counts, width=0.9 * width, align="edge", color=FIRST)
         axes.set_xlabel("tokens")
@@ -130,26 +127,10 @@ def _style(name: str) -> Iterator[None]:
         yield
 
 
-def _axes() -> tuple[Figure, Axes]:
-    figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _short(label: str) -> str:
     """For a legend, which would push the curves aside."""
     label = clean(label)
     return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
-
-
-def _steps(axes: Axes) -> None:
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
