@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -402,21 +401,6 @@ def test_the_same_command_again_says_it_is_finished_and_changes_no_file(finished
     assert snapshot(finished.command.output) == before
 
 
-def test_a_run_that_another_program_writes_is_left_alone(finished: Finished, tmp_path: Path) -> None:
-    command = Command(finished.command.base, finished.command.train_file, tmp_path)
-    (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("pid 4711 on here, started 2024-01-01 00:00:00\nkill 4711\n")
-        lock.flush()
-        done = command()
-    assert done.returncode == 6
-    holder = "pid 4711 on here, started 2024-01-01 00:00:00"
-    wanted = f"{tmp_path / 'run'} is being written by {holder}; wait for it, or stop it with: kill 4711\n"
-    assert done.stderr == wanted
-    assert "manifest.json" not in names(tmp_path / "run")
-
-
 # --- interrupted with Ctrl-C in step 3, after the checkpoint of step 2
 
 
@@ -495,30 +479,6 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
     assert starts == [(0, interrupted.step, "stopped"), (interrupted.step, STEPS, "complete")]
 
 
-def test_a_plain_command_resumes_past_a_damaged_checkpoint_to_the_same_bits_as_an_uninterrupted_run(
-    finished: Finished, interrupted: Interrupted, tmp_path: Path
-) -> None:
-    command = interrupted.command.elsewhere(tmp_path / "output")
-    folder = command.output / "run-2"
-    flip_a_byte(folder / "checkpoints" / f"checkpoint-{interrupted.step}" / "optimizer.pt")
-    done = command()
-    assert done.returncode == 0, done.stderr
-    damage, newest = "optimizer.pt is not what was saved (sha256 differs)", f"checkpoint-{interrupted.step}"
-    for said in (
-        f"warning: {newest} is not whole ({damage}); set aside as damaged-{newest}.1",
-        "resume: from checkpoint-2, the newest checkpoint that is whole",
-    ):
-        assert said in done.stdout.splitlines()
-    steps = [line.split(":")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
-    assert steps == [f"step {step}/6" for step in (3, 4, 4, 5, 6, 6)]
-    assert (folder / "checkpoints" / f"damaged-{newest}.1" / "optimizer.pt").is_file()
-    assert sha256(folder / "adapter_model.safetensors") == sha256(finished.folder / "adapter_model.safetensors")
-    manifest = read_manifest(folder)
-    assert manifest["status"] == "complete"
-    equal = ("steps", "eval_loss", "best_step", "tokens", "adapter_sha256")
-    assert {name: manifest[name] for name in equal} == {name: finished.manifest[name] for name in equal}
-
-
 def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
     interrupted: Interrupted, tmp_path: Path
 ) -> None:
@@ -550,27 +510,6 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     assert f"F{at} it was trained with changes: {change}." in unescape(
         (command.output / "run-2" / "report.html").read_text()
     )
-
-
-def flip_a_byte(path: Path) -> None:
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    path.write_bytes(damaged)
-
-
-def test_where_every_checkpoint_is_damaged_the_run_is_refused(interrupted: Interrupted, tmp_path: Path) -> None:
-    command = interrupted.command.elsewhere(tmp_path / "output")
-    checkpoints = command.output / "run-2" / "checkpoints"
-    for folder in checkpoints.glob("checkpoint-*"):
-        flip_a_byte(folder / "adapter_model.safetensors")
-    done = command()
-    assert done.returncode == 3
-    assert done.stderr == f"no checkpoint in {checkpoints} is whole; --fresh starts a new run\n"
-    damage = "adapter_model.safetensors is not what was saved (sha256 differs)"
-    for step in (interrupted.step, 2):
-        aside = f"damaged-checkpoint-{step}.1"
-        assert f"warning: checkpoint-{step} is not whole ({damage}); set aside as {aside}" in done.stdout.splitlines()
-        assert (checkpoints / aside / "adapter_model.safetensors").is_file()
 
 
 # --- what cannot be had
