@@ -183,40 +183,30 @@ def test_tied_embeddings_are_counted_once() -> None:
     assert {**two, "weights": 0} == {**one, "weights": 0}
 
 
-def test_a_layer_of_mistral_7b_in_bfloat16_keeps_250_kib_a_token_on_an_h100() -> None:
+FUSED = "training.fused_lora=true", "training.fused_kernels=true"
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "tokens", "a_token", "weights"),
+    [
+        # norms 2 x 4h; q, k, v, result 2(2h + 2k); MLP 3 x 2i; dropout 3 bytes for each of 6h + i; lora_A 7 x 2r
+        ("h100", (), 4 * 4096, 8 * 4096 + 4 * 5120 + 6 * 14336 + 3 * (6 * 4096 + 14336) + 14 * 16, 0),
+        # norms 2 x 2h; q, k, v, result 2(2h + 2k); MLP 2 x 2i; LoRA's inputs 2(h + h + i), and 7 x 2r
+        ("h100", FUSED, 4 * 4096, 4 * 4096 + 4 * 5120 + 4 * 14336 + 2 * (2 * 4096 + 14336) + 14 * 16, 0),
+        # norms 2 x 4h; q, k, v 3 x 4h; MLP 3 x 2i; dropout 4 + 2 bytes for each of 6h + i; lora_A 7 x 2r
+        ("m4", (), 2048, 20 * 4096 + 6 * 14336 + 6 * (6 * 4096 + 14336) + 14 * 16, 4 * 32 * 2048**2),
+    ],
+    ids=["H100", "H100, fused", "MPS, attention and dropout in float32"],
+)
+def test_a_layer_of_mistral_7b_keeps_what_is_counted_by_hand(
+    platform: str, settings: tuple[str, ...], tokens: int, a_token: int, weights: int
+) -> None:
+    config = load("training.gradient_checkpointing=false", *settings, platform=platform)
     one, two = (
-        moments(
-            load("training.gradient_checkpointing=false"), dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers)
-        )
+        moments(config, dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers))["loss"]["activations"]
         for layers in (1, 2)
     )
-    bytes_a_token = (two["loss"]["activations"] - one["loss"]["activations"]) * GIB / (4 * 4096)
-    # norms 2 x 4h; q, k, v, result 2(2h + 2k); MLP 3 x 2i; dropout 3 bytes for each of 6h + i; lora_A 7 x 2r
-    assert bytes_a_token == 8 * 4096 + 4 * (4096 + 1024) + 6 * 14336 + 3 * (6 * 4096 + 14336) + 14 * 16
-
-
-def test_fused_lora_and_kernels_halve_what_a_layer_of_mistral_7b_keeps() -> None:
-    fused = "training.gradient_checkpointing=false", "training.fused_lora=true", "training.fused_kernels=true"
-    one, two = (
-        moments(load(*fused), dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers))["loss"]["activations"]
-        for layers in (1, 2)
-    )
-    bytes_a_token = (two - one) * GIB / (4 * 4096)
-    # norms 2 x 2h; q, k, v, result 2(2h + 2k); MLP 2 x 2i; LoRA's inputs 2(h + h + i), and 7 x 2r
-    assert bytes_a_token == 4 * 4096 + 4 * (4096 + 1024) + 4 * 14336 + 2 * (2 * 4096 + 14336) + 14 * 16
-
-
-def test_a_layer_keeps_more_on_mps_where_attention_and_dropout_are_in_float32() -> None:
-    one, two = (
-        moments(
-            load("training.gradient_checkpointing=false", platform="m4"),
-            dataclasses.replace(MISTRAL_7B, num_hidden_layers=layers),
-        )["loss"]["activations"]
-        for layers in (1, 2)
-    )
-    # norms 2 x 4h; q, k, v 3 x 4h; MLP 3 x 2i; dropout 4 + 2 bytes for each of 6h + i; lora_A 7 x 2r
-    layer = 8 * 4096 + 12 * 4096 + 6 * 14336 + 6 * (6 * 4096 + 14336) + 14 * 16
-    assert (two - one) * GIB == 2048 * layer + 4 * 32 * 2048**2  # and the attention weights
+    assert (two - one) * GIB == tokens * a_token + weights
 
 
 def test_with_checkpointing_a_layer_keeps_its_input_until_its_backward() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +36,6 @@ NEVER = ("wording", "errors", "files", "cli", "config", "plan")
 KNOWS_DEVICES = ("machine.platforms", "machine.device")
 DEVICE_WORDS = re.compile(r"\b(cuda|mps)\b")
 DEVICES = {row.device for row in PLATFORMS.values()}
-CPU_SECONDS = 0.5
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -254,23 +252,3 @@ def test_importing_a_room_brings_nothing_that_it_refuses(room: str) -> None:
 
 def test_a_report_is_made_without_torch() -> None:
     assert brought_by("results.report.page", "results.report.refresh") & (TORCH | DATA) <= {"numpy"}
-
-
-def child_cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def test_a_typo_in_a_config_is_told_within_half_a_second_of_cpu_time(tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text("training:\n  learning_rte: 2e-4\n", encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "config_loader.py"), str(path)]
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not ours to count
-        before = child_cpu_seconds()
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds.append(child_cpu_seconds() - before)
-        assert (done.returncode, done.stdout) == (2, "")
-        wanted = f"{path}:2  training.learning_rte: unknown key; did you mean training.learning_rate?"
-        assert done.stderr == f"config: 1 problem\n  {wanted}\n"
-    assert min(seconds) < CPU_SECONDS

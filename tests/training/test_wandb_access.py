@@ -55,15 +55,11 @@ def test_a_key_that_wandb_login_has_left_counts_for_its_own_server(
     path = tmp_path / ("my-netrc" if named else ".netrc")
     if named:
         monkeypatch.setenv("NETRC", str(path))
-    netrc(path, f"machine api.wandb.ai login user password {KEY}\n")
-    assert wandb_offline_reason() == "no WANDB_API_KEY"
+    for text in ("machine", f"machine api.wandb.ai login user password {KEY}\n"):  # cannot be read, or is of another
+        netrc(path, text)
+        assert wandb_offline_reason() == "no WANDB_API_KEY"
     netrc(path, f"machine 127.0.0.1 login user password {KEY}\n")
     assert str(wandb_offline_reason()).startswith("127.0.0.1 does not answer: ")
-
-
-def test_a_netrc_that_cannot_be_read_holds_no_key(tmp_path: Path) -> None:
-    netrc(tmp_path / ".netrc", "machine")
-    assert wandb_offline_reason() == "no WANDB_API_KEY"
 
 
 def test_a_server_that_answers_is_reason_enough_to_be_online(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,24 +117,21 @@ def test_where_a_proxy_leads_to_the_server_the_proxy_is_asked(monkeypatch: pytes
     assert asked == [("proxy.example", 3128), ("wandb.example", 443)]
 
 
-def test_a_key_in_the_file_that_a_container_is_given_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("already", ["", "another"])
+def test_a_key_in_the_file_that_a_container_is_given_counts_where_none_is_set(
+    already: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
-    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("WANDB_API_KEY", already)
     monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
     assert str(wandb_offline_reason()).startswith("127.0.0.1 does not answer: ")
-    assert os.environ["WANDB_API_KEY"] == KEY  # where wandb itself looks
+    assert os.environ["WANDB_API_KEY"] == (already or KEY)  # where wandb itself looks
 
 
-def test_an_empty_file_is_no_key_and_one_that_is_set_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_key_file_is_no_key_and_one_that_is_not_there_is_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY_FILE", "/dev/null")  # what compose.yaml gives where .env names none
     assert wandb_offline_reason() == "no WANDB_API_KEY"
-    (tmp_path / "key").write_text("another", encoding="utf-8")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
-    assert str(wandb_offline_reason()).startswith("127.0.0.1 does not answer: ")
-    assert os.environ["WANDB_API_KEY"] == KEY
-
-
-def test_a_key_file_that_is_not_there_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY_FILE", str(tmp_path / "key"))
     assert wandb_offline_reason() == f"WANDB_API_KEY_FILE {tmp_path}/key: No such file or directory"
