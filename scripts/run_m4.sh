@@ -16,8 +16,8 @@ if command -v pmset >/dev/null; then
   if [[ $(pmset -g batt) == *"'Battery Power'"* ]]; then
     warn "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in"
   fi
-  if [[ $(pmset -g) =~ lowpowermode[[:space:]]+1 ]]; then
-    warn "low power mode is on, and the GPU is slower for it; type: sudo pmset -a lowpowermode 0"
+  if [[ $(pmset -g) =~ (low)?powermode[[:space:]]+1 ]]; then  # without "low" on a Pro or Max
+    warn "low power mode is on, and the GPU is slower for it; type: sudo pmset -a ${BASH_REMATCH[1]:-}powermode 0"
   fi
 fi
 

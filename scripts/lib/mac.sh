@@ -11,7 +11,7 @@ good() { printf '%s\n' "$GREEN$1$NC"; }
 warn() { printf '%s\n' "$YELLOW$1$NC" >&2; }
 fail() { printf '%s\n' "$RED$1$NC" >&2; exit "$2"; }
 
-need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or later on Apple silicon
+need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or later on Apple silicon; 15 is asked for
   local system machine version script=scripts/${0##*/}
   system=$(uname -s) machine=$(uname -m)
   if [[ $system != Darwin ]]; then
@@ -27,6 +27,9 @@ need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or late
   version=$(sw_vers -productVersion)
   if [[ ${version%%.*} -lt 14 ]]; then
     fail "macOS $version, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart" 2
+  fi
+  if [[ ${version%%.*} -lt 15 ]]; then
+    warn "macOS $version; macOS 15 or later is asked for; type: softwareupdate --install --all --restart"
   fi
 }
 

@@ -92,6 +92,11 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
             ["training.max_steps=0"],
             "training.max_steps: 0 trains nothing; set a number of steps, or -1 for num_train_epochs",
         ),
+        (
+            ["platform=m4", "model.max_seq_length=4096", "training.per_device_train_batch_size=9"],
+            "training.per_device_train_batch_size: 9 x model.max_seq_length 4096 is 36,864 tokens in one backward; "
+            "with more than 32,768 gradients are wrong on Apple silicon (m4), pytorch#177116; set it to 8",
+        ),
         (["tracking.run_name=../x"], f"tracking.run_name: found '../x' (text), {NAMES}"),
         (["tracking.run_name=a/b"], f"tracking.run_name: found 'a/b' (text), {NAMES}"),
         (["tracking.run_name=/etc"], f"tracking.run_name: found '/etc' (text), {NAMES}"),
@@ -120,6 +125,8 @@ def test_a_combination_that_cannot_work_is_refused(settings: list[str], message:
         ["platform=h100", "training.optim=paged_adamw_8bit", "model.attn_implementation=flash_attention_2"],
         ["platform=h100", "training.optim=adamw_torch", "model.attn_implementation=sdpa"],
         ["platform=m4"],
+        ["platform=m4", "model.max_seq_length=4096", "training.per_device_train_batch_size=8"],
+        ["platform=h100", "model.max_seq_length=4096", "training.per_device_train_batch_size=9"],
         ["lora.target_modules=[q_proj]"],
         ["training.max_steps=1"],
         ["training.max_steps=-1"],

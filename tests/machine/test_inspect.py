@@ -236,12 +236,13 @@ SYSCTL = """case "$*" in
 "-n machdep.cpu.brand_string") echo "{chip}" ;;
 "-n sysctl.proc_translated") echo {translated} ;;
 "-n kern.memorystatus_vm_pressure_level") echo {pressure} ;;
+"-n kern.memorystatus_level") echo {level} ;;
 *) exit 1 ;;
 esac"""
 PMSET = """System-wide power settings:
 Currently in use:
  standby              1
- lowpowermode         {low_power}
+ {setting:<20} {low_power}
  sleep                1 (sleep prevented by powerd)"""
 
 
@@ -251,22 +252,40 @@ def mac(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
 
-    def reading(architecture: str = "arm64", low_power: int = 0, **answers: object) -> Machine:
+    def reading(
+        architecture: str = "arm64", setting: str = "lowpowermode", low_power: int = 0, **answers: object
+    ) -> Machine:
         monkeypatch.setattr(platform, "machine", lambda: architecture)
-        tool("sysctl", SYSCTL.format(**{"chip": "Apple M4", "translated": 0, "pressure": 1, **answers}))
-        tool("pmset", f'[ "$*" = -g ] && {says(PMSET.format(low_power=low_power))}')
+        tool("sysctl", SYSCTL.format(**{"chip": "Apple M4", "translated": 0, "pressure": 1, "level": 70, **answers}))
+        tool("pmset", f'[ "$*" = -g ] && {says(PMSET.format(setting=setting, low_power=low_power))}')
         return read_machine()
 
     return reading
 
 
-def facts(found: Machine) -> tuple[str, str, bool, bool, int]:
+def facts(found: Machine) -> tuple[str, str, bool, str, int]:
     return found.release, found.chip, found.translated, found.low_power, found.pressure
 
 
 def test_a_macs_chip_power_and_memory_pressure_are_read(mac: Callable[..., Machine]) -> None:
-    assert facts(mac()) == ("15.1", "Apple M4", False, False, 1)
-    assert facts(mac(low_power=1, pressure=4, chip="Apple M2 Max")) == ("15.1", "Apple M2 Max", False, True, 4)
+    assert facts(mac()) == ("15.1", "Apple M4", False, "", 1)
+    found = mac(low_power=1, pressure=4, chip="Apple M2 Max")
+    assert facts(found) == ("15.1", "Apple M2 Max", False, "lowpowermode", 4)
+
+
+@pytest.mark.parametrize(("value", "found"), [(0, ""), (1, "powermode"), (2, "")])  # automatic, low, high
+def test_the_low_power_mode_of_a_pro_or_max_has_another_name(
+    value: int, found: str, mac: Callable[..., Machine]
+) -> None:
+    assert mac(setting="powermode", low_power=value).low_power == found
+
+
+@pytest.mark.parametrize(("level", "free_gib"), [(70, 22.4), ("unknown", 9.0)])
+def test_a_macs_free_memory_is_by_macos_own_level_which_counts_the_pages_of_files_just_read(
+    level: object, free_gib: float, mac: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * 2**30, available=9 * 2**30))
+    assert mac(level=level).memory_free_gib == pytest.approx(free_gib)
 
 
 def test_an_intel_python_on_apple_silicon_is_known_as_such(mac: Callable[..., Machine]) -> None:
@@ -279,7 +298,7 @@ def test_an_intel_python_on_apple_silicon_is_known_as_such(mac: Callable[..., Ma
 def test_an_intel_mac_does_not_know_the_question_about_rosetta(mac: Callable[..., Machine], tool: Tool) -> None:
     mac("x86_64")
     tool("sysctl", 'echo "sysctl: unknown oid" >&2; exit 1')
-    assert facts(read_machine()) == ("15.1", "", False, False, 1)
+    assert facts(read_machine()) == ("15.1", "", False, "", 1)
 
 
 @pytest.mark.usefixtures("tool")
@@ -300,7 +319,7 @@ def test_what_is_not_a_mac_is_asked_nothing_of_a_mac(tool: Tool, monkeypatch: py
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-45-generic")
     tool("sysctl", "echo 1")
     tool("pmset", "echo lowpowermode 1")
-    assert facts(read_machine()) == ("6.8.0-45-generic", "", False, False, 1)
+    assert facts(read_machine()) == ("6.8.0-45-generic", "", False, "", 1)
 
 
 def in_an_image(expression: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from finetune.machine.inspect import Machine
-from finetune.machine.platforms import PLATFORMS, accelerator, choose, memory_available_gib
+from finetune.machine.platforms import PLATFORMS, accelerator, choose, hardware, memory_available_gib
 from support.recorded import A100_40, EIGHT, GH200, H100, INTEL_MAC, LINUX, LINUX_ARM, M2_32, M4, ROSETTA
 
 
@@ -73,3 +73,10 @@ def test_an_intel_python_on_apple_silicon_is_told_why_it_gets_the_cpu() -> None:
 )
 def test_what_a_machine_computes_on_is_said_in_words(machine: Machine, text: str) -> None:
     assert accelerator(machine) == text
+
+
+def test_the_manifest_names_the_gpu_or_the_macs_chip() -> None:
+    found = [
+        hardware(PLATFORMS[name], machine)["device"] for name, machine in (("h100", H100), ("m4", M4), ("cpu", M4))
+    ]
+    assert found == ["NVIDIA H100 80GB HBM3", "Apple M4", "Apple M4"]

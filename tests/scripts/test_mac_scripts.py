@@ -27,7 +27,7 @@ MAINS = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1234)\t100%; charg
 BATTERY = (
     "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1234)\t81%; discharging; 5:02 remaining present: true"
 )
-SETTINGS = "Currently in use:\n standby              1\n lowpowermode         {}\n sleep                1"
+SETTINGS = "Currently in use:\n standby              1\n {:<20} {}\n sleep                1"
 
 # A Python of a Mac: its version and architecture are told, environments are made of copies of it, all else is recorded.
 PYTHON = """\
@@ -106,8 +106,8 @@ class Place:
         path.chmod(0o755)
         return path
 
-    def power(self, battery: str, low: int) -> None:
-        settings = SETTINGS.format(low)
+    def power(self, battery: str, low: int, setting: str = "lowpowermode") -> None:
+        settings = SETTINGS.format(setting, low)
         self.program("pmset", f'if [[ "$*" == "-g batt" ]]; then echo "{battery}"; else echo "{settings}"; fi')
 
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -193,11 +193,15 @@ def test_a_machine_that_cannot_train_is_exit_2_with_what_to_do(
     assert not (place.folder / ".venv").exists()
 
 
-@pytest.mark.parametrize("version", ["14.0", "26.1"])
-def test_macos_14_and_later_are_taken(tmp_path: Path, version: str) -> None:
+OLD = "macOS 14.0; macOS 15 or later is asked for; type: softwareupdate --install --all --restart\n"
+
+
+@pytest.mark.parametrize(("version", "said"), [("14.0", OLD), ("15.0", ""), ("26.1", "")])
+def test_macos_15_and_later_are_taken_and_14_with_a_warning(tmp_path: Path, version: str, said: str) -> None:
     place = Place(tmp_path, MAC | {"macos": version})
     place.python()
-    assert place.run("setup_m4")[0] == 0
+    code, _, err = place.run("setup_m4")
+    assert (code, err) == (0, said)
 
 
 # setup_m4.sh ----------------------------------------------------------------------------------------------------------
@@ -389,6 +393,8 @@ LOW_POWER = "low power mode is on, and the GPU is slower for it; type: sudo pmse
 def test_battery_and_low_power_mode_are_warned_of(ready: Place, battery: str, low: int, text: str) -> None:
     ready.power(battery, low)
     assert ready.run("run_m4") == (0, "training\n", text)
+    ready.power(battery, low, "powermode")  # as a Pro or Max calls it
+    assert ready.run("run_m4") == (0, "training\n", text.replace("lowpowermode", "powermode"))
 
 
 @pytest.mark.parametrize("there", [False, True])

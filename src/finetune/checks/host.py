@@ -52,8 +52,11 @@ def _mac(machine: Machine) -> Finding:
     if not machine.apple_silicon:
         otherwise = "--config cpu for the demo, --config h100 to train"
         return failed(f"{found}; the m4 config needs Apple silicon", otherwise)
-    if int(machine.release.split(".")[0] or 0) < 14:
-        return failed(f"{found}; PyTorch's bfloat16 needs macOS 14", "softwareupdate --install --all")
+    release, update = int(machine.release.split(".")[0] or 0), "softwareupdate --install --all --restart"
+    if release < 14:
+        return failed(f"{found}; PyTorch's bfloat16 needs macOS 14", update)
+    if release < 15:
+        return warned(f"{found}; macOS 15 or later is asked for", update)
     return passed(found)
 
 
@@ -120,7 +123,7 @@ def _init(preflight: Preflight) -> Finding:
 
 
 CHECKS = (
-    Check("host.system", "operating system and architecture fit the platform; no Rosetta; macOS 14 or later", _system),
+    Check("host.system", "operating system and architecture fit the platform; no Rosetta; macOS 15 or later", _system),
     Check("host.python", "Python 3.11 to 3.13", _python),
     Check("host.memory", "memory, and this container's limit of it", _memory, level="warn"),
     Check("host.user", "the user has a name and a writable HOME", _user),

@@ -19,7 +19,7 @@ def _mps(preflight: Preflight) -> Finding:
         return failed(f"torch {found.version} is built without MPS", preflight.platform.repair)
     if not found.sees_mps:
         text = f"torch {found.version} is built with MPS and cannot use it"
-        return failed(text, "log in to the Mac's own desktop once, update to macOS 14 or later, then try again")
+        return failed(text, "log in to the Mac's own desktop once, update macOS, then try again")
     return passed(f"torch {found.version} sees the GPU")
 
 
@@ -76,8 +76,9 @@ def _pressure(preflight: Preflight) -> Finding:
 
 
 def _power(preflight: Preflight) -> Finding:
-    if preflight.machine.low_power:
-        return warned("low power mode is on: the GPU is slower", "sudo pmset -a lowpowermode 0")
+    setting = preflight.machine.low_power
+    if setting:
+        return warned("low power mode is on: the GPU is slower", f"sudo pmset -a {setting} 0")
     return passed("low power mode is off")
 
 

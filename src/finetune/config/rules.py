@@ -35,6 +35,18 @@ def _platform_values(config: Config, problems: Problems) -> None:
             problems.add(path, f"{value} does not work on {row.label} ({row.name}); wanted {' | '.join(works)}")
 
 
+def _backward(config: Config, problems: Problems) -> None:
+    row, rows, length = (
+        PLATFORMS[config.platform],
+        config.training.per_device_train_batch_size,
+        config.model.max_seq_length,
+    )
+    if row.backward_tokens is not None and rows * length > row.backward_tokens:
+        text = f"{rows} x model.max_seq_length {length} is {rows * length:,} tokens in one backward; with more than "
+        text += f"{row.backward_tokens:,} gradients are wrong on {row.label} ({row.name}), pytorch#177116"
+        problems.add("training.per_device_train_batch_size", f"{text}; set it to {row.backward_tokens // length}")
+
+
 def _precision(config: Config, problems: Problems) -> None:
     if config.training.fp16:
         problems.add("training.fp16", "Mistral's activations overflow fp16; set training.bf16: true and fp16: false")
@@ -112,6 +124,7 @@ def _run_name(config: Config, problems: Problems) -> None:
 RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _base_model,
     _platform_values,
+    _backward,
     _precision,
     _quantization,
     _lora_targets,

@@ -84,27 +84,20 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
 
 
 def peak_memory_gib(platform: Platform) -> float:
-    """Most memory this process has held where the model lives, in GiB: allocated on an NVIDIA GPU, resident on a CPU.
-
-    A Mac's driver tells only what is allocated now; since torch keeps what it has once had, until `forget_memory`, that
-    is the most so far.
-    """
+    """Most memory this process has held where the model lives, in GiB: allocated on a GPU, resident on a CPU."""
     import torch
 
-    if platform.device == "cuda":
-        return float(torch.cuda.max_memory_allocated() / GIB)
-    if platform.device == "mps":
-        return float(torch.mps.driver_allocated_memory() / GIB)
+    if platform.accelerated:
+        return float(torch.accelerator.max_memory_allocated() / GIB)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
 
 
 def peak_held_gib(platform: Platform) -> float:
-    """As `peak_memory_gib`, and on an NVIDIA GPU what torch held beside what was allocated: what its driver saw."""
+    """As `peak_memory_gib`, and on a GPU what torch held beside what was allocated: what its driver saw."""
     import torch
 
-    nvidia = platform.device == "cuda"
-    return float(torch.cuda.max_memory_reserved() / GIB) if nvidia else peak_memory_gib(platform)
+    return torch.accelerator.max_memory_reserved() / GIB if platform.accelerated else peak_memory_gib(platform)
 
 
 def capacity_gib(platform: Platform) -> float:
@@ -152,6 +145,5 @@ def forget_memory(platform: Platform) -> None:
     import torch
 
     if platform.accelerated:
-        torch.get_device_module(platform.device).empty_cache()
-    if platform.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()

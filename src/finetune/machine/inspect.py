@@ -37,7 +37,8 @@ class Machine:
 
     `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first; `memory_limit_gib` is this
     container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `translated` (this
-    Python is an Intel build under Rosetta), `low_power` and `pressure` (1 normal, 2 warning, 4 critical) are a Mac's.
+    Python is an Intel build under Rosetta), `low_power` (the setting of pmset that turns it on, powermode on a Pro or
+    Max; empty where it is off) and `pressure` (1 normal, 2 warning, 4 critical) are a Mac's.
     """
 
     system: str
@@ -58,7 +59,7 @@ class Machine:
     process_1: bool = False
     chip: str = ""
     translated: bool = False
-    low_power: bool = False
+    low_power: str = ""
     pressure: int = 1
 
     @property
@@ -76,8 +77,8 @@ def read_machine() -> Machine:
     """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""
     memory = psutil.virtual_memory()
     limit_gib = _memory_limit_gib()
-    free_gib = memory.available / GIB
     mac = host.system() == "Darwin"
+    free_gib = (_mac_free_share() * memory.total if mac else memory.available) / GIB
     return Machine(
         system=host.system(),
         architecture=host.machine(),
@@ -164,12 +165,25 @@ def _memory_limit_gib() -> float | None:
     return None
 
 
+def _mac_free_share() -> float:
+    """Share of a Mac's memory that a program can still have, 0 to 1, by the level that macOS itself acts on.
+
+    psutil's `available` leaves out the pages of files that were read lately, such as 14.5 GB of weights, which macOS
+    drops when memory is asked for.
+    """
+    level = _answer("sysctl", "-n", "kern.memorystatus_level")
+    if level.isdigit():
+        return int(level) / 100
+    memory = psutil.virtual_memory()
+    return float(memory.available / memory.total)
+
+
 def _mac_facts() -> dict[str, Any]:
     """The Mac's fields of Machine, from sysctl and pmset."""
     pressure = _answer("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
     return {
         "chip": _answer("sysctl", "-n", "machdep.cpu.brand_string"),
         "translated": _answer("sysctl", "-n", "sysctl.proc_translated") == "1",
-        "low_power": bool(re.search(r"lowpowermode\s+1", _answer("pmset", "-g"))),
+        "low_power": next(iter(re.findall(r"\b((?:low)?powermode)\s+1\b", _answer("pmset", "-g"))), ""),
         "pressure": int(pressure) if pressure.isdigit() else 1,
     }

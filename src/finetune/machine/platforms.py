@@ -32,7 +32,7 @@ class Platform:
 
     `nvidia` means an NVIDIA GPU under Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may
     use its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps
-    them, in float32, wherever a gradient is wanted.
+    them, in float32, wherever a gradient is wanted. `backward_tokens` is the most that one backward gets right.
 
     `memory_gib` is what to plan with on another machine (with unified memory, the working set); `specified_memory_gb`
     the peak that the specification expects, least and most; `program_gib` what interpreter and libraries take of the
@@ -52,6 +52,7 @@ class Platform:
     nvidia: bool = False
     unified_memory: bool = False
     keeps_attention_weights: bool = False
+    backward_tokens: int | None = None
     memory_gib: float = 0.0  # every machine has a CPU
     specified_memory_gb: tuple[int, int] | None = None
     # Resident, on Linux: the least program_gib in benchmarks/results. What is resident beyond that are pages of the
@@ -118,6 +119,7 @@ PLATFORMS = {
             compiles=False,
             unified_memory=True,
             keeps_attention_weights=True,
+            backward_tokens=32_768,  # with more, gradients are reported to be wrong (pytorch#177116, open)
             memory_gib=21.3,  # the GPU's working set on a Mac of 32 GB: 22.9 GB, as reported
             specified_memory_gb=(24, 28),
             # Matrix products are 6 x 7.2e9 FLOP a token (forward, checkpointing's forward, backward): 65 tokens/s at
@@ -204,7 +206,8 @@ def memory_limits(platform: Platform, machine: Machine, working_set_gib: float |
 
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
     """What the manifest says of the machine."""
-    device = machine.gpus[0] if platform.nvidia and machine.gpus else host.processor() or machine.architecture
+    gpu = machine.gpus[0] if platform.nvidia and machine.gpus else ""
+    device = gpu or machine.chip or host.processor() or machine.architecture
     return {
         "platform": platform.name,
         "device": device,
