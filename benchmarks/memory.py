@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -179,7 +179,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
         base = load.load_base(config.model, config.quantization, platform.device)
     peft_model = load.adapt(base, config)
     run = Run(folder / "run", False, None)
-    arguments = training_arguments(config.training, run, [], platform, evaluate_first=True)
+    arguments = training_arguments(config.training, run, platform, evaluate_first=True)
     tokenizer = load.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
     train_rows = examples(2 * config.effective_batch_size, case.length, vocab, case.packing)
@@ -365,11 +365,10 @@ def verdict(results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--platform", choices=CASES, default="cpu")
     parser.add_argument("--case", help="only the case of that name")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    parser.add_argument("--output", type=Path, help="also write the result there")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -385,11 +384,10 @@ def main() -> int:
     for case in cases:
         results[case.name] = in_a_process(case, options.platform)
         show(case.name, results[case.name])
-    document = {**describe(f"benchmarks/memory.py --platform {options.platform}", PACKAGES), "memory": results}
+    document = {**machine.describe(f"benchmarks/memory.py --platform {options.platform}", PACKAGES), "memory": results}
     if options.json:
         print(json.dumps(document))
-    if options.output:
-        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    machine.write(document, options.output)
     within, line = verdict(results)
     print(line, file=sys.stderr)
     return 0 if within else 1

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import psutil
-from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -149,10 +149,9 @@ def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write the result there")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -177,10 +176,9 @@ def main() -> None:
     ours, trl = summary["ours"], summary["TRL"]
     print(f"ours / TRL: {ours['rows_per_second'] / trl['rows_per_second']:.2f} x rows/s, ", end="")
     print(f"{ours['peak_mib'] / trl['peak_mib']:.2f} x memory")
-    if options.output:
-        command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
-        document = {**describe(command, PACKAGES), "medians": summary, "rounds": rounds}
-        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
+    document = {**machine.describe(command, PACKAGES), "medians": summary, "rounds": rounds}
+    machine.write(document, options.output)
 
 
 if __name__ == "__main__":

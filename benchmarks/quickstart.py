@@ -8,7 +8,6 @@ the result's `throughput` to say how long a run like this one takes; it is the s
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import yaml
-from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -71,8 +70,7 @@ def throughput_entry(clone: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write the result there")
+    parser = machine.parser(__doc__)
     parser.add_argument("--log", type=Path, help="keep what the first run printed there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
@@ -81,11 +79,10 @@ def main() -> None:
         first = run_quickstart(clone, options.log or Path(folder) / "first.log")
         again = run_quickstart(clone, Path(folder) / "again.log")
         entry = throughput_entry(clone, [first["run"], again["run"]])
-    head = describe("benchmarks/quickstart.py", PACKAGES)
+    head = machine.describe("benchmarks/quickstart.py", PACKAGES)
     result = {**head, "first": first, "again": again, "throughput": [entry]}
     print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    machine.write(result, options.output)
 
 
 if __name__ == "__main__":

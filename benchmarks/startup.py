@@ -9,8 +9,6 @@ wall time that a module takes itself, without what it imports; what else the mac
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import resource
@@ -23,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
@@ -123,9 +121,8 @@ def summarise(command: Command, starts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         chosen = commands(Path(folder))
@@ -140,10 +137,9 @@ def main() -> None:
         for command in chosen:
             summary[command.name]["heaviest_imports_ms"] = heaviest(command)
     show(summary)
-    if options.output:
-        command_line = f"benchmarks/startup.py --rounds {options.rounds}"
-        document = {**describe(command_line, PACKAGES), "commands": summary, "starts": starts}
-        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    command_line = f"benchmarks/startup.py --rounds {options.rounds}"
+    document = {**machine.describe(command_line, PACKAGES), "commands": summary, "starts": starts}
+    machine.write(document, options.output)
 
 
 def show(summary: dict[str, dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ TRL's bfloat16 adapters are put back to float32, and its progress bar is off.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -29,8 +28,8 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import machine
 import torch
-from machine import describe
 from memory import DEMO, make_model
 from transformers import TrainerCallback, get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -137,7 +136,7 @@ def tokenizer() -> Any:
 def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     config, run = case.config(folder), Run(folder / "run", False, None)
     run.checkpoints.mkdir(parents=True)
-    sft = training_arguments(config.training, run, [], PLATFORMS["cpu"], evaluate_first=True)
+    sft = training_arguments(config.training, run, PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
     examples = trainer.Examples(rows(case), evaluated, "train.jsonl")
     made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), examples, sft)
@@ -313,12 +312,11 @@ def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     names = [case.name for case in (*CASES, ADAPTER)]
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--only", choices=names, help="one of the three parts")
     part.add_argument("--quick", action="store_true", help="few steps and a small adapter, to see that it runs")
-    parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
@@ -326,10 +324,9 @@ def main() -> None:
     found = {case.name: (measure_checkpoints if case.name == ADAPTER.name else measure_steps)(case) for case in chosen}
     for name, result in found.items():
         print(name, json.dumps({key: result[key] for key in ("medians", "ratios")}, indent=2))
-    if options.output:
-        asked = f" --only {options.only}" if options.only else " --quick" * options.quick
-        document = {**describe(f"benchmarks/trainer_overhead.py{asked}", PACKAGES), **found}
-        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    asked = f" --only {options.only}" if options.only else " --quick" * options.quick
+    document = {**machine.describe(f"benchmarks/trainer_overhead.py{asked}", PACKAGES), **found}
+    machine.write(document, options.output)
 
 
 if __name__ == "__main__":

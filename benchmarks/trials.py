@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-from machine import describe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -37,15 +36,13 @@ def measure(platform: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__)
     parser.add_argument("--platform", choices=PLATFORMS, default="cpu")
-    parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args()
     command = f"benchmarks/trials.py --platform {options.platform}"
-    result = {**describe(command, ("torch", "bitsandbytes")), "trials": measure(options.platform)}
+    result = {**machine.describe(command, ("torch", "bitsandbytes")), "trials": measure(options.platform)}
     print(json.dumps(result, indent=2))
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    machine.write(result, options.output)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def _ours(work: Work, base: Any) -> Any:
     choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
     peft_model = load.adapt(base, config)
     run = Run(work.folder / "run", False, None)
-    arguments = training_arguments(config.training, run, [], work.platform, evaluate_first=False)
+    arguments = training_arguments(config.training, run, work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
     rows = packed_by_us(work.steps)

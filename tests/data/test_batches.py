@@ -39,7 +39,7 @@ class Case:
                 torch.nn.init.normal_(parameter, std=0.2)
         tokenizer = make_tokenizer(load_chat(None), "right")
         self.collator = Collator(tokenizer)
-        sft = training_arguments(config.training, Run(folder / "run", False, None), [], PLATFORMS["cpu"], True)
+        sft = training_arguments(config.training, Run(folder / "run", False, None), PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
         self.trainer: Trainer = make_trainer(self.model, tokenizer, Examples(rows, rows, str(train_file)), sft)
         self.model.train()

@@ -63,7 +63,7 @@ class Case:
         model = adapt(base, config)
         data = self.data(config)
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
-        sft = training_arguments(config.training, self.run, [], PLATFORMS["cpu"], first)
+        sft = training_arguments(config.training, self.run, PLATFORMS["cpu"], first)
         layers = checkpointed_layers(config, read_geometry(config))
         examples = Examples(rows, validation, self.train_file)
         return make_trainer(model, self.tokenizer, examples, sft, layers)

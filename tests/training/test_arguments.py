@@ -17,4 +17,4 @@ def test_only_one_gpu_is_used_however_many_are_in_sight(case: Case, monkeypatch:
         return torch.device("cpu")
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(eight))
-    assert training_arguments(case.config().training, case.run, [], PLATFORMS["cpu"], True).n_gpu == 1
+    assert training_arguments(case.config().training, case.run, PLATFORMS["cpu"], True).n_gpu == 1

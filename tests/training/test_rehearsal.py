@@ -150,7 +150,7 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     if rehearsal_first:
         rehearsed(case, config, model, done=2 if checkpoint else 0)
     data = case.data(config)
-    sft = training_arguments(config.training, case.run, [], CPU, evaluate_first=checkpoint is None)
+    sft = training_arguments(config.training, case.run, CPU, evaluate_first=checkpoint is None)
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
     made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft)
     keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)

@@ -9,14 +9,12 @@ from finetune.machine.platforms import Platform
 from finetune.runs.folder import Run
 
 
-def training_arguments(
-    training: TrainingConfig, run: Run, report_to: list[str], platform: Platform, evaluate_first: bool
-) -> SFTConfig:
+def training_arguments(training: TrainingConfig, run: Run, platform: Platform, evaluate_first: bool) -> SFTConfig:
     """The config as transformers' and TRL's arguments; `evaluate_first` as `evaluates_first` says."""
     sft = SFTConfig(
         output_dir=str(run.checkpoints),
         run_name=run.name,
-        report_to=report_to,
+        report_to=[],  # the trackers are callbacks of our own
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.per_device_train_batch_size,

@@ -66,7 +66,7 @@ class Job:
     def trainer(self, layers: int, checkpoint: Path | None, trackers: Trackers) -> Trainer:
         """The trainer that starts at `checkpoint`, or at the beginning, with `layers` checkpointed."""
         first = evaluates_first(checkpoint)
-        arguments = training_arguments(self.config.training, self.run, [], self.platform, first)
+        arguments = training_arguments(self.config.training, self.run, self.platform, first)
         made = make_trainer(self.model, self.tokenizer, self.examples(), arguments, layers)
         for tracker in trackers.all():
             made.add_callback(tracker)

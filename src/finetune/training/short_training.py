@@ -172,7 +172,7 @@ class Stage:
             eval_steps=STEPS,
             save_steps=STEPS,
         )
-        sft = training_arguments(trial.training, self.job.run, [], self.job.platform, evaluate_first=False)
+        sft = training_arguments(trial.training, self.job.run, self.job.platform, evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
 

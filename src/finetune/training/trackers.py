@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import uuid
@@ -94,6 +95,20 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
             self.on_train_end(None, None, None)
 
 
+def _guarded(call: Callable[..., None]) -> Callable[..., None]:
+    """`call` of a Wandb, whose first failure is a warning and its last call: the hours are worth more."""
+
+    @functools.wraps(call)
+    def tried(self: Wandb, *arguments: Any, **named: Any) -> None:
+        if not self.given_up:
+            try:
+                call(self, *arguments, **named)
+            except Exception as error:  # noqa: BLE001
+                self.give_up(error)
+
+    return tried
+
+
 class Wandb(WandbCallback):  # type: ignore[misc]
     """transformers' own, but what fails in it is told once, and the training goes on.
 
@@ -126,13 +141,15 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         except TimeoutError:
             self.unsent = f"no answer for {FINISH_SECONDS} s at the end"
         except Exception as error:  # noqa: BLE001
-            self._give_up(error)
+            self.give_up(error)
             with suppress(Exception):
                 self._wandb.teardown()  # else it is tried once more at exit, with a traceback
         self._say_later()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._try(super().on_train_begin, args, state, control, **kwargs)
+    on_train_begin = _guarded(WandbCallback.on_train_begin)
+    on_log = _guarded(WandbCallback.on_log)
+    on_save = _guarded(WandbCallback.on_save)
+    on_train_end = _guarded(WandbCallback.on_train_end)
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         """Start or join this run, with the project's own config in place of transformers' arguments and their paths."""
@@ -144,23 +161,12 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         self._wandb.define_metric("train/global_step")
         self._wandb.define_metric("*", step_metric="train/global_step", step_sync=True)
 
+    @_guarded
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """A table of the questions and both answers."""
-        self._try(self._log_samples, step, samples)
-
-    def _log_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         columns = ["prompt", "base", "tuned"]
         table = self._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
         self._wandb.log({"samples": table, "train/global_step": step})
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._try(super().on_log, args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._try(super().on_train_end, args, state, control, **kwargs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._try(super().on_save, args, state, control, **kwargs)
 
     def _start_online(self) -> None:
         """Join this run on the server, or start it offline where the server does not let us in time."""
@@ -195,15 +201,8 @@ class Wandb(WandbCallback):  # type: ignore[misc]
             path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
 
-    def _try(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        if self.given_up:
-            return
-        try:
-            call(*arguments, **named)
-        except Exception as error:  # noqa: BLE001  # whatever breaks in a tracker, the hours are worth more
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
+        """Leave wandb out from here, and say so once."""
         if not self.given_up:
             self.given_up = True
             why = first_line(error)
