@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from docker.errors import APIError, ImageNotFound, NotFound
+from docker.errors import APIError, ImageNotFound
 
 from finetune.machine.docker_image import Image, read_image
 from support.docker_hosts import PROGRAM
@@ -21,7 +21,7 @@ class Client:
     """docker-py's client of an engine with one image, whose /app has `files`; `calls` are what changes the engine."""
 
     def __init__(self, files: dict[str, bytes], lock: str = "h100", flash_attn: str = "build") -> None:
-        config = {"Env": ["PATH=/bin", f"IMAGE_LOCK={lock}"], "Labels": {"flash-attn": flash_attn}}
+        config = {"Labels": {"lock": lock, "flash-attn": flash_attn}}
         self.image = SimpleNamespace(id="sha256:1", attrs={"Size": 3 * 2**30, "Config": config})
         self.files, self.full = files, False
         self.calls: list[tuple[str, Any]] = []
@@ -43,14 +43,11 @@ class Client:
 
     def get_archive(self, path: str) -> tuple[list[bytes], dict[str, Any]]:
         """A tar whose paths begin with the last part of `path`."""
-        name = path.removeprefix("/app/")
-        below = {it: content for it, content in self.files.items() if it == name or it.startswith(f"{name}/")}
-        if not below:
-            raise NotFound("404 Client Error")
+        assert path == "/app"
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as tar:
-            for it, content in below.items():
-                member = tarfile.TarInfo(str(Path(it).relative_to(Path(name).parent)))
+            for name, content in self.files.items():
+                member = tarfile.TarInfo(f"app/{name}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
         return [packed.getvalue()], {}

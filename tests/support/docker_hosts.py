@@ -130,7 +130,7 @@ def real(project: Path) -> Iterator[Path]:
     compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
     (project / "compose.yaml").write_text(compose.replace("image: mistral-7b-qlora:", f"image: {name}:"))
     dockerfile = (
-        "FROM scratch\nENV IMAGE_LOCK=h100\nLABEL flash-attn=build\nVOLUME /cache\n"
+        "FROM scratch\nLABEL lock=h100 flash-attn=build\nVOLUME /cache\n"
         "COPY requirements /app/requirements\nCOPY src /app/src\nCOPY scripts /app/scripts\n"
     )
     (project / "Dockerfile").write_text(dockerfile)

@@ -19,7 +19,6 @@ READY = DockerHost(
     machine=replace(H100, container=False),
     engine=Engine("28.2.2", "1.50", "Ubuntu 22.04.5 LTS", ("/var/lib/docker",), runtimes=("nvidia", "runc")),
     service=Service("mistral-7b-qlora:h100", "h100", "1000:1000", FOLDERS),
-    in_group=True,
     compose="2.36.2",
     buildx="0.24.0",
     hook=True,

@@ -5,8 +5,6 @@ Everything is read once into a `DockerHost`, so that the checks can be tested on
 
 from __future__ import annotations
 
-import getpass
-import grp
 import importlib.util
 import json
 import os
@@ -93,16 +91,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class DockerHost:
-    """One host. `in_group` says that the group docker names this user.
+    """One host. `service` is a text where Compose refuses compose.yaml or `.env`: its reason.
 
-    `service` is a text where Compose refuses compose.yaml or `.env`: its reason. `compose` and `buildx` are versions,
+    `compose` and `buildx` are versions,
     None where they do not answer. `hook` says that nvidia-container-runtime-hook is installed.
     """
 
     machine: Machine
     engine: Engine | Unreachable
     service: Service | str
-    in_group: bool = False
     compose: str | None = None
     buildx: str | None = None
     hook: bool = False
@@ -119,7 +116,6 @@ def read_docker_host(root: Path = ROOT) -> DockerHost:
         machine=read_machine(),
         engine=Unreachable("absent"),
         service=read_service(root),
-        in_group=_in_docker_group(),
         compose=_version("docker", "compose", "version", "--short"),
         buildx=_version("docker", "buildx", "version"),
         hook=shutil.which("nvidia-container-runtime-hook") is not None,
@@ -127,25 +123,17 @@ def read_docker_host(root: Path = ROOT) -> DockerHost:
     return replace(host, **_engine_facts(root, host.service))
 
 
-def _in_docker_group() -> bool:
-    """Whether /etc/group puts this user into the group docker, which a session opened before does not know."""
-    try:
-        return getpass.getuser() in grp.getgrnam("docker").gr_mem
-    except (KeyError, OSError):  # no such group, or a user without a name
-        return False
-
-
 # Docker's commands ----------------------------------------------------------------------------------------------------
 
 
 def _ask(*command: str, folder: Path | None = None) -> tuple[bool, str, str]:
-    """(whether it went well, what it printed, its errors) of a command that may not be there or may hang."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": ANSWER_SECONDS}
+    """(whether it succeeded, its stdout, its stderr) of a command that may be absent or hang."""
     try:
-        done = subprocess.run(command, cwd=folder, check=False, **options)
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=ANSWER_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return False, "", str(error)
-    return done.returncode == 0, done.stdout.strip(), done.stderr.strip()
+    text, problem = (stream.decode(errors="replace").strip() for stream in (done.stdout, done.stderr))
+    return done.returncode == 0, text, problem
 
 
 def _version(*command: str) -> str | None:

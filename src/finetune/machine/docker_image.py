@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from finetune.files import GIB
@@ -19,7 +19,7 @@ SOURCES = ("src", "scripts")  # the program in the image; configs are mounted ov
 class Image:
     """The image that compose.yaml names.
 
-    `lock` is the one that it says it was made from, `flash_attn` its label: build or skip. `changed` are the files of
+    `lock` and `flash_attn` (build or skip) are its labels. `changed` are the files of
     program and lock, from the project's root, that are others here; `problem` is why they could not be looked at.
     """
 
@@ -40,9 +40,8 @@ def read_image(client: Any, root: Path, name: str, lock: str) -> Image | None:
     except ImageNotFound:
         return None
     config = image.attrs["Config"]
-    variables = dict(variable.partition("=")[::2] for variable in config.get("Env") or ())
-    label = (config.get("Labels") or {}).get("flash-attn", "")
-    found = Image(image.attrs["Size"] / GIB, variables.get("IMAGE_LOCK", ""), label)
+    labels = config.get("Labels") or {}
+    found = Image(image.attrs["Size"] / GIB, labels.get("lock", ""), labels.get("flash-attn", ""))
     try:
         return replace(found, changed=_look_into(client, image.id, root, lock))
     except (DockerException, RequestException, tarfile.TarError) as error:
@@ -59,30 +58,25 @@ def _look_into(client: Any, image_id: str, root: Path, lock: str) -> tuple[str, 
 
 
 def changed(container: Any, root: Path, lock: str) -> Iterator[str]:
-    """Files of the lock and the program that are not the same in the image and in `root`, by path from `root`."""
-    for name in (f"requirements/{lock}.lock", *SOURCES):
-        there, here = files_in(container, name), files_of(root, root / name)
-        yield from sorted(path for path in {*there, *here} if there.get(path) != here.get(path))
+    """Files of the lock and the program that differ between /app in the image and `root`, by path from `root`."""
+    names = (f"requirements/{lock}.lock", *SOURCES)
+    there, here = files_in(container), dict(files_of(root, names))
+    for name in names:
+        mine = (path for path in {*there, *here} if path == name or path.startswith(f"{name}/"))
+        yield from sorted(path for path in mine if there.get(path) != here.get(path))
 
 
-def files_of(root: Path, path: Path) -> dict[str, bytes]:
-    """Content of the file, or of all files below the folder, by path from `root`; without what Python compiles."""
-    files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(root)): file.read_bytes() for file in files if "__pycache__" not in file.parts}
+def files_of(root: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Path and content of the files below `names` in `root`, without what Python compiles."""
+    for name in names:
+        for path in (root / name, *(root / name).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield str(path.relative_to(root)), path.read_bytes()
 
 
-def files_in(container: Any, name: str) -> dict[str, bytes]:
-    """The same of /app in the image; nothing where it has no `name`."""
-    from docker.errors import NotFound
-
-    try:
-        stream, _ = container.get_archive(f"/app/{name}")
-    except NotFound:
-        return {}
-    parent, found = PurePosixPath(name).parent, {}
+def files_in(container: Any) -> dict[str, bytes]:
+    """The same of all of the container's /app."""
+    stream, _ = container.get_archive("/app")
     with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
-        for member in archive:
-            content = archive.extractfile(member) if "__pycache__" not in member.name else None
-            if content is not None:  # None for folders, too
-                found[str(parent / member.name)] = content.read()
-    return found
+        files = {it.name.removeprefix("app/"): archive.extractfile(it) for it in archive if it.isfile()}
+        return {path: file.read() for path, file in files.items() if file and "__pycache__" not in path}

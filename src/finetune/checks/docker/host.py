@@ -94,22 +94,19 @@ def _engine(host: DockerHost) -> Finding:
 
 def _no_engine(host: DockerHost, engine: Unreachable) -> Finding:
     mac = host.machine.system == "Darwin"
-    if engine.why == "absent":
-        return failed("Docker is not installed", "brew install --cask docker" if mac else f"on Ubuntu: {INSTALL}")
-    if engine.why == "stopped":
-        return failed("Docker's engine does not run", "open -a Docker" if mac else "sudo systemctl start docker")
-    if engine.why == "denied" and host.in_group:
-        return failed(
-            "permission denied: you are in the group docker, but this session started before that",
-            "newgrp docker, or log in again",
-        )
-    if engine.why == "denied":
-        return failed(
-            "permission denied: your user may not use the Docker engine",
-            "sudo usermod -aG docker $USER, then log in again (newgrp docker)",
-        )
     return failed(
-        f"Docker's engine does not answer: {engine.text}", "docker info; docker context ls; echo $DOCKER_HOST"
+        *{
+            "absent": ("Docker is not installed", "brew install --cask docker" if mac else f"on Ubuntu: {INSTALL}"),
+            "stopped": ("Docker's engine does not run", "open -a Docker" if mac else "sudo systemctl start docker"),
+            "denied": (
+                "permission denied: your user may not use the Docker engine",
+                "sudo usermod -aG docker $USER, then log in again (newgrp docker)",
+            ),
+            "other": (
+                f"Docker's engine does not answer: {engine.text}",
+                "docker info; docker context ls; echo $DOCKER_HOST",
+            ),
+        }[engine.why]
     )
 
 
