@@ -16,7 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from finetune.checks import numerics
+from finetune.checks.numerics import linear
+from finetune.checks.numerics.attention import flash_attention
+from finetune.checks.numerics.optimizer import optimizer_step
 from finetune.machine.platforms import PLATFORMS
 
 
@@ -24,14 +26,14 @@ def measure(platform: str) -> dict[str, Any]:
     """Each trial's number on the platform's device; optimizers that it can run, flash-attn where it is installed."""
     row = PLATFORMS[platform]
     found: dict[str, Any] = {
-        "nf4_loss": numerics.nf4_loss(row.device),
-        "qlora_step_float32": numerics.qlora_step(row.device, torch.float32, "packed"),
-        "qlora_step_bfloat16": numerics.qlora_step(row.device, torch.bfloat16, "packed"),
-        "bfloat16_product": numerics.bfloat16_product(row.device),
-        **{f"optimizer_{name}": numerics.optimizer_step(name, row.device) for name in row.optimizers},
+        "nf4_loss": linear.nf4_loss(row.device),
+        "qlora_step_float32": linear.qlora_step(row.device, torch.float32, "packed"),
+        "qlora_step_bfloat16": linear.qlora_step(row.device, torch.bfloat16, "packed"),
+        "bfloat16_product": linear.bfloat16_product(row.device),
+        **{f"optimizer_{name}": optimizer_step(name, row.device) for name in row.optimizers},
     }
     if importlib.util.find_spec("flash_attn"):
-        found["flash_attention"] = numerics.flash_attention(row.device)
+        found["flash_attention"] = flash_attention(row.device)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetune import checks
-from finetune.checks import numerics
+from finetune.checks.numerics import linear
 from finetune.checks.runner import Result, run
 from finetune.config.load import ROOT
 from finetune.errors import OutOfResource
@@ -120,8 +120,8 @@ def test_nf4_is_tried_where_the_base_is_quantised_and_the_step_where_it_trains(
     mac, tried = bench("m4"), []
     mac.set(f"quantization.storage={storage}")
     mac.patch.setitem(PLATFORMS, "m4", replace(PLATFORMS["m4"], device="mps"))
-    mac.patch.setattr(numerics, "nf4_loss", lambda device: tried.append(device) or 0.092)
-    mac.patch.setattr(numerics, "qlora_step", lambda *asked: tried.append(asked) or 0.002)
+    mac.patch.setattr(linear, "nf4_loss", lambda device: tried.append(device) or 0.092)
+    mac.patch.setattr(linear, "qlora_step", lambda *asked: tried.append(asked) or 0.002)
     [result] = run(checks.select("m4", ["device.qlora"]), mac.preflight())
     assert tried == [where, ("mps", torch.bfloat16, storage)]
     found = f"NF4 keeps 90.8% of normal weights; a QLoRA step in bfloat16, {storage}, is 2.0e-03 from fp32"

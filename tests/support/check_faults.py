@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import bitsandbytes
 
-from finetune.checks import host, numerics, paths, preflight
+from finetune.checks import host, paths, preflight
+from finetune.checks.numerics import linear, optimizer
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
@@ -528,10 +529,10 @@ FAULTS = (
           fail("device.qlora",
                "a QLoRA step in bfloat16, packed, is 1.6e-01 from fp32, wanted at most 0.03",
                NEW_VENV)),
-    fault("bfloat16 is wrong", "m4", lambda b: b.patch.setattr(numerics, "bfloat16_product", lambda *_: 0.5),
+    fault("bfloat16 is wrong", "m4", lambda b: b.patch.setattr(linear, "bfloat16_product", lambda *_: 0.5),
           fail("device.bfloat16", "a bfloat16 product is 5.0e-01 from fp32, wanted at most 0.03", NEW_VENV)),
     fault("the paged optimizer is wrong", "h100",
-          lambda b: b.patch.setattr(numerics, "optimizer_step", lambda *_: float("inf")),
+          lambda b: b.patch.setattr(optimizer, "optimizer_step", lambda *_: float("inf")),
           fail("device.optimizer",
                "three steps of paged_adamw_32bit are inf from PyTorch's AdamW, wanted at most 0.0001",
                REINSTALL)),

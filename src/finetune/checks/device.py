@@ -25,15 +25,15 @@ BUILD_FLASH_ATTENTION = advice(
 def _qlora(preflight: Preflight) -> Finding:
     import torch
 
-    from finetune.checks import numerics
+    from finetune.checks.numerics import linear
 
     device, dtype = preflight.platform.device, preflight.config.model.dtype
     storage = preflight.config.quantization.storage
-    lost, (least, most) = numerics.nf4_loss(quantised_on(device, storage)), numerics.NF4_LOSS
+    lost, (least, most) = linear.nf4_loss(quantised_on(device, storage)), linear.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
         return failed(text, preflight.platform.repair)
-    distance = numerics.qlora_step(device, getattr(torch, dtype), storage)
+    distance = linear.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
     judged = _judged(text, distance, TOLERANCE[dtype], preflight.platform.repair)
     kept = f"NF4 keeps {1 - lost:.1%} of normal weights; {text}"
@@ -46,20 +46,20 @@ def _judged(text: str, distance: float, most: float, fix: str) -> Finding:
 
 
 def _bfloat16(preflight: Preflight) -> Finding:
-    from finetune.checks import numerics
+    from finetune.checks.numerics import linear
 
     if preflight.config.model.dtype != "bfloat16":
         return skipped(f"model.dtype is {preflight.config.model.dtype}")
-    distance = numerics.bfloat16_product(preflight.platform.device)
+    distance = linear.bfloat16_product(preflight.platform.device)
     text = f"a bfloat16 product is {distance:.1e} from fp32"
     return _judged(text, distance, TOLERANCE["bfloat16"], preflight.platform.repair)
 
 
 def _optimizer(preflight: Preflight) -> Finding:
-    from finetune.checks import numerics
+    from finetune.checks.numerics.optimizer import optimizer_step
 
     name = preflight.config.training.optim
-    distance = numerics.optimizer_step(name, preflight.platform.device)
+    distance = optimizer_step(name, preflight.platform.device)
     text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
     most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
     return _judged(text, distance, most, preflight.platform.repair)
@@ -71,10 +71,10 @@ def _flash_attention(preflight: Preflight) -> Finding:
     fix = f"{BUILD_FLASH_ATTENTION}  or without it: --set model.attn_implementation=sdpa"
     if importlib.util.find_spec("flash_attn") is None:
         return failed("flash-attn is not installed", fix)
-    from finetune.checks import numerics
+    from finetune.checks.numerics.attention import flash_attention
 
     try:
-        distance = numerics.flash_attention(preflight.platform.device)
+        distance = flash_attention(preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
         return failed(f"flash-attn is installed and does not work: {first_line(error)}", fix)
     text = f"flash-attn over two packed documents is {distance:.1e} from attention over each alone"

@@ -1,0 +1,64 @@
+"""Linear layers: NF4 there and back, a QLoRA step, a bfloat16 product."""
+
+from __future__ import annotations
+
+import bitsandbytes
+import torch
+
+from finetune.checks.numerics.compare import distance
+from finetune.machine.platforms import quantised_on
+
+# Rounding to NF4 in blocks of 64 loses about 9 % of a normal distribution's standard deviation (benchmarks/trials.py);
+# a broken kernel loses either nothing or everything.
+NF4_LOSS = (0.06, 0.13)
+
+
+def nf4_loss(device: str) -> float:
+    """Root mean square of what NF4 with double quantisation loses of normal weights, as a share of their deviation."""
+    weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weights.to(device), quant_type="nf4", compress_statistics=True
+    )
+    back = bitsandbytes.functional.dequantize_4bit(packed, state).float().cpu()
+    return float((back - weights).square().mean().sqrt() / weights.std())
+
+
+def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
+    """Forward, backward and one AdamW step of a LoRA pair beside one NF4 layer, held as `storage` says.
+
+    The worse distance of two: the stepped weights, and the gradient of the input, which goes through that layer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(64, 128, generator=generator) * 0.02
+    inputs = torch.randn(16, 128, generator=generator)
+    down, up = torch.randn(8, 128, generator=generator) * 0.1, torch.randn(64, 8, generator=generator) * 0.1
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weights.clone(), requires_grad=False, quant_type="nf4")
+    layer = layer.to(quantised_on(device, storage))
+    dequantised = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
+
+    def plain(device: str, dtype: torch.dtype) -> torch.nn.Module:
+        linear = torch.nn.Linear(128, 64, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(dequantised.to(device, dtype), requires_grad=False)
+        return linear
+
+    def step(base: torch.nn.Module, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        pair = [torch.nn.Parameter(values.clone().to(device)) for values in (down, up)]
+        optimizer = torch.optim.AdamW(pair, lr=0.1, eps=1.0)  # a large eps: the step follows the gradient's size too
+        x = inputs.to(device, dtype).requires_grad_()
+        output = base(x) + (x @ pair[0].to(dtype).T) @ pair[1].to(dtype).T
+        output.float().square().mean().backward()
+        optimizer.step()
+        moved = [(after.detach().cpu() - before).flatten() for after, before in zip(pair, (down, up), strict=True)]
+        return torch.cat(moved), x.grad
+
+    base = plain(device, dtype) if storage == "expanded" else layer
+    found, wanted = step(base, device, dtype), step(plain("cpu", torch.float32), "cpu", torch.float32)
+    return max(distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def bfloat16_product(device: str) -> float:
+    """A bfloat16 matrix product of [128, 512] and [512, 128]."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(128, 512, generator=generator), torch.randn(512, 128, generator=generator)
+    return distance(left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16), left @ right)
