@@ -26,8 +26,8 @@ from finetune.cli import PYTHON
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.data.tokenizer import load_chat
+from finetune.files import read_seal
 from finetune.results.model_card import model_card
-from finetune.runs.checkpoints import read_seal
 from support.train_command import ENVIRONMENT, FILES, STEPS, Command
 
 VERSIONED = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "tokenizers")

@@ -1,4 +1,4 @@
-"""Files as this program names, reads and writes them: whole or not at all, hashed, and with room on the disk."""
+"""Files as this program names, reads and writes them: whole or not at all, hashed, and sealed as folders."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from finetune.errors import ConfigError
 
 GIB = 2**30
+SEAL = "sha256.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,6 +70,47 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Mark `folder` as whole: every file's sha256, and `facts` such as step, eval_loss and the run's fingerprint."""
+    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(SEAL, None)
+    content = {**facts, "files": files}
+    write_json(folder / SEAL, {**content, "sha256": _digest(content)})
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_seal(folder: Path) -> dict[str, Any]:
+    """The facts of a sealed folder. Raises ValueError with what is wrong where a file is missing, changed or new."""
+    sealed = seal_facts(folder)
+    for name, digest in sealed["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} is not what was saved (sha256 differs)")
+    new = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL, *sealed["files"]}
+    if new:
+        raise ValueError(f"{min(new)} was not there when it was saved")
+    return sealed
+
+
+def seal_facts(folder: Path) -> dict[str, Any]:
+    """What the seal says, not compared with the files. Raises ValueError where there is none, or a broken one."""
+    if not (folder / SEAL).is_file():
+        raise ValueError(f"no {SEAL}: its save was not finished")
+    try:
+        content = read_json(folder / SEAL)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError(f"{SEAL} cannot be read")
+    if content.pop("sha256", None) != _digest(content):
+        raise ValueError(f"{SEAL} is not what was saved (sha256 differs)")
+    return content
 
 
 def resolve(path: str) -> Path:

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import CheckFailed
+from finetune.files import SEAL, read_seal
 from finetune.model.hub import weights_digest
-from finetune.runs.checkpoints import SEAL, read_seal
 from finetune.runs.folder import Run
 from finetune.runs.resume import apply, decide
 from finetune.terminal import Terminal

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from finetune.runs.checkpoints import read_seal, seal
+from finetune.files import read_seal, seal
 from support.harness import Command, Warm, Whole, differences
 
 MARK = "c0ffee5ec2e7"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.runs.checkpoints import read_seal
+from finetune.files import read_seal
 from support.harness import ENVIRONMENT, NIGHTLY, ROOT, Command, Warm, Whole, differences, names
 
 

@@ -249,14 +249,14 @@ def test_for_a_device_without_4_bit_kernels_the_base_is_quantised_and_expanded_o
     ("device", "storage", "where"),
     [
         ("mps", "expanded", "cpu"),
-        ("mps", "packed", "mps"),
+        ("mps", "packed", "cpu"),
         ("cuda", "expanded", "cuda"),
         ("cuda", "packed", "cuda"),
         ("cpu", "expanded", "cpu"),
         ("cpu", "packed", "cpu"),
     ],
 )
-def test_only_an_expanded_base_for_mps_is_quantised_elsewhere(
+def test_only_a_base_for_mps_is_quantised_elsewhere(
     device: str, storage: str, where: str, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps = []

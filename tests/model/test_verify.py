@@ -11,7 +11,7 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
-from finetune.model.verify import verify_base
+from finetune.model.verify import verify_base, why_not_compiled
 from support.bases import LAYER, base_model, layers
 
 
@@ -95,3 +95,20 @@ def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
         verify_base(base, config.model, expanded, "cpu", "expanded")
     problem = f"{LAYER} is Linear4bit, wanted Linear"
     assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
+
+
+def test_where_torch_compile_works_nf4_is_unpacked_by_it() -> None:
+    assert why_not_compiled("cpu") is None
+
+
+def test_why_bitsandbytes_unpacks_without_torch_compile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes and torch for real: without a C++ compiler, a CPU's kernel fails to build as MPS's might."""
+    torch._dynamo.reset()  # else what compiled before is taken
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere",))
+    found = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: ('/nowhere',)"
+    assert why_not_compiled("cpu") == found
+
+
+def test_torch_compile_switched_off_is_no_compiled_unpacking() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        assert why_not_compiled("cpu") == "it is switched off"

@@ -11,9 +11,9 @@ import pytest
 from safetensors import SafetensorError
 
 from finetune.errors import DiskFull
-from finetune.files import sha256, write_json
+from finetune.files import read_seal, seal, sha256, write_json
 from finetune.runs.checkpoints import damage as damage_of
-from finetune.runs.checkpoints import read_seal, room_for, saved, seal, thin_out
+from finetune.runs.checkpoints import room_for, saved, thin_out
 from support.sealed import ADAPTER, NO_SEAL, checkpoint, every_damage, names, unsealed
 
 # --- seals

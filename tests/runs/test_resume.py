@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from finetune.errors import CheckFailed, ConfigError
-from finetune.files import write_json
-from finetune.runs.checkpoints import read_seal, replace_best, saved, seal
+from finetune.files import read_seal, seal, write_json
+from finetune.runs.checkpoints import replace_best, saved
 from finetune.runs.resume import apply, decide
 from finetune.terminal import Terminal
 from support.sealed import (

@@ -28,12 +28,11 @@ from finetune.checks.runner import Result, exit_code
 from finetune.checks.runner import run as run_checks
 from finetune.config.load import ROOT, load_config
 from finetune.data import tokenizer
-from finetune.files import GIB
+from finetune.files import GIB, seal
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
-from finetune.runs.checkpoints import seal
 from support.recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
 from support.stand_ins import by_document, install_flash_attn
 

@@ -140,6 +140,12 @@ def marks(bench: Bench, low: str | None, high: str | None) -> None:
             bench.patch.setenv(name, value)
 
 
+def small_disk_for_the_packed_base(bench: Bench) -> None:
+    shards(bench.cached_base())
+    disk(bench, 6.0)
+    bench.patch.setattr(paths, "quantised_on", lambda _: "another")  # the bench's only device is the CPU
+
+
 def nf4_gives_zeros(bench: Bench) -> None:
     real = bitsandbytes.functional.dequantize_4bit
     bench.patch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *packed: real(*packed) * 0)
@@ -568,6 +574,9 @@ FAULTS = (
     fault("the disk is too small for checkpoints", "h100", lambda b: (shards(b.cached_base()), disk(b, 2.0)),
           fail("paths.disk", "2.0 GiB free in /bench/adapters, 2.66 needed (2.66 for checkpoints, adapter and data)",
                SPACE)),
+    fault("the disk of a Mac is too small for the packed base", "m4", small_disk_for_the_packed_base,
+          fail("paths.disk", "6.0 GiB free in /bench/adapters, 6.50 needed (2.66 for checkpoints, adapter and data, "
+               "3.84 for the packed base)", SPACE)),
     fault("the base's own disk is too small", "h100", small_disk_for_the_base,
           fail("paths.disk", "5.0 GiB free in /bench/hf, 13.5 needed for the base",
                "free some, or export HF_HOME=FOLDER on another disk")),

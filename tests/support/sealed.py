@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.runs.checkpoints import seal
+from finetune.files import seal
 
 FINGERPRINT = {"lr": 0.1}
 ADAPTER = "adapter_model.safetensors"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers.trainer_utils import EvalLoopOutput
 
-from finetune.runs.checkpoints import read_seal, saved
+from finetune.files import read_seal
+from finetune.runs.checkpoints import saved
 from finetune.runs.outcome import Outcome
 from finetune.training.trainer import Trainer
 from support.training import Case, adapter_weights

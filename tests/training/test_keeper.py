@@ -10,7 +10,8 @@ import pytest
 from transformers import TrainerControl
 
 from finetune.errors import DiskFull
-from finetune.runs.checkpoints import read_seal, saved
+from finetune.files import read_seal
+from finetune.runs.checkpoints import saved
 from finetune.runs.folder import Run
 from finetune.training.keeper import Keeper
 from support.training import FINGERPRINT

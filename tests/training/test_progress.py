@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
 def progressed(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 30 s of 100, each logged, then an evaluation."""
     clock = iter([0.0, 30.0, 100.0, 130.0])
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     state = TrainerState(global_step=0, max_steps=100, eval_steps=10, save_steps=50)
     progress.on_train_begin(None, state, None)
     for step in (1, 2):

@@ -21,6 +21,7 @@ import torch
 from finetune.config.schema import Config
 from finetune.data.batches import Load, example_lengths, train_load, validation_load
 from finetune.errors import CheckFailed, ConfigError, Diverged, OutOfResource
+from finetune.files import seal
 from finetune.machine import device as devices
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS
@@ -28,7 +29,6 @@ from finetune.model.load import load_base
 from finetune.plan import fit
 from finetune.plan.checkpointed_layers import Choice
 from finetune.plan.schedule import Pace, Schedule
-from finetune.runs.checkpoints import seal
 from finetune.terminal import Terminal
 from finetune.training import short_training
 from finetune.training.arguments import training_arguments

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from finetune.errors import Stopped
-from finetune.runs.checkpoints import read_seal
+from finetune.files import read_seal
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.training import samples as samples_module

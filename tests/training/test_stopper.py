@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from finetune.errors import Stopped
-from finetune.runs.checkpoints import read_seal
+from finetune.files import read_seal
 from finetune.runs.folder import Run
 from finetune.training.stopper import EvaluationStopped, Stopper
 from finetune.training.trainer import Trainer, evaluates_first

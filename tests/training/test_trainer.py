@@ -16,10 +16,10 @@ from transformers import Trainer as TransformersTrainer
 from trl import SFTTrainer
 
 from finetune.errors import Diverged
+from finetune.files import read_seal
 from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
-from finetune.runs.checkpoints import read_seal
 from finetune.training import trainer as trainer_module
 from finetune.training.trainer import Trainer, is_over
 from support.training import Case, adapter_weights, same

@@ -29,7 +29,7 @@ def _qlora(preflight: Preflight) -> Finding:
 
     device, dtype = preflight.platform.device, preflight.config.model.dtype
     storage = preflight.config.quantization.storage
-    lost, (least, most) = linear.nf4_loss(quantised_on(device, storage)), linear.NF4_LOSS
+    lost, (least, most) = linear.nf4_loss(quantised_on(device)), linear.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
         return failed(text, preflight.platform.repair)

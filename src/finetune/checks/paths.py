@@ -11,7 +11,9 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
 from finetune.files import GIB, make_folder, resolve, shown
-from finetune.model import hub
+from finetune.machine.platforms import quantised_on
+from finetune.model import hub, packed_base
+from finetune.plan.memory import memory_parts
 from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason, wandb_sync
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
@@ -74,6 +76,9 @@ def _disk(preflight: Preflight) -> Finding:
     make_folder(folder)
     free_gib, needed_gib = shutil.disk_usage(folder).free / GIB, preflight.plan.disk_gib
     parts = f"{needed_gib:.2f} for checkpoints, adapter and data"
+    packed_gib = _packed_gib(preflight, folder / ".cache")
+    if packed_gib:
+        needed_gib, parts = needed_gib + packed_gib, f"{parts}, {packed_gib:.2f} for the packed base"
     if preflight.tokenizer_folder is None and not hub.is_cached(config.model.name, config.model.revision):
         cache = _existing(caches()["HF_HOME"])
         if cache.stat().st_dev == folder.stat().st_dev:
@@ -85,6 +90,14 @@ def _disk(preflight: Preflight) -> Finding:
     if free_gib < needed_gib:
         return failed(found, "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk")
     return passed(found)
+
+
+def _packed_gib(preflight: Preflight, cache: Path) -> float:
+    """What the first load will keep, where the CPU quantises for another device; 0 where nothing, or it is there."""
+    config, device = preflight.config, preflight.platform.device
+    if quantised_on(device) == device or packed_base.folder_of(cache, config.model, config.quantization).is_dir():
+        return 0
+    return memory_parts(config.changed("quantization", storage="packed"), preflight.geometry)["weights"]
 
 
 def _existing(folder: Path) -> Path:

@@ -42,7 +42,8 @@ def _state(preflight: Preflight) -> Finding:
 
 def _set_aside(checkpoints: Path) -> list[str]:
     """What earlier starts have set aside, and why where that can still be seen."""
-    from finetune.runs.checkpoints import ASIDE, SEAL, damage
+    from finetune.files import SEAL
+    from finetune.runs.checkpoints import ASIDE, damage
 
     notes = []
     for folder in sorted(checkpoints.glob(f"{ASIDE}*")):

@@ -154,12 +154,12 @@ AUTO_SHARE = 0.9
 WORKING_SET_SHARE = 2 / 3
 
 
-def quantised_on(device: str, storage: str) -> str:
-    """Where NF4 is made, and expanded, for a base on `device`: there, but for MPS and `expanded` on the CPU.
+def quantised_on(device: str) -> str:
+    """Where the base of `device` is quantised: on `device` itself, but for MPS on the CPU.
 
-    An expanded base on MPS so needs no 4-bit kernel there.
+    On MPS bitsandbytes (0.50) has no kernels of its own: it uses torch.compile, and plain torch where that fails.
     """
-    return "cpu" if storage == "expanded" and device not in ("cuda", "cpu") else device
+    return device if device in ("cuda", "cpu") else "cpu"
 
 
 def choose(machine: Machine) -> tuple[Platform, str]:

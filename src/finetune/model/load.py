@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -18,13 +20,14 @@ from finetune.config.base_model import is_local
 from finetune.config.schema import Config, ModelConfig, QuantizationConfig
 from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
-from finetune.files import resolve
+from finetune.files import resolve, shown
 from finetune.machine.platforms import quantised_on
+from finetune.model import packed_base
 from finetune.model.hub import GIVE_TOKEN, is_cached
 from finetune.model.load_progress import SILENT, Report, download_bar, layer_counter, layers_reported
 from finetune.model.lora import add_lora, install_fused
-from finetune.model.verify import verify_base
-from finetune.wording import first_line
+from finetune.model.verify import verify_base, why_not_compiled
+from finetune.wording import duration, first_line
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
@@ -43,7 +46,8 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
 
 def load_model(config: Config, device: str, report: Report = SILENT) -> PeftModel:
     """What is trained: the base on `device`, and `adapt`. Raises CheckFailed as both do."""
-    return adapt(load_base(config.model, config.quantization, device, report), config)
+    cache = resolve(config.output.dir) / ".cache"
+    return adapt(load_base(config.model, config.quantization, device, report, cache), config)
 
 
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
@@ -54,43 +58,23 @@ def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
 
 
 def load_base(
-    model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report = SILENT
+    model: ModelConfig,
+    quantization: QuantizationConfig,
+    device: str,
+    report: Report = SILENT,
+    cache: Path | None = None,
 ) -> PreTrainedModel:
     """The frozen base on `device`, its decoder's linear layers in NF4, or expanded back from NF4 once.
 
-    `report` hears of bytes fetched, and of layers loaded and expanded. Never trusts remote code and never reads
-    pickles. Raises CheckFailed where the weights cannot be had, or where any module is not what the config asks for.
+    `report` hears of bytes fetched, and of layers loaded, moved and expanded. What the CPU quantises for another device
+    is kept below `cache`. Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot
+    be had, or where any module is not what the config asks for.
     """
-    dtype, quantised = getattr(torch, model.dtype), quantised_on(device, quantization.storage)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=quantization.load_in_4bit,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
-    )
-    name = str(resolve(model.name)) if is_local(model.name) else model.name
-    here = is_local(model.name) or is_cached(model.name, model.revision)
-    try:
-        with layers_reported(model.name, report):
-            base = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=model.revision or "main",
-                local_files_only=here,  # else a silent Hub is asked six times for each file that a base may have
-                adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
-                tqdm_class=download_bar(model.name, report),
-                quantization_config=nf4,
-                dtype=dtype,
-                device_map={"": quantised},  # without it a Mac would silently get the CPU
-                attn_implementation=model.attn_implementation,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-    except OSError as error:
-        raise _no_weights(model.name, error) from None
-    except ImportError as error:
-        found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
-        fix = "without flash-attn: --set model.attn_implementation=sdpa"
-        raise CheckFailed(found, fix, between="\n") from None
+    dtype, quantised = getattr(torch, model.dtype), quantised_on(device)
+    if cache is None or quantised == device:
+        base = _quantised(model, quantization, quantised, report)
+    else:
+        base = _kept_or_quantised(model, quantization, packed_base.folder_of(cache, model, quantization), report)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
@@ -100,7 +84,92 @@ def load_base(
     if quantization.storage == "expanded":
         expand(base, dtype, device, report)
         verify_base(base, model, quantization, device, "expanded")
+    elif quantised != device:
+        _move(base, device, report)
+        verify_base(base, model, quantization, device, "packed")
+        _say_how_unpacked(device, report)
     return base
+
+
+def _say_how_unpacked(device: str, report: Report) -> None:
+    reason = why_not_compiled(device)
+    if reason is None:
+        report.decision("packed layers", f"unpacked on {device} by torch.compile, through bitsandbytes")
+        return
+    found = f"torch.compile cannot unpack NF4 on {device}, and bitsandbytes does it without, more slowly: {reason}"
+    report.warn(f"{found}; --set quantization.storage=expanded needs neither")
+
+
+def _options(model: ModelConfig, quantised: str) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, model.dtype),
+        "device_map": {"": quantised},  # without it a Mac would silently get the CPU
+        "attn_implementation": model.attn_implementation,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
+
+
+def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
+    """The base from its own weights, quantised on `device` as each of them is read."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=quantization.load_in_4bit,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
+    )
+    here = is_local(model.name) or is_cached(model.name, model.revision)
+    try:
+        with layers_reported(model.name, report):
+            return AutoModelForCausalLM.from_pretrained(
+                _source(model),
+                revision=model.revision or "main",
+                local_files_only=here,  # else a silent Hub is asked six times for each file that a base may have
+                adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
+                tqdm_class=download_bar(model.name, report),
+                quantization_config=nf4,
+                **_options(model, device),
+            )
+    except OSError as error:
+        raise _no_weights(model.name, error) from None
+    except ImportError as error:
+        found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
+        fix = "without flash-attn: --set model.attn_implementation=sdpa"
+        raise CheckFailed(found, fix, between="\n") from None
+
+
+def _source(model: ModelConfig) -> str:
+    return str(resolve(model.name)) if is_local(model.name) else model.name
+
+
+def _kept_or_quantised(
+    model: ModelConfig, quantization: QuantizationConfig, folder: Path, report: Report
+) -> PreTrainedModel:
+    """The base on the CPU from `folder`, where it was kept packed, or quantised and then kept there."""
+    started = time.monotonic()
+    if not packed_base.whole(folder, report):
+        base = _quantised(model, quantization, "cpu", report)
+        folder = packed_base.folder_of(folder.parent, model, quantization)  # the weights may have come only now
+        facts = {"base": model.name, "revision": model.revision}
+        packed_base.keep(base, folder, facts, report, duration(time.monotonic() - started))
+        return base
+    with layers_reported(model.name, report):
+        base = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, **_options(model, "cpu"))
+    base.name_or_path = base.config.name_or_path = _source(model)
+    took = duration(time.monotonic() - started)
+    report.decision("packed base", f"loaded from {shown(folder)} in {took}, not quantised again")
+    return base
+
+
+def _move(base: PreTrainedModel, device: str, report: Report) -> None:
+    """Bring packed `base` to `device`, one layer at a time."""
+    packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    reach = layer_counter(f"moving NF4 to {device}", packed_layers, report)
+    for name in packed_layers:
+        reach(name)
+        packed = base.get_submodule(name)
+        packed.weight = packed.weight.to(device)
+    base.to(device)
 
 
 def expand(base: PreTrainedModel, dtype: torch.dtype, device: str, report: Report = SILENT) -> None:

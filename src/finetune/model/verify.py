@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any
 
 import bitsandbytes
@@ -12,7 +14,7 @@ from transformers import (
 
 from finetune.config.schema import ModelConfig, QuantizationConfig
 from finetune.errors import CheckFailed
-from finetune.wording import lines
+from finetune.wording import first_line, lines
 
 
 def verify_base(
@@ -61,3 +63,25 @@ def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list
         for key, value in found.items()
         if value != getattr(wanted, key)
     ]
+
+
+def why_not_compiled(device: str) -> str | None:
+    """Why `device` unpacks NF4 without torch.compile, which bitsandbytes would not say; None where it compiles.
+
+    For a device without kernels of its own, bitsandbytes (0.50, `_try_torch_compile` of its backends/default) wraps the
+    computation in torch.compile, and after any error of that calls it as it is. Here its own wrapper and computation
+    unpack one block of 64 values, and note when they do so as plain Python, handling which error.
+    """
+    from bitsandbytes.backends.default import ops
+
+    plain, errors = inspect.unwrap(ops._dequantize_4bit_compute), []
+
+    def unpack(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            errors.append(sys.exc_info()[1])
+        return plain(*arguments)
+
+    packed, scale, code = torch.zeros(32, dtype=torch.uint8), torch.ones(1), torch.zeros(16)
+    tried = ops._try_torch_compile(unpack, dynamic=False)
+    tried(packed.to(device), scale.to(device), code.to(device), 64, (1, 64), torch.float32)
+    return None if not errors else first_line(errors[0]) if errors[0] else "it is switched off"

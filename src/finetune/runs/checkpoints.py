@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import pickle
 import re
@@ -16,9 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import DiskFull
-from finetune.files import read_json, sha256, shown, write_json
+from finetune.files import SEAL, read_seal, seal_facts, shown
 
-SEAL = "sha256.json"
 BEST = "best"
 ASIDE = "damaged-"
 
@@ -41,47 +38,6 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not of_a_file:
             raise  # a device's, no disk's
         raise DiskFull(f"cannot save: {error} ({sizes})", "mend that, then type the same command again") from error
-
-
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark `folder` as whole: every file's sha256, and `facts` such as step, eval_loss and the run's fingerprint."""
-    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    files.pop(SEAL, None)
-    content = {**facts, "files": files}
-    write_json(folder / SEAL, {**content, "sha256": _digest(content)})
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_seal(folder: Path) -> dict[str, Any]:
-    """The facts of a sealed folder. Raises ValueError with what is wrong where a file is missing, changed or new."""
-    sealed = facts(folder)
-    for name, digest in sealed["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if sha256(folder / name) != digest:
-            raise ValueError(f"{name} is not what was saved (sha256 differs)")
-    new = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {SEAL, *sealed["files"]}
-    if new:
-        raise ValueError(f"{min(new)} was not there when it was saved")
-    return sealed
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    """What the seal says, not compared with the files. Raises ValueError where there is none, or a broken one."""
-    if not (folder / SEAL).is_file():
-        raise ValueError(f"no {SEAL}: its save was not finished")
-    try:
-        content = read_json(folder / SEAL)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise ValueError(f"{SEAL} cannot be read")
-    if content.pop("sha256", None) != _digest(content):
-        raise ValueError(f"{SEAL} is not what was saved (sha256 differs)")
-    return content
 
 
 def step_of(folder: Path) -> int:
@@ -143,7 +99,7 @@ def find_best(checkpoints: Path, fingerprint: dict[str, Any]) -> tuple[Path | No
     if not folders:
         return None, None
     reason = damage(folders[0])
-    if reason is None and facts(folders[0]).get("fingerprint") != fingerprint:
+    if reason is None and seal_facts(folders[0]).get("fingerprint") != fingerprint:
         reason = "trained with another config or data"
     return folders[0], reason
 
@@ -177,7 +133,7 @@ def thin_out(checkpoints: Path, keep: int) -> None:
     ranks = {}
     for folder in saved(checkpoints):
         try:
-            loss = facts(folder).get("eval_loss")
+            loss = seal_facts(folder).get("eval_loss")
         except ValueError:
             continue
         ranks[folder] = (math.inf, -step_of(folder)) if loss is None else (loss, step_of(folder))

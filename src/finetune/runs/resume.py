@@ -8,18 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import CheckFailed, ConfigError
-from finetune.files import read_json
-from finetune.runs.checkpoints import (
-    ASIDE,
-    SEAL,
-    damage,
-    facts,
-    find_best,
-    saved,
-    set_aside,
-    settle_best,
-    step_of,
-)
+from finetune.files import SEAL, read_json, seal_facts
+from finetune.runs.checkpoints import ASIDE, damage, find_best, saved, set_aside, settle_best, step_of
 from finetune.terminal import Terminal
 from finetune.wording import leaves
 
@@ -64,7 +54,7 @@ def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
             damaged.append((folder, found))
             continue
         if not repeated:
-            changes = tuple(differences(facts(folder)["fingerprint"], fingerprint))
+            changes = tuple(differences(seal_facts(folder)["fingerprint"], fingerprint))
             step = best_step(folder) if best_lost and not changes else None
         if step is None or step_of(folder) < step:
             checkpoint = folder

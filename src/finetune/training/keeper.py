@@ -12,8 +12,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from finetune.files import read_json_lines, write_json_lines
-from finetune.runs.checkpoints import BEST, read_seal, replace_best, room_for, seal, thin_out
+from finetune.files import read_json_lines, read_seal, seal, write_json_lines
+from finetune.runs.checkpoints import BEST, replace_best, room_for, thin_out
 from finetune.runs.folder import METRICS, Run
 
 

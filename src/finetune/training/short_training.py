@@ -17,10 +17,10 @@ from trl import SFTConfig
 from finetune.config.schema import Config
 from finetune.data.batches import Load
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
+from finetune.files import read_seal, seal
 from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
 from finetune.machine.platforms import Platform
 from finetune.plan.memory import checkpointed_layers
-from finetune.runs.checkpoints import read_seal, seal
 from finetune.training.arguments import training_arguments
 from finetune.training.job import Job
 from finetune.training.restore import put_back

@@ -34,7 +34,7 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
     down, up = torch.randn(8, 128, generator=generator) * 0.1, torch.randn(64, 8, generator=generator) * 0.1
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weights.clone(), requires_grad=False, quant_type="nf4")
-    layer = layer.to(quantised_on(device, storage))
+    layer = layer.to(quantised_on(device))
     dequantised = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
 
     def plain(device: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -52,7 +52,7 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
         moved = [(after.detach().cpu() - before).flatten() for after, before in zip(pair, (down, up), strict=True)]
         return torch.cat(moved), x.grad
 
-    base = plain(device, dtype) if storage == "expanded" else layer
+    base = plain(device, dtype) if storage == "expanded" else layer.to(device)
     found, wanted = step(base, device, dtype), step(plain("cpu", torch.float32), "cpu", torch.float32)
     return max(distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 

@@ -1,0 +1,207 @@
+"""A base that was quantised once is loaded packed by later starts, with the same bits, and only where it is whole."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+
+from finetune.config.schema import Config
+from finetune.files import SEAL, read_seal
+from finetune.model import load as model_module
+from finetune.model import packed_base
+from finetune.model.load import load_base
+from finetune.model.load_progress import Report
+from support.bases import layers
+
+
+class Loads:
+    """Loads `config`'s base for a device on which nothing can be quantised (`meta` stands for MPS); what each said."""
+
+    def __init__(self, config: Config, cache: Path, patch: pytest.MonkeyPatch) -> None:
+        self.config, self.cache, self.quantised = config, cache, 0
+        self.said: list[str] = []
+        self.values: dict[str, torch.Tensor] = {}
+        self.folder = packed_base.folder_of(cache, config.model, config.quantization)
+        quantize, verify = bitsandbytes.functional.quantize_4bit, model_module.verify_base
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.quantised += 1
+            return quantize(*arguments, **options)
+
+        def seen(base: Any, *arguments: Any) -> None:
+            if arguments[2] == "cpu":
+                self.values = unpacked(base)
+                self.state = {name: value.clone() for name, value in base.state_dict().items()}
+                self.about = base.name_or_path, base.config.to_dict(), base.generation_config.to_dict()
+            verify(base, *arguments)
+
+        patch.setattr(bitsandbytes.functional, "quantize_4bit", counted)
+        patch.setattr(model_module, "verify_base", seen)
+        patch.setattr(model_module, "duration", lambda _: "6 min")
+
+    def __call__(self, storage: str = "expanded") -> Any:
+        self.said.clear()
+        self.quantised = 0
+        quantization = self.config.changed("quantization", storage=storage).quantization
+        report = Report(
+            decision=lambda what, because: self.said.append(f"{what}: {because}"),
+            warn=lambda text: self.said.append(f"warning: {text}"),
+        )
+        return load_base(self.config.model, quantization, "meta", report, self.cache)
+
+
+def unpacked(base: Any) -> dict[str, torch.Tensor]:
+    weights = {name: base.get_submodule(name).weight for name in layers()}
+    return {name: bitsandbytes.functional.dequantize_4bit(it.data, it.quant_state) for name, it in weights.items()}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def loads(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Loads:
+    changed = config.changed("model", dtype=request.param)
+    changed = changed.changed("quantization", bnb_4bit_compute_dtype=request.param)
+    return Loads(changed, tmp_path / "cache", monkeypatch)
+
+
+def test_the_second_load_quantises_nothing_and_has_the_same_bits(loads: Loads) -> None:
+    loads()
+    values, state, about = loads.values, loads.state, loads.about
+    assert loads.quantised == 14
+    assert loads.said == [
+        f"packed base: quantised on the CPU in 6 min; kept in {loads.folder}, 0.0 GiB, for later starts"
+    ]
+    loads()
+    assert loads.quantised == 0
+    assert loads.said == [f"packed base: loaded from {loads.folder} in 6 min, not quantised again"]
+    assert len(values) == 14 and all(torch.equal(loads.values[name], value) for name, value in values.items())
+    assert loads.state.keys() == state.keys()
+    assert all(torch.equal(loads.state[name], value) for name, value in state.items())
+    assert loads.about == about
+
+
+@pytest.fixture
+def once(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loads:
+    """After the first load, which kept the base."""
+    loads = Loads(config, tmp_path / "cache", monkeypatch)
+    loads()
+    return loads
+
+
+def test_a_packed_base_is_kept_too_and_moved_packed(once: Loads) -> None:
+    base = once("packed")
+    assert once.quantised == 0
+    assert {value.device.type for value in (*base.parameters(), *base.buffers())} == {"meta"}
+    states = [base.get_submodule(name).weight.quant_state for name in layers()]
+    assert {(it.absmax.device.type, it.state2.absmax.device.type) for it in states} == {("meta", "meta")}
+
+
+def test_where_the_device_quantises_itself_nothing_is_kept(config: Config, tmp_path: Path) -> None:
+    load_base(config.model, config.quantization, "cpu", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_seal_says_what_was_packed_and_by_which_libraries(once: Loads) -> None:
+    facts = read_seal(once.folder)
+    assert set(facts.pop("files")) == {"config.json", "generation_config.json", "model.safetensors"}
+    assert facts == {
+        "base": once.config.model.name,
+        "revision": None,
+        "bitsandbytes": bitsandbytes.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (flip_a_bit, "model.safetensors is not what was saved (sha256 differs)"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / SEAL).unlink(), f"no {SEAL}: its save was not finished"),
+    ],
+)
+def test_a_damaged_one_is_deleted_and_made_again(damage: Callable[[Path], None], found: str, once: Loads) -> None:
+    damage(once.folder)
+    once()
+    assert once.quantised == 14
+    assert once.said == [
+        f"warning: {once.folder} is damaged ({found}): deleted, and the base is quantised again",
+        f"packed base: quantised on the CPU in 6 min; kept in {once.folder}, 0.0 GiB, for later starts",
+    ]
+    once()
+    assert once.quantised == 0
+
+
+def test_an_interrupted_write_leaves_nothing_that_counts(once: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(once.folder)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packed_base, "seal", interrupted)
+        once()
+    assert [path.name for path in once.cache.iterdir()] == ["lock"]
+    left = once.folder.with_name(f"{once.folder.name}.partial")  # what a kill leaves
+    left.mkdir()
+    (left / "model.safetensors").touch()
+    once()
+    assert once.quantised == 14
+    assert read_seal(once.folder) and not left.exists()
+
+
+def test_a_disk_that_does_not_take_it_is_a_warning_and_the_load_succeeds(once: Loads) -> None:
+    shutil.rmtree(once.folder)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        once()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert once.said == [
+        f"warning: the packed base cannot be kept in {once.folder} "
+        "(Error while serializing: I/O error: File too large (os error 27)): each start quantises it",
+        "packed base: quantised on the CPU in 6 min",
+    ]
+    assert [path.name for path in once.cache.iterdir()] == ["lock"]
+
+
+def test_other_weights_settings_and_libraries_have_a_folder_of_their_own(
+    once: Loads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = once.config
+
+    def name(changed: Config) -> str:
+        return packed_base.folder_of(once.cache, changed.model, changed.quantization).name
+
+    copy = tmp_path / "copy"
+    shutil.copytree(config.model.name, copy)
+    same = config.changed("model", name=str(copy)).changed("quantization", storage="expanded")
+    assert name(same) == once.folder.name
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    names = [
+        once.folder.name,
+        name(same),
+        name(config.changed("model", dtype="bfloat16")),
+        name(config.changed("quantization", bnb_4bit_use_double_quant=False)),
+        name(config.changed("quantization", bnb_4bit_quant_type="fp4")),
+        name(config.changed("quantization", bnb_4bit_compute_dtype="bfloat16")),
+    ]
+    for library in packed_base.LIBRARIES:
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_base, "version", lambda asked, other=library: "0" if asked == other else "1")
+            names.append(name(config))
+    assert len(set(names)) == len(names)
