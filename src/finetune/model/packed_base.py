@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from finetune.config.base_model import is_local
 from finetune.files import GIB, read_seal, resolve, seal, sha256, shown
 from finetune.model.hub import cached_folder, weights_digest
@@ -73,6 +71,8 @@ def _write(base: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> float:
 
 def keep(base: PreTrainedModel, folder: Path, facts: dict[str, Any], report: Report, took: str) -> None:
     """Keep `base`, which `took` that time to quantise, for later starts; a disk that does not take it is a warning."""
+    from safetensors import SafetensorError
+
     quantised = f"quantised on the CPU in {took}"
     try:
         size = _write(base, folder, facts)
