@@ -288,7 +288,7 @@ def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
 def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_set_gib: float | None = None) -> Plan:
     """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
     rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
-    mac = config_load.load_config("m4", ["training.eval_steps=1", "training.save_steps=1", *settings])[0]
+    mac = config_load.load_config("m4", settings)[0]
     return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, machine, working_set_gib)
 
 

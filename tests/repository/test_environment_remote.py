@@ -72,7 +72,7 @@ def test_flash_attn_is_a_second_step_of_the_pinned_version_with_the_line_that_is
         "60-100 million tokens",
         "60-70 GB of the GPU's 80 GB",
         "about 13 GiB allocated",
-        "(expectation of the specification, not measured)",
+        "(expected, not measured)",
         "41.9 million trained weights, 0.6 % of the model",
     ],
 )

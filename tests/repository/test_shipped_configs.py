@@ -14,6 +14,8 @@ from finetune.config import yaml_file
 from finetune.config.load import BASE_FILE, load_config
 from finetune.config.schema import Config, Mark, keys, marked
 from finetune.files import ROOT
+from finetune.plan.memory import peak_gib
+from finetune.plan.model_shape import MISTRAL_7B
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -29,6 +31,9 @@ OWN = {
     "training.per_device_eval_batch_size": (4, 1),
     "training.gradient_accumulation_steps": (4, 16),
     "training.optim": ("paged_adamw_32bit", "adamw_torch"),
+    "training.logging_steps": (10, 1),
+    "training.eval_steps": (100, 5),
+    "training.save_steps": (500, 5),
     "tracking.run_name": ("mistral-7b-qlora-h100", "mistral-7b-qlora-m4"),
 }
 
@@ -61,9 +66,6 @@ SHARED = {
     "training.packing": True,
     "training.fused_lora": False,
     "training.fused_kernels": False,
-    "training.logging_steps": 10,
-    "training.eval_steps": 100,
-    "training.save_steps": 500,
     "training.save_total_limit": 3,
     "training.metric_for_best_model": "eval_loss",
     "training.load_best_model_at_end": True,
@@ -153,7 +155,7 @@ def test_a_platform_file_restates_every_key_of_the_base_in_its_order(name: str) 
 
 
 @both_platforms
-def test_a_platform_file_holds_exactly_the_values_of_the_specification(name: str, tmp_path: Path) -> None:
+def test_a_platform_file_holds_exactly_these_values(name: str, tmp_path: Path) -> None:
     own = {key: values[("h100", "m4").index(name)] for key, values in OWN.items()}
     assert leaves(load(platform_file(name), tmp_path).as_dict()) == SHARED | own
     assert leaves(yaml_file.load_yaml(platform_file(name))) == SHARED | own
@@ -185,11 +187,12 @@ def test_a_platform_file_has_no_line_over_140_characters(name: str) -> None:
 
 
 @both_platforms
-def test_what_the_notes_tell_a_person_to_type_is_accepted(name: str, tmp_path: Path) -> None:
+def test_what_the_notes_tell_a_person_to_type_is_accepted_and_fits_the_machine(name: str, tmp_path: Path) -> None:
     commands = quoted_settings(platform_file(name).read_text(encoding="utf-8"))
     assert len(commands) >= 7
     for command in commands:
-        load(platform_file(name), tmp_path, tuple(command))
+        config = load(platform_file(name), tmp_path, tuple(command))
+        assert peak_gib(config, MISTRAL_7B) < {"h100": 80, "m4": 32}[name]
 
 
 def test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows(tmp_path: Path) -> None:

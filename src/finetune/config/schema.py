@@ -101,9 +101,9 @@ class TrainingConfig(Section):
     packing: Annotated[bool, Mark.BY_DESIGN, Mark.IN_CARD]
     fused_lora: Annotated[bool, Mark.BY_DESIGN]  # the same training up to rounding, as fused_kernels
     fused_kernels: Annotated[bool, Mark.BY_DESIGN]
-    logging_steps: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
-    eval_steps: Annotated[Count, Mark.BY_DESIGN]  # sequences differ with max_seq_length, so do steps
-    save_steps: Annotated[Count, Mark.BY_DESIGN]
+    logging_steps: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM]
+    eval_steps: Annotated[Count, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # a step takes seconds on an H100, 936 s on an M4
+    save_steps: Annotated[Count, Mark.BY_DESIGN, Mark.PER_PLATFORM]
     save_minutes: Annotated[Hours | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     save_total_limit: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     metric_for_best_model: Literal["eval_loss"]
