@@ -101,12 +101,12 @@ def test_where_torch_compile_works_nf4_is_unpacked_by_it() -> None:
     assert why_not_compiled("cpu") is None
 
 
-def test_why_bitsandbytes_unpacks_without_torch_compile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_bitsandbytes_unpacks_without_torch_compile_is_found() -> None:
     """bitsandbytes and torch for real: without a C++ compiler, a CPU's kernel fails to build as MPS's might."""
     torch._dynamo.reset()  # else what compiled before is taken
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere",))
     found = "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: ('/nowhere',)"
-    assert why_not_compiled("cpu") == found
+    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere",)}):
+        assert why_not_compiled("cpu") == found
 
 
 def test_torch_compile_switched_off_is_no_compiled_unpacking() -> None:
