@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,23 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
         "try --config cpu, or --dry-run, which needs no device"
     )
     device.prepare_device(PLATFORMS["cpu"])
+
+
+@pytest.mark.parametrize(("own", "in_effect"), [(None, "1"), ("0", "0")])
+def test_on_an_h100_backwards_are_repeatable_and_sums_exact_unless_the_user_set_it_otherwise(
+    own: str | None, in_effect: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    torch_sees(monkeypatch, nvidia=True, mps=False)
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", own or "")  # so that afterwards it is what it was
+    if own is None:
+        monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC")
+    matmul = torch.backends.cuda.matmul
+    request.addfinalizer(lambda: setattr(matmul, "allow_bf16_reduced_precision_reduction", True))
+    assert matmul.allow_bf16_reduced_precision_reduction is True  # torch's own
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    device.prepare_device(PLATFORMS["h100"])
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == in_effect
+    assert matmul.allow_bf16_reduced_precision_reduction is False
 
 
 @pytest.mark.parametrize(

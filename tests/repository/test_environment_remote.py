@@ -10,6 +10,7 @@ import yaml
 from packaging.version import Version
 
 from finetune.config.load import ROOT, load_config
+from finetune.machine.platforms import PLATFORMS
 
 FILE = ROOT / "environment-remote.yml"
 TEXT = FILE.read_text(encoding="utf-8")
@@ -22,16 +23,20 @@ def pins(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9][a-z0-9._-]*)==([^ \\\n;]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
 
 
+VARIABLES = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 LOCKED = pins(ROOT / "requirements" / "h100.lock")
 
 
-def test_it_is_the_locks_python_and_the_lock_and_one_variable() -> None:
+def test_it_is_the_locks_python_and_the_lock_and_the_images_variables() -> None:
     assert yaml.safe_load(TEXT) == {
         "name": "mistral-qlora-h100",
         "channels": ["conda-forge"],
         "dependencies": ["python=3.11", "pip", {"pip": ["--require-hashes", "-r requirements/h100.lock"]}],
-        "variables": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        "variables": VARIABLES,
     }
+    image = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    assert [name for name, value in VARIABLES.items() if f"\nENV {name}={value}\n" not in image] == []
+    assert dict(PLATFORMS["h100"].variables).items() <= VARIABLES.items()
     assert "--python-version 3.11 " in (ROOT / "requirements" / "lock.sh").read_text(encoding="utf-8")
 
 

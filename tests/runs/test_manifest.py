@@ -21,9 +21,9 @@ from finetune.data.prepare import Prepared, prepare
 from finetune.errors import Diverged, OutOfResource, Stopped
 from finetune.runs import receipt
 from finetune.runs.folder import Run, read_manifest
-from finetune.runs.manifest import Manifest, describe, write_config
+from finetune.runs.manifest import Manifest, describe, fingerprint, write_config
 from finetune.runs.receipt import base_model
-from finetune.runs.resume import Decision
+from finetune.runs.resume import Decision, differences
 
 
 @pytest.fixture
@@ -87,6 +87,20 @@ def test_the_manifest_holds_every_count_of_the_rows(prepared: tuple[Config, Prep
         assert values.pop("bad") == known["rows"][name].pop("dropped_bad") == []
         assert values.pop("dropped_bad") == 0
         assert known["rows"][name] == values
+
+
+def test_a_variable_that_decides_how_the_gpu_computes_is_recorded_and_a_change_of_it_is_no_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config("h100", [])[0]
+    prepared: Any = SimpleNamespace(tokens={}, files={}, statistics={}, chat=SimpleNamespace(fingerprint=""))
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    then = fingerprint(config, prepared)
+    assert describe(config, prepared, hardware={})["environment"] == {"FLASH_ATTENTION_DETERMINISTIC": "1"}
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
+    now = fingerprint(config, prepared)
+    assert describe(config, prepared, hardware={})["environment"] == {"FLASH_ATTENTION_DETERMINISTIC": "0"}
+    assert list(differences(then, now)) == ["FLASH_ATTENTION_DETERMINISTIC: 1 -> 0"]
 
 
 # --- the starts of a run

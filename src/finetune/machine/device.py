@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -65,7 +66,21 @@ def prepare_device(platform: Platform) -> None:
     if not present[platform.device]:
         found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
         raise CheckFailed(f"device: {found}", "try --config cpu, or --dry-run, which needs no device")
+    compute_repeatably(platform)
+
+
+def compute_repeatably(platform: Platform) -> None:
+    """Set what decides how torch and flash-attn compute on `platform`: the same at each start, and as exact as they can.
+
+    docs/architecture.md, "Which bits are the same", has what that does not reach.
+    """
+    import torch
+
+    os.environ.update(platform.environment)
     if platform.device == "cuda":
+        # A weight gradient of LoRA is a sum over all tokens of a micro-batch, which cuBLAS may split; by default it adds
+        # the partial sums up in bfloat16, with 8 bits. In float32 their sum costs next to nothing (by reading).
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 

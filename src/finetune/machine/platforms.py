@@ -5,6 +5,7 @@ Nothing here imports torch: what a machine is must still be known when torch is 
 
 from __future__ import annotations
 
+import os
 import platform as host
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Platform:
     use its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps
     them, in float32, wherever a gradient is wanted. `backward_tokens` is the most that one backward gets right.
 
+    `variables` decide how its libraries compute and have these values, unless the user has set others.
+
     `memory_gib` is what to plan with on another machine (with unified memory, the working set); `specified_memory_gb`
     the peak that the specification expects, least and most; `program_gib` what interpreter and libraries take of the
     model's memory; `loading_gib` the machine's memory that loading the base needs, 0 if no more than training does.
@@ -53,6 +56,7 @@ class Platform:
     unified_memory: bool = False
     keeps_attention_weights: bool = False
     backward_tokens: int | None = None
+    variables: tuple[tuple[str, str], ...] = ()
     memory_gib: float = 0.0  # every machine has a CPU
     specified_memory_gb: tuple[int, int] | None = None
     # Resident, on Linux: the least program_gib in benchmarks/results. What is resident beyond that are pages of the
@@ -68,6 +72,11 @@ class Platform:
     def accelerated(self) -> bool:
         """Whether it computes on anything but the CPU."""
         return self.device != "cpu"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Its `variables` with the values in effect: the user's own, or else the row's."""
+        return {name: os.environ.get(name, value) for name, value in self.variables}
 
     @property
     def peak_begins_anew(self) -> bool:
@@ -97,6 +106,9 @@ PLATFORMS = {
             any_base=False,
             compiles=True,
             nvidia=True,
+            # transformers passes it to flash-attn, whose backward else adds up the queries' gradient in whatever order
+            # its blocks end (flash-attn 2.8.3, flash_bwd_kernel.h).
+            variables=(("FLASH_ATTENTION_DETERMINISTIC", "1"),),
             memory_gib=80.0,
             program_gib=0.0,  # which is in the machine's memory, not the GPU's
             # An expectation: three shards of up to 5 GB are read on the way to the GPU, and data is prepared meanwhile.

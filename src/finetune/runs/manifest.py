@@ -22,6 +22,7 @@ from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
+from finetune.machine.platforms import PLATFORMS
 from finetune.model import hub
 from finetune.runs import receipt
 from finetune.runs.checkpoints import saved, step_of
@@ -64,7 +65,7 @@ def git_commit() -> str | None:
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on: config (but what may change), tokens, tokenizer, versions.
 
-    And of a base in a folder its weights, which a base on the Hub has by its revision.
+    And the variables that decide how the platform computes, and of a base in a folder its weights, which a base on the Hub has by its revision.
     """
     tree = config.as_dict()
     for path in marked(Mark.MAY_CHANGE):
@@ -74,7 +75,8 @@ def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
     tokens = prepared.tokens | {"tokenizer": prepared.chat.fingerprint}
     name = config.model.name
     weights = hub.weights_digest(resolve(name)) if is_local(name) else config.model.revision
-    return {"config": tree, "tokens": tokens, "versions": versions(), "base_weights": weights}
+    known = {"config": tree, "tokens": tokens, "versions": versions(), "base_weights": weights}
+    return known | PLATFORMS[config.platform].environment
 
 
 def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "rows": {name: _rows(counts) for name, counts in statistics.items()},
         "base_model": base_model(config),
         "versions": versions(),
+        "environment": PLATFORMS[config.platform].environment,
         "hardware": hardware,
         "git_commit": git_commit(),
     }
