@@ -263,6 +263,17 @@ def mac(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     return reading
 
 
+@pytest.mark.parametrize(
+    ("answer", "cores"),
+    [('  |   "gpu-core-count" = 10', 10), ('  |   "gpu-core-count" = 40', 40), ("  |   no such property", None)],
+)
+def test_the_cores_of_a_macs_gpu_are_counted_where_it_says(
+    answer: str, cores: int | None, mac: Callable[..., Machine], tool: Tool
+) -> None:
+    tool("ioreg", f'[ "$*" = "-rc AGXAccelerator -d1" ] && {says(answer)}')
+    assert mac().gpu_cores == cores
+
+
 def facts(found: Machine) -> tuple[str, str, bool, str, int]:
     return found.release, found.chip, found.translated, found.low_power, found.pressure
 

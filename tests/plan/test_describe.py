@@ -65,6 +65,13 @@ def test_parts_of_the_memory_that_would_read_nothing_are_left_out() -> None:
 def test_the_time_says_who_measured_the_speed_and_short_ones_are_in_minutes() -> None:
     assert changed(hours_from="2,950 tokens/s on a GPU, a.json")["time"] == "3.5 h at 2,950 tokens/s on a GPU, a.json"
     assert changed(hours=0.25, hours_from=None)["time"] == "15 min"
+    expected = {
+        "hours": None,
+        "hours_from": None,
+        "hours_expected": (0.25, 2.5),
+        "hours_expected_from": "25-50 tokens/s",
+    }
+    assert changed(**expected)["time"] == "15 min to 2.5 h at 25-50 tokens/s"
 
 
 def test_the_cost_is_told_where_an_hour_has_a_price() -> None:

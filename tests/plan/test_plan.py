@@ -295,18 +295,42 @@ def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_s
 def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
     plan = on_the_mac(1_000_000)
     assert plan.problems == [
-        "3,000,000 tokens in all epochs take 23.8 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
-        "million; --set dataset.max_rows=5040 keeps within that, or train on the H100 (--config h100)"
+        "3,000,000 tokens in all epochs take 16.7-33.3 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 12 h are 1.1-2.2 million; --set dataset.max_rows=3600 keeps within that, or train on the H100 "
+        "(--config h100)"
     ]
     assert (plan.hours, plan.hours_from) == (None, None)  # nothing was measured
-    assert on_the_mac(504_000).problems == []
+    assert on_the_mac(360_000).problems == []
+
+
+@pytest.mark.parametrize(
+    ("chip", "cores", "speed"),
+    [
+        ("", None, "25-50 tokens/s, by arithmetic for 10 GPU cores"), ("Apple M4", 8, "20-40 tokens/s"),
+        ("Apple M4 Pro", 20, "50-100 tokens/s"), ("Apple M4 Max", 40, "100-200 tokens/s"),
+        ("Apple M5", 10, "25-50 tokens/s"),
+    ],
+)  # fmt: skip
+def test_expected_hours_on_a_mac_go_by_its_gpus_cores(chip: str, cores: int | None, speed: str) -> None:
+    plan = on_the_mac(1_000_000, machine=dataclasses.replace(M4, chip=chip, gpu_cores=cores, memory_free_gib=28.0))
+    share = 10 / (cores or 10)
+    assert plan.hours_expected == pytest.approx((16.6667 * share, 33.3333 * share), abs=1e-3)
+    assert plan.hours_expected_from is not None and plan.hours_expected_from.startswith(speed)
+
+
+def test_of_another_base_or_platform_no_hours_are_expected() -> None:
+    assert planned(50).hours_expected is None
+    mac = config_load.load_config("m4")[0]
+    tiny = dataclasses.replace(MISTRAL_7B, num_hidden_layers=2)
+    assert make_plan(mac, TRAIN, VALIDATION, 100, tiny, LAPTOP).hours_expected is None
 
 
 def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
     (problem,) = on_the_mac(1_000_000, "training.max_steps=62").problems  # 31 an epoch
     assert problem == (
-        "2,000,000 tokens in all epochs take 15.9 h on m4 (35 tokens/s, by arithmetic, not measured); 12 h are 1.5 "
-        "million; --set training.max_steps=46 keeps within that, or train on the H100 (--config h100)"
+        "2,000,000 tokens in all epochs take 11.1-22.2 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 12 h are 1.1-2.2 million; --set training.max_steps=33 keeps within that, or train on the H100 "
+        "(--config h100)"
     )
     assert on_the_mac(1_000_000, *suggested(problem)).problems == []
 
@@ -339,7 +363,7 @@ def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.M
         monkeypatch.setattr("finetune.plan.throughput.find", lambda *_run: speed)
         return on_the_mac(1_000_000).problems
 
-    assert problems(70) == []  # 23.8 h by arithmetic
+    assert problems(70) == []  # 16.7-33.3 h by arithmetic
     assert problems(50) == [
         "3,000,000 tokens in all epochs take 16.7 h on m4 (50 tokens/s on Apple M4, benchmarks/results/mac.json, "
         "evaluations not counted); 12 h are 2.2 million; --set dataset.max_rows=7199 keeps within that, or train on "
@@ -369,7 +393,8 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "effective_batch_size": int, "steps_per_epoch": int, "steps": int, "warmup_steps": int, "evaluations": int,
     "checkpoints": int, "peak_memory_gib": float, "memory_parts": dict, "memory_available_gib": (float, type(None)),
     "disk_gib": float, "hours": (float, type(None)), "certificate": dict, "problems": list, "checkpointed_layers": int,
-    "hours_from": (str, type(None)), "checkpointed_from": (str, type(None)), "cost_per_hour": (float, type(None)),
+    "hours_from": (str, type(None)), "hours_expected": (list, type(None)), "hours_expected_from": (str, type(None)),
+    "checkpointed_from": (str, type(None)), "cost_per_hour": (float, type(None)),
     "working_set_gib": (float, type(None)), "specified_memory_gb": (list, type(None)),
 }  # fmt: skip
 

@@ -203,7 +203,7 @@ def thirty_hours(bench: Bench) -> None:
 
 def two_nights(bench: Bench) -> None:
     make_plan = preflight.make_plan
-    sizes = {"tokens_train": 1_008_000, "rows_train": 10_000}
+    sizes = {"tokens_train": 1_008_000, "rows_train": 10_000, "hours_expected": (16.8, 33.6)}
     bench.patch.setattr(preflight, "make_plan", lambda *known: replace(make_plan(*known), **sizes))
 
 
@@ -651,9 +651,9 @@ FAULTS = (
           warn("plan.hours", "30.0 h expected, training.time_budget_hours is 2",
                "--set training.num_train_epochs=0.2, or --set training.time_budget_hours=33.0")),
     fault("more tokens than a Mac trains on in a night", "m4", two_nights,
-          warn("plan.hours", "3,024,000 tokens in all epochs take 24.0 h on m4 (35 tokens/s, by arithmetic, not "
-               "measured); 12 h are 1.5 million",
-               "--set dataset.max_rows=5000 keeps within that, or train on the H100 (--config h100)")),
+          warn("plan.hours", "3,024,000 tokens in all epochs take 16.8-33.6 h on m4 (25-50 tokens/s, by arithmetic for "
+               "10 GPU cores, not measured); 12 h are 1.1-2.2 million",
+               "--set dataset.max_rows=3571 keeps within that, or train on the H100 (--config h100)")),
     fault("wandb without a key", "h100", lambda b: b.patch.delenv("WANDB_API_KEY"),
           warn("tracking.wandb", f"wandb will be offline: no WANDB_API_KEY; {FILES}",
                f"export WANDB_API_KEY=..., or {SYNC}")),

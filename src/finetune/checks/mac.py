@@ -6,7 +6,7 @@ import os
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, warned
-from finetune.machine.platforms import WORKING_SET_SHARE, names
+from finetune.machine.platforms import WORKING_SET_SHARE, chip_generation, names
 from finetune.plan.fit import compare
 
 UNIFIED_GIB = 32
@@ -25,15 +25,17 @@ def _mps(preflight: Preflight) -> Finding:
 
 def _chip(preflight: Preflight) -> Finding:
     machine = preflight.machine
-    found = f"{machine.chip or 'unknown chip'}, {machine.memory_gib:.0f} GiB of unified memory"
+    cores = f" with {machine.gpu_cores} GPU cores" if machine.gpu_cores else ""
+    found = f"{machine.chip or 'unknown chip'}{cores}, {machine.memory_gib:.0f} GiB of unified memory"
     if machine.memory_gib < UNIFIED_GIB:
         fitting = compare(preflight.config, preflight.geometry, {"": machine.memory_gib * WORKING_SET_SHARE})
         fix = "nothing to change: the run fits" if fitting.fits else fitting.fix()
         return warned(f"{found}; the m4 config is made for {UNIFIED_GIB}", fix)
-    if not machine.chip.startswith("Apple M4"):
+    generation = chip_generation(machine)
+    if generation is None or generation < 4:
         fix = "nothing to change; its notes on hours do not hold"
         return warned(f"{found}; the m4 config is made for an Apple M4", fix)
-    return passed(found)
+    return passed(found if generation == 4 else f"{found}; newer than the M4 by whose cores hours are counted")
 
 
 def _memory(preflight: Preflight) -> Finding:

@@ -11,6 +11,7 @@ from finetune.checks.runner import Check, Finding, failed, passed, skipped, warn
 from finetune.files import resolve
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import names
+from finetune.plan.describe import time_text
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
 from finetune.runs.folder import Run
@@ -42,7 +43,8 @@ def _hours(preflight: Preflight) -> Finding:
         return warned(*problem)
     if plan.hours is None:
         limit = "" if budget is None else f"; the rehearsal will compare with training.time_budget_hours {budget:g}"
-        return skipped(f"not measured on this platform{limit}")
+        found = time_text(plan) if plan.hours_expected else "not measured on this platform"
+        return skipped(f"{found}{limit}")
     found = f"{plan.hours:.1f} h expected"
     if budget is None or plan.hours <= budget:
         return passed(found)

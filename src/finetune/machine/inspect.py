@@ -36,9 +36,10 @@ class Machine:
     """One machine. Memory in GiB; OS and architecture as `uname` has them.
 
     `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first; `memory_limit_gib` is this
-    container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `translated` (this
-    Python is an Intel build under Rosetta), `low_power` (the setting of pmset that turns it on, powermode on a Pro or
-    Max; empty where it is off) and `pressure` (1 normal, 2 warning, 4 critical) are a Mac's.
+    container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `gpu_cores` (None
+    where unknown), `translated` (this Python is an Intel build under Rosetta), `low_power` (the setting of pmset that
+    turns it on, powermode on a Pro or Max; empty where it is off) and `pressure` (1 normal, 2 warning, 4 critical) are
+    a Mac's.
     """
 
     system: str
@@ -58,6 +59,7 @@ class Machine:
     shm_gib: float | None = None
     process_1: bool = False
     chip: str = ""
+    gpu_cores: int | None = None
     translated: bool = False
     low_power: str = ""
     pressure: int = 1
@@ -179,10 +181,12 @@ def _mac_free_share() -> float:
 
 
 def _mac_facts() -> dict[str, Any]:
-    """The Mac's fields of Machine, from sysctl and pmset."""
+    """The Mac's fields of Machine, from sysctl, ioreg and pmset."""
     pressure = _answer("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
+    cores = re.search(r'"gpu-core-count" = (\d+)', _answer("ioreg", "-rc", "AGXAccelerator", "-d1"))
     return {
         "chip": _answer("sysctl", "-n", "machdep.cpu.brand_string"),
+        "gpu_cores": int(cores[1]) if cores else None,
         "translated": _answer("sysctl", "-n", "sysctl.proc_translated") == "1",
         "low_power": next(iter(re.findall(r"\b((?:low)?powermode)\s+1\b", _answer("pmset", "-g"))), ""),
         "pressure": int(pressure) if pressure.isdigit() else 1,

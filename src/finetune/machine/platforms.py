@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform as host
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,13 @@ from finetune.machine.inspect import Machine
 
 @dataclass(frozen=True)
 class Expectation:
-    """How fast Mistral-7B trains by arithmetic that nobody has measured, and how long a run is sensible there."""
+    """How fast Mistral-7B trains by arithmetic that nobody has measured, and how long a run is sensible there.
 
-    tokens_per_second: float
+    `tokens_per_core` is tokens a second of one GPU core, least and most; `gpu_cores` where the machine's are unknown.
+    """
+
+    tokens_per_core: tuple[float, float]
+    gpu_cores: int
     hours: float
 
 
@@ -135,8 +140,9 @@ PLATFORMS = {
             memory_gib=21.3,  # the GPU's working set on a Mac of 32 GB: 22.9 GB, as reported
             specified_memory_gb=(24, 28),
             # Matrix products are 6 x 7.2e9 FLOP a token (forward, checkpointing's forward, backward): 65 tokens/s at
-            # the 2.7-2.9 TFLOP/s that others measured on an M4; 35 leaves half to all the rest. 12 h is a long night.
-            expectation=Expectation(tokens_per_second=35, hours=12),
+            # the 2.7-2.9 TFLOP/s that others measured on an M4 with 10 GPU cores; all the rest leaves 25 to 50 of them.
+            # 12 h is a long night.
+            expectation=Expectation(tokens_per_core=(2.5, 5.0), gpu_cores=10, hours=12),
         ),
         Platform(
             name="cpu",
@@ -192,9 +198,15 @@ def accelerator(machine: Machine) -> str:
         what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU, but no H100: hours and memory differ"
         return f"{machine.gpus[0]}{more}{what}"
     if machine.apple_silicon:
-        what = "" if machine.chip.startswith("Apple M4") else ", Apple silicon, but no M4: hours and memory differ"
+        what = "" if chip_generation(machine) == 4 else ", Apple silicon, but no M4: hours and memory differ"
         return f"{machine.chip or 'unknown chip'}{what}"
     return "none: CPU only"
+
+
+def chip_generation(machine: Machine) -> int | None:
+    """4 of an Apple M4, M4 Pro or M4 Max; None where the chip is not known."""
+    found = re.match(r"Apple M(\d+)\b", machine.chip)
+    return int(found[1]) if found else None
 
 
 def memory_available_gib(platform: Platform, machine: Machine) -> float | None:

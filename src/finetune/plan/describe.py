@@ -58,7 +58,10 @@ def memory_shares(plan: Plan) -> str:
 
 
 def time_text(plan: Plan) -> str:
-    """How long the run takes, and who measured the speed."""
+    """How long the run takes, and who measured the speed, or what is expected where nobody has."""
+    if plan.hours_expected is not None:
+        least, most = (duration(3600 * hours) for hours in plan.hours_expected)
+        return f"{least} to {most} at {plan.hours_expected_from}"
     if plan.hours is None:
         return "not measured"
     text = duration(3600 * plan.hours)

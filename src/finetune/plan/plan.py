@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
-from finetune.machine.platforms import PLATFORMS, memory_available_gib, memory_limits
+from finetune.machine.platforms import PLATFORMS, Expectation, memory_available_gib, memory_limits
 from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
-from finetune.plan.model_shape import Geometry
+from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -39,9 +39,11 @@ class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
     `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `checkpointed_from` is why so many layers are, where the config leaves it open. `working_set_gib` is what a
-    Mac's GPU may use before macOS swaps, and `specified_memory_gb` the peak that the specification expects there, least
-    and most. `problems` are things to change before a long run, each with what to type.
+    where. `hours_expected`, least and most, are by the arithmetic that `hours_expected_from` names, for Mistral-7B on a
+    platform with an expectation. `checkpointed_from` is why so many layers are, where the config leaves it open.
+    `working_set_gib` is what a Mac's GPU may use before macOS swaps, and `specified_memory_gb` the peak that the
+    specification expects there, least and most. `problems` are things to change before a long run, each with what to
+    type.
     """
 
     rows_train: int
@@ -67,6 +69,8 @@ class Plan:
     problems: list[str]
     checkpointed_layers: int
     hours_from: str | None = None
+    hours_expected: tuple[float, float] | None = None
+    hours_expected_from: str | None = None
     checkpointed_from: str | None = None
     cost_per_hour: float | None = None
     working_set_gib: float | None = None
@@ -145,6 +149,8 @@ def make_plan(
     if speed is not None:
         hours = round(_hours(plan, config, validation.tokens, speed), 4)
         plan = dataclasses.replace(plan, hours=hours, hours_from=_source(speed))
+    elif platform.expectation and geometry == MISTRAL_7B:
+        plan = _with_expectation(plan, config, platform.expectation, machine)
     return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
 
 
@@ -154,6 +160,17 @@ def _hours(plan: Plan, config: Config, validation_tokens: int, speed: Throughput
     if speed.eval_tokens_per_second is not None:
         seconds += plan.evaluations * validation_tokens / speed.eval_tokens_per_second
     return seconds / 3600
+
+
+def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> Plan:
+    cores = machine.gpu_cores or expected.gpu_cores
+    slow, fast = (cores * speed for speed in expected.tokens_per_core)
+    hours = _tokens(plan, config) / 3600
+    return dataclasses.replace(
+        plan,
+        hours_expected=(round(hours / fast, 4), round(hours / slow, 4)),
+        hours_expected_from=f"{slow:g}-{fast:g} tokens/s, by arithmetic for {cores} GPU cores, not measured",
+    )
 
 
 def _tokens(plan: Plan, config: Config) -> float:
@@ -167,26 +184,21 @@ def _tokens(plan: Plan, config: Config) -> float:
 def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
     """Where the data are more than the platform trains on in sensible time: what is wrong, and what to type.
 
-    By the measured speed where there is one, else by the platform's expectation, which the text says.
+    By the measured speed where there is one, else by the slower end of the platform's expectation.
     """
     expected = PLATFORMS[config.platform].expectation
-    if expected is None:
+    hours = plan.hours_expected if plan.hours is None else (plan.hours,)
+    if expected is None or hours is None or hours[-1] <= expected.hours:
         return None
-    tokens = _tokens(plan, config)
-    hours, source = plan.hours, plan.hours_from
-    if hours is None:
-        hours = tokens / expected.tokens_per_second / 3600
-        source = f"{expected.tokens_per_second:g} tokens/s, by arithmetic, not measured"
-    if hours <= expected.hours:
-        return None
-    share = expected.hours / hours
+    tokens, shares = _tokens(plan, config), [expected.hours / most for most in hours]
     found = (
-        f"{tokens:,.0f} tokens in all epochs take {hours:,.1f} h on {config.platform} ({source}); "
-        f"{expected.hours:g} h are {share * tokens / 1e6:.1f} million"
+        f"{tokens:,.0f} tokens in all epochs take {'-'.join(f'{most:,.1f}' for most in hours)} h on {config.platform} "
+        f"({plan.hours_from or plan.hours_expected_from}); {expected.hours:g} h are "
+        f"{'-'.join(f'{share * tokens / 1e6:.1f}' for share in reversed(shares))} million"
     )
-    fewer = f"dataset.max_rows={max(1, int(share * plan.rows_train))}"
+    fewer = f"dataset.max_rows={max(1, int(shares[-1] * plan.rows_train))}"
     if config.training.max_steps > 0:  # which fewer rows would not shorten
-        fewer = f"training.max_steps={max(1, int(share * plan.steps))}"
+        fewer = f"training.max_steps={max(1, int(shares[-1] * plan.steps))}"
     return found, f"--set {fewer} keeps within that, or train on the H100 (--config h100)"
 
 
