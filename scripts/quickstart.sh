@@ -5,6 +5,8 @@
 # No GPU, no account. May be run again: what is there and whole is kept, and a finished run gets a fresh one beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=/dev/null
+source scripts/lib/demo.sh
 echo "quickstart: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network); downloads about 500 MB"
 
 python=python
@@ -16,16 +18,6 @@ fi
 
 "$python" scripts/validate_environment.py --config cpu
 
-finished='' unfinished=''
-# shellcheck disable=SC2046  # the names hold no spaces
-for folder in adapters/demo-cpu $(printf '%s\n' adapters/demo-cpu-[0-9]* | sort -V); do
-  if grep -qs '"status": "complete"' "$folder/manifest.json"; then finished=$folder
-  elif [[ -d $folder ]]; then unfinished=$folder; fi
-done
-fresh=()
-if [[ -n $finished && -z $unfinished ]]; then
-  echo "$finished is finished; this run is a fresh one beside it"
-  fresh=(--fresh)
-fi
+choose_fresh demo-cpu
 echo "training"
-exec "$python" src/train.py --config cpu ${fresh[@]+"${fresh[@]}"} "$@"
+exec "$python" src/train.py --config cpu ${fresh:+"$fresh"} "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a bare Mac with Apple silicon to a working environment in .venv: by conda, mamba or micromamba where there is one,
-# else by Python 3.11 to 3.13 alone; requirements/m4.lock, with its hashes, either way. Ends with every check.
+# else by Python 3.11 to 3.13 alone; requirements/m4.lock, with its hashes, either way. Ends with every check and what to
+# type next.
 #   scripts/setup_m4.sh
 # May be run again: what is there and whole is kept, and brought up to date where the lock changed.
 # PYTHON=/path/to/python takes that one, whatever conda there is.
@@ -61,7 +62,8 @@ set_mps_variables  # as run_m4.sh does, so that the checks see what a training w
 checks=0
 .venv/bin/python scripts/validate_environment.py --config m4 || checks=$?
 if [[ $checks -ne 0 ]]; then
-  warn "the environment stands, and the checks found what is still to do before a training (above)"
+  warn "the environment is ready, and the checks found what is still to do before a training (above)"
+  good "what needs no account and no large download: scripts/run_m4.sh --demo"
   exit "$checks"
 fi
-good "next: scripts/run_m4.sh"
+good "next: scripts/run_m4.sh --demo, in minutes and without the large base; then scripts/run_m4.sh"

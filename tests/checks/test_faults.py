@@ -14,10 +14,13 @@ import torch
 from finetune import checks
 from finetune.checks.numerics import linear
 from finetune.checks.runner import Result, run
+from finetune.cli import PYTHON
 from finetune.config.load import ROOT
 from finetune.errors import OutOfResource
 from finetune.machine.platforms import PLATFORMS
-from finetune.plan import schedule
+from finetune.model import hub
+from finetune.plan import model_shape, schedule
+from finetune.plan.model_shape import Geometry
 from finetune.training import rehearsal
 from support.bench import Bench, found
 from support.check_faults import FAULTS, Fault
@@ -172,6 +175,40 @@ def test_a_rehearsal_that_shows_the_budget_to_be_too_small_fails_with_what_would
     )
     assert re.fullmatch(r"--set training.time_budget_hours=0\.\d+", result.fix)
     assert left_behind(hurried) == []
+
+
+FETCH = (
+    "hf download mistralai/Mistral-7B-Instruct-v0.2 --revision 63a8b081895390a26e140280378bc85ec8bce07a "
+    "--include '*.safetensors' '*.json'"
+)
+
+
+@pytest.fixture
+def mac_with_a_demo(bench: Callable[[str], Bench]) -> Bench:
+    """The m4 bench, whose demo's config names a tiny base and whose MPS is this machine's CPU."""
+    mac = bench("m4")
+    text = (ROOT / PLATFORMS["m4"].demo).read_text(encoding="utf-8")
+    demo = mac.folder / "demo.yaml"
+    small = text.replace("models/demo-135m ", f"{mac.base} ").replace("num_train_epochs: 1 ", "max_steps: 2 ")
+    demo.write_text(small, encoding="utf-8")
+    mac.patch.setattr(model_shape, "DEMO_135M", Geometry(64, 128, 2, 4, 2, 32000, False))
+    mac.patch.setitem(PLATFORMS, "m4", replace(PLATFORMS["m4"], device="cpu", demo=str(demo)))
+    return mac
+
+
+def test_on_a_mac_without_the_base_the_demos_is_rehearsed_and_that_is_said(mac_with_a_demo: Bench) -> None:
+    result = rehearsed(mac_with_a_demo)
+    assert (result.status, result.fix) == ("warn", FETCH), result.detail
+    said = "the base is not here yet, and the demo's was rehearsed in its place: peak "
+    assert result.detail.startswith(said) and " for 2 steps, finished about " in result.detail
+    assert left_behind(mac_with_a_demo) == []
+
+
+def test_on_a_mac_with_neither_base_the_rehearsal_says_how_to_get_one(mac_with_a_demo: Bench) -> None:
+    mac_with_a_demo.patch.setattr(hub, "missing_weights", lambda _: ["model.safetensors is missing"])
+    result = rehearsed(mac_with_a_demo)
+    assert (result.status, result.detail) == ("fail", "neither the base nor the demo's is here")
+    assert result.fix == f"{PYTHON} scripts/make_demo_model.py, or {FETCH}"
 
 
 def test_a_rehearsal_that_does_not_fit_fails_with_what_would(bench: Callable[[str], Bench]) -> None:

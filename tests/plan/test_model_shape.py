@@ -11,7 +11,8 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
-from finetune.plan.model_shape import MISTRAL_7B, Geometry, read_geometry
+from finetune.machine.platforms import PLATFORMS
+from finetune.plan.model_shape import DEMO_135M, MISTRAL_7B, Geometry, read_geometry
 
 SMALL: dict[str, Any] = {
     "architectures": ["MistralForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -129,5 +130,11 @@ def test_a_smaller_or_tied_model_is_refused_where_mistral_7b_is_wanted(platform:
     other = {**LARGE, "vocab_size": 32768, "num_hidden_layers": 2, "tie_word_embeddings": True}
     assert problem(tmp_path, other, platform) == (
         f"config: 1 problem\n  model.name: {tmp_path}/config.json is not Mistral-7B: num_hidden_layers 2 (wanted 32), "
-        "vocab_size 32768 (wanted 32000), tie_word_embeddings True (wanted False); train small models on platform cpu"
+        "vocab_size 32768 (wanted 32000), tie_word_embeddings True (wanted False); train other models on platform cpu"
     )
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_demos_base_is_a_base_everywhere(platform: str, tmp_path: Path) -> None:
+    demo = {"architectures": ["MistralForCausalLM"], **dataclasses.asdict(DEMO_135M)}
+    assert read(tmp_path, demo, platform) == DEMO_135M

@@ -97,8 +97,8 @@ def platform_file(name: str) -> Path:
 
 def load(path: Path, local_model: Path, settings: tuple[str, ...] = ()) -> Config:
     """The resolved config; where the file's base model is the demo, which may not be made yet, a folder stands in."""
-    on_cpu = yaml_file.load_yaml(path)["platform"] == "cpu"
-    stand_in = [f"model.name={local_model}"] if on_cpu else []
+    demo = yaml_file.load_yaml(path)["model"]["name"] == "models/demo-135m"
+    stand_in = [f"model.name={local_model}"] if demo else []
     return load_config(str(path), [*stand_in, *settings])[0]
 
 
@@ -132,8 +132,8 @@ def quoted_settings(text: str) -> list[list[str]]:
     return commands
 
 
-def test_four_config_files_are_shipped() -> None:
-    assert len(FILES) == 4
+def test_five_config_files_are_shipped() -> None:
+    assert len(FILES) == 5
 
 
 @every_file
@@ -146,6 +146,15 @@ def test_the_base_loads_alone_and_holds_every_key_of_the_schema(tmp_path: Path) 
     sections = {"model", "quantization", "lora", "training", "dataset", "tracking", "output"}
     assert list(base) == [path for path in keys() if path not in sections]
     assert load(BASE_FILE, tmp_path).platform == "cpu"
+
+
+def test_the_macs_demo_is_the_macs_run_but_for_a_small_base_its_length_data_and_pace(tmp_path: Path) -> None:
+    demo, mac = (leaves(load(platform_file(name), tmp_path).as_dict()) for name in ("m4_demo", "m4"))
+    assert [key for key in mac if demo[key] != mac[key]] == [
+        "model.name", "model.revision", "model.max_seq_length", "training.num_train_epochs",
+        "training.gradient_accumulation_steps", "training.learning_rate", "dataset.train_file",
+        "dataset.validation_file", "tracking.report_to", "tracking.run_name",
+    ]  # fmt: skip
 
 
 @both_platforms

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import yaml
 
 from finetune.config.load import ROOT
 
-SCRIPTS = ("lib/mac.sh", "lib/python.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
-TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "mv", "rm", "sleep")
+SCRIPTS = ("lib/demo.sh", "lib/mac.sh", "lib/python.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
+TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "find", "grep", "mkdir", "mv", "rm", "sleep", "sort")
 
 # Answers as recorded on the machines: by `uname -s` and `-m`, sysctl, sw_vers, pmset.
 MAC = {"system": "Darwin", "machine": "arm64", "translated": "0", "macos": "15.1"}
@@ -165,7 +166,11 @@ LOCKED = (
     "python [-m] [pip] [install] [--quiet] [--disable-pip-version-check] [--require-hashes] [-r] [requirements/m4.lock]"
 )
 CHECKED = "python [scripts/validate_environment.py] [--config] [m4]"
-READY = "the environment is ready in .venv\nthe checks\nnext: scripts/run_m4.sh\n"
+READY = (
+    "the environment is ready in .venv\nthe checks\n"
+    "next: scripts/run_m4.sh --demo, in minutes and without the large base; then scripts/run_m4.sh\n"
+)
+DEMO = "what needs no account and no large download: scripts/run_m4.sh --demo\n"
 
 
 # Which machine --------------------------------------------------------------------------------------------------------
@@ -306,10 +311,10 @@ def test_a_conda_that_fails_is_exit_6_and_the_next_try_goes_on(mac: Place, when:
     assert mac.logged(LOCKED) == [LOCKED]
 
 
-def test_what_the_checks_found_is_the_exit_code_and_the_environment_stands(mac: Place) -> None:
+def test_what_the_checks_found_is_the_exit_code_and_the_demo_is_offered(mac: Place) -> None:
     out = "making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n"
-    out += "the environment is ready in .venv\nthe checks\n"
-    err = "the environment stands, and the checks found what is still to do before a training (above)\n"
+    out += f"the environment is ready in .venv\nthe checks\n{DEMO}"
+    err = "the environment is ready, and the checks found what is still to do before a training (above)\n"
     assert mac.run("setup_m4", CHECKS="3") == (3, out, err)
 
 
@@ -330,12 +335,14 @@ def test_on_a_terminal_what_is_good_is_green_what_is_left_yellow_and_a_refusal_r
     ready: Place, tmp_path: Path
 ) -> None:
     green, yellow, red, end = "\033[32m", "\033[33m", "\033[31m", "\033[0m"
-    stands = "the environment stands, and the checks found what is still to do before a training (above)"
-    wanted = f"{green}the environment is ready in .venv{end}\nthe checks\n{yellow}{stands}{end}\n"
+    left = "the environment is ready, and the checks found what is still to do before a training (above)"
+    wanted = (
+        f"{green}the environment is ready in .venv{end}\nthe checks\n{yellow}{left}{end}\n{green}{DEMO[:-1]}{end}\n"
+    )
     assert ready.on_terminal("setup_m4", CHECKS="3") == (3, wanted)
     plain = re.sub("\033\\[\\d+m", "", wanted)
     assert ready.on_terminal("setup_m4", CHECKS="3", NO_COLOR="1") == (3, plain)
-    to_a_file = "the environment is ready in .venv\nthe checks\n"
+    to_a_file = f"the environment is ready in .venv\nthe checks\n{DEMO}"
     assert ready.on_terminal("setup_m4", subprocess.DEVNULL, CHECKS="3") == (3, to_a_file)
     (tmp_path / "intel").mkdir()
     assert Place(tmp_path / "intel", INTEL).on_terminal("setup_m4") == (2, f"{red}{REFUSED[2][1].strip()}{end}\n")
@@ -414,6 +421,68 @@ def test_the_mac_is_kept_awake_for_as_long_as_the_training_lives(ready: Place, t
     assert ready.run("run_m4") == (0, "training\n", "")
     (pid,) = ready.logged("pid ")
     assert said.read_text(encoding="utf-8") == f"-i -s -w {pid.removeprefix('pid ')}\n"  # the training's own process
+
+
+# run_m4.sh --demo -----------------------------------------------------------------------------------------------------
+
+# A training in the environment's Python: it saves after a moment, then runs until SIGTERM; or it ends by itself.
+TRAINING = """\
+  src/train.py*)
+    run=adapters/demo-m4; [[ "$*" != *--fresh* ]] || run=adapters/demo-m4-2
+    if [[ -e $run/checkpoints/checkpoint-5 ]]; then echo resumed; exit "${TRAINED:-0}"; fi
+    [[ -z ${FAILS:-} ]] || exit "$FAILS"
+    trap 'echo stopped; exit 143' TERM
+    echo training; sleep 0.2; mkdir -p "$run/checkpoints/checkpoint-5"; echo saved
+    for _ in {1..100}; do sleep 0.1; done ;;
+"""
+DEMO_TRAIN = "python [src/train.py] [--config] [configs/training_config_m4_demo.yaml]"
+ANNOUNCED = "the demo is stopped after its first checkpoint, to see that this works here; then it resumes\n"
+
+
+@pytest.fixture
+def demo(ready: Place) -> Place:
+    """A Mac that is set up, whose training is TRAINING."""
+    python = ready.folder / ".venv" / "bin" / "python"
+    start, _, rest = python.read_text(encoding="utf-8").partition("  src/train.py*)\n")
+    python.write_text(start + TRAINING + rest.partition(" ;;\n")[2], encoding="utf-8")
+    return ready
+
+
+def test_the_demo_is_made_stopped_after_its_first_checkpoint_and_resumed(demo: Place) -> None:
+    out = f"{ANNOUNCED}training\nsaved\nstopped\nstopped; the same command again\nresumed\n"
+    assert demo.run("run_m4", "--demo", "--set", "training.seed=1") == (0, out, "")
+    train = f"{DEMO_TRAIN} [--set] [training.seed=1]"
+    assert demo.logged("python [s") == ["python [scripts/make_demo_model.py]", train, train]
+
+
+def test_a_demo_beside_a_finished_one_is_fresh_until_it_resumes(demo: Place) -> None:
+    (demo.folder / "adapters" / "demo-m4").mkdir(parents=True)
+    (demo.folder / "adapters" / "demo-m4" / "manifest.json").write_text('{"status": "complete"}', encoding="utf-8")
+    code, out, _ = demo.run("run_m4", "--demo")
+    assert (code, out.splitlines()[0]) == (0, "adapters/demo-m4 is finished; this run is a fresh one beside it")
+    assert demo.logged("python [src") == [f"{DEMO_TRAIN} [--fresh]", DEMO_TRAIN]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_demo_that_ends_before_its_first_checkpoint_is_not_started_again(demo: Place, code: int) -> None:
+    assert demo.run("run_m4", "--demo", FAILS=str(code)) == (code, ANNOUNCED, "")
+    assert demo.logged("python [src") == [DEMO_TRAIN]
+
+
+def test_the_exit_code_of_a_demo_is_the_resumed_trainings(demo: Place) -> None:
+    assert demo.run("run_m4", "--demo", TRAINED="1")[0] == 1
+
+
+def test_a_demo_that_a_person_stops_is_not_resumed(demo: Place) -> None:
+    process = subprocess.Popen(
+        demo.command("run_m4", "--demo"), cwd=demo.folder, env=demo.variables({}), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [ANNOUNCED, "training\n"]
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, demo.logged("python [src")) == (143, [DEMO_TRAIN])
+    assert "again" not in out
 
 
 # setup_local.sh -------------------------------------------------------------------------------------------------------

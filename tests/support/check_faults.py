@@ -351,7 +351,7 @@ FAULTS = (
                "model.name: /bench/base/config.json is not Mistral-7B: hidden_size 64 (wanted 4096), "
                "intermediate_size 128 (wanted 14336), num_hidden_layers 2 (wanted 32), num_attention_heads 4 "
                "(wanted 32), num_key_value_heads 2 (wanted 8)",
-               "train small models on platform cpu")),
+               "train other models on platform cpu")),
     fault("a tokenizer that is not Mistral's", "cpu",
           lambda b: (b.own_base() / "tokenizer.json").write_text(OTHER_TOKENIZER),
           fail("model.geometry",

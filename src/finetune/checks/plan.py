@@ -8,9 +8,12 @@ from datetime import datetime
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
-from finetune.files import resolve
+from finetune.cli import PYTHON
+from finetune.config.load import load_config
+from finetune.files import ROOT, resolve
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import names
+from finetune.model import hub
 from finetune.plan.describe import time_text
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
@@ -55,6 +58,18 @@ def _hours(preflight: Preflight) -> Finding:
 
 
 def _rehearsal(preflight: Preflight) -> Finding:
+    model, demo = preflight.config.model, preflight.platform.demo
+    if not demo or preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
+        return passed(_rehearsed(preflight))
+    config = load_config(str(ROOT / demo), [f"output.dir={preflight.config.output.dir}"])[0]
+    fetch = f"hf download {model.name} --revision {model.revision or 'main'} --include '*.safetensors' '*.json'"
+    if hub.missing_weights(resolve(config.model.name)):
+        return failed("neither the base nor the demo's is here", f"{PYTHON} scripts/make_demo_model.py, or {fetch}")
+    found = _rehearsed(Preflight(config, preflight.machine))
+    return warned(f"the base is not here yet, and the demo's was rehearsed in its place: {found}", fetch)
+
+
+def _rehearsed(preflight: Preflight) -> str:
     from finetune.training.job import load_job
     from finetune.training.rehearsal import rehearse
 
@@ -64,7 +79,7 @@ def _rehearsal(preflight: Preflight) -> Finding:
     found = rehearse(job, folder, capacity_gib(preflight.platform))
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
-    return passed("; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial))))
+    return "; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial)))
 
 
 _ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)
@@ -74,5 +89,5 @@ CHECKS = (
     Check("plan.memory", "free memory against the expected peak", _memory, CPU, _GEOMETRY),
     Check("plan.hours", "expected hours against training.time_budget_hours", _hours, needs=_ROWS, level="warn"),
 )
-DEEP = "with --deep: the largest batches, an evaluation, a save and a load"
+DEEP = "with --deep: the largest batches, an evaluation, a save and a load; on a Mac without the base, the demo's"
 REHEARSAL = (Check("rehearsal", DEEP, _rehearsal, needs=_ROWS, deep=True),)

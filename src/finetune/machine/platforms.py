@@ -33,7 +33,7 @@ class Platform:
     """What a config may ask for on one kind of machine, and everything in which the kinds differ.
 
     `optimizers` and `attentions` are the values that work there; `any_base` lets the base model be something other than
-    Mistral-7B (the demo and the tests); `compiles` says whether torch.compile may make kernels, which nobody has tried
+    Mistral-7B and the demo's (in tests); `compiles` says whether torch.compile may make kernels, which nobody has tried
     on MPS; `expectation` is set where a data set is easily too large for the machine.
 
     `nvidia` means an NVIDIA GPU under Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may
@@ -47,6 +47,7 @@ class Platform:
     model's memory; `loading_gib` the machine's memory that loading the base needs, 0 if no more than training does.
 
     `install` brings the environment to the lock; `repair` installs everything again where something is broken.
+    `demo` is the config of its demo, below the project's root; "" where there is none, or the platform's own is one.
     `mac_lock` is the lock that this platform uses on macOS, where it has none of its own.
     """
 
@@ -71,6 +72,7 @@ class Platform:
     expectation: Expectation | None = None
     install: str = advice("rm .venv/installed; scripts/make_venv.sh", "docker compose build")
     repair: str = advice("rm -r .venv; scripts/make_venv.sh", "docker compose build --no-cache")
+    demo: str = ""
     mac_lock: str = ""
 
     @property
@@ -143,6 +145,7 @@ PLATFORMS = {
             # the 2.7-2.9 TFLOP/s that others measured on an M4 with 10 GPU cores; all the rest leaves 25 to 50 of them.
             # 12 h is a long night.
             expectation=Expectation(tokens_per_core=(2.5, 5.0), gpu_cores=10, hours=12),
+            demo="configs/training_config_m4_demo.yaml",
         ),
         Platform(
             name="cpu",
