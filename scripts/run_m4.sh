@@ -10,7 +10,7 @@ source scripts/lib/mac.sh
 # shellcheck source=/dev/null
 source scripts/lib/demo.sh
 
-checkpoints() { { find adapters -path 'adapters/demo-m4*/checkpoints/checkpoint-*' -prune 2>/dev/null || true; } | sort; }
+checkpoints() { printf '%s\n' adapters/demo-m4*/checkpoints/checkpoint-*; }
 
 demo_until_a_checkpoint() {  # returns once the demo was stopped by SIGTERM; exits where it ended otherwise
   local before process code=0 asked=''

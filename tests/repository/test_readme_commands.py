@@ -67,6 +67,7 @@ RULES: dict[str, Here | By | Needs] = {
     "./scripts/test.sh --slow": By(".ci/run", "./scripts/test.sh --slow"),
     "./scripts/setup_local.sh": By(MAC, "test_on_any_other_linux_it_is_the_environment_of_the_demo"),
     "./scripts/setup_m4.sh": By(MAC, "test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock"),
+    "./scripts/run_m4.sh --demo": By(MAC, "test_the_demo_is_made_stopped_after_its_first_checkpoint_and_resumed"),
     "./scripts/run_m4.sh": By(MAC, "test_it_trains_with_the_arguments_as_they_were_typed"),
     f"./scripts/run_m4.sh {TRIED} --set tracking.run_name=local-try "
     "--set training.eval_steps=1 --set training.save_steps=1": By(

@@ -17,7 +17,7 @@ import yaml
 from finetune.config.load import ROOT
 
 SCRIPTS = ("lib/demo.sh", "lib/mac.sh", "lib/python.sh", "setup_m4.sh", "run_m4.sh", "setup_local.sh", "make_venv.sh")
-TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "find", "grep", "mkdir", "mv", "rm", "sleep", "sort")
+TOOLS = ("awk", "bash", "cat", "cksum", "cp", "dirname", "env", "grep", "mkdir", "mv", "rm", "sleep", "sort")
 
 # Answers as recorded on the machines: by `uname -s` and `-m`, sysctl, sw_vers, pmset.
 MAC = {"system": "Darwin", "machine": "arm64", "translated": "0", "macos": "15.1"}
@@ -432,7 +432,7 @@ TRAINING = """\
     if [[ -e $run/checkpoints/checkpoint-5 ]]; then echo resumed; exit "${TRAINED:-0}"; fi
     [[ -z ${FAILS:-} ]] || exit "$FAILS"
     trap 'echo stopped; exit 143' TERM
-    echo training; sleep 0.2; mkdir -p "$run/checkpoints/checkpoint-5"; echo saved
+    mkdir -p "$run/rehearsal/checkpoints/checkpoint-1"; echo training; sleep 1.5; mkdir -p "$run/checkpoints/checkpoint-5"; echo saved
     for _ in {1..100}; do sleep 0.1; done ;;
 """
 DEMO_TRAIN = "python [src/train.py] [--config] [configs/training_config_m4_demo.yaml]"
