@@ -47,10 +47,6 @@ def local(tmp_path: Path) -> tuple[str, str]:
     return "--set", f"model.name={tmp_path}"
 
 
-def test_four_config_files_are_shipped() -> None:
-    assert len(FILES) == 4
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_config_is_printed_and_reads_back_the_same(run: Run, path: Path, tmp_path: Path) -> None:
     expected = load_config(str(path), [f"model.name={tmp_path}"])[0]

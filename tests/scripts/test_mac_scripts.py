@@ -432,7 +432,8 @@ TRAINING = """\
     if [[ -e $run/checkpoints/checkpoint-5 ]]; then echo resumed; exit "${TRAINED:-0}"; fi
     [[ -z ${FAILS:-} ]] || exit "$FAILS"
     trap 'echo stopped; exit 143' TERM
-    mkdir -p "$run/rehearsal/checkpoints/checkpoint-1"; echo training; sleep 1.5; mkdir -p "$run/checkpoints/checkpoint-5"; echo saved
+    mkdir -p "$run/rehearsal/checkpoints/checkpoint-1"; echo training; sleep 1.5
+    mkdir -p "$run/checkpoints/checkpoint-5"; echo saved
     for _ in {1..100}; do sleep 0.1; done ;;
 """
 DEMO_TRAIN = "python [src/train.py] [--config] [configs/training_config_m4_demo.yaml]"
