@@ -205,6 +205,8 @@ FAULTS: dict[str, tuple[DockerHost, list[Found]]] = {
     "the demo's image": (service(lock="cpu"),
         [fail("image", "LOCK is cpu: an image without CUDA, which train-h100 needs",
         "echo LOCK=h100 >> .env && docker compose build"), *NO_IMAGE]),
+    "a lock that there is not": (service(lock="h10"),
+        [fail("image", "LOCK is h10: wanted h100", "echo LOCK=h100 >> .env && docker compose build"), *NO_IMAGE]),
     "an image from another lock": (image(lock="cpu"),
         [fail("image", f"{MADE}, says that it was made from cpu lock", BUILD), *NO_IMAGE]),
     "an image of somebody else's": (image(lock=""),
@@ -285,6 +287,14 @@ def test_the_long_commands_are_what_docker_and_nvidia_say_for_ubuntu() -> None:
     )
     for command in (TOOLKIT, INSTALL, CONFIGURE, MEND_ENV):
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0
+
+
+def test_what_mends_env_keeps_its_lines_and_sets_numbers_last(tmp_path: Path) -> None:
+    env = tmp_path / ".env"
+    env.write_text("UID=$(id -u)\nHF_TOKEN_FILE=token", encoding="utf-8")  # as many editors leave it, without an end
+    subprocess.run(["bash", "-c", MEND_ENV], cwd=tmp_path, check=True)
+    lines = env.read_text(encoding="utf-8").split("\n")
+    assert lines == ["UID=$(id -u)", "HF_TOKEN_FILE=token", f"UID={os.getuid()}", f"GID={os.getgid()}", ""]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from finetune.checks.paths import BASE_GIB
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.docker_host import DockerHost, Service
 from finetune.machine.docker_image import SOURCES, Image
-from finetune.machine.platforms import names
+from finetune.machine.platforms import PLATFORMS, names
 from finetune.wording import listed
 
 IMAGE_GIB = 40  # an expectation: the image, its stages and uv's cache, which the engine keeps beside it
@@ -25,7 +25,8 @@ def resolved(host: DockerHost) -> Service:
 def _image(host: DockerHost) -> Finding:
     name, lock, image = resolved(host).image, resolved(host).lock, host.image
     if lock not in CUDA:
-        return failed(f"LOCK is {lock}: an image without CUDA, which train-h100 needs", f"{H100} && {BUILD}")
+        what = "an image without CUDA, which train-h100 needs" if lock in PLATFORMS else "wanted h100"
+        return failed(f"LOCK is {lock}: {what}", f"{H100} && {BUILD}")
     if image is None:
         return failed(f"no image {name}", BUILD)
     found = f"{name}, {image.size_gib:.1f} GiB"
