@@ -90,7 +90,7 @@ def test_on_an_h100_backwards_are_repeatable_and_sums_exact_unless_the_user_set_
     matmul = torch.backends.cuda.matmul
     request.addfinalizer(lambda: setattr(matmul, "allow_bf16_reduced_precision_reduction", True))
     assert matmul.allow_bf16_reduced_precision_reduction is True  # torch's own
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
     device.prepare_device(PLATFORMS["h100"])
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == in_effect
     assert matmul.allow_bf16_reduced_precision_reduction is False

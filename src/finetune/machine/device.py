@@ -70,7 +70,7 @@ def prepare_device(platform: Platform) -> None:
 
 
 def compute_repeatably(platform: Platform) -> None:
-    """Set what decides how torch and flash-attn compute on `platform`: the same at each start, and as exact as they can.
+    """Set how torch and flash-attn compute on `platform`: the same at each start, and as exactly as they can.
 
     docs/architecture.md, "Which bits are the same", has what that does not reach.
     """
@@ -78,8 +78,8 @@ def compute_repeatably(platform: Platform) -> None:
 
     os.environ.update(platform.environment)
     if platform.device == "cuda":
-        # A weight gradient of LoRA is a sum over all tokens of a micro-batch, which cuBLAS may split; by default it adds
-        # the partial sums up in bfloat16, with 8 bits. In float32 their sum costs next to nothing (by reading).
+        # A weight gradient of LoRA is a sum over all tokens of a micro-batch, which cuBLAS may split; by default it
+        # adds the partial sums up in bfloat16, with 8 bits. In float32 their sum costs next to nothing (by reading).
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)

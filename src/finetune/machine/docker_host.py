@@ -93,7 +93,8 @@ class Disk:
 class DockerHost:
     """One host. `service` is a text where Compose refuses compose.yaml or `.env`: its reason.
 
-    `compose` and `buildx` are versions, None where they do not answer. `hook` says that nvidia-container-runtime-hook is installed.
+    `compose` and `buildx` are versions, None where they do not answer. `hook` says that nvidia-container-runtime-hook
+    is installed.
     """
 
     machine: Machine

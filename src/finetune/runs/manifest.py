@@ -65,7 +65,8 @@ def git_commit() -> str | None:
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on: config (but what may change), tokens, tokenizer, versions.
 
-    And the variables that decide how the platform computes, and of a base in a folder its weights, which a base on the Hub has by its revision.
+    And the variables that decide how the platform computes, and of a base in a folder its weights, which a base on the
+    Hub has by its revision.
     """
     tree = config.as_dict()
     for path in marked(Mark.MAY_CHANGE):
