@@ -284,7 +284,7 @@ def measure_cpu(trainer: Any) -> dict[str, float]:
 
 
 def measure_gpu(trainer: Any) -> dict[str, float]:
-    """Train, and say in GiB what was allocated at most; paged optimizer state is not in it."""
+    """Train, and say in GiB what was allocated at most, and paged."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
@@ -295,8 +295,7 @@ def measure_gpu(trainer: Any) -> dict[str, float]:
 def predict(config: Config, geometry: Geometry) -> dict[str, float]:
     """What memory.py says to each number that is measured, GiB; without `program`, which no tensor is."""
     if config.platform == "h100":
-        parts = memory_parts(config, geometry)
-        return {"peak": sum(parts.values()) - parts["optimizer"] * config.training.optim.startswith("paged")}
+        return {"peak": sum(memory_parts(config, geometry).values())}
     found = moments(config, geometry)
     loss = found["loss"]
     named = {name: loss[name] for name in ("weights", "lora", "optimizer", "logits")}

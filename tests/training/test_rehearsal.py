@@ -101,6 +101,7 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     clock = itertools.count(step=2.0)
     monkeypatch.setattr(short_training, "time", SimpleNamespace(monotonic=clock.__next__))
     monkeypatch.setattr(short_training, "peak_memory_gib", lambda _: 3.0)
+    monkeypatch.setattr(short_training, "paged_gib", lambda _: 0.2)
     found = rehearsed(case, config, loaded(config), done=20)
     data = case.data(config)
     lengths = example_lengths(data)
@@ -113,6 +114,7 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     heaviest = rows.max() * min(size, len(rows))
     assert found == Rehearsal(
         peak_gib=3.0,
+        left_gib=0.2,
         capacity_gib=PLENTY_GIB,
         pace=Pace(pytest.approx(step), pytest.approx(2.0 * all_rows / heaviest), 2.0),
         tokens_per_second=pytest.approx(lengths.sum() / steps_per_epoch / step),
@@ -133,13 +135,13 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
 def test_the_sentence_says_memory_speed_and_when_it_will_be_over(step_seconds: float, sentence: str) -> None:
     schedule = Schedule(done=0, steps=1250, steps_per_epoch=500, eval_steps=250, save_steps=500)
     found = Rehearsal(
-        21.3, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32)
+        21.3, 0.2, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32)
     )  # 6 evaluations and 3 saves: 270 s
     assert found.sentence(datetime(2025, 3, 3, 15, 14)) == sentence
 
 
 def test_what_remains_of_a_run_that_goes_on_is_told() -> None:
-    found = Rehearsal(1, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32))
+    found = Rehearsal(1, 0, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32))
     now = datetime(2025, 3, 3, 15, 14)
     assert found.sentence(now) == "peak 1.0 of 2.0 GiB, 60.0 s a step, 60 s for 1 step, finished about 15:15"
 

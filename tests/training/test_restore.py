@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from bitsandbytes.functional import GlobalPageManager
 
+from finetune.files import GIB
 from finetune.machine import device as devices
 from finetune.machine.platforms import PLATFORMS
 from finetune.training.restore import put_back
@@ -68,14 +69,21 @@ def test_whatever_the_block_does_to_parameters_and_gradients_is_undone_also_wher
     assert torch.equal(adapter, before)
 
 
-def test_paged_optimizer_state_does_not_stay_in_bitsandbytes_list(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is moved: bitsandbytes ends the process where its library cannot."""
+def test_paged_optimizer_state_is_counted_and_does_not_stay_in_bitsandbytes_list(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its get_state_buffer (0.50) leaves it. Nothing is moved: it ends the process where its library cannot."""
     manager = GlobalPageManager.get_instance()
     monkeypatch.setattr(GlobalPageManager, "prefetch_all", lambda *_, **__: pytest.fail("moved"))
     earlier = torch.zeros(1)
     monkeypatch.setattr(manager, "paged_tensors", [earlier])
     with put_back(loaded(case.config()), CPU):
-        manager.paged_tensors.append(torch.zeros(2))
+        manager.paged_tensors.append(torch.empty(2**28, device="meta"))  # float32: 1 GiB
+        assert [round(devices.paged_gib(row), 6) for row in PLATFORMS.values()] == [1, 0, 0]
+        monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 60 * GIB)
+        monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda: 70 * GIB)
+        h100 = PLATFORMS["h100"]
+        assert (round(devices.peak_memory_gib(h100), 6), round(devices.peak_held_gib(h100), 6)) == (61, 71)
     assert [id(tensor) for tensor in manager.paged_tensors] == [id(earlier)]
 
 

@@ -70,7 +70,7 @@ def prepare_device(platform: Platform) -> None:
 
 
 def compute_repeatably(platform: Platform) -> None:
-    """Set how torch and flash-attn compute on `platform`: the same at each start, and as exactly as they can.
+    """Set what decides how torch and flash-attn compute on `platform`: the same at each start, as exactly as they can.
 
     docs/architecture.md, "Which bits are the same", has what that does not reach.
     """
@@ -78,8 +78,8 @@ def compute_repeatably(platform: Platform) -> None:
 
     os.environ.update(platform.environment)
     if platform.device == "cuda":
-        # A weight gradient of LoRA is a sum over all tokens of a micro-batch, which cuBLAS may split; by default it
-        # adds the partial sums up in bfloat16, with 8 bits. In float32 their sum costs next to nothing (by reading).
+        # A weight gradient of LoRA is a sum over all tokens of a micro-batch. cuBLAS may split it, and by default adds
+        # the partial sums in bfloat16, with 8 bits. In float32 that is expected to cost next to nothing.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -99,11 +99,11 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
 
 
 def peak_memory_gib(platform: Platform) -> float:
-    """Most memory this process has held where the model lives, in GiB: allocated on a GPU, resident on a CPU."""
+    """Most memory this process has held where the model lives, GiB: on a GPU allocated and paged, on a CPU resident."""
     import torch
 
     if platform.accelerated:
-        return float(torch.accelerator.max_memory_allocated() / GIB)
+        return float(torch.accelerator.max_memory_allocated() / GIB) + paged_gib(platform)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes, Linux KiB
 
@@ -112,7 +112,22 @@ def peak_held_gib(platform: Platform) -> float:
     """As `peak_memory_gib`, and on a GPU what torch held beside what was allocated: what its driver saw."""
     import torch
 
-    return torch.accelerator.max_memory_reserved() / GIB if platform.accelerated else peak_memory_gib(platform)
+    if platform.accelerated:
+        return float(torch.accelerator.max_memory_reserved() / GIB) + paged_gib(platform)
+    return peak_memory_gib(platform)
+
+
+def paged_gib(platform: Platform) -> float:
+    """Optimizer state that bitsandbytes holds in CUDA's unified memory, GiB; torch does not count it.
+
+    That of tensors with 100,000 values or more. All of it counts as the GPU's, where a step needs it; when the GPU is
+    full, the driver may keep some in the machine's memory.
+    """
+    if not platform.nvidia:
+        return 0.0
+    from bitsandbytes.functional import GlobalPageManager
+
+    return sum(tensor.nbytes for tensor in GlobalPageManager.get_instance().paged_tensors) / GIB
 
 
 def capacity_gib(platform: Platform) -> float:

@@ -167,7 +167,8 @@ def names(having: Callable[[Platform], bool]) -> tuple[str, ...]:
 
 
 # Of the capacity, what `training.checkpointed_layers: auto` may fill: 72 of 80 GiB. The rest is for the CUDA context,
-# for paged optimizer state, and for what batches of other lengths leave unused between torch's blocks.
+# for optimizer state that earlier trials cannot give back, and for what batches of other lengths leave unused between
+# torch's blocks.
 AUTO_SHARE = 0.9
 
 # Of a Mac's unified memory, what its GPU may use before macOS swaps, where torch cannot be asked: 21.3 of 32 GiB, as

@@ -188,7 +188,10 @@ class _Sizes:
         return lora_parameters(self.config, self.geometry) * (4 + copy + (4 if gradients else 0))
 
     def optimizer(self) -> float:
-        """AdamW's two moments (Loshchilov and Hutter 2019): 4 bytes each, or 1 in the 8-bit optimizer."""
+        """AdamW's two moments (Loshchilov and Hutter 2019): 4 bytes each, or 1 in the 8-bit optimizer.
+
+        Paged ones count in full. What a rehearsal leaves of its own is not the run's: nobody uses it, so it may move.
+        """
         moments = 2 if self.config.training.optim == "paged_adamw_8bit" else 8
         return lora_parameters(self.config, self.geometry) * moments
 

@@ -36,12 +36,14 @@ from finetune.wording import clock, counted, duration
 class Rehearsal:
     """What was measured, and what it means for the steps that remain.
 
-    `peak_gib` does not hold paged optimizer state, which may move to the host. `pace` is of steps with as many tokens
-    as the run's have on average. `tokens_per_second` counts no padding, no evaluation and no save. `checkpointed` is
-    the number of layers with which all of it was measured.
+    `peak_gib` has the paged optimizer state in it; `left_gib` is that of all trials, which stays until the process ends
+    (see `put_back`) and is no part of the run's peak. `pace` is of steps with as many tokens as the run's have on
+    average. `tokens_per_second` counts no padding, no evaluation and no save. `checkpointed` is the number of layers
+    with which all of it was measured.
     """
 
     peak_gib: float
+    left_gib: float
     capacity_gib: float
     pace: Pace
     tokens_per_second: float
@@ -57,6 +59,7 @@ class Rehearsal:
         """For the manifest: GiB, hours of the steps that remain, and tokens/s of the steps alone."""
         return {
             "peak_memory_gib": round(self.peak_gib, 3),
+            "left_gib": round(self.left_gib, 3),
             "capacity_gib": round(self.capacity_gib, 3),
             "hours": round(self.hours, 4),
             "tokens_per_second": round(self.tokens_per_second, 1),
@@ -139,11 +142,12 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     make_folder(folder)
     try:
         with _advice_where_memory_ends(config, capacity_gib):
-            trial, last, choice = _settle(stage)
-            stage.load_back(last.watch)
+            trials, choice = _settle(stage)
+            stage.load_back(list(trials.values())[-1].watch)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
+    trial = trials[choice.layers]
     watch = trial.watch
     steps_per_epoch, steps = count_steps(config, len(lengths))
     step_seconds = watch.micro_batch_seconds / load.worst_tokens * load.tokens / steps_per_epoch
@@ -151,6 +155,7 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     evaluation_seconds = watch.evaluation_seconds / held_out.worst_tokens * held_out.tokens
     return Rehearsal(
         peak_gib=trial.peak_gib,
+        left_gib=sum(tried.paged_gib for tried in trials.values()),
         capacity_gib=capacity_gib,
         pace=Pace(step_seconds, evaluation_seconds, watch.save_seconds),
         tokens_per_second=float(lengths.sum()) / steps_per_epoch / step_seconds,
@@ -159,17 +164,16 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     )
 
 
-def _settle(stage: Stage) -> tuple[Trial, Trial, Choice]:
-    """The trial as the run will be, the last one, whose checkpoint lies on the disk, and how many layers it was with.
+def _settle(stage: Stage) -> tuple[dict[int, Trial], Choice]:
+    """The trials by their number of checkpointed layers, and the choice, which is one of them.
 
-    Raises MemoryEnds.
+    The last one's checkpoint is on the disk. Raises MemoryEnds.
     """
     config, capacity, geometry = stage.config, stage.capacity_gib, stage.job.geometry
     total = geometry.num_hidden_layers
     found = by_formula(config, geometry, capacity, "the resident peak of a process cannot be measured twice")
     if found.reason is None:
-        trial = stage.train().within(capacity)
-        return trial, trial, found
+        return {found.layers: stage.train().within(capacity)}, found
     trials: dict[int, Trial] = {}
 
     def measure(layers: int) -> float | None:
@@ -191,7 +195,7 @@ def _settle(stage: Stage) -> tuple[Trial, Trial, Choice]:
     elif measure(found.layers) is None:
         measure(total)
         found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")
-    return trials[found.layers], list(trials.values())[-1], found
+    return trials, found
 
 
 @contextmanager

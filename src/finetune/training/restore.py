@@ -1,4 +1,4 @@
-"""A trial on the model that leaves no trace: all is put back, so that what follows computes the same bits."""
+"""A trial on the model: all that it changes is put back, so that what follows computes the same bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
 
     That is: the trainable weights, their gradients and whether they have any; attributes and hooks of every module
     (mode, autocast's and TRL's wrappers around `forward`) and the model's configs; all random states; accelerate's
-    singletons; paged optimizer state, which bitsandbytes would keep; the device's cache and its peak.
+    singletons; bitsandbytes' list of paged optimizer state; the device's cache and its peak. The paged state itself is
+    not given back: bitsandbytes (0.50) takes it by cudaMallocManaged and has no call that frees it before the process
+    ends. Nobody touches it again, so the driver can move it to the machine's memory.
     """
     parameters = list(model.parameters())
     trainable = [parameter.requires_grad for parameter in parameters]
@@ -47,7 +49,7 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
         np.random.set_state(randoms[1])
         torch.set_rng_state(randoms[2])
         set_random_state(platform, randoms[3])
-        GlobalPageManager.get_instance().paged_tensors[:] = pages  # it would keep the state of this optimizer
+        GlobalPageManager.get_instance().paged_tensors[:] = pages  # else it would be moved, and counted, with the run's
         gc.collect()  # a trainer and its callbacks hold each other, and with them the optimizer's state
         gc.unfreeze()
         forget_memory(platform)

@@ -18,7 +18,14 @@ from finetune.config.schema import Config
 from finetune.data.batches import Load
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.files import read_seal, seal
-from finetune.machine.device import forget_memory, memory_errors_explained, peak_held_gib, peak_memory_gib, synchronize
+from finetune.machine.device import (
+    forget_memory,
+    memory_errors_explained,
+    paged_gib,
+    peak_held_gib,
+    peak_memory_gib,
+    synchronize,
+)
 from finetune.machine.platforms import Platform
 from finetune.plan.memory import checkpointed_layers
 from finetune.training.arguments import training_arguments
@@ -94,12 +101,14 @@ class Trial:
     """What one training of a rehearsal gave.
 
     `before_gib` is the peak before it where that cannot be forgotten, `held_gib` what the device's driver saw at most.
+    `paged_gib` of both is optimizer state that stays in unified memory, out of use, until the process ends.
     """
 
     watch: Stopwatch
     before_gib: float
     peak_gib: float
     held_gib: float
+    paged_gib: float
 
     def within(self, capacity_gib: float) -> Trial:
         """Itself. Raises MemoryEnds where it took more than there is."""
@@ -136,7 +145,7 @@ class Stage:
                     trainer.train()
             except (Diverged, DiskFull) as error:
                 raise type(error)(f"rehearsal: {error.found}", error.fix) from None
-            return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform))
+            return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform), paged_gib(platform))
 
     def load_back(self, watch: Stopwatch) -> None:
         """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
