@@ -127,7 +127,7 @@ def paged_gib(platform: Platform) -> float:
         return 0.0
     from bitsandbytes.functional import GlobalPageManager
 
-    return sum(tensor.nbytes for tensor in GlobalPageManager.get_instance().paged_tensors) / GIB
+    return float(sum(tensor.nbytes for tensor in GlobalPageManager.get_instance().paged_tensors) / GIB)
 
 
 def capacity_gib(platform: Platform) -> float:
