@@ -281,5 +281,5 @@ def test_a_library_that_is_missing_is_told_with_what_to_set(config: Config, monk
     assert str(failure.value) == (
         f"model: {config.model.name} needs a library that is not installed: "
         "FlashAttention2 has been toggled on, but it cannot be used\n"
-        "without flash-attn: --set model.attn_implementation=sdpa"
+        "to take what is installed: --set model.attn_implementation=auto"
     )

@@ -119,6 +119,7 @@ RULES: dict[str, Here | By | Needs] = {
         "  pass  receipt "),
     "docker compose run --rm train-h100": By(SERVICES, 'project.run("train-h100"'),
     "docker compose run --rm train-h100 --set training.num_train_epochs=1": By(SERVICES, 'project.run("train-h100"'),
+    "docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen": Needs("H100"),
     "docker compose run --rm demo": By(SERVICES, "test_the_demo_trains_to_an_adapter_that_belongs_to_the_caller"),
     "docker compose up tensorboard": By(SERVICES, "test_tensorboard_shows_the_runs_to_this_machine_only"),
     "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile .": By(IMAGE,

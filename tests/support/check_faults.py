@@ -227,7 +227,7 @@ def receipt_of_another_training(bench: Bench) -> None:
 BUILD = (
     f"{PYTHON} -m pip install --require-hashes -r requirements/flash-attn.lock && "
     f'{PYTHON} -m pip install --no-deps "$(PATH={Path(PYTHON).parent}:$PATH docker/flash_attn.sh docker/wheels)"  '
-    "or without it: --set model.attn_implementation=sdpa"
+    "or without it: --set model.attn_implementation=torch_varlen"
 )
 REINSTALL = f"{PYTHON} -m pip install --force-reinstall --require-hashes -r requirements/h100.lock"
 INSTALL = f"{PYTHON} -m pip install --require-hashes -r requirements/h100.lock"
@@ -236,7 +236,7 @@ COPY = "copy the folder again, or --set model.name=mistralai/Mistral-7B-Instruct
 LOCAL = "or put its files in a folder: --set model.name=FOLDER"
 ARCHES = (
     "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or --set "
-    "model.attn_implementation=sdpa"
+    "model.attn_implementation=torch_varlen"
 )
 MARKS = "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2"
 SPACE = "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk"

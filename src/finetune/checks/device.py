@@ -68,7 +68,7 @@ def _optimizer(preflight: Preflight) -> Finding:
 def _flash_attention(preflight: Preflight) -> Finding:
     if preflight.config.model.attn_implementation != "flash_attention_2":
         return skipped(f"model.attn_implementation is {preflight.config.model.attn_implementation}")
-    fix = f"{BUILD_FLASH_ATTENTION}  or without it: --set model.attn_implementation=sdpa"
+    fix = f"{BUILD_FLASH_ATTENTION}  or without it: --set model.attn_implementation=torch_varlen"
     if importlib.util.find_spec("flash_attn") is None:
         return failed("flash-attn is not installed", fix)
     from finetune.checks.numerics.attention import flash_attention

@@ -59,7 +59,7 @@ def _another_gpu(preflight: Preflight, found: str) -> Finding:
     total_gib = preflight.machine.gpu_memory_gib
     fitting = compare(preflight.config, preflight.geometry, {"in total": total_gib} if total_gib else {})
     arches = "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or "
-    arches += "--set model.attn_implementation=sdpa"
+    arches += "--set model.attn_implementation=torch_varlen"
     if fitting.fits:
         return warned(f"{found}; hours and settings here are meant for an H100 (9.0)", arches)
     return warned(f"{found}; {fitting.found}", f"{fitting.fix()}; {arches}" if fitting.change else fitting.fix())

@@ -5,6 +5,7 @@ What a config means for one platform is checked by rules.py; the types and bound
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterable
@@ -68,17 +69,39 @@ def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Confi
     faults = problems.Problems(places, unread)
     config = problems.validated(schema.Config, merged, faults)
     if config and not faults.found:
-        config = _with_run_name(config, path)
+        config, chosen = _with_attention(_with_run_name(config, path))
         for rule in rules.RULES:
             rule(config, faults)
     if config is None or faults.found:
         raise ConfigError(*sorted(set(faults.found), key=_by_line))
-    return config, f"{os.path.relpath(path)} ({reason})"
+    return config, f"{os.path.relpath(path)} ({reason}{chosen})"
 
 
 def _by_line(problem: str) -> list[str | int]:
     # Digits as numbers, so that line 9 comes before line 10.
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]{1,18})", problem))]
+
+
+def _with_attention(config: Config) -> tuple[Config, str]:
+    """For `auto` the first attention of the platform that is installed, and a clause that says so.
+
+    So a run's plan, record and fingerprint hold a name, and another name is a changed config.
+    """
+    if config.model.attn_implementation != "auto":
+        return config, ""
+    attentions = PLATFORMS[config.platform].attentions
+    chosen = next(filter(_installed, attentions))
+    clause = f"; model.attn_implementation auto: {chosen}, the first of {', '.join(attentions)} that is installed"
+    return config.changed("model", attn_implementation=chosen), clause
+
+
+def _installed(attention: str) -> bool:
+    """Whether what `attention` needs is here. Nothing is imported: torch takes seconds, and may be what is broken."""
+    if attention == "flash_attention_2":
+        return importlib.util.find_spec("flash_attn") is not None
+    torch = importlib.util.find_spec("torch")
+    has_varlen = torch is not None and (Path(str(torch.origin)).parent / "nn/attention/varlen.py").is_file()
+    return has_varlen or attention == "sdpa"
 
 
 def _with_run_name(config: Config, path: Path) -> Config:

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     revision: Annotated[Text | None, Mark.NOT_COMPARED]
     dtype: Annotated[Dtype, Mark.BY_DESIGN, Mark.IN_CARD]
     attn_implementation: Annotated[
-        Literal["flash_attention_2", "sdpa"], Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM
+        Literal["flash_attention_2", "torch_varlen", "sdpa", "auto"], Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM
     ]
     max_seq_length: Annotated[int, Ge(16), Le(32768), Mark.REQUIRED, Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM]
 

@@ -32,9 +32,10 @@ class Expectation:
 class Platform:
     """What a config may ask for on one kind of machine, and everything in which the kinds differ.
 
-    `optimizers` and `attentions` are the values that work there; `any_base` lets the base model be something other than
-    Mistral-7B and the demo's (in tests); `compiles` says whether torch.compile may make kernels, which nobody has tried
-    on MPS; `expectation` is set where a data set is easily too large for the machine.
+    `optimizers` and `attentions` are the values that work there, the attention that `auto` prefers first; `any_base`
+    lets the base model be something other than Mistral-7B and the demo's (in tests); `compiles` says whether
+    torch.compile may make kernels, which nobody has tried on MPS; `expectation` is set where a data set is easily too
+    large for the machine.
 
     `nvidia` means an NVIDIA GPU under Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may
     use its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps
@@ -109,7 +110,7 @@ PLATFORMS = {
             label="NVIDIA GPU",
             device="cuda",
             optimizers=("paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"),
-            attentions=("flash_attention_2", "sdpa"),
+            attentions=("flash_attention_2", "torch_varlen", "sdpa"),
             any_base=False,
             compiles=True,
             nvidia=True,

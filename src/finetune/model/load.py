@@ -120,6 +120,10 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
     )
     here = is_local(model.name) or is_cached(model.name, model.revision)
     try:
+        if model.attn_implementation == "torch_varlen":
+            from finetune.model import attention  # which torch before 2.10 cannot import
+
+            attention.register()
         with layers_reported(model.name, report):
             return AutoModelForCausalLM.from_pretrained(
                 _source(model),
@@ -134,7 +138,7 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
         raise _no_weights(model.name, error) from None
     except ImportError as error:
         found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
-        fix = "without flash-attn: --set model.attn_implementation=sdpa"
+        fix = "to take what is installed: --set model.attn_implementation=auto"
         raise CheckFailed(found, fix, between="\n") from None
 
 

@@ -196,8 +196,12 @@ class _Sizes:
         return lora_parameters(self.config, self.geometry) * moments
 
     def masked(self, batch: Batch) -> bool:
-        """Whether SDPA is given a mask: packed rows lie in one sequence, or several rows are padded to the longest."""
-        return self.config.model.attn_implementation == "sdpa" and (batch.packed or batch.rows > 1)
+        """Whether SDPA is given a mask: packed rows share a sequence, or several rows are padded to the longest.
+
+        Padded rows are SDPA's under torch_varlen too.
+        """
+        attention = self.config.model.attn_implementation
+        return attention != "flash_attention_2" and (batch.rows > 1 or (batch.packed and attention == "sdpa"))
 
     def mask(self, batch: Batch, layers: int) -> float:
         """A byte a pair of tokens, and the same mask in the model's dtype, which each layer keeps for its backward."""
@@ -229,7 +233,7 @@ class _Sizes:
         return norms + self.attention_a_token(batch) + mlp + self.lora_a_token()
 
     def attention_a_token(self, batch: Batch) -> float:
-        """Queries, keys, values and result; keys and values repeated for every head where there is a mask.
+        """Queries, keys, values and result; keys and values repeated for every head, but for flash-attn and no mask.
 
         In float32 and without the result where the attention weights are kept.
         """
@@ -237,7 +241,8 @@ class _Sizes:
         keys = self.geometry.linear_shapes()["k_proj"][1]
         if self.platform.keeps_attention_weights:
             return 3 * hidden * 4
-        return (2 * hidden + 2 * (hidden if self.masked(batch) else keys)) * self.width
+        repeated = self.masked(batch) or self.config.model.attn_implementation == "torch_varlen"  # by torch 2.10 and 2.11
+        return (2 * hidden + 2 * (hidden if repeated else keys)) * self.width
 
     def attention_weights(self, batch: Batch) -> float:
         """SDPA's result of softmax, float32, one a head and pair of tokens, where it keeps it."""

@@ -30,7 +30,7 @@ class Conditions(Section):
     max_seq_length: Count
     packing: bool
     storage: Literal["packed", "expanded"]
-    attn_implementation: Literal["flash_attention_2", "sdpa"]
+    attn_implementation: Literal["flash_attention_2", "torch_varlen", "sdpa"]
     gradient_checkpointing: bool
     checkpointed_layers: Annotated[int, Ge(0)]
     fused_lora: bool

@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[DockerHost, list[Found]]] = {
         [warn("source", "other in the image than here: src/train.py, scripts/a.py, scripts/b.py and 2 more", BUILD)]),
     "an image without flash-attn": (image(flash_attn="skip"),
         [warn("flash_attention", "the image has no flash-attn", "echo FLASH_ATTN=build >> .env && docker compose "
-        "build; or do without: docker compose run --rm train-h100 --set model.attn_implementation=sdpa")]),
+        "build; or do without: docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen")]),
     "a disk too small to build": (disk(30.0, image=None),
         [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE,
         warn("disk", "30.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image, 13.5 for the base",

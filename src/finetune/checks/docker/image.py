@@ -53,7 +53,7 @@ def _source(host: DockerHost) -> Finding:
 
 def _flash_attention(host: DockerHost) -> Finding:
     if _made(host).flash_attn != "build":
-        without = "or do without: docker compose run --rm train-h100 --set model.attn_implementation=sdpa"
+        without = "or do without: docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen"
         return warned("the image has no flash-attn", f"echo FLASH_ATTN=build >> .env && {BUILD}; {without}")
     return passed("flash-attn is in the image")
 
