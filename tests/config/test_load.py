@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,40 @@ def test_a_choice_that_is_no_file_comes_with_the_names_that_work(choice: str) ->
 def test_a_choice_that_is_too_long_for_a_path_is_a_config_error() -> None:
     [line] = problems("x" * 300)
     assert line.startswith("--config xxx")
+
+
+@pytest.mark.parametrize(
+    ("flash_attn", "varlen", "chosen"),
+    [
+        (True, True, "flash_attention_2"),
+        (False, True, "torch_varlen"),
+        (False, False, "sdpa"),
+    ],
+)
+def test_auto_is_the_first_attention_that_is_installed_and_the_config_holds_its_name(
+    flash_attn: bool, varlen: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").touch()
+    if flash_attn:
+        (tmp_path / "flash_attn.py").touch()
+    if varlen:
+        (torch / "nn" / "attention").mkdir(parents=True)
+        (torch / "nn" / "attention" / "varlen.py").touch()
+    for name in ("torch", "flash_attn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    tree, sentence = config_load.load_config("h100", ["model.attn_implementation=auto"])
+    assert tree.model.attn_implementation == chosen
+    assert sentence == (
+        f"configs/training_config_h100.yaml (--config h100; model.attn_implementation auto: {chosen}, "
+        "the first of flash_attention_2, torch_varlen, sdpa that is installed)"
+    )
+
+
+def test_auto_is_sdpa_where_there_is_no_choice(local_model: str) -> None:
+    assert load("cpu", local_model, "model.attn_implementation=auto").model.attn_implementation == "sdpa"
 
 
 def test_the_run_name_comes_from_the_files_name_where_no_one_gave_it(tmp_path: Path, local_model: str) -> None:

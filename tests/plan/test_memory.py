@@ -251,6 +251,15 @@ def test_sdpa_pays_for_a_mask_of_all_pairs_of_tokens_where_rows_are_packed_or_pa
     assert "attention_mask" not in at("backward", sdpa, alone, "training.packing=false")
 
 
+def test_torch_varlen_has_no_mask_but_keys_and_values_for_every_head() -> None:
+    varlen = "model.attn_implementation=torch_varlen"
+    found, flash = at("backward", varlen), at("backward")
+    assert "attention_mask" not in found
+    repeated = (found["activations"] - flash["activations"]) * GIB
+    assert repeated == pytest.approx(4 * 4096 * 2 * (4096 - 1024) * 2)  # of the one layer that is kept, in bfloat16
+    assert at("evaluation", varlen) == at("evaluation", "model.attn_implementation=sdpa")
+
+
 def test_mps_keeps_the_attention_weights_in_float32() -> None:
     short, long = (at("backward", f"model.max_seq_length={length}", platform="m4") for length in (1024, 2048))
     weights = 4 * 32 * (2048**2 - 2 * 1024**2)  # what grows with the square

@@ -1,8 +1,9 @@
-"""What flash_attn_varlen_func computes, by torch's own attention on a CPU: right, and wrong in known ways."""
+"""What flash_attn_varlen_func and torch's varlen_attn compute, by SDPA on a CPU: right, and wrong in known ways."""
 
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -51,3 +53,42 @@ class Deaf(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(gradient)
+
+
+def _of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+    """The arguments of torch 2.10's varlen_attn, which h100.lock has."""
+
+
+def _of_torch_2_11(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """The arguments of torch 2.11's."""
+
+
+VARLEN_SIGNATURES = {
+    "2.10": inspect.signature(_of_torch_2_10),
+    "2.11": inspect.signature(_of_torch_2_11),
+    "installed": inspect.signature(varlen.varlen_attn),
+}
+
+
+def install_varlen_attn(patch: pytest.MonkeyPatch, torch_version: str = "installed") -> list[dict[str, Any]]:
+    """SDPA on each document in place of varlen_attn, which has no CPU kernel. Returns the arguments of its calls.
+
+    A call that the signature does not take, or that torch would refuse, is an error.
+    """
+    signature, calls = VARLEN_SIGNATURES[torch_version], []
+
+    def varlen_attn(*arguments: Any, **named: Any) -> Any:
+        bound = signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        call = bound.arguments
+        calls.append(call)
+        assert call["cu_seq_q"].dtype == torch.int32 and call["max_q"] == int(torch.diff(call["cu_seq_q"]).max())
+        assert call.get("enable_gqa") or call["query"].shape[1] == call["key"].shape[1], "heads differ"
+        causal = call["window_size"] == (-1, 0) if "window_size" in call else call["is_causal"]
+        return by_document(call["query"], call["key"], call["value"], call["cu_seq_q"], causal=causal)
+
+    varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
+    patch.setattr(varlen, "varlen_attn", varlen_attn)
+    return calls
