@@ -74,6 +74,11 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
             "training.bf16: true beside model.dtype float32; set model.dtype: bfloat16 or bf16: false",
         ),
         (
+            ["platform=h100", "model.attn_implementation=torch_varlen", "training.optim=adamw_torch"],
+            "model.attn_implementation: torch_varlen beside model.dtype float32, which it does not compute in; "
+            "set model.dtype: bfloat16, or this to sdpa",
+        ),
+        (
             ["quantization.bnb_4bit_compute_dtype=bfloat16"],
             "quantization.bnb_4bit_compute_dtype: bfloat16 beside model.dtype float32; set both to the same",
         ),

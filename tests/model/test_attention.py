@@ -118,5 +118,5 @@ def test_a_torch_without_it_is_a_failed_check(config: Config, monkeypatch: pytes
     assert str(failure.value) == (
         f"model: {config.model.name} needs a library that is not installed: "
         "import of torch.nn.attention.varlen halted; None in sys.modules\n"
-        "to take what is installed: --set model.attn_implementation=auto"
+        "without it: --set model.attn_implementation=sdpa"
     )

@@ -83,25 +83,18 @@ def _by_line(problem: str) -> list[str | int]:
 
 
 def _with_attention(config: Config) -> tuple[Config, str]:
-    """For `auto` the first attention of the platform that is installed, and a clause that says so.
+    """For `auto` the platform's first attention that is installed, and a clause that says so.
 
-    So a run's plan, record and fingerprint hold a name, and another name is a changed config.
+    So a run's plan, record and fingerprint contain a name, and another name is a changed config. PyTorch brings all of
+    them but flash-attn, which is not imported here.
     """
     if config.model.attn_implementation != "auto":
         return config, ""
     attentions = PLATFORMS[config.platform].attentions
-    chosen = next(filter(_installed, attentions))
+    flash_attn = importlib.util.find_spec("flash_attn") is not None
+    chosen = next(name for name in attentions if flash_attn or name != "flash_attention_2")
     clause = f"; model.attn_implementation auto: {chosen}, the first of {', '.join(attentions)} that is installed"
     return config.changed("model", attn_implementation=chosen), clause
-
-
-def _installed(attention: str) -> bool:
-    """Whether what `attention` needs is here. Nothing is imported: torch takes seconds, and may be what is broken."""
-    if attention == "flash_attention_2":
-        return importlib.util.find_spec("flash_attn") is not None
-    torch = importlib.util.find_spec("torch")
-    has_varlen = torch is not None and (Path(str(torch.origin)).parent / "nn/attention/varlen.py").is_file()
-    return has_varlen or attention == "sdpa"
 
 
 def _with_run_name(config: Config, path: Path) -> Config:

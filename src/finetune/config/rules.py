@@ -54,6 +54,9 @@ def _precision(config: Config, problems: Problems) -> None:
         problems.add(
             "training.bf16", f"true beside model.dtype {config.model.dtype}; set model.dtype: bfloat16 or bf16: false"
         )
+    if config.model.attn_implementation == "torch_varlen" and config.model.dtype != "bfloat16":
+        found = f"torch_varlen beside model.dtype {config.model.dtype}, which it does not compute in"
+        problems.add("model.attn_implementation", f"{found}; set model.dtype: bfloat16, or this to sdpa")
     if config.quantization.bnb_4bit_compute_dtype != config.model.dtype:
         found = f"{config.quantization.bnb_4bit_compute_dtype} beside model.dtype {config.model.dtype}"
         problems.add("quantization.bnb_4bit_compute_dtype", f"{found}; set both to the same")

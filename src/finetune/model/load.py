@@ -121,7 +121,7 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
     here = is_local(model.name) or is_cached(model.name, model.revision)
     try:
         if model.attn_implementation == "torch_varlen":
-            from finetune.model import attention  # which torch before 2.10 cannot import
+            from finetune.model import attention  # torch before 2.10 does not have it
 
             attention.register()
         with layers_reported(model.name, report):
@@ -138,8 +138,8 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
         raise _no_weights(model.name, error) from None
     except ImportError as error:
         found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
-        fix = "to take what is installed: --set model.attn_implementation=auto"
-        raise CheckFailed(found, fix, between="\n") from None
+        other = "torch_varlen" if model.attn_implementation == "flash_attention_2" else "sdpa"
+        raise CheckFailed(found, f"without it: --set model.attn_implementation={other}", between="\n") from None
 
 
 def _source(model: ModelConfig) -> str:

@@ -241,9 +241,8 @@ class _Sizes:
         keys = self.geometry.linear_shapes()["k_proj"][1]
         if self.platform.keeps_attention_weights:
             return 3 * hidden * 4
-        repeated = (
-            self.masked(batch) or self.config.model.attn_implementation == "torch_varlen"
-        )  # by torch 2.10 and 2.11
+        # torch 2.10 takes no fewer heads of keys than of queries
+        repeated = self.masked(batch) or self.config.model.attn_implementation == "torch_varlen"
         return (2 * hidden + 2 * (hidden if repeated else keys)) * self.width
 
     def attention_weights(self, batch: Batch) -> float:
