@@ -11,6 +11,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config.schema import Config
 from finetune.machine.platforms import Platform
+from finetune.model import attention
 from finetune.model.load import expand
 from finetune.model.verify import verify_base
 from finetune.plan.model_shape import Geometry
@@ -20,6 +21,7 @@ SEED = 0  # of the weights
 
 def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrainedModel:
     """The frozen base that model/load.py's load_base would give, with normal random weights: the same on every call."""
+    attention.register()
     dtype = getattr(torch, config.model.dtype)
     quantizer = AutoHfQuantizer.from_config(_nf4(config))
     sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}

@@ -58,7 +58,7 @@ class Variant:
     """A row of the table: who trains, how, and what must be there for it. `settings` as for `--set`.
 
     `packed`: rows share sequences; else a micro-batch's rows are padded to its longest, where they differ. With a
-    `library` it needs an NVIDIA GPU, too; `instead_of` is one that makes it pointless.
+    `library` it needs an NVIDIA GPU, too.
     """
 
     name: str
@@ -67,7 +67,6 @@ class Variant:
     packed: bool
     settings: tuple[str, ...] = ()
     library: str | None = None
-    instead_of: str | None = None
 
     def missing(self, platform: Platform) -> str | None:
         """Why it cannot run here; None where it can."""
@@ -75,8 +74,6 @@ class Variant:
             return None
         if platform.name != "h100":
             return "needs CUDA"
-        if self.instead_of and importlib.util.find_spec(self.instead_of):
-            return f"{self.instead_of} is installed"
         return None if importlib.util.find_spec(self.library) else f"{self.library} is not installed"
 
 
@@ -214,19 +211,6 @@ def liger_trainer(work: Work) -> Any:
 
 def our_trainer(work: Work) -> Any:
     """src/train.py's model and trainer, on the random base."""
-    return _ours(work, _base(work))
-
-
-def our_varlen_trainer(work: Work) -> Any:
-    """The same with torch's varlen attention, which the program itself does not have."""
-    from train_step.attention import use
-
-    base = _base(work)
-    use(base)
-    return _ours(work, base)
-
-
-def _ours(work: Work, base: Any) -> Any:
     from finetune.model import load
     from finetune.plan import checkpointed_layers
     from finetune.runs.folder import Run
@@ -235,7 +219,7 @@ def _ours(work: Work, base: Any) -> Any:
 
     config = work.config
     choice = checkpointed_layers.by_formula(config, work.geometry, capacity_gib(work.platform), "no rehearsal here")
-    peft_model = load.adapt(base, config)
+    peft_model = load.adapt(_base(work), config)
     run = Run(work.folder / "run", False, None)
     arguments = training_arguments(config.training, run, work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
@@ -293,10 +277,10 @@ VARIANTS = {
         Variant(
             "D-varlen",
             "ours, torch's varlen attention",
-            our_varlen_trainer,
-            packed=True,
-            library="torch.nn.attention.varlen",
-            instead_of="flash_attn",
+            our_trainer,
+            True,
+            ("model.attn_implementation=torch_varlen",),
+            "torch.nn.attention.varlen",
         ),
         Variant("E", "unsloth", unsloth_trainer, packed=True, library="unsloth"),
         Variant("E-0", "unsloth, dropout 0", unsloth_trainer, True, ("lora.lora_dropout=0",), "unsloth"),

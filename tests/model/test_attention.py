@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.data.tokenizer import load_chat
-from finetune.errors import CheckFailed
 from finetune.model import attention
 from finetune.model.generate import reply_to
 from finetune.model.load import load_base
@@ -106,17 +104,3 @@ def test_the_installed_torch_refuses_no_argument_of_the_call() -> None:
     query, key = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
     with pytest.raises(NotImplementedError, match=r"_flash_attention_forward.*'CPU' backend"):
         attention.attend(query, key, key, torch.tensor([0, 2, 6], dtype=torch.int32), 4)
-
-
-def test_a_torch_without_it_is_a_failed_check(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # as in torch 2.9
-    monkeypatch.delattr("torch.nn.attention.varlen")
-    monkeypatch.delitem(sys.modules, "finetune.model.attention")
-    monkeypatch.delattr("finetune.model.attention")
-    with pytest.raises(CheckFailed) as failure:
-        load_base(config.changed("model", attn_implementation="torch_varlen").model, config.quantization, "cpu")
-    assert str(failure.value) == (
-        f"model: {config.model.name} needs a library that is not installed: "
-        "import of torch.nn.attention.varlen halted; None in sys.modules\n"
-        "without it: --set model.attn_implementation=sdpa"
-    )

@@ -22,7 +22,7 @@ from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
 from finetune.files import resolve, shown
 from finetune.machine.platforms import quantised_on
-from finetune.model import packed_base
+from finetune.model import attention, packed_base
 from finetune.model.hub import GIVE_TOKEN, is_cached
 from finetune.model.load_progress import SILENT, Report, download_bar, layer_counter, layers_reported
 from finetune.model.lora import add_lora, install_fused
@@ -70,6 +70,7 @@ def load_base(
     is kept below `cache`. Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot
     be had, or where any module is not what the config asks for.
     """
+    attention.register()
     dtype, quantised = getattr(torch, model.dtype), quantised_on(device)
     if cache is None or quantised == device:
         base = _quantised(model, quantization, quantised, report)
@@ -120,10 +121,6 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
     )
     here = is_local(model.name) or is_cached(model.name, model.revision)
     try:
-        if model.attn_implementation == "torch_varlen":
-            from finetune.model import attention  # torch before 2.10 does not have it
-
-            attention.register()
         with layers_reported(model.name, report):
             return AutoModelForCausalLM.from_pretrained(
                 _source(model),
@@ -138,8 +135,8 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
         raise _no_weights(model.name, error) from None
     except ImportError as error:
         found = f"model: {model.name} needs a library that is not installed: {first_line(error)}"
-        other = "torch_varlen" if model.attn_implementation == "flash_attention_2" else "sdpa"
-        raise CheckFailed(found, f"without it: --set model.attn_implementation={other}", between="\n") from None
+        fix = "without flash-attn: --set model.attn_implementation=torch_varlen"
+        raise CheckFailed(found, fix, between="\n") from None
 
 
 def _source(model: ModelConfig) -> str:
