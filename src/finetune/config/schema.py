@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from finetune.files import resolve
 
 Dtype = Literal["bfloat16", "float32"]
+Attention = Literal["flash_attention_2", "torch_varlen", "sdpa", "auto"]
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Hours = Annotated[float, Gt(0), Le(10000)]
@@ -50,9 +51,7 @@ class ModelConfig(Section):
     name: Annotated[Text, Mark.REQUIRED, Mark.NOT_COMPARED]
     revision: Annotated[Text | None, Mark.NOT_COMPARED]
     dtype: Annotated[Dtype, Mark.BY_DESIGN, Mark.IN_CARD]
-    attn_implementation: Annotated[
-        Literal["flash_attention_2", "torch_varlen", "sdpa", "auto"], Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM
-    ]
+    attn_implementation: Annotated[Attention, Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM]
     max_seq_length: Annotated[int, Ge(16), Le(32768), Mark.REQUIRED, Mark.BY_DESIGN, Mark.IN_CARD, Mark.PER_PLATFORM]
 
 

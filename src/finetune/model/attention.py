@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention import varlen
@@ -41,8 +41,7 @@ def attend(
         named["enable_gqa"] = True
     else:
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    found: Any = varlen.varlen_attn(query, key, value, bounds, bounds, longest, longest, **named)
-    return found
+    return cast(torch.Tensor, varlen.varlen_attn(query, key, value, bounds, bounds, longest, longest, **named))
 
 
 @functools.cache
@@ -64,12 +63,13 @@ def _attention(
     """
     bounds = named.get("cu_seq_lens_q")
     if bounds is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+        padded: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+        return padded
     factor = named["scaling"] * query.shape[-1] ** 0.5
     if not math.isclose(factor, 1):  # Mistral's is 1; torch 2.10 takes no scale of its own
         query = query * factor
-    flat = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    return attend(*flat, bounds, named["max_length_q"]).unsqueeze(0), None
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    return attend(query, key, value, bounds, named["max_length_q"]).unsqueeze(0), None
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 
 from finetune import wording
 from finetune.config.problems import Problems, validated
-from finetune.config.schema import Config, Count, Section
+from finetune.config.schema import Attention, Config, Count, Section
 from finetune.errors import ConfigError
 from finetune.files import ROOT
 from finetune.plan.memory import checkpointed_layers
@@ -30,7 +30,7 @@ class Conditions(Section):
     max_seq_length: Count
     packing: bool
     storage: Literal["packed", "expanded"]
-    attn_implementation: Literal["flash_attention_2", "torch_varlen", "sdpa"]
+    attn_implementation: Attention
     gradient_checkpointing: bool
     checkpointed_layers: Annotated[int, Ge(0)]
     fused_lora: bool
