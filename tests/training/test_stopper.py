@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from finetune.runs.folder import Run
 from finetune.training.stopper import EvaluationStopped, Stopper
 from finetune.training.trainer import Trainer, evaluates_first
 from support.training import Case
-from support.whole_trainings import EVERY_STEP, UNEVEN, ended, scripted
+from support.whole_trainings import EVERY_STEP, UNEVEN, WEIGHTS, ended, scripted
 
 
 @pytest.fixture
@@ -28,17 +29,24 @@ def stopper(tmp_path: Path) -> Iterator[Stopper]:
         yield stopper
 
 
-SAID = "SIGTERM: stopping as soon as the step is done; once more leaves at once\n"
+@pytest.mark.usefixtures("stopper")
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "send it again")]
+)
+def test_a_signal_is_answered_with_when_the_run_stops_and_how_to_quit_now(
+    capfd: pytest.CaptureFixture[str], number: signal.Signals, again: str
+) -> None:
+    os.kill(os.getpid(), number)
+    assert capfd.readouterr() == ("", f"{number.name}: stopping after this micro-batch; {again} to quit now\n")
 
 
-def test_a_signal_ends_the_run_after_the_step_at_hand_with_a_checkpoint(
-    stopper: Stopper, capfd: pytest.CaptureFixture[str]
+def test_a_signal_in_the_last_micro_batch_of_a_step_ends_the_run_with_a_checkpoint_of_that_step(
+    stopper: Stopper,
 ) -> None:
     control = TrainerControl()
     stopper.on_step_end(None, TrainerState(global_step=3), control)
     assert (control.should_save, control.should_training_stop) == (False, False)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert capfd.readouterr() == ("", SAID)
     stopper.on_step_end(None, TrainerState(global_step=4), control)
     assert (control.should_save, control.should_training_stop) == (True, True)
     with pytest.raises(EvaluationStopped):
@@ -103,6 +111,78 @@ def test_a_signal_in_an_evaluation_saves_its_step_and_the_same_command_makes_it_
         assert ended(later, outcome, model) == whole
         again, model, _ = later.train(*STEPPED, checkpoint=later.run.checkpoints / "checkpoint-6")
         assert ended(later, again, model) == whole  # where the export was killed
+
+
+ACCUMULATED = (
+    "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4", "training.max_steps=5",
+    "training.eval_steps=2", "training.save_steps=6", "training.save_minutes=null", "training.logging_steps=4",
+    "lora.lora_dropout=0.2", "model.max_seq_length=128",
+)  # fmt: skip
+
+
+def signalled_in_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> list[int]:
+    """SIGTERM in micro-batch `number` of the step after `step`, once; the list is of the micro-batches computed."""
+    compute, computed = Trainer.training_step, []
+
+    def training_step(self: Trainer, *arguments: Any, **named: Any) -> Any:
+        loss = compute(self, *arguments, **named)
+        if self.state.global_step == step and len(computed) < number:
+            computed.append(len(computed) + 1)
+            if computed[-1] == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return computed
+
+
+def counted(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint carries of counts, sums and random states; not seconds."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    sums = state["stateful_callbacks"]["Sums"]["attributes"]
+    randoms = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.suffix in WEIGHTS}
+    return {
+        **{name: state[name] for name in ("global_step", "epoch", "total_flos")},
+        **{name: value for name, value in sums.items() if "seconds" not in name},
+        **randoms,
+    }
+
+
+def test_a_signal_in_a_micro_batch_discards_its_step_and_the_same_command_makes_it_to_the_same_bits(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ended(case, *case.train(*ACCUMULATED, "training.save_minutes=0.00001", "training.save_total_limit=9")[:2])
+    for step, number in ((1, 1), (3, 2), (4, 3)):  # an epoch has three steps
+        later = Case(case.base, Path(case.train_file), tmp_path / f"stopped after {step}", case.tokenizer)
+        computed = signalled_in_micro_batch(monkeypatch, number, step)
+        with pytest.raises(Stopped) as stopped:
+            later.train(*ACCUMULATED)
+        goes_on = f"the same command goes on from checkpoint-{step}"
+        assert str(stopped.value) == f"stopped by SIGTERM at step {step}; {goes_on}"
+        assert (computed, later.checkpoints()) == ([*range(1, number + 1)], [f"checkpoint-{step}"])
+        checkpoint = later.run.checkpoints / f"checkpoint-{step}"
+        assert counted(checkpoint) == counted(case.run.checkpoints / checkpoint.name)
+        assert ended(later, *later.train(*ACCUMULATED, checkpoint=checkpoint)[:2]) == whole
+
+
+def test_a_signal_in_the_step_after_a_save_writes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = (*ACCUMULATED, "training.save_steps=4")
+    signalled_in_micro_batch(monkeypatch, 2, 4)
+    with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+        case.train(*settings)
+    checkpoint = case.run.checkpoints / "checkpoint-4"
+    written = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    signalled_in_micro_batch(monkeypatch, 2, 4)
+    with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+        case.train(*settings, checkpoint=checkpoint)
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == written
+
+
+def test_a_signal_in_the_first_step_saves_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    signalled_in_micro_batch(monkeypatch, 3, 0)
+    with pytest.raises(Stopped, match=r"at step 0; the same command starts again \(no checkpoint yet\)$"):
+        case.train(*ACCUMULATED)
+    assert case.checkpoints() == []
 
 
 def test_a_signal_in_an_evaluation_that_was_due_leaves_it_due(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,19 @@ from peft import PeftModel
 
 from finetune.machine.device import forget_memory, random_state, set_random_state
 from finetune.machine.platforms import Platform
+
+
+def keep_random_states(platform: Platform) -> Callable[[], None]:
+    """The returned function restores all random states as they are now."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), random_state(platform)
+
+    def put_back() -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        set_random_state(platform, states[3])
+
+    return put_back
 
 
 @contextmanager
@@ -32,7 +45,7 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
     trainable = [parameter.requires_grad for parameter in parameters]
     weights = [parameter.detach().to("cpu", copy=True) if parameter.requires_grad else None for parameter in parameters]
     attributes = [_Attributes(found) for found in _shared(model)]
-    randoms = random.getstate(), np.random.get_state(), torch.get_rng_state(), random_state(platform)
+    put_random_states_back = keep_random_states(platform)
     pages = list(GlobalPageManager.get_instance().paged_tensors)
     gc.freeze()  # the collections below, and accelerate's own, then look at what the block made only
     try:
@@ -45,10 +58,7 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
                 parameter.data = weight.to(parameter.device)
         for attribute in attributes:
             attribute.put_back()
-        random.setstate(randoms[0])
-        np.random.set_state(randoms[1])
-        torch.set_rng_state(randoms[2])
-        set_random_state(platform, randoms[3])
+        put_random_states_back()
         GlobalPageManager.get_instance().paged_tensors[:] = pages  # else it would be moved, and counted, with the run's
         gc.collect()  # a trainer and its callbacks hold each other, and with them the optimizer's state
         gc.unfreeze()

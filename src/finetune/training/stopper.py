@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from finetune.errors import OutOfResource, Stopped
 from finetune.plan.schedule import Pace
-from finetune.runs.checkpoints import saved
+from finetune.runs.checkpoints import saved, step_of
 from finetune.runs.folder import Run
 
 
@@ -57,10 +57,11 @@ class EvaluationStopped(Exception):
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
-    """Ends the run after the step at hand, with a checkpoint: at the end of the time budget, and where a signal came.
+    """Ends the run with a checkpoint: after the step that ends the time budget, after the micro-batch of a signal.
 
-    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. An evaluation ends within a batch of
-    the signal, by EvaluationStopped.
+    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. A step that is not finished is
+    discarded: the checkpoint is that of the step before, whose state Sums restores. An evaluation ends within a batch
+    of the signal, by EvaluationStopped.
     """
 
     def __init__(self, run: Run, budget: TimeBudget | None = None) -> None:
@@ -81,7 +82,9 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         if self.signal_number is not None:
             raise SystemExit(128 + signal_number)
         self.signal_number = signal_number
-        text = f"{signal.Signals(signal_number).name}: stopping as soon as the step is done; once more leaves at once\n"
+        again = "press Ctrl-C again" if signal_number == signal.SIGINT else "send it again"
+        name = signal.Signals(signal_number).name
+        text = f"{name}: stopping after this micro-batch; {again} to quit now\n"
         below_the_status = "\n" if os.isatty(2) else ""
         os.write(2, (below_the_status + text).encode())  # not print: a handler may run in the middle of one
 
@@ -96,6 +99,11 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._reason() is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signalled():
+            control.should_training_stop = True
+            control.should_save = state.global_step not in (0, *map(step_of, saved(self.run.checkpoints)))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.signalled():

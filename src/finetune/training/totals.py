@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -10,6 +12,9 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from finetune.training.progress import Progress
+from finetune.training.restore import keep_random_states
+
+COUNTED = ("_tr_loss", "_total_train_tokens", "_metrics", "current_flos")  # what the trainer adds each micro-batch to
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -53,3 +58,22 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.trainer._tr_loss += self._since_log["loss_sum"]
             self.trainer._globalstep_last_logged = self._since_log["logged_step"]
             self.trainer._metrics["train"].update(self._since_log["metrics"])
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:  # by the Stopper, which ends the run within this step
+            self.trainer.undo_step()
+
+
+def keep_counted(trainer: SFTTrainer) -> Callable[[], None]:
+    """The returned function undoes what the micro-batches of an unfinished step changed: counts and random states.
+
+    Weights, optimizer, learning rate and position change at the end of a step only.
+    """
+    counted = copy.deepcopy({name: vars(trainer)[name] for name in COUNTED})
+    put_random_states_back = keep_random_states(trainer.platform)
+
+    def undo() -> None:
+        vars(trainer).update(counted)
+        put_random_states_back()
+
+    return undo

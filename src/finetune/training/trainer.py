@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from finetune.training.progress import Progress
 from finetune.training.recompute import Checkpointing
 from finetune.training.samples import Sampler, Samples
 from finetune.training.stopper import EvaluationStopped, Stopper
-from finetune.training.totals import Sums
+from finetune.training.totals import Sums, keep_counted
 from finetune.wording import listed
 
 DEVICE_RANDOM_STATE = "device_rng.safetensors"
@@ -46,6 +47,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     train_file = ""
     progress: Progress | None = None
+    undo_step: Callable[[], None]  # from the first step on: undoes the micro-batches since the last step's end
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
     _flos_a_token = 0
@@ -130,6 +132,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if not due and self.state.global_step > 0:
             self._determine_best_metric(metrics, trial)  # as after any evaluation but that before the first step
         return metrics
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.undo_step = keep_counted(self)  # here, where checkpoints are made: a new epoch draws random numbers first
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers would make one more step where the evaluation that was still due was the run's last.
