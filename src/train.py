@@ -96,7 +96,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_change
         show.show_answers(terminal, answers)
         terminal.status("testing the adapter as it was saved")
         proof = export.write_adapter(job, untrained, record, outcome, answers)
-    terminal.decision("self-test", proof.sentence())
+    show.show_self_test(terminal, proof)
     show.show_finished(terminal, run.folder, outcome)
 
 

@@ -22,7 +22,7 @@ from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
 from finetune.model.load import load_base, make_tokenizer
 from finetune.results import self_test as self_test_module
-from finetune.results.self_test import SelfTest, Untrained, before_training, loss_rows, mean_loss, self_test
+from finetune.results.self_test import SelfTest, Untrained, before_training, held_out, loss_rows, self_test
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.training.job import Job

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.cli import advice
 from finetune.files import shown
+from finetune.results.self_test import SelfTest
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.wording import clean
@@ -28,6 +29,13 @@ def show_finished(terminal: Terminal, folder: Path, outcome: Outcome) -> None:
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     look = f"{opener} {folder}/report.html" if drawn else f"less {folder}/README.md"
     terminal.decision("next", advice(look, f"{look} (on the Docker host)"))
+
+
+def show_self_test(terminal: Terminal, found: SelfTest) -> None:
+    """How many checks passed, and what those that warn found."""
+    terminal.decision("self-test", found.sentence())
+    for check in found.warned:
+        terminal.warn(f"{check.name}: {check.detail}")
 
 
 def show_answers(terminal: Terminal, samples: Iterable[dict[str, str]]) -> None:

@@ -86,14 +86,17 @@ def safe(run: Evidence) -> Verdict:
     question, test = "Is it safe to use?", run.get("self_test")
     notes = cautions(run)
     checks = (test or {}).get("checks", [])
-    wrong = [f"{check['name']}: {check['detail']}" for check in checks if check["status"] == "fail"]
-    if test and test["status"] != "pass":
+    wrong = [f"{check['name']}: {check['detail']}" for check in checks if check["status"] != "pass"]
+    if test and test["status"] == "fail":
         return Verdict(question, "No: its self-test failed", "bad", [*wrong, *notes])
     if run.status != "complete":
         return Verdict(question, "There is no final adapter", "bad" if run.status == "failed" else "warn", notes)
     if not test:
         return Verdict(question, "Not tested", "warn", ["The self-test of the adapter was not made.", *notes])
     limit = "No check looks at whether what it says is true or harmless."
+    if wrong:
+        made = f"Its self-test has {counted(len(wrong), 'warning')} in {counted(len(checks), 'check')}, listed below."
+        return Verdict(question, "Yes, with a warning", "warn", [made, *wrong, *notes, limit])
     made = f"Its self-test passed: {counted(len(checks), 'check')}, listed below."
     return Verdict(
         question, "Yes, as far as tested" if not notes else "Yes, with these notes", "good", [made, *notes, limit]
