@@ -195,11 +195,12 @@ def test_the_self_tests_verdict_is_in_the_card_where_there_is_one(h100: Config) 
     assert f"{verdict}- `finite`: `448 tensors`\n- `answers_end`: `4 of 4`\n\n## Training data\n" in text
 
 
-def test_the_card_of_a_rejected_adapter_says_which_check_failed(h100: Config) -> None:
-    finite, ended = SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", "fail", "2 of 4")
+@pytest.mark.parametrize("status, mark", [("fail", "failed"), ("warn", "warning")])
+def test_the_card_says_which_check_failed_or_warns(h100: Config, status: Any, mark: str) -> None:
+    finite, ended = SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", status, "2 of 4")
     text = model_card(h100, MANIFEST | {"self_test": SelfTest((finite, ended)).as_dict()})
-    verdict = "\n\nThe saved adapter was loaded again and tested: `fail`.\n\n"
-    assert f"{verdict}- `finite`: `448 tensors`\n- **failed**: `answers_end`: `2 of 4`\n\n" in text
+    verdict = f"\n\nThe saved adapter was loaded again and tested: `{status}`.\n\n"
+    assert f"{verdict}- `finite`: `448 tensors`\n- **{mark}**: `answers_end`: `2 of 4`\n\n" in text
 
 
 def test_the_code_names_base_commit_and_dtype(h100: Config, local: Config) -> None:

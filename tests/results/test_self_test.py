@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from finetune.config.schema import Config
 from finetune.data.prepare import Prepared
 from finetune.data.tokenizer import load_chat
+from finetune.model.generate import Reply, reply_to
 from finetune.model.load import load_base, make_tokenizer
 from finetune.results import self_test as self_test_module
-from finetune.results.self_test import SelfTest, Untrained, before_training, held_out, loss_rows, self_test
+from finetune.results.self_test import SelfCheck, SelfTest, Untrained, before_training, held_out, loss_rows, self_test
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.training.job import Job
@@ -136,8 +137,8 @@ def test_an_adapter_passes_in_the_program_that_trained_it_whatever_it_was_traine
 
 def test_the_loss_is_reproduced_far_closer_than_is_allowed(trained: Trained) -> None:
     rows = trained.prepared.validation
-    found = mean_loss(trained.model(), rows, loss_rows(rows))
-    assert found == pytest.approx(trained.outcome.eval_loss, rel=1e-6)
+    found = held_out(trained.model(), trained.prepared, loss_rows(rows))
+    assert found.loss == pytest.approx(trained.outcome.eval_loss, rel=1e-6)
 
 
 def test_the_base_has_the_same_digest_with_and_without_lora(trained: Trained) -> None:
@@ -215,19 +216,74 @@ def test_of_many_rows_the_first_are_held_against_the_model_in_memory(
     assert loss_rows(trained.prepared.validation) == [0]
 
 
-def test_answers_that_run_on_are_found(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained.model()
-    model.get_base_model().lm_head.weight.data[2, 0] = 0  # the tiny base then has no wish to end
-    start = dataclasses.replace(trained.start, base=before_training(model).base)
+@pytest.fixture
+def endless(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> tuple[PeftModel, str]:
+    """A model that may not say the end token, and what its four replies lack."""
     monkeypatch.setattr(self_test_module, "LEAST_NEW_TOKENS", 5)
-    found = dict(failed(dataclasses.replace(trained, start=start).test(model)))
+    model = trained.model()
+    model.generation_config.suppress_tokens = [2]
     rows = trained.prepared.validation
     turns = sorted(
-        (self_test_module._first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda t: t[2]
+        (self_test_module._first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda turn: turn[2]
     )
     lines = ", ".join(str(line) for line, _, _ in turns[:4])
-    limit = 4 * turns[3][2]
-    assert found["answers_end"] == f"4 of 4 answers have no </s> within {limit} tokens (rows of lines {lines})"
+    return model, f"have no </s> within {4 * turns[3][2]} tokens (rows of lines {lines})"
+
+
+def test_answers_of_which_none_ends_warn_where_the_end_was_not_learnt(
+    trained: Trained, endless: tuple[PeftModel, str]
+) -> None:
+    model, lack = endless
+    found = trained.test(model)
+    loss = held_out(trained.model(), trained.prepared, loss_rows(trained.prepared.validation)).end
+    why = f"where answers of the validation rows end, its loss is {loss:.3f}: not learnt"
+    assert found.warned == (SelfCheck("answers_end", "warn", f"4 of 4 answers {lack}; {why}"),)
+    assert (failed(found), found.as_dict()["status"]) == ([], "warn")
+    assert found.sentence() == "6 of 7 checks passed, on the adapter as it was read back from disk"
+
+
+@pytest.mark.parametrize(
+    "end_loss, status, why",
+    [
+        (0.5, "fail", "where answers of the validation rows end, its loss is 0.500: learnt"),
+        (0.7, "warn", "where answers of the validation rows end, its loss is 0.700: not learnt"),
+        (None, "warn", "no validation row has one that carries loss"),
+    ],
+)
+def test_an_adapter_that_predicts_the_end_and_never_ends_fails(
+    trained: Trained, endless: tuple[PeftModel, str], end_loss: float | None, status: str, why: str
+) -> None:
+    model, lack = endless
+    found = self_test_module._answers_end(model, trained.prepared, end_loss)
+    assert (found.status, found.detail) == (status, f"4 of 4 answers {lack}; {why}")
+
+
+def test_one_answer_that_runs_on_warns_whatever_was_learnt(
+    trained: Trained, endless: tuple[PeftModel, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lack = endless
+
+    def but_one(*arguments: Any) -> list[Reply]:
+        first, *others = reply_to(*arguments) or []
+        return [dataclasses.replace(first, ended=False), *others]
+
+    monkeypatch.setattr(self_test_module, "reply_to", but_one)
+    found = self_test_module._answers_end(trained.model(), trained.prepared, 0.0)
+    assert (found.status, found.detail) == ("warn", "1 of 4 answers " + lack.split(",")[0] + ")")
+
+
+def test_the_end_tokens_loss_is_the_mean_over_the_rows_ends(trained: Trained) -> None:
+    """Each row has one answer, so the loss of a row that carries it on its end alone is that of its end."""
+    model, prepared = trained.model(), trained.prepared
+    losses = []
+    for index in range(len(prepared.validation.lengths)):
+        _, input_ids, labels = prepared.validation.row(index)
+        ids, only_end = torch.tensor(input_ids[None].astype("int64")), torch.tensor(labels[None].astype("int64"))
+        only_end[only_end != 2] = -100
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=only_end).loss))
+    found = held_out(model, prepared, loss_rows(prepared.validation)).end
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_the_first_turn_of_a_row_is_its_prompt_and_the_length_of_its_answer(trained: Trained) -> None:

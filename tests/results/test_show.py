@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from finetune import cli
-from finetune.results.show import show_answers, show_finished
+from finetune.results.self_test import SelfCheck, SelfTest
+from finetune.results.show import show_answers, show_finished, show_self_test
 from finetune.terminal import Terminal
 from support.tty import Tty
 
@@ -102,3 +103,13 @@ def test_an_empty_answer_still_has_its_name() -> None:
     assert [line.rstrip() for line in stream.getvalue().splitlines()] == [
         "", "Q      Q?", "base   (nothing)", "tuned  B", "",
     ]  # fmt: skip
+
+
+def test_a_check_of_the_self_test_that_warns_is_a_warning() -> None:
+    found = SelfTest((SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", "warn", "2 of 4 run on")))
+    stream = io.StringIO()
+    show_self_test(Terminal(stream=stream), found)
+    assert stream.getvalue() == (
+        "self-test: 1 of 2 checks passed, on the adapter as it was read back from disk\n"
+        "warning: answers_end: 2 of 4 run on\n"
+    )

@@ -78,6 +78,20 @@ def test_an_adapter_that_was_not_tested_or_failed_is_not_called_safe(tmp_path: P
     assert told(verdicts.safe(run)) == ("No: its self-test failed", "bad", ["finite: 2 of 28 tensors are not"])
 
 
+def test_an_adapter_whose_self_test_warns_is_safe_with_what_it_found(tmp_path: Path) -> None:
+    ran_on = {"name": "answers_end", "status": "warn", "detail": "1 of 4 answers have no </s>"}
+    warned = {"status": "warn", "checks": [*PASSED["checks"], ran_on]}  # type: ignore[misc]
+    assert told(verdicts.safe(of(tmp_path, manifest(self_test=warned)))) == (
+        "Yes, with a warning",
+        "warn",
+        [
+            "Its self-test has 1 warning in 2 checks, listed below.",
+            "answers_end: 1 of 4 answers have no </s>",
+            NOT_LEFT_TO_TEST,
+        ],
+    )
+
+
 def test_what_was_left_out_or_flatters_stands_in_the_verdict(tmp_path: Path) -> None:
     found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalised_leaks=2)}
     run = of(tmp_path, manifest(rows=found, skipped_checks=["host.memory", "rehearsal"]))
