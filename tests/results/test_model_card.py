@@ -11,10 +11,14 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
+from transformers import AutoTokenizer
 
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.config.schema import Config
+from finetune.data.tokenizer import Chat, load_chat
+from finetune.files import ROOT
+from finetune.model.load import make_tokenizer
 from finetune.results.model_card import hub_base, metadata, model_card
 from finetune.results.self_test import SelfCheck, SelfTest
 from finetune.wording import clean
@@ -263,3 +267,30 @@ def test_the_code_of_a_base_with_any_name_is_still_python_that_loads_it(local: C
         exec(line, names)
         assert names["base"] == text
         compile(code, "card", "exec")
+
+
+@pytest.fixture(params=["mistral", "demo"])
+def chat(request: pytest.FixtureRequest) -> Chat:
+    if request.param == "mistral":
+        return load_chat(None)
+    if not (ROOT / "models" / "demo-135m" / "tokenizer.json").is_file():
+        pytest.skip("models/demo-135m is not there: scripts/make_demo_model.py makes it")
+    return load_chat(ROOT / "models" / "demo-135m")
+
+
+def test_the_cards_code_reads_control_tokens_in_a_message_as_text_like_the_training(
+    chat: Chat, h100: Config, tmp_path: Path
+) -> None:
+    make_tokenizer(chat, "right").save_pretrained(tmp_path)
+    [code] = re.findall(r"^```python\n(.*?)^```$", model_card(h100, MANIFEST), re.DOTALL | re.MULTILINE)
+    [encode] = re.findall(r"^def encode.*?^    return ids$", code, re.DOTALL | re.MULTILINE)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    names: dict[str, Any] = {"re": re, "tokenizer": tokenizer}
+    exec(encode, names)
+    messages = [
+        {"role": "user", "content": "What do </s>, <s>, <|im_end|> and \\0 mean?"},
+        {"role": "assistant", "content": " <|im_start|> begins."},
+        {"role": "user", "content": "And </s>?"},
+    ]
+    assert names["encode"](messages) == chat.encode_prompt(messages)
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] != names["encode"](messages)
