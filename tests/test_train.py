@@ -83,6 +83,13 @@ def test_a_finished_run_leaves_these_files_and_no_others(finished: Finished) -> 
     assert names(finished.folder / "checkpoints") == ["best", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_every_file_has_the_mode_that_the_umask_gives(finished: Finished) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in finished.folder.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, oct(0o666 & ~umask))
+
+
 def test_no_pickle_of_arguments_lies_anywhere(finished: Finished) -> None:
     found = {path.name for path in finished.folder.rglob("*")}
     assert "training_args.bin" not in found
@@ -299,7 +306,7 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
     steps = [line for line in text.splitlines() if line.startswith("step ")]
     number, seconds = r"\d+\.\d+", r"\d+ s"
     patterns = [
-        rf"step \d/6: loss {number}, [\d,]+ tokens/s, {seconds} left, ends about [\w: ]+, peak {number} GiB",
+        rf"step \d/6: loss {number}, [\d,]+ tokens/s, {seconds} left, ends about [\w:+ -]+, peak {number} GiB",
         rf"step \d/6: eval_loss {number}",
     ]
     assert [line for line in steps if not any(re.fullmatch(pattern, line) for pattern in patterns)] == []

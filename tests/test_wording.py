@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta, timezone
+
 import pytest
 
-from finetune.wording import clean, first_line, leaves, lines, listed
+from finetune.wording import clean, clock, first_line, leaves, lines, listed
 
 
 def test_a_long_list_ends_in_a_count() -> None:
@@ -15,6 +17,14 @@ def test_a_long_list_ends_in_a_count() -> None:
     ]
     assert lines(["a", 2, "c"], 2) == "  a\n  2\n  ... and 1 more"
     assert lines(["a", 2, "c"], 3) == "  a\n  2\n  c"
+
+
+def test_a_time_names_its_zone_and_a_near_one_leaves_out_what_is_clear() -> None:
+    zone = timezone(timedelta(hours=1), "CET")
+    now = datetime(2026, 12, 24, 14, 5, tzinfo=zone)
+    later = [now + timedelta(hours=hours) for hours in (2, 11, 24 * 6)]
+    assert [clock(time, now) for time in later] == ["16:05 CET", "Fri 01:05 CET", "30 Dec 14:05 CET"]
+    assert (clock(now), clock(now.astimezone(UTC))) == ("2026-12-24 14:05 CET", "2026-12-24 13:05 UTC")
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def share(folder: Path) -> None:
+    """Give the files in `folder` the mode that the umask gave the folder itself; safetensors writes each with 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o666 != mode:
+            path.chmod(mode)
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark `folder` as whole: every file's sha256, and `facts` such as step, eval_loss and the run's fingerprint."""
+    """Mark `folder` as whole and share it: every file's sha256, and `facts` such as step, eval_loss and fingerprint."""
+    share(folder)
     files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(SEAL, None)
     content = {**facts, "files": files}

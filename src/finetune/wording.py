@@ -15,10 +15,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def clock(end: datetime, now: datetime) -> str:
-    """When `end` is, as said at `now`, both in local time: `14:05`, `Tue 14:05` or `24 Dec 14:05`."""
-    day = "" if end.date() == now.date() else f"{end:%a} " if end - now < timedelta(days=6) else f"{end:%d %b} "
-    return f"{day}{end:%H:%M}"
+def clock(time: datetime, now: datetime | None = None) -> str:
+    """`2026-12-24 14:05 CET`; as said at `now`: `14:05 CET`, `Tue 14:05 CET`, `24 Dec 14:05 CET`. Both have zones."""
+    if now is None:
+        return f"{time:%Y-%m-%d %H:%M %Z}"
+    day = "" if time.date() == now.date() else f"{time:%a} " if time - now < timedelta(days=6) else f"{time:%d %b} "
+    return f"{day}{time:%H:%M %Z}"
 
 
 def clean(text: str) -> str:

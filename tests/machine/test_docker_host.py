@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 import shutil
 import socket
 import sys
@@ -24,6 +22,7 @@ from finetune.errors import CheckFailed
 from finetune.files import GIB
 from finetune.machine import docker_host
 from finetune.machine.docker_host import Disk, Engine, Place, Service, Unreachable, read_docker_host
+from support.as_nobody import as_nobody
 from support.docker_hosts import needs_engine
 from support.recorded_docker import INFO_20, INFO_BARE, INFO_CDI, INFO_NVIDIA, INFO_ROOTLESS
 
@@ -48,18 +47,6 @@ def commands(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
         monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
 
     return put
-
-
-class as_nobody:
-    """Root may open what is closed; whoever runs the tests as root is nobody for a while."""
-
-    def __enter__(self) -> None:
-        importlib.import_module("docker")  # whose modules nobody may not be able to read
-        if os.getuid() == 0:
-            os.seteuid(65534)
-
-    def __exit__(self, *_: object) -> None:
-        os.seteuid(os.getuid())
 
 
 def test_the_service_is_what_compose_resolves(project: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_first_command_makes_and_locks_the_folder(opened: Callable[..., Run]
 def test_the_lock_file_says_who_holds_it(opened: Callable[..., Run]) -> None:
     text = (opened().folder / "lock").read_text(encoding="utf-8")
     who = re.escape(f"pid {os.getpid()} on {socket.gethostname()}")
-    assert re.fullmatch(rf"{who}, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\nkill {os.getpid()}\n", text)
+    assert re.fullmatch(rf"{who}, started \d{{4}}-\d\d-\d\d \d\d:\d\d \S+\nkill {os.getpid()}\n", text)
 
 
 @pytest.mark.parametrize("status", [None, "interrupted", "failed"])
@@ -207,7 +207,7 @@ def test_a_run_that_another_process_writes_is_exit_6_and_says_who_it_is(
     with pytest.raises(OutOfResource) as caught:
         open_run(settings, False)
     started = re.escape(f"{settings.run_folder} is being written by pid {holder.pid} on {socket.gethostname()}")
-    time = r", started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    time = r", started \d{4}-\d\d-\d\d \d\d:\d\d \S+"
     assert re.fullmatch(rf"{started}{time}; wait for it, or stop it with: kill {holder.pid}", str(caught.value))
     assert caught.value.exit_code == 6
     assert (settings.run_folder / "lock").read_text(encoding="utf-8") == before  # the holder's words stay
@@ -259,7 +259,7 @@ def test_a_start_that_was_killed_is_named_to_the_next_one_and_an_orderly_end_is_
     holder.communicate(timeout=20)
     after_a_kill = opened()
     assert after_a_kill.died is not None
-    assert re.fullmatch(rf"pid {holder.pid} on \S+, started [0-9-]+ [0-9:]+", after_a_kill.died)
+    assert re.fullmatch(rf"pid {holder.pid} on \S+, started [0-9-]+ [0-9:]+ \S+", after_a_kill.died)
     (after_a_kill.folder / "manifest.json").touch()
     after_a_kill.close()
     assert opened().died is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,9 @@ from finetune.files import read_seal, seal, write_json
 from finetune.runs.checkpoints import replace_best, saved
 from finetune.runs.resume import apply, decide
 from finetune.terminal import Terminal
+from support.as_nobody import as_nobody
 from support.sealed import (
+    ADAPTER,
     CHANGED,
     FINGERPRINT,
     NO_SEAL,
@@ -61,6 +64,23 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
     assert resumed(tmp_path) == (whole, [note])
     assert names(tmp_path) == ["best", "checkpoint-8", "damaged-checkpoint-10.1"]
     assert content(tmp_path / "damaged-checkpoint-10.1") == kept
+
+
+@pytest.mark.parametrize("closed", [ADAPTER, "sha256.json", "."])
+def test_a_checkpoint_without_the_right_to_read_it_is_refused_and_not_called_damaged(closed: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="closed-") as made:
+        Path(made).chmod(0o755)  # nobody must reach the checkpoint
+        best(Path(made))
+        checkpoint(Path(made), 8)
+        newest = checkpoint(Path(made), 10)
+        assert decide(Path(made), FINGERPRINT).checkpoint == newest
+        (newest / closed).chmod(0)
+        with as_nobody(), pytest.raises(CheckFailed) as caught:
+            decide(Path(made), FINGERPRINT)
+        path = newest / ("sha256.json" if closed == "." else closed)
+        assert caught.value.found == f"{path} cannot be read: Permission denied"
+        assert caught.value.fix == f"sudo chown -R $(id -u) {newest} makes it yours; --fresh starts a new run"
+        newest.chmod(0o755)
 
 
 def test_newest_means_the_highest_step_and_older_damage_is_left_alone(tmp_path: Path) -> None:

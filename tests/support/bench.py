@@ -192,7 +192,7 @@ class Bench:
         """Another process that writes this run's folder; it ends when its stdin closes."""
         lock = self.preflight().config.run_folder / "lock"
         lock.parent.mkdir(parents=True)
-        lock.write_text("pid 4711 on gpu-1, started 2027-03-01 10:00:00\nkill 4711\n")
+        lock.write_text("pid 4711 on gpu-1, started 2027-03-01 10:00 CET\nkill 4711\n")
         held = f"f = open({str(lock)!r}); fcntl.flock(f, fcntl.LOCK_EX)"
         command = [sys.executable, "-S", "-c", f"import fcntl, sys; {held}; print(flush=True); sys.stdin.read()"]
         holder = self.open.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))

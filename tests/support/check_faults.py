@@ -665,7 +665,7 @@ FAULTS = (
           warn("tracking.wandb", f"wandb will be offline: WANDB_MODE=offline; {FILES}", SYNC)),
     fault("another process writes the run", "cpu", lambda b: b.locked_run(),
           fail("state.run",
-               "/bench/adapters/demo-cpu is being written by pid 4711 on gpu-1, started 2027-03-01 10:00:00; "
+               "/bench/adapters/demo-cpu is being written by pid 4711 on gpu-1, started 2027-03-01 10:00 CET; "
                "wait for it, or stop it with: kill 4711",
                "--fresh starts another run beside it")),
     fault("the newest checkpoint is damaged", "cpu", lambda b: (b.checkpoint(4), damage(b.checkpoint(8))),

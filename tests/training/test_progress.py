@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ def at_noon(monkeypatch: pytest.MonkeyPatch) -> None:
     class Noon(datetime):
         @classmethod
         def now(cls, _: Any = None) -> Any:
-            return datetime(2024, 1, 31, 12)
+            return SimpleNamespace(astimezone=lambda: datetime(2024, 1, 31, 12, tzinfo=UTC))
 
     monkeypatch.setattr(progress_module, "datetime", Noon)
     monkeypatch.setattr(progress_module, "seconds_since_start", lambda: 120.0)
@@ -53,8 +53,8 @@ def test_a_plain_progress_line_says_when_it_ends_and_what_it_costs(monkeypatch: 
     progress.on_train_end(None, TrainerState(), None)
     # 99 steps of 30 s, 10 evaluations of 60 s, 2 saves of 12 s: 3,594 s; with the 120 s since the start 3,714 s
     assert stream.getvalue() == (
-        "step 1/100: loss 3.250, 2,000 tokens/s, 60 min left, ends about 12:59, cost 0.10 of 3.10, peak 12.9 GiB\n"
-        "step 2/100: loss 3.250, 2,000 tokens/s, 59 min left, ends about 12:59, cost 0.10 of 3.07, peak 12.9 GiB\n"
+        "step 1/100: loss 3.250, 2,000 tokens/s, 60 min left, ends about 12:59 UTC, cost 0.10 of 3.10, peak 12.9 GiB\n"
+        "step 2/100: loss 3.250, 2,000 tokens/s, 59 min left, ends about 12:59 UTC, cost 0.10 of 3.07, peak 12.9 GiB\n"
         "step 2/100: eval_loss 2.5000\n"
     )
 
@@ -68,7 +68,7 @@ def test_on_a_terminal_one_line_holds_the_last_of_everything_and_evaluations_sta
     progress = Progress(Terminal(stream=screen), Pace(1.0, 60.0, 12.0), 3.0, lambda: 12.94)
     progressed(progress, monkeypatch)
     shown = screen.getvalue().split("\r")
-    ending = "59 min left, ends about 12:59, eval_loss 2.5000, cost 0.10 of 3.07"
+    ending = "59 min left, ends about 12:59 UTC, eval_loss 2.5000, cost 0.10 of 3.07"
     assert shown[-1] == f"step 2/100: loss 3.250, 2,000 tokens/s, {ending}, peak 12.9 GiB"
     assert [part for part in shown if "\n" in part] == ["step 2/100: eval_loss 2.5000\n"]
     progress.on_train_end(None, TrainerState(), None)

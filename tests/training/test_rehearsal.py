@@ -7,7 +7,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,10 +126,10 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
 @pytest.mark.parametrize(
     ("step_seconds", "sentence"),
     [
-        (2.7, "peak 21.3 of 79.1 GiB, 2.7 s a step, 61 min for 1,250 steps, finished about 16:14"),
-        (0.0312, "peak 21.3 of 79.1 GiB, 0.031 s a step, 5 min for 1,250 steps, finished about 15:19"),
-        (28.8, "peak 21.3 of 79.1 GiB, 28.8 s a step, 10.1 h for 1,250 steps, finished about Tue 01:18"),
-        (720.0, "peak 21.3 of 79.1 GiB, 720.0 s a step, 250.1 h for 1,250 steps, finished about 14 Mar 01:18"),
+        (2.7, "peak 21.3 of 79.1 GiB, 2.7 s a step, 61 min for 1,250 steps, finished about 16:14 UTC"),
+        (0.0312, "peak 21.3 of 79.1 GiB, 0.031 s a step, 5 min for 1,250 steps, finished about 15:19 UTC"),
+        (28.8, "peak 21.3 of 79.1 GiB, 28.8 s a step, 10.1 h for 1,250 steps, finished about Tue 01:18 UTC"),
+        (720.0, "peak 21.3 of 79.1 GiB, 720.0 s a step, 250.1 h for 1,250 steps, finished about 14 Mar 01:18 UTC"),
     ],
 )
 def test_the_sentence_says_memory_speed_and_when_it_will_be_over(step_seconds: float, sentence: str) -> None:
@@ -137,13 +137,13 @@ def test_the_sentence_says_memory_speed_and_when_it_will_be_over(step_seconds: f
     found = Rehearsal(
         21.3, 0.2, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32)
     )  # 6 evaluations and 3 saves: 270 s
-    assert found.sentence(datetime(2025, 3, 3, 15, 14)) == sentence
+    assert found.sentence(datetime(2025, 3, 3, 15, 14, tzinfo=UTC)) == sentence
 
 
 def test_what_remains_of_a_run_that_goes_on_is_told() -> None:
     found = Rehearsal(1, 0, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32))
-    now = datetime(2025, 3, 3, 15, 14)
-    assert found.sentence(now) == "peak 1.0 of 2.0 GiB, 60.0 s a step, 60 s for 1 step, finished about 15:15"
+    now = datetime(2025, 3, 3, 15, 14, tzinfo=UTC)
+    assert found.sentence(now) == "peak 1.0 of 2.0 GiB, 60.0 s a step, 60 s for 1 step, finished about 15:15 UTC"
 
 
 def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path | None = None) -> dict[str, Any]:

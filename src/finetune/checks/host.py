@@ -10,6 +10,7 @@ from pathlib import Path
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.machine.inspect import Machine
+from finetune.wording import clock
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12
 DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
@@ -94,7 +95,7 @@ def _user(preflight: Preflight) -> Finding:
 
 def _clock(preflight: Preflight) -> Finding:
     now = datetime.now(UTC)
-    found = f"{now:%Y-%m-%d %H:%M} UTC"
+    found = clock(now)
     if now < MADE:
         text = f"{found}, before this program was made ({MADE:%Y-%m}): certificates of web servers look invalid"
         linux = preflight.machine.system == "Linux"

@@ -79,7 +79,7 @@ def _rehearsed(preflight: Preflight) -> str:
     found = rehearse(job, folder, capacity_gib(preflight.platform))
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
-    return "; ".join(filter(None, (chosen, found.sentence(datetime.now()), partial)))
+    return "; ".join(filter(None, (chosen, found.sentence(datetime.now().astimezone()), partial)))
 
 
 _ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)

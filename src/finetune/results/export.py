@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from finetune.errors import SelfTestFailed
-from finetune.files import sha256, shown
+from finetune.files import sha256, share, shown
 from finetune.machine.device import peak_memory_gib
 from finetune.results.model_card import model_card
 from finetune.results.self_test import SelfTest, Untrained, self_test
@@ -31,6 +31,7 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     job.model.save_pretrained(partial, save_embedding_layers=False)
     job.tokenizer.save_pretrained(partial)
+    share(partial)
     found = self_test(job, partial, before, outcome)
     manifest.content |= {
         "steps": outcome.steps,

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.errors import DiskFull
+from finetune.errors import CheckFailed, DiskFull
 from finetune.files import SEAL, read_seal, seal_facts, shown
 
 BEST = "best"
@@ -69,10 +69,18 @@ def refuse_code(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why the sealed `folder` cannot be used; None where it is whole."""
+    """Why the sealed `folder` cannot be used; None where it is whole.
+
+    Raises CheckFailed where this user has no right to read it: that says nothing of what is in it.
+    """
     try:
         read_seal(folder)
         refuse_code(folder)
+    except PermissionError as error:
+        found = f"{shown(Path(error.filename))} cannot be read: {error.strerror}"
+        raise CheckFailed(
+            found, f"sudo chown -R $(id -u) {shown(folder)} makes it yours; --fresh starts a new run"
+        ) from None
     except (ValueError, OSError) as error:
         return str(error)
     return None

@@ -10,12 +10,14 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.cli import advice
 from finetune.errors import OutOfResource
 from finetune.files import make_folder, read_json, shown
+from finetune.wording import clock
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -150,7 +152,7 @@ def _lock(folder: Path) -> tuple[TextIO, str | None]:
     stream.seek(0)
     died = stream.readline().strip() or None
     stream.truncate(0)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    started = clock(datetime.now().astimezone())
     stop = advice(f"kill {os.getpid()}", f"docker stop {socket.gethostname()}")
     stream.write(f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n{stop}\n")
     stream.flush()

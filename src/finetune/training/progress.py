@@ -84,7 +84,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}" if self._loss else "")]
         left = self._seconds_left(state)
         if left is not None:
-            now = datetime.now()
+            now = datetime.now().astimezone()
             parts += [f"{duration(left)} left", f"ends about {clock(now + timedelta(seconds=left), now)}"]
             if self.cost_per_hour is not None:
                 spent = seconds_since_start()

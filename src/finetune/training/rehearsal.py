@@ -66,7 +66,7 @@ class Rehearsal:
         }
 
     def sentence(self, now: datetime) -> str:
-        """For the terminal; `now` in local time."""
+        """For the terminal; `now` in local time, with its zone."""
         end, step = now + timedelta(hours=self.hours), self.pace.step
         memory = f"peak {self.peak_gib:.1f} of {self.capacity_gib:.1f} GiB"
         speed = f"{step:.1f} s a step" if step >= 1 else f"{step:.2g} s a step"
@@ -117,7 +117,7 @@ def _say(found: Rehearsal, config: Config, terminal: Terminal) -> None:
     """With cost and time budget. Raises OutOfResource where that is not enough."""
     if found.checkpointed.reason:
         terminal.decision("checkpointed layers", found.checkpointed.reason)
-    terminal.decision("rehearsal", found.sentence(datetime.now()))
+    terminal.decision("rehearsal", found.sentence(datetime.now().astimezone()))
     price = config.tracking.cost_per_hour
     if price is not None:
         terminal.decision("cost", cost_text(found.hours * price, price))

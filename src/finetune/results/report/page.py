@@ -19,7 +19,7 @@ from finetune.results.report import charts, run_summary, verdicts
 from finetune.results.report.charts import Line
 from finetune.results.report.comparison import compare
 from finetune.results.report.run_summary import Evidence
-from finetune.wording import clean, counted, duration
+from finetune.wording import clean, clock, counted, duration
 
 ENDS = {
     "complete": ("complete", "good"),
@@ -216,7 +216,7 @@ def _time(text: str) -> float:
 
 
 def _when(text: str) -> str:
-    return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return clock(datetime.fromisoformat(text).astimezone(UTC))
 
 
 def _facts(run: Evidence) -> Iterator[tuple[str, str]]:
