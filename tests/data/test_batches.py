@@ -68,10 +68,10 @@ class Case:
         }
         return loss, gradients
 
-    def logits(self, batch: dict[str, Any]) -> torch.Tensor:
+    def logits(self, batch: dict[str, Any], use_cache: bool = False) -> torch.Tensor:
         inputs = {key: value for key, value in batch.items() if key not in ("lines", "labels")}
         with torch.no_grad():
-            return self.model(**inputs, use_cache=False).logits[0]
+            return self.model(**inputs, use_cache=use_cache).logits[0]
 
 
 @pytest.fixture
@@ -132,6 +132,19 @@ def test_the_logits_of_a_row_do_not_depend_on_its_neighbours(case: Case) -> None
         start = sum(len(case.prepared.train.row(row)[1]) for row in rows[: rows.index(11)])
         beside = case.logits(case.batch(rows))[start : start + length]
         torch.testing.assert_close(beside, alone, rtol=TOLERANCE, atol=1e-6)
+
+
+def test_with_a_cache_rows_would_see_each_other_so_the_trainer_takes_none(case: Case) -> None:
+    batch = case.batch(ROWS)
+    first = len(case.prepared.train.row(ROWS[0])[1])
+    difference = (case.logits(batch, use_cache=True) - case.logits(batch)).abs()
+    assert difference[first:].max() > 0.1
+    assert difference[:first].max() < 1e-5
+
+    taken = []
+    case.model.register_forward_pre_hook(lambda _, __, named: taken.append(named["use_cache"]), with_kwargs=True)
+    case.loss_and_gradients(batch)
+    assert taken == [False]
 
 
 def test_without_position_ids_rows_would_see_each_other_and_these_tests_would_tell(case: Case) -> None:
