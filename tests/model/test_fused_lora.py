@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -70,10 +71,15 @@ def test_under_the_same_noise_loss_and_all_gradients_are_pefts(
 
 
 def test_in_bfloat16_loss_and_gradients_are_no_further_from_float32_than_pefts(tiny_mistral: Path) -> None:
+    """In the mean of several samples: of one, the rounding is as often the larger for PEFT as for the fused layer."""
     exact = settings(tiny_mistral, "lora.lora_dropout=0")
-    wanted = loss_and_gradients(in_training(exact, fused=False), exact)
     config = settings(tiny_mistral, "lora.lora_dropout=0", *BFLOAT16)
-    peft, fused = (distance(loss_and_gradients(in_training(config, fused), config), wanted) for fused in (False, True))
+    reference, samples = in_training(exact, fused=False), range(16)
+    wanted = [loss_and_gradients(reference, exact, sample) for sample in samples]
+    peft, fused = (
+        fmean(distance(loss_and_gradients(model, config, sample), wanted[sample]) for sample in samples)
+        for model in (in_training(config, fused) for fused in (False, True))
+    )
     assert 0.001 < peft < 0.1
     assert fused < 1.1 * peft
 
