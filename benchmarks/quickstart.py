@@ -62,7 +62,7 @@ def throughput_entry(clone: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
     settings = yaml.safe_load((newest_run(clone) / "config.yaml").read_text(encoding="utf-8"))
     name = f"model.name={clone / settings['model']['name']}"
     config, _ = load_config(str(newest_run(clone) / "config.yaml"), [name])
-    entry = vars(throughput.conditions(config, read_geometry(config)))
+    entry = throughput.conditions(config, read_geometry(config))
     for speed in ("tokens_per_second", "eval_tokens_per_second"):
         measured = [run[speed] for run in runs if run[speed] is not None]
         entry[speed] = min(measured, default=None)

@@ -112,7 +112,7 @@ def throughput(
     if here != conditions(shipped, geometry) or batch != usual or found.lora != shipped.lora:
         return []
     speed = variants[OURS]["mixed"]["tokens_per_second"]
-    return [{**vars(here), "tokens_per_second": speed, "eval_tokens_per_second": None}]
+    return [{**here, "tokens_per_second": speed, "eval_tokens_per_second": None}]
 
 
 def show(found: dict[str, Any]) -> str:

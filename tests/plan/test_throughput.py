@@ -10,7 +10,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.plan.model_shape import MISTRAL_7B
-from finetune.plan.throughput import RESULTS, Throughput, find, read
+from finetune.plan.throughput import RESULTS, Throughput, find
 from support.plans import load
 from support.throughput import ENTRY
 
@@ -24,11 +24,8 @@ def write(folder: Path, name: str, date: str, *entries: dict[str, Any]) -> Path:
 
 
 def test_every_shipped_result_can_be_read() -> None:
-    paths = sorted(RESULTS.glob("*.json"))
-    assert len(paths) >= 2
-    for path in paths:
-        json.loads(path.read_text(encoding="utf-8"))
-        read(path)
+    assert len([*RESULTS.glob("*.json")]) >= 2
+    find(load(), MISTRAL_7B)
 
 
 def test_an_entry_under_the_same_conditions_is_told_with_its_file_and_machine(tmp_path: Path) -> None:
@@ -82,37 +79,26 @@ def test_a_gpu_is_the_machines_name_where_one_is_recorded(tmp_path: Path) -> Non
     assert found == Throughput(3000.0, None, str(path), "NVIDIA H100 80GB HBM3")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"medians": {}}', "\x00\x01"])
-def test_a_file_without_throughput_is_left_alone(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("document", [{"medians": {}}, {"throughput": []}])
+def test_a_file_without_throughput_is_left_alone(document: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document), encoding="utf-8")
     assert find(load(), MISTRAL_7B, tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("throughput", "problem"),
+    ("text", "problem"),
     [
-        ({}, "throughput: found {} (section), wanted a list of entries"),
-        ([3], "throughput[0]: found 3 (whole number), wanted a section with keys below it"),
-        ([{name: value for name, value in ENTRY.items() if name != "packing"}],
-            "throughput[0].packing: missing; every key must be there"),
-        ([ENTRY | {"tokens_per_second": 0}],
-            "throughput[0].tokens_per_second: found 0 (whole number), wanted more than 0"),
-        ([ENTRY, ENTRY | {"platform": "tpu"}],
-            "throughput[1].platform: found 'tpu' (text), wanted h100 | m4 | cpu; did you mean cpu?"),
-        ([ENTRY | {"speed": 1}], "throughput[0].speed: unknown key"),
+        ("{", "JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[1]", "AttributeError: 'list' object has no attribute 'get'"),
+        (json.dumps({"throughput": [3]}), "AttributeError: 'int' object has no attribute 'items'"),
+        (json.dumps({"throughput": [ENTRY | {"tokens_per_second": "fast"}]}),
+            "ValueError: could not convert string to float: 'fast'"),
+        (json.dumps({"throughput": [ENTRY]}), "KeyError: 'machine'"),
     ],
 )  # fmt: skip
-def test_a_malformed_entry_is_an_error_that_names_its_file(throughput: Any, problem: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps({"throughput": throughput}), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         find(load(), MISTRAL_7B, tmp_path)
-    assert error.value.problems == (f"{path}: {problem}",)
-
-
-def test_a_broken_file_that_may_hold_a_throughput_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text('{"throughput": [', encoding="utf-8")
-    with pytest.raises(ConfigError) as error:
-        read(path)
-    assert error.value.problems == (f"{path}: not JSON: Expecting value: line 1 column 17 (char 16)",)
+    assert str(error.value) == f"config: 1 problem\n  {path}: {problem}; restore or remove the file"

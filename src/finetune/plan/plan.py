@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from finetune.files import GIB
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, Expectation, memory_available_gib, memory_limits
+from finetune.plan import throughput
 from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
@@ -17,7 +18,6 @@ from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
-    from finetune.plan.throughput import Throughput
 
 BEFORE = "a rehearsal decides"  # so the formula is what the plan has
 
@@ -107,8 +107,6 @@ def make_plan(
 
     Memory is enough where the peak is within what is free and, on a Mac, within `working_set_gib`.
     """
-    from finetune.plan import throughput  # brings pydantic, which --help does without
-
     training = config.training
     steps_per_epoch, steps = count_steps(config, sequences)
     platform = PLATFORMS[config.platform]
@@ -154,7 +152,7 @@ def make_plan(
     return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
 
 
-def _hours(plan: Plan, config: Config, validation_tokens: int, speed: Throughput) -> float:
+def _hours(plan: Plan, config: Config, validation_tokens: int, speed: throughput.Throughput) -> float:
     """Training at the measured speed, and each evaluation at its own where that was measured, else left out."""
     seconds = _tokens(plan, config) / speed.tokens_per_second
     if speed.eval_tokens_per_second is not None:
@@ -202,7 +200,7 @@ def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
     return found, f"--set {fewer} keeps within that, or train on the H100 (--config h100)"
 
 
-def _source(speed: Throughput) -> str:
+def _source(speed: throughput.Throughput) -> str:
     evaluations = "" if speed.eval_tokens_per_second is not None else ", evaluations not counted"
     return f"{speed.tokens_per_second:,.0f} tokens/s on {speed.machine}, {speed.file}{evaluations}"
 
