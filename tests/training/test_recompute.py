@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,8 +64,22 @@ def recorded(case: Case, *settings: str) -> Recorder:
     return recorder
 
 
-def test_losses_and_all_gradients_have_the_same_bits_however_many_layers_are_checkpointed(case: Case) -> None:
-    found = {layers: recorded(case, first(layers)) for layers in (0, 1, "all")}
+@pytest.fixture(params=["the CPU's random numbers", "random numbers apart, which torch's checkpoint does not keep"])
+def drawn(request: pytest.FixtureRequest) -> Callable[[], object]:
+    """What dropout draws from; called, these numbers begin anew (the CPU's do with every training)."""
+    if request.param.startswith("the CPU"):
+        return lambda: None
+    generator: torch.Generator = request.getfixturevalue("apart")
+    return lambda: generator.manual_seed(1)
+
+
+def test_losses_and_all_gradients_have_the_same_bits_however_many_layers_are_checkpointed(
+    case: Case, drawn: Callable[[], object]
+) -> None:
+    found = {}
+    for layers in (0, 1, "all"):
+        drawn()
+        found[layers] = recorded(case, first(layers))
     assert {layers: recorder.computed for layers, recorder in found.items()} == {
         0: [3, 3],
         1: [6, 3],  # the first layers are computed again, the last are kept whole
@@ -82,8 +97,22 @@ def test_dropout_acts_in_the_comparison_above(case: Case) -> None:
     assert not same(with_it.recorded[4], without.recorded[4])
 
 
-def test_a_run_goes_on_with_another_number_of_layers_to_the_same_bits(case: Case) -> None:
+def test_a_layer_that_draws_other_random_numbers_again_has_the_same_loss_and_another_gradient(
+    case: Case, apart: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch's checkpoint does by itself on a device whose module has no `_initialized`."""
+    monkeypatch.setattr(platforms.Platform, "random_state_apart", False)
+    found = []
+    for layers in (0, "all"):
+        apart.manual_seed(1)
+        found.append(recorded(case, first(layers), "training.max_steps=1").recorded)
+    (gradient, loss), (another, same_loss) = found
+    assert same(loss, same_loss) and not same(gradient, another)
+
+
+def test_a_run_goes_on_with_another_number_of_layers_to_the_same_bits(case: Case, drawn: Callable[[], object]) -> None:
     settings = (*ON, "training.save_steps=2", "training.eval_steps=2")
+    drawn()
     whole, model, _ = case.train(*settings, first("all"))
     logged, weights = case.metrics(), adapter_weights(model)
     resumed, model, _ = case.train(*settings, first(1), checkpoint=case.run.checkpoints / "checkpoint-2")

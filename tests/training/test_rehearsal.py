@@ -28,6 +28,8 @@ from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.plan import fit
 from finetune.plan.checkpointed_layers import Choice
+from finetune.plan.memory import checkpointed_layers
+from finetune.plan.model_shape import read_geometry
 from finetune.plan.schedule import Pace, Schedule
 from finetune.terminal import Terminal
 from finetune.training import short_training
@@ -154,7 +156,8 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     data = case.data(config)
     sft = training_arguments(config.training, case.run, CPU, evaluate_first=checkpoint is None)
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
-    made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft)
+    layers = checkpointed_layers(config, read_geometry(config))
+    made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft, layers)
     keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)
     watchers = Watchers(keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())))
     train(made, config.training, watchers, 4, checkpoint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,8 @@ from trl import SFTTrainer
 
 from finetune.errors import Diverged
 from finetune.files import read_seal
-from finetune.machine.platforms import PLATFORMS
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
-from finetune.training import trainer as trainer_module
 from finetune.training.trainer import Trainer, is_over
 from support.training import Case, adapter_weights, same
 from support.whole_trainings import BETWEEN, EVERY_STEP, UNEVEN, scripted
@@ -122,38 +119,6 @@ def test_a_run_is_over_at_its_last_step_if_that_is_evaluated_or_at_the_end_of_it
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     training = case.config(f"training.early_stopping_patience={'null' if patience is None else patience}").training
     assert is_over(training, 10, tmp_path) is over
-
-
-class DeviceDropout(torch.nn.Module):
-    """Dropout that draws from random numbers of its own, as on a device whose generator is not the CPU's."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        kept = torch.rand(values.shape, generator=self.generator) > 0.5
-        return values * kept if self.training else values
-
-
-@pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> torch.Generator:
-    """The random numbers of a stand-in for MPS; the model computes on the CPU, its dropout draws from these."""
-    generator = torch.Generator()
-    device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
-    monkeypatch.setattr(torch, "get_device_module", {"mps": device}.__getitem__)
-    monkeypatch.setattr(Trainer, "platform", PLATFORMS["m4"])
-    monkeypatch.setattr(trainer_module, "peak_memory_gib", lambda _platform: 1.0)  # it would ask MPS
-    make = trainer_module.SFTTrainer.__init__
-
-    def with_dropout(self: Any, *arguments: Any, **named: Any) -> None:
-        make(self, *arguments, **named)
-        for module in self.model.modules():
-            if hasattr(module, "lora_dropout"):
-                module.lora_dropout["default"] = DeviceDropout(generator)
-
-    monkeypatch.setattr(trainer_module.SFTTrainer, "__init__", with_dropout)
-    return generator
 
 
 def test_a_resume_goes_on_with_the_devices_own_random_numbers_bit_identically(

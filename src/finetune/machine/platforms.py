@@ -98,7 +98,11 @@ class Platform:
 
     @property
     def random_state_apart(self) -> bool:
-        """Whether transformers' rng_state.pth leaves the device's random numbers out; it holds the CPU's and CUDA's."""
+        """Whether the libraries leave the device's random numbers out, which are not the CPU's then.
+
+        transformers' rng_state.pth holds the CPU's and CUDA's. torch's checkpoint (2.14.1) keeps those of modules that
+        have `_initialized`, for a layer that is computed again; torch.mps has not (pytorch#127676, open).
+        """
         return self.device == "mps"
 
 

@@ -195,11 +195,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerFast,
     examples: Examples,
     sft: SFTConfig,
-    checkpointed: int | None = None,
+    checkpointed: int,
 ) -> Trainer:
     """A Trainer whose adapter weights are still the fp32 values that `model` came with.
 
-    Of the decoder's layers the first `checkpointed` are; None: all or none, as `sft` says.
+    The first `checkpointed` of the decoder's layers are computed again in the backward pass.
     """
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -214,8 +214,7 @@ def make_trainer(
     )
     trainer.train_file = examples.train_file
     trainer.remove_callback(PrinterCallback)
-    if checkpointed is not None:
-        trainer.add_callback(Checkpointing(checkpointed))
+    trainer.add_callback(Checkpointing(checkpointed, trainer.platform))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = weights[name]  # TRL casts them to bf16, a resume would bring fp32: the losses would part
