@@ -46,6 +46,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_ur
         ("m4", {"container.shm": "not in a container", "container.init": "not in a container",
             "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
         ("cpu", {"container.shm": "not in a container", "container.init": "not in a container",
+            "device.recompute": "training.gradient_checkpointing is false",
             "model.access": "a local folder needs no Hub", "tracking.wandb": "tracking.report_to is none"}),
     ],
 )  # fmt: skip

@@ -323,7 +323,7 @@ def made(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[
 LIBRARIES = ["libraries.versions", "libraries.imports"]
 MAC = [check.id for check in checks.CHECKS if check.id.startswith("mac.")]
 GPU = [check.id for check in checks.CHECKS if check.id.startswith("gpu.")]
-DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer"]
+DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer", "device.recompute"]
 
 
 @pytest.mark.parametrize(

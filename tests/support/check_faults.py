@@ -26,7 +26,7 @@ from finetune.runs import receipt
 from finetune.runs.checkpoints import set_aside
 from support.bench import Bench, Clock, conversations, watermarks
 from support.recorded import A100_40, A100_80, BUSY, GH200, INTEL_MAC, LINUX, M2_32, M4, M4_16, ROSETTA, RTX_4090, T4
-from support.stand_ins import across_documents, install_flash_attn
+from support.stand_ins import across_documents, install_flash_attn, keep_no_random_numbers
 
 
 class Found(NamedTuple):
@@ -542,6 +542,11 @@ FAULTS = (
           fail("device.optimizer",
                "three steps of paged_adamw_32bit are inf from PyTorch's AdamW, wanted at most 0.0001",
                REINSTALL)),
+    fault("layers computed again draw other dropout masks", "m4", lambda b: keep_no_random_numbers(b.patch),
+          fail("device.recompute",
+               "the gradient through layers computed again is 2.9e-01 from that through layers kept whole, wanted at "
+               "most 0.0001",
+               f"{NEW_VENV}  or train without dropout: --set lora.lora_dropout=0")),
     fault("flash-attn is not installed", "h100", lambda b: install_flash_attn(b.patch, None),
           fail("device.flash_attention", "flash-attn is not installed", BUILD)),
     fault("flash-attn is built for another torch", "h100", flash_attention_of_another_torch,

@@ -1,4 +1,4 @@
-"""What flash_attn_varlen_func and torch's varlen_attn compute, by SDPA on a CPU: right, and wrong in known ways."""
+"""What libraries compute on a device that is not here, by torch on a CPU: right, and wrong in known ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.machinery
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import modeling_utils
 
 
 def attention(q: Any, k: Any, v: Any, causal: bool = True) -> Any:
@@ -41,6 +43,11 @@ def install_flash_attn(patch: pytest.MonkeyPatch, function: Callable[..., Any] |
         module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
         module.flash_attn_varlen_func = function
     patch.setitem(sys.modules, "flash_attn", module)
+
+
+def keep_no_random_numbers(patch: pytest.MonkeyPatch) -> None:
+    """torch's checkpoint keeps no random numbers for a layer that is computed again, as on MPS (2.14.1)."""
+    patch.setattr(modeling_utils, "checkpoint", partial(modeling_utils.checkpoint, preserve_rng_state=False))
 
 
 class Deaf(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, flash-attn."""
+"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, recomputed layers, attention."""
 
 from __future__ import annotations
 
@@ -81,14 +81,27 @@ def _flash_attention(preflight: Preflight) -> Finding:
     return _judged(text, distance, TOLERANCE["bfloat16"], fix)
 
 
+def _recompute(preflight: Preflight) -> Finding:
+    if not preflight.config.training.gradient_checkpointing:
+        return skipped("training.gradient_checkpointing is false")
+    from finetune.checks.numerics.recompute import recomputed_gradient
+
+    distance = recomputed_gradient(preflight.platform, preflight.config.lora)
+    text = f"the gradient through layers computed again is {distance:.1e} from that through layers kept whole"
+    fix = f"{preflight.platform.repair}  or train without dropout: --set lora.lora_dropout=0"
+    return _judged(text, distance, TOLERANCE["float32"], fix)
+
+
 ACCELERATED, FLASH = names(lambda row: row.accelerated), names(lambda row: "flash_attention_2" in row.attentions)
 DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 QLORA = "NF4 there and back, and a QLoRA step with the base held as configured, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
+RECOMPUTE = "gradients with layers computed again and kept whole: dropout's masks are the same"
 ATTENTION = "flash-attn, where the config asks for it: forward and backward over packed documents"
 CHECKS = (
     Check("device.qlora", QLORA, _qlora, needs=DEVICE),
     Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),
     Check("device.optimizer", OPTIMIZER, _optimizer, ACCELERATED, DEVICE),
+    Check("device.recompute", RECOMPUTE, _recompute, needs=DEVICE),
     Check("device.flash_attention", ATTENTION, _flash_attention, FLASH, DEVICE),
 )
