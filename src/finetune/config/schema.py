@@ -96,7 +96,7 @@ class TrainingConfig(Section):
     bf16: Annotated[bool, Mark.BY_DESIGN]
     fp16: bool
     gradient_checkpointing: Annotated[bool, Mark.BY_DESIGN]
-    # The bits are the same whatever it is, if those of a layer computed again are: the check device.recompute tries that.
+    # The bits are the same whatever it is, where those of a layer computed again are (the check device.recompute).
     checkpointed_layers: Annotated[Literal["all", "auto"] | Annotated[int, Ge(0)], Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     packing: Annotated[bool, Mark.BY_DESIGN, Mark.IN_CARD]
     fused_lora: Annotated[bool, Mark.BY_DESIGN]  # the same training up to rounding, as fused_kernels
