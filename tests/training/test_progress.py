@@ -73,3 +73,56 @@ def test_on_a_terminal_one_line_holds_the_last_of_everything_and_evaluations_sta
     assert [part for part in shown if "\n" in part] == ["step 2/100: eval_loss 2.5000\n"]
     progress.on_train_end(None, TrainerState(), None)
     assert screen.getvalue().endswith(f"\r{' ' * len(shown[-1])}\r")
+
+
+def micro_batched(progress: Progress, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Two steps of four micro-batches of 2,048 tokens and `seconds` each; the first is logged."""
+    clock = iter(seconds * number for number in (0, 1, 2, 3, 4, 4, 5, 6, 7))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    state = TrainerState(global_step=0, max_steps=3, eval_steps=3, save_steps=3)
+    progress.on_train_begin(None, state, None)
+    for step in (1, 2):
+        progress.on_step_begin(None, state, None)
+        for number in (1, 2, 3):
+            progress.micro_batch(state, 4, 2048 * number)
+        if step == 1:
+            state.global_step = step
+            progress.on_step_end(None, state, None)
+            progress.on_log(None, state, None, {"loss": 3.25, "num_tokens": 8192.0})
+
+
+@pytest.mark.usefixtures("at_noon")
+def test_a_log_has_a_line_for_each_slow_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = StringIO()
+    micro_batched(Progress(Terminal(stream=stream)), monkeypatch, 50)
+    assert stream.getvalue() == (
+        "step 1/3: micro-batch 1 of 4, 41 tokens/s\n"
+        "step 1/3: micro-batch 2 of 4, 41 tokens/s\n"
+        "step 1/3: micro-batch 3 of 4, 41 tokens/s\n"
+        "step 1/3: loss 3.250, 41 tokens/s, 7 min left, ends about 12:06\n"
+        "step 2/3: micro-batch 1 of 4, 41 tokens/s\n"
+        "step 2/3: micro-batch 2 of 4, 41 tokens/s\n"
+        "step 2/3: micro-batch 3 of 4, 41 tokens/s\n"
+    )
+
+
+@pytest.mark.usefixtures("at_noon")
+def test_where_a_micro_batch_takes_seconds_there_is_a_line_for_each_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in (StringIO(), Tty()):
+        micro_batched(Progress(Terminal(stream=stream)), monkeypatch, 9.9)
+        assert "micro-batch" not in stream.getvalue()
+        assert "step 1/3: loss 3.250" in stream.getvalue()
+
+
+@pytest.mark.usefixtures("at_noon")
+def test_on_a_terminal_a_slow_micro_batch_is_shown_with_the_last_loss_and_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    screen = Tty()
+    micro_batched(Progress(Terminal(stream=screen)), monkeypatch, 50)
+    shown = [part for part in screen.getvalue().split("\r") if "micro-batch" in part]
+    assert shown[0] == "step 1/3: micro-batch 1 of 4, 41 tokens/s"
+    # two steps of 200 s are left after the first, of which 150 s are over
+    assert shown[-1] == "step 2/3: micro-batch 3 of 4, 41 tokens/s, 4 min left, ends about 12:04, loss 3.250"
+    assert "\n" not in screen.getvalue()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
+from finetune.training.progress import Progress
 from support.training import Case
 from support.whole_trainings import BETWEEN
 
@@ -30,3 +32,18 @@ def test_seconds_and_speed_are_of_all_starts_of_a_run(
     assert 1000 < outcome.seconds < 1000 + time.monotonic() - started
     assert outcome.tokens_per_second == pytest.approx(tokens / 500, rel=0.01)  # the fourth step takes milliseconds
     assert later.metrics()[-2]["num_tokens"] == tokens
+
+
+def test_micro_batches_but_the_last_of_a_step_are_shown_with_the_tokens_of_the_step_so_far(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
+    settings = (*settings, "training.max_steps=2", "training.logging_steps=1")
+    shown: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        Progress, "micro_batch", lambda _, state, count, tokens: shown.append((state.global_step, count, tokens))
+    )
+    batches = [batch["input_ids"].numel() for batch in case.trainer(*settings).get_train_dataloader()]
+    case.train(*settings)
+    first, second = accumulate(batches[:3]), accumulate(batches[4:7])
+    assert shown == [*((0, 4, tokens) for tokens in first), *((1, 4, tokens) for tokens in second)]

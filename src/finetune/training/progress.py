@@ -14,6 +14,9 @@ from finetune.plan.schedule import Pace, Schedule, seconds_since_start
 from finetune.terminal import Terminal
 from finetune.wording import clock, duration
 
+# A micro-batch that takes this long is shown: by arithmetic it takes a minute on an M4, and seconds on an H100.
+SLOW_SECONDS = 10.0
+
 
 class Progress(TrainerCallback):  # type: ignore[misc]
     """One line that lives on a terminal, plain lines elsewhere: step, loss, speed, time left and end, cost, memory.
@@ -34,7 +37,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.step_seconds, self.tokens = 0.0, 0
         self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
         self._lap = (0, 0.0)
-        self._loss = self._eval = ""
+        self._micro_batch, self._step_so_far = 0, 0.0  # how many of the current step are done, and in how many seconds
+        self._loss = self._speed = self._eval = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,16 +58,31 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.terminal.status(f"step {state.global_step}/{state.max_steps}")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_started = time.monotonic()
+        self._step_started, self._micro_batch = time.monotonic(), 0
+
+    def micro_batch(self, state: Any, count: int, tokens: int) -> None:
+        """Count one of the `count` of this step, not its last, and show it where they are slow; `tokens` so far."""
+        self._micro_batch += 1
+        self._step_so_far = time.monotonic() - self._step_started
+        if self._step_so_far < SLOW_SECONDS * self._micro_batch:
+            return
+        speed = f"{tokens / self._step_so_far:,.0f} tokens/s"
+        text = f"step {state.global_step + 1}/{state.max_steps}: micro-batch {self._micro_batch} of {count}, {speed}"
+        if self.terminal.live:
+            _, *others = self._parts(state)
+            self.terminal.status(text, *others[:2], *filter(None, [self._loss, self._eval]), *others[2:])
+        else:
+            self.terminal.say(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step_seconds += time.monotonic() - self._step_started
+        self._step_so_far = 0.0
         self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         self.tokens = int(logs.get("num_tokens", self.tokens))
         if "loss" in logs:
-            self._loss = f"loss {logs['loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            self._loss, self._speed = f"loss {logs['loss']:.3f}", f", {self.tokens_per_second:,.0f} tokens/s"
             if not self.terminal.live:
                 self.terminal.say(", ".join(self._parts(state)))
         elif "eval_loss" in logs:
@@ -81,7 +100,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
 
     def _parts(self, state: Any) -> list[str]:
         """What is known at this step, the most important first."""
-        parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}" if self._loss else "")]
+        parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}{self._speed}" if self._loss else "")]
         left = self._seconds_left(state)
         if left is not None:
             now = datetime.now().astimezone()
@@ -98,4 +117,5 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             return None
         seconds = self.step_seconds - self._seconds_before  # of this start: another may have had another machine
         schedule = Schedule(state.global_step, state.max_steps, 1, state.eval_steps, state.save_steps)
-        return schedule.seconds(replace(self.pace, step=seconds / done), state.max_steps)
+        left = schedule.seconds(replace(self.pace, step=seconds / done), state.max_steps)
+        return max(0.0, left - self._step_so_far)

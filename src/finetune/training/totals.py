@@ -28,6 +28,7 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.trainer, self.progress = trainer, progress
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._since_log: dict[str, Any] | None = None
+        self._tokens_before = 0  # the current step
 
     @property
     def seconds(self) -> float:
@@ -59,7 +60,12 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.trainer._globalstep_last_logged = self._since_log["logged_step"]
             self.trainer._metrics["train"].update(self._since_log["metrics"])
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tokens_before = self.trainer._total_train_tokens
+
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        tokens = int(self.trainer._total_train_tokens - self._tokens_before)
+        self.progress.micro_batch(state, self.trainer.current_gradient_accumulation_steps, tokens)
         if control.should_save:  # by the Stopper, which ends the run within this step
             self.trainer.undo_step()
 
