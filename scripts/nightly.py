@@ -20,6 +20,7 @@ from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")
+H100_TORCH = ("scripts/test.sh", "--h100-torch")  # one more part, which says itself what failed
 MOST = 8  # processes, each of which holds torch and all libraries in memory
 
 
@@ -30,6 +31,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nightly-") as folder:
         counts, failed = run(Path(folder), min(os.cpu_count() or 1, MOST))
+    failed += subprocess.run(H100_TORCH, cwd=ROOT, check=False).returncode != 0
     seconds = time.monotonic() - started
     if options.output:
         document = {**describe("scripts/nightly.py", PACKAGES), **result(counts, failed, seconds)}

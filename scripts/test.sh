@@ -1,8 +1,29 @@
 #!/usr/bin/env bash
 # Runs the tests from a fresh clone: environment, style, types, then pytest.
 #   scripts/test.sh [--slow] [PYTEST_ARGUMENT...]      --slow adds the tests marked slow
+#   scripts/test.sh --h100-torch [PYTEST_ARGUMENT...]  tests of data, machine and model alone, with the H100's torch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h100.lock, and all else from .venv
+  local torch site='import sysconfig; print(sysconfig.get_path("purelib"))'
+  torch=$(grep -o '^torch==[0-9.]*' requirements/h100.lock)
+  if ! grep -qsxF "$torch" .venv-h100/installed; then
+    .venv/bin/python -m venv --clear .venv-h100
+    .venv/bin/python -c "$site" >"$(.venv-h100/bin/python -c "$site")/venv.pth"
+    local pip=(.venv-h100/bin/python -m pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"  # its CPU build is there
+    "${pip[@]}" "$torch"  # where that index does not answer, PyPI's build was taken: it needs gigabytes of CUDA
+    echo "$torch" >.venv-h100/installed
+  fi
+  .venv-h100/bin/python -m pytest -m 'not slow' tests/data tests/machine tests/model --ignore tests/data/test_preview.py "$@"
+}
+
+if [[ ${1:-} == --h100-torch ]]; then
+  scripts/make_venv.sh --dev
+  h100_torch "${@:2}"
+  exit
+fi
 echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation"
 
 scripts/make_venv.sh --dev

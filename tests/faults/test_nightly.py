@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from finetune.files import ROOT
 from support.commands import load_script
 from support.harness import HERE
 
@@ -24,6 +26,23 @@ def test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took
     assert nightly.summary(counts, 1090.0) == said
     tried = {"kills": 237, "stops": 24, "damaged": 6173, "used": 1, "inputs": 55000, "parts_failed": 0, "seconds": 1090}
     assert nightly.result(counts, 0, 1090.4) == {"nightly": tried, "line": said}
+
+
+@pytest.mark.parametrize(("other_torch", "code"), [(0, 0), (1, 1)])
+def test_the_h100s_torch_is_a_part_of_the_night(
+    nightly: ModuleType, monkeypatch: pytest.MonkeyPatch, other_torch: int, code: int
+) -> None:
+    called = []
+
+    def run(line: tuple[str, ...], cwd: Path, check: bool) -> SimpleNamespace:
+        called.append((line, cwd, check))
+        return SimpleNamespace(returncode=other_torch)
+
+    monkeypatch.setattr(nightly, "run", lambda *_: (Counter(), 0))
+    monkeypatch.setattr(nightly, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["nightly.py"])
+    assert nightly.main() == code
+    assert called == [(("scripts/test.sh", "--h100-torch"), ROOT, False)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
