@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune.checks.numerics import linear
-from finetune.checks.numerics.attention import flash_attention
+from finetune.checks.numerics.attention import packed_attention
 from finetune.checks.numerics.optimizer import optimizer_step
 from finetune.machine.platforms import PLATFORMS
 
@@ -33,7 +33,7 @@ def measure(platform: str) -> dict[str, Any]:
         **{f"optimizer_{name}": optimizer_step(name, row.device) for name in row.optimizers},
     }
     if importlib.util.find_spec("flash_attn"):
-        found["flash_attention"] = flash_attention(row.device)
+        found["flash_attention"] = packed_attention("flash_attention_2", row.device)
     return found
 
 

@@ -26,7 +26,7 @@ from finetune.runs import receipt
 from finetune.runs.checkpoints import set_aside
 from support.bench import Bench, Clock, conversations, watermarks
 from support.recorded import A100_40, A100_80, BUSY, GH200, INTEL_MAC, LINUX, M2_32, M4, M4_16, ROSETTA, RTX_4090, T4
-from support.stand_ins import across_documents, install_flash_attn, keep_no_random_numbers
+from support.stand_ins import across_documents, install_flash_attn, install_varlen_attn, keep_no_random_numbers
 
 
 class Found(NamedTuple):
@@ -162,6 +162,11 @@ def flash_attention_of_another_torch(bench: Bench) -> None:
     (bench.folder / "flash_attn.py").write_text(text)
     bench.patch.delitem(sys.modules, "flash_attn")
     bench.patch.syspath_prepend(bench.folder)
+
+
+def torch_varlen_across_documents(bench: Bench) -> None:
+    bench.set("model.attn_implementation=torch_varlen")
+    install_varlen_attn(bench.patch, function=across_documents)
 
 
 def disk(bench: Bench, free_gib: float) -> None:
@@ -554,6 +559,11 @@ FAULTS = (
                "flash-attn is installed and does not work: flash_attn_2_cuda.so: undefined symbol: "
                "_ZN3c104cuda9SetDeviceEab",
                BUILD)),
+    fault("torch_varlen attends across documents", "h100", torch_varlen_across_documents,
+          fail("device.flash_attention",
+               "torch's varlen_attn over two packed documents is 9.8e-01 from attention over each alone, wanted at "
+               "most 0.03",
+               f"{REINSTALL}  or without it: --set model.attn_implementation=sdpa")),
     fault("flash-attn attends across documents", "h100", lambda b: install_flash_attn(b.patch, across_documents),
           fail("device.flash_attention",
                "flash-attn over two packed documents is 9.8e-01 from attention over each alone, wanted at most 0.03",

@@ -79,8 +79,10 @@ VARLEN_SIGNATURES = {
 }
 
 
-def install_varlen_attn(patch: pytest.MonkeyPatch, torch_version: str = "installed") -> list[dict[str, Any]]:
-    """SDPA on each document in place of varlen_attn, which has no CPU kernel. Returns the arguments of its calls.
+def install_varlen_attn(
+    patch: pytest.MonkeyPatch, torch_version: str = "installed", function: Callable[..., Any] = by_document
+) -> list[dict[str, Any]]:
+    """This function in place of varlen_attn, which has no CPU kernel. Returns the arguments of its calls.
 
     A call that the signature does not take, or that torch would refuse, is an error.
     """
@@ -94,7 +96,7 @@ def install_varlen_attn(patch: pytest.MonkeyPatch, torch_version: str = "install
         assert call["cu_seq_q"].dtype == torch.int32 and call["max_q"] == int(torch.diff(call["cu_seq_q"]).max())
         assert call.get("enable_gqa") or call["query"].shape[1] == call["key"].shape[1], "heads differ"
         causal = call["window_size"] == (-1, 0) if "window_size" in call else call["is_causal"]
-        return by_document(call["query"], call["key"], call["value"], call["cu_seq_q"], causal=causal)
+        return function(call["query"], call["key"], call["value"], call["cu_seq_q"], causal=causal)
 
     varlen_attn.__signature__ = signature  # type: ignore[attr-defined]
     patch.setattr(varlen, "varlen_attn", varlen_attn)

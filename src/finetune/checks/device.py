@@ -21,6 +21,12 @@ BUILD_FLASH_ATTENTION = advice(
     "docker compose build --build-arg FLASH_ATTN=build",
 )
 
+# By model.attn_implementation: what attends, what repairs it (None: the platform's repair), what to set instead.
+PACKED_ATTENTION = {
+    "flash_attention_2": ("flash-attn", BUILD_FLASH_ATTENTION, "torch_varlen"),
+    "torch_varlen": ("torch's varlen_attn", None, "sdpa"),
+}
+
 
 def _qlora(preflight: Preflight) -> Finding:
     import torch
@@ -66,18 +72,20 @@ def _optimizer(preflight: Preflight) -> Finding:
 
 
 def _flash_attention(preflight: Preflight) -> Finding:
-    if preflight.config.model.attn_implementation != "flash_attention_2":
-        return skipped(f"model.attn_implementation is {preflight.config.model.attn_implementation}")
-    fix = f"{BUILD_FLASH_ATTENTION}  or without it: --set model.attn_implementation=torch_varlen"
-    if importlib.util.find_spec("flash_attn") is None:
+    name = preflight.config.model.attn_implementation
+    if name == "sdpa":
+        return skipped("model.attn_implementation is sdpa")
+    kind, repair, other = PACKED_ATTENTION[name]
+    fix = f"{repair or preflight.platform.repair}  or without it: --set model.attn_implementation={other}"
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         return failed("flash-attn is not installed", fix)
-    from finetune.checks.numerics.attention import flash_attention
+    from finetune.checks.numerics.attention import packed_attention
 
     try:
-        distance = flash_attention(preflight.platform.device)
+        distance = packed_attention(name, preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
-        return failed(f"flash-attn is installed and does not work: {first_line(error)}", fix)
-    text = f"flash-attn over two packed documents is {distance:.1e} from attention over each alone"
+        return failed(f"{kind} is installed and does not work: {first_line(error)}", fix)
+    text = f"{kind} over two packed documents is {distance:.1e} from attention over each alone"
     return _judged(text, distance, TOLERANCE["bfloat16"], fix)
 
 
@@ -97,7 +105,7 @@ DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 QLORA = "NF4 there and back, and a QLoRA step with the base held as configured, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
 RECOMPUTE = "gradients with layers computed again and kept whole: dropout's masks are the same"
-ATTENTION = "flash-attn, where the config asks for it: forward and backward over packed documents"
+ATTENTION = "flash-attn or torch_varlen, as the config asks: forward and backward over packed documents"
 CHECKS = (
     Check("device.qlora", QLORA, _qlora, needs=DEVICE),
     Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from finetune.checks.numerics import linear
-from finetune.checks.numerics.attention import flash_attention
+from finetune.checks.numerics.attention import packed_attention
 from finetune.checks.numerics.compare import distance
 from finetune.checks.numerics.optimizer import optimizer_step
-from support.stand_ins import by_document, install_flash_attn
+from support.stand_ins import by_document, install_flash_attn, install_varlen_attn
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,8 @@ def test_distance_is_the_largest_difference_over_the_largest_value(
     [
         linear.nf4_loss,
         linear.bfloat16_product,
-        flash_attention,
+        partial(packed_attention, "flash_attention_2"),
+        partial(packed_attention, "torch_varlen"),
         *(partial(optimizer_step, name) for name in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")),
     ],
 )
@@ -45,6 +46,7 @@ def test_a_trial_computes_on_the_device_that_is_named(
     trial: Callable[[str], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install_flash_attn(monkeypatch, by_document)
+    install_varlen_attn(monkeypatch)
     trial("cpu")
     with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|cget_managed_ptr"):  # no numbers, no pages
         trial("meta")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from finetune.checks.numerics.compare import distance
 
 
-def flash_attention(device: str) -> float:
-    """flash-attn over two packed documents, forward and backward, against torch's attention over each alone.
+def packed_attention(name: str, device: str) -> float:
+    """`name` (flash_attention_2, torch_varlen) over two packed documents, against torch's attention over each alone.
 
-    Mistral's head dimension (128) and grouped heads (4 of queries to 1 of keys), in bfloat16; the worst of the output's
-    and the three gradients' distances. Raises ImportError where flash-attn is not installed.
+    Forward and backward, with Mistral's head dimension (128) and grouped heads (4 of queries to 1 of keys), in
+    bfloat16; the worst of the output's and the three gradients' distances. Raises ImportError where its library is not
+    installed.
     """
-    from flash_attn import flash_attn_varlen_func
-
+    attend = _function(name)
     lengths = [48, 80]
     generator = torch.Generator().manual_seed(0)
     shapes = ((sum(lengths), 4, 128), (sum(lengths), 1, 128), (sum(lengths), 1, 128))
@@ -24,7 +27,7 @@ def flash_attention(device: str) -> float:
 
     packed = [value.to(device, torch.bfloat16).requires_grad_() for value in values]
     bounds = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device)
-    output = flash_attn_varlen_func(*packed, bounds, bounds, max(lengths), max(lengths), causal=True)
+    output = attend(*packed, bounds, max(lengths))
     output.backward(upstream.to(device, torch.bfloat16))
 
     plain = [value.clone().requires_grad_() for value in values]
@@ -37,3 +40,16 @@ def flash_attention(device: str) -> float:
     torch.autograd.backward(reference, upstream)
     gradients = [distance(ours.grad, theirs.grad) for ours, theirs in zip(packed, plain, strict=True)]
     return max(distance(output, reference), *gradients)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name == "torch_varlen":
+        from finetune.model.attention import attend
+
+        return attend
+    from flash_attn import flash_attn_varlen_func
+
+    def flash_attn(q: Any, k: Any, v: Any, bounds: Any, longest: int) -> Any:
+        return flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+
+    return flash_attn
