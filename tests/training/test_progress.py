@@ -99,7 +99,7 @@ def test_a_log_has_a_line_for_each_slow_micro_batch(monkeypatch: pytest.MonkeyPa
         "step 1/3: micro-batch 1 of 4, 41 tokens/s\n"
         "step 1/3: micro-batch 2 of 4, 41 tokens/s\n"
         "step 1/3: micro-batch 3 of 4, 41 tokens/s\n"
-        "step 1/3: loss 3.250, 41 tokens/s, 7 min left, ends about 12:06\n"
+        "step 1/3: loss 3.250, 41 tokens/s, 7 min left, ends about 12:06 UTC\n"
         "step 2/3: micro-batch 1 of 4, 41 tokens/s\n"
         "step 2/3: micro-batch 2 of 4, 41 tokens/s\n"
         "step 2/3: micro-batch 3 of 4, 41 tokens/s\n"
@@ -124,5 +124,5 @@ def test_on_a_terminal_a_slow_micro_batch_is_shown_with_the_last_loss_and_the_ti
     shown = [part for part in screen.getvalue().split("\r") if "micro-batch" in part]
     assert shown[0] == "step 1/3: micro-batch 1 of 4, 41 tokens/s"
     # two steps of 200 s are left after the first, of which 150 s are over
-    assert shown[-1] == "step 2/3: micro-batch 3 of 4, 41 tokens/s, 4 min left, ends about 12:04, loss 3.250"
+    assert shown[-1] == "step 2/3: micro-batch 3 of 4, 41 tokens/s, 4 min left, ends about 12:04 UTC, loss 3.250"
     assert "\n" not in screen.getvalue()
