@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from finetune import checks, cli
+from finetune.checks.device import same_bits
 from finetune.checks.preflight import Preflight
 from finetune.checks.show import require_checks
 from finetune.config.load import load_config
@@ -54,9 +56,10 @@ def main() -> None:
         terminal.status(f"reading {config.dataset.train_file}")
         terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
         terminal.table("plan", plan_lines(preflight.plan), preflight.plan.problems)
-        require_checks(preflight, skipped, options.dry_run, terminal)
+        results = require_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
-            train(preflight, run, skipped, options.resume_changed, terminal)
+            looked = {"skipped_checks": sorted(skipped), "same_bits": same_bits(results)}
+            train(preflight, run, looked, options.resume_changed, terminal)
         if options.json:
             cli.print_json(read_manifest(run.folder) if run else preflight.plan.as_dict())
     finally:
@@ -65,7 +68,7 @@ def main() -> None:
             run.close()
 
 
-def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_changes: bool, terminal: Terminal) -> None:
+def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes: bool, terminal: Terminal) -> None:
     from finetune.results import export, self_test, show
     from finetune.runs import manifest, resume
     from finetune.training import job as training_job
@@ -73,8 +76,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_change
 
     config, prepared, steps = preflight.config, preflight.prepared, preflight.plan.steps
     facts = manifest.describe(config, prepared, hardware(preflight.platform, preflight.machine))
-    plan = {"skipped_checks": sorted(skipped), "plan": preflight.plan.as_dict()}
-    record = manifest.Manifest(run, facts | plan)
+    record = manifest.Manifest(run, facts | looked | {"plan": preflight.plan.as_dict()})
     fingerprint = manifest.fingerprint(config, prepared)
     decision = resume.decide(run.checkpoints, fingerprint)
     set_aside = resume.apply(decision, accept_changes, terminal)
@@ -83,7 +85,7 @@ def train(preflight: Preflight, run: Run, skipped: frozenset[str], accept_change
     terminal.status(f"loading {config.model.name}")
     job = training_job.load_job(run, config, prepared, terminal)
     untrained = self_test.before_training(job.model)
-    outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in skipped, terminal)
+    outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in looked["skipped_checks"], terminal)
     manifest.write_config(run, config, prepared)
     record.started(decision, set_aside, outlook.layers, outlook.measured)
 

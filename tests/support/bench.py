@@ -34,7 +34,7 @@ from finetune.machine.platforms import PLATFORMS
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
 from support.recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
-from support.stand_ins import by_document, install_flash_attn, install_varlen_attn
+from support.stand_ins import by_document, install_flash_attn, install_varlen_attn, small
 
 MACHINES = {"h100": (H100, H100_TORCH), "m4": (M4, M4_TORCH), "cpu": (LINUX, LINUX_TORCH)}
 TOKENIZER = functools.cache(tokenizer.mistral_tokenizer)
@@ -133,6 +133,10 @@ class Bench:
         self.patch.setitem(PLATFORMS, self.platform, replace(PLATFORMS[self.platform], device="cpu"))
         install_flash_attn(self.patch, by_document)
         install_varlen_attn(self.patch)
+        for name, _ in PLATFORMS[self.platform].variables:
+            self.patch.setenv(name, "")  # which a check sets: so that afterwards it is what it was
+            self.patch.delenv(name)
+        small(self.patch)
 
     # What a fault may change ------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import bitsandbytes
 
 from finetune.checks import host, paths, preflight
+from finetune.checks.device import REPEATABLE
 from finetune.checks.numerics import linear, optimizer
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
@@ -568,6 +569,12 @@ FAULTS = (
           fail("device.flash_attention",
                "flash-attn over two packed documents is 9.8e-01 from attention over each alone, wanted at most 0.03",
                BUILD)),
+    fault("flash-attn adds up in any order", "h100",
+          lambda b: b.patch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0"),
+          warn("device.deterministic",
+               "flash_attention_2 over packed documents: other bits each time in attention's gradient of the input, "
+               "attention's gradient of q_proj.lora_A, attention's gradient of q_proj.lora_B and 3 more",
+               REPEATABLE)),
 
     # Folders and disk
     fault("output.dir cannot be made", "cpu", lambda b: b.set(f"output.dir={b.train_file}/adapters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import inspect
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import modeling_utils
+from transformers import modeling_flash_attention_utils, modeling_utils
+
+from finetune.checks.numerics import repeat
 
 
 def attention(q: Any, k: Any, v: Any, causal: bool = True) -> Any:
@@ -36,13 +39,58 @@ def across_documents(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
 
 
 def install_flash_attn(patch: pytest.MonkeyPatch, function: Callable[..., Any] | None) -> None:
-    """A module flash_attn with this function; None: it is not installed."""
-    module: Any = None
-    if function is not None:
-        module = ModuleType("flash_attn")
-        module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-        module.flash_attn_varlen_func = function
+    """A module flash_attn with this function, which transformers takes on a CPU too; None: it is not installed.
+
+    Its arguments are as those of 2.8.3. As there, the gradient of queries is another each time unless `deterministic`.
+    """
+    if function is None:
+        patch.setitem(sys.modules, "flash_attn", None)
+        return
+
+    def varlen(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool = False,
+        deterministic: bool = False,
+        **_: Any,
+    ) -> Any:
+        q = q if deterministic else Unordered.apply(q)
+        return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal)
+
+    module: Any = ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    module.flash_attn_varlen_func = varlen
     patch.setitem(sys.modules, "flash_attn", module)
+    patch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    patch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (None, varlen, None, None, None))
+    patch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+
+
+def small(patch: pytest.MonkeyPatch) -> None:
+    """A layer and documents of a size for a CPU, in the check of repeated bits."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    patch.setattr(repeat, "SHAPE", {"hidden_size": 64, "intermediate_size": 128, **heads})
+    patch.setattr(repeat, "DOCUMENTS", (3, 5))
+    patch.setattr(repeat, "PASSES", 2)
+
+
+class Unordered(torch.autograd.Function):
+    """Its input forward; backward a gradient whose last bit differs from call to call, as of a sum by atomicAdd."""
+
+    calls = itertools.count()
+
+    @staticmethod
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (1 + 2**-8 * (next(Unordered.calls) % 2))
 
 
 def keep_no_random_numbers(patch: pytest.MonkeyPatch) -> None:

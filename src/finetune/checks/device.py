@@ -1,15 +1,16 @@
-"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, recomputed layers, attention."""
+"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, recomputed layers, attention, bits."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.checks.preflight import Preflight
-from finetune.checks.runner import Check, Finding, failed, passed, skipped
+from finetune.checks.runner import Check, Finding, Result, failed, passed, skipped, warned
 from finetune.cli import PYTHON, advice
 from finetune.machine.platforms import names, quantised_on
-from finetune.wording import first_line
+from finetune.wording import first_line, listed
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
 # on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
@@ -100,16 +101,44 @@ def _recompute(preflight: Preflight) -> Finding:
     return _judged(text, distance, TOLERANCE["float32"], fix)
 
 
+def _deterministic(preflight: Preflight) -> Finding:
+    if _flash_attention(preflight).status == "fail":
+        return skipped("needs device.flash_attention")
+    from finetune.checks.numerics.repeat import differing
+    from finetune.machine.device import compute_repeatably, forget_memory
+
+    compute_repeatably(preflight.platform)
+    differ = differing(preflight.config, preflight.platform.device)
+    forget_memory(preflight.platform)
+    what = f"{preflight.config.model.attn_implementation} over packed documents"
+    if differ:
+        return warned(f"{what}: other bits each time in {listed(differ, 3)}", REPEATABLE)
+    return passed(f"{what}: the same bits each time, as of a decoder layer")
+
+
+def same_bits(results: Iterable[Result]) -> str | None:
+    """Whether a training repeats its bits here, for the manifest: what device.deterministic found, if it looked."""
+    looked = (it for it in results if it.id == "device.deterministic" and it.status in ("pass", "warn"))
+    return next((it.detail for it in looked), None)
+
+
 ACCELERATED, FLASH = names(lambda row: row.accelerated), names(lambda row: "flash_attention_2" in row.attentions)
 DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
-QLORA = "NF4 there and back, and a QLoRA step with the base held as configured, against fp32"
+NVIDIA = names(lambda row: row.nvidia)
+QLORA = "NF4 there and back, and a QLoRA step of few and of many rows with the base held as configured, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
 RECOMPUTE = "gradients with layers computed again and kept whole: dropout's masks are the same"
 ATTENTION = "flash-attn or torch_varlen, as the config asks: forward and backward over packed documents"
+REPEATABLE = (
+    "nothing, if a resumed run may end with other bits; else unset FLASH_ATTENTION_DETERMINISTIC and "
+    "--set model.attn_implementation=flash_attention_2"
+)
+DETERMINISTIC = "attention and a decoder layer, several times over packed documents: the same bits, or what differs"
 CHECKS = (
     Check("device.qlora", QLORA, _qlora, needs=DEVICE),
     Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),
     Check("device.optimizer", OPTIMIZER, _optimizer, ACCELERATED, DEVICE),
     Check("device.recompute", RECOMPUTE, _recompute, needs=DEVICE),
     Check("device.flash_attention", ATTENTION, _flash_attention, FLASH, DEVICE),
+    Check("device.deterministic", DETERMINISTIC, _deterministic, NVIDIA, DEVICE, level="warn"),
 )

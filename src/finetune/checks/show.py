@@ -16,7 +16,7 @@ STATUSES = {"pass": ("pass", "green"), "warn": ("WARN", "yellow"), "fail": ("FAI
 DETAIL_COLUMN = 33  # where what a check found begins
 
 
-def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> None:
+def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> list[Result]:
     """Make the checks of `scripts/validate_environment.py`, of a dry run those of data and tokens; show warnings.
 
     Raises CheckFailed with all that failed.
@@ -36,6 +36,7 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
         lines = (f"  {result.id}: {result.detail}\n    {result.fix}" for result in failed)
         fix = f"mend that, or leave it out: --skip {','.join(result.id for result in failed)}"
         raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *lines]), fix, between="\n")
+    return results
 
 
 def show_result(terminal: Terminal, result: Result) -> None:

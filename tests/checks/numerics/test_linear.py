@@ -59,6 +59,18 @@ def test_a_4_bit_layer_that_computes_something_else_is_seen(
     assert linear.qlora_step("cpu", dtype, "packed") > most
 
 
+@pytest.mark.parametrize("wrong", [lambda rows: rows <= 1536, lambda rows: rows > 1536])
+def test_either_kernel_of_bitsandbytes_on_an_h100_is_tried(
+    wrong: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """_gemm_4bit_custom_max_m of bitsandbytes 0.50.2 is 1,536."""
+    real = bitsandbytes.nn.Linear4bit.forward
+    monkeypatch.setattr(
+        bitsandbytes.nn.Linear4bit, "forward", lambda layer, x: real(layer, x) * (0.5 if wrong(len(x)) else 1)
+    )
+    assert linear.qlora_step("cpu", BF16, "packed") > TOLERANCE["bfloat16"]
+
+
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda y: y * 0.5, lambda y: y * float("nan")])
 def test_an_expanded_layer_that_computes_something_else_is_seen(
     change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,10 @@ from finetune.machine.platforms import quantised_on
 # a broken kernel loses either nothing or everything.
 NF4_LOSS = (0.06, 0.13)
 
+# Of a step. On an H100 bitsandbytes (0.50) multiplies few rows by a kernel that unpacks as it goes, and more than 1,536
+# by unpacking the whole weight first (gemm_4bit in its backends/cuda/ops.py): a micro-batch takes the second.
+ROWS = (16, 2048)
+
 
 def nf4_loss(device: str) -> float:
     """Root mean square of what NF4 with double quantisation loses of normal weights, as a share of their deviation."""
@@ -26,12 +30,12 @@ def nf4_loss(device: str) -> float:
 def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
     """Forward, backward and one AdamW step of a LoRA pair beside one NF4 layer, held as `storage` says.
 
-    The worse distance of two: the stepped weights, and the gradient of the input, which goes through that layer.
+    The worst distance of the stepped weights and the gradient of the input, which goes through that layer, of ROWS.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(64, 128, generator=generator) * 0.02
-    inputs = torch.randn(16, 128, generator=generator)
     down, up = torch.randn(8, 128, generator=generator) * 0.1, torch.randn(64, 8, generator=generator) * 0.1
+    inputs = torch.randn(max(ROWS), 128, generator=generator)
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weights.clone(), requires_grad=False, quant_type="nf4")
     layer = layer.to(quantised_on(device))
@@ -42,10 +46,12 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
         linear.weight = torch.nn.Parameter(dequantised.to(device, dtype), requires_grad=False)
         return linear
 
-    def step(base: torch.nn.Module, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step(
+        rows: int, base: torch.nn.Module, device: str, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         pair = [torch.nn.Parameter(values.clone().to(device)) for values in (down, up)]
         optimizer = torch.optim.AdamW(pair, lr=0.1, eps=1.0)  # a large eps: the step follows the gradient's size too
-        x = inputs.to(device, dtype).requires_grad_()
+        x = inputs[:rows].to(device, dtype).requires_grad_()
         output = base(x) + (x @ pair[0].to(dtype).T) @ pair[1].to(dtype).T
         output.float().square().mean().backward()
         optimizer.step()
@@ -53,8 +59,12 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
         return torch.cat(moved), x.grad
 
     base = plain(device, dtype) if storage == "expanded" else layer.to(device)
-    found, wanted = step(base, device, dtype), step(plain("cpu", torch.float32), "cpu", torch.float32)
-    return max(distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    reference = plain("cpu", torch.float32)
+    distances = []
+    for rows in ROWS:
+        found, wanted = step(rows, base, device, dtype), step(rows, reference, "cpu", torch.float32)
+        distances += [distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    return max(distances)
 
 
 def bfloat16_product(device: str) -> float:

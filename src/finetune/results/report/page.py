@@ -223,6 +223,8 @@ def _facts(run: Evidence) -> Iterator[tuple[str, str]]:
     """What the run was, in short lines: base, machine, versions and hashes."""
     yield "base", " at ".join(str(part) for part in (run.get("base_model") or {}).values() if part)
     yield "machine", ", ".join(f"{name} {value}" for name, value in (run.get("hardware") or {}).items() if value)
+    if run.get("same_bits"):
+        yield "repeated", str(run.get("same_bits"))
     yield "program", str(run.get("git_commit") or "not a git clone")
     yield "libraries", ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
     yield "config sha256", str(run.get("config_sha256") or "not recorded")
