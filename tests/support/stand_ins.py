@@ -47,7 +47,7 @@ def install_flash_attn(patch: pytest.MonkeyPatch, function: Callable[..., Any] |
         patch.setitem(sys.modules, "flash_attn", None)
         return
 
-    def varlen(
+    def flash(
         q: Any,
         k: Any,
         v: Any,
@@ -64,10 +64,10 @@ def install_flash_attn(patch: pytest.MonkeyPatch, function: Callable[..., Any] |
 
     module: Any = ModuleType("flash_attn")
     module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    module.flash_attn_varlen_func = varlen
+    module.flash_attn_varlen_func = flash
     patch.setitem(sys.modules, "flash_attn", module)
     patch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
-    patch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (None, varlen, None, None, None))
+    patch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: (None, flash, None, None, None))
     patch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from finetune.config.schema import Config
+from finetune.model.attention import register
 from finetune.model.lora import add_lora
 
 # A layer of Mistral-7B over two packed documents: enough that a GPU divides its sums among its blocks.
@@ -25,6 +26,7 @@ def differing(config: Config, device: str) -> list[str]:
     LoRA's weights. With the config's attention, dtype and LoRA, on random weights that are not quantised. Raises
     ImportError where that attention is not installed.
     """
+    register()
     shape = MistralConfig(
         **SHAPE, vocab_size=8, num_hidden_layers=1, attn_implementation=config.model.attn_implementation
     )
