@@ -149,6 +149,7 @@ def test_the_manifest_says_what_the_run_was(finished: Finished) -> None:
     assert manifest["adapter_sha256"] == sha256(finished.folder / "adapter_model.safetensors")
     assert (manifest["steps"], manifest["stopped_early"], manifest["samples"]) == (STEPS, False, [])
     assert manifest["hardware"]["platform"] == "cpu"
+    assert manifest["same_bits"] is None  # only a GPU is asked
     assert min(manifest[name] for name in ("tokens_per_second", "peak_memory_gib", "seconds")) > 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finetune import checks
+from finetune.checks.device import same_bits
 from finetune.checks.numerics import linear
 from finetune.checks.runner import Result, run
 from finetune.cli import PYTHON
@@ -57,6 +58,14 @@ def test_where_nothing_is_wrong_nothing_is_found(
     skips = {it.id: it.detail for it in healthy[platform] if it.status == "skip"}
     skips.pop("plan.hours", None)  # what was measured of speed decides that
     assert skips == skipped
+
+
+def test_what_repeats_on_a_gpu_is_told_to_the_manifest(healthy: dict[str, list[Result]]) -> None:
+    assert {platform: same_bits(results) for platform, results in healthy.items()} == {
+        "h100": "flash_attention_2 over packed documents: the same bits each time, as of a decoder layer",
+        "m4": None,
+        "cpu": None,
+    }
 
 
 @pytest.mark.parametrize("planted", FAULTS, ids=lambda planted: planted.name.replace(" ", "_"))

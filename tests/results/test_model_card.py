@@ -36,6 +36,7 @@ MANIFEST: dict[str, Any] = {
     "versions": {"torch": "2.10.0", "peft": "0.21.2"},
     "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
     "git_commit": "abc123",
+    "same_bits": "sdpa over packed documents: other bits each time in attention's output",
     "skipped_checks": [],
     "starts": [],
     "steps": 1920,
@@ -172,6 +173,8 @@ def test_the_card_says_what_the_manifest_says(h100: Config) -> None:
         "| sequences an optimizer step | 16 |",
         "- 1,920 steps in 3.50 hours; 5,400 tokens/s, at most 12.9 GiB",
         "- hardware: `platform h100, gpu NVIDIA H100 80GB HBM3`",
+        "- repeated on that hardware before the run: "
+        "`sdpa over packed documents: other bits each time in attention's output`",
         "- versions: `torch 2.10.0, peft 0.21.2`",
         f"- adapter sha256 `{'a' * 64}`",
     ):
@@ -185,11 +188,13 @@ def test_no_conversation_and_no_answer_stands_in_the_card(h100: Config) -> None:
 
 
 def test_what_was_not_measured_or_known_is_said_so(h100: Config) -> None:
-    text = model_card(h100, MANIFEST | {"eval_loss_before": None, "git_commit": None, "stopped_early": True})
+    unknown = {"eval_loss_before": None, "git_commit": None, "same_bits": None}
+    text = model_card(h100, MANIFEST | unknown | {"stopped_early": True})
     assert "| before training | not measured |\n" in text
     assert "- program's commit: `not known`\n" in text
     assert "- 1,920 steps in 3.50 hours, stopped early; " in text
     assert "loaded again and tested" not in text
+    assert "repeated" not in text
 
 
 def test_the_self_tests_verdict_is_in_the_card_where_there_is_one(h100: Config) -> None:

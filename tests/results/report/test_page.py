@@ -55,7 +55,8 @@ def test_the_page_of_a_complete_run_begins_with_the_verdict_and_shows_all_parts(
     memory = "most memory, GiB, by the plan 11.50 11.90 +3%"
     assert page.order("optimizer steps 40 40 same", memory, "minutes 30.0 40.0 +33%")
     assert page.order("killed steps 0 to 25 2026-03-01 12:00 UTC, 20 min", "complete steps 20 to 40")
-    assert page.order("pass finite 28 of 28 tensors", "abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
+    assert page.order("pass finite 28 of 28 tensors", "the same bits each time", "abc1234")
+    assert page.order("abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
 
 
 def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) -> None:
