@@ -331,7 +331,7 @@ DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer", "device.recompu
     [
         (lambda it: it.check_imports_remote(), "h100", [*LIBRARIES, "gpu.torch", "device.flash_attention"]),
         (lambda it: it.check_imports_m4(), "m4", [*LIBRARIES, "mac.torch", "device.qlora"]),
-        (lambda it: it.check_gpu("h100"), "h100", [*GPU, *DEVICE, "device.flash_attention"]),
+        (lambda it: it.check_gpu("h100"), "h100", [*GPU, *DEVICE, "device.flash_attention", "device.deterministic"]),
         (lambda it: it.check_gpu("m4"), "m4", [*MAC, *DEVICE]),
     ],
 )
