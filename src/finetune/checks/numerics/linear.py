@@ -13,7 +13,7 @@ from finetune.machine.platforms import quantised_on
 NF4_LOSS = (0.06, 0.13)
 
 # Of a step. On an H100 bitsandbytes (0.50) multiplies few rows by a kernel that unpacks as it goes, and more than 1,536
-# by unpacking the whole weight first (gemm_4bit in its backends/cuda/ops.py): a micro-batch takes the second.
+# by unpacking the whole weight first (`gemm_4bit` in its CUDA backend): a micro-batch takes the second.
 ROWS = (16, 2048)
 
 
