@@ -43,7 +43,8 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_ur
 @pytest.mark.parametrize(
     ("platform", "skipped"),
     [
-        ("h100", {"model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
+        ("h100", {"device.attention": "model.attn_implementation is flash_attention_2",
+            "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
         ("m4", {"container.shm": "not in a container", "container.init": "not in a container",
             "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
         ("cpu", {"container.shm": "not in a container", "container.init": "not in a container",

@@ -324,6 +324,8 @@ LIBRARIES = ["libraries.versions", "libraries.imports"]
 MAC = [check.id for check in checks.CHECKS if check.id.startswith("mac.")]
 GPU = [check.id for check in checks.CHECKS if check.id.startswith("gpu.")]
 DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer", "device.recompute"]
+KERNELS = ["device.loss", "device.attention"]
+REMOTE_KERNELS = ["device.triton", *KERNELS, "device.flash_attention", "device.deterministic"]
 
 
 @pytest.mark.parametrize(
@@ -331,8 +333,8 @@ DEVICE = ["device.qlora", "device.bfloat16", "device.optimizer", "device.recompu
     [
         (lambda it: it.check_imports_remote(), "h100", [*LIBRARIES, "gpu.torch", "device.flash_attention"]),
         (lambda it: it.check_imports_m4(), "m4", [*LIBRARIES, "mac.torch", "device.qlora"]),
-        (lambda it: it.check_gpu("h100"), "h100", [*GPU, *DEVICE, "device.flash_attention", "device.deterministic"]),
-        (lambda it: it.check_gpu("m4"), "m4", [*MAC, *DEVICE]),
+        (lambda it: it.check_gpu("h100"), "h100", [*GPU, *DEVICE, *REMOTE_KERNELS]),
+        (lambda it: it.check_gpu("m4"), "m4", [*MAC, *DEVICE, *KERNELS]),
     ],
 )
 def test_the_specifications_functions_are_selections_from_the_registry(

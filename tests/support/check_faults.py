@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ import bitsandbytes
 
 from finetune.checks import host, paths, preflight
 from finetune.checks.device import REPEATABLE
-from finetune.checks.numerics import linear, optimizer
+from finetune.checks.numerics import linear, loss, optimizer
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
 from finetune.files import write_json
@@ -27,7 +28,14 @@ from finetune.runs import receipt
 from finetune.runs.checkpoints import set_aside
 from support.bench import Bench, Clock, conversations, watermarks
 from support.recorded import A100_40, A100_80, BUSY, GH200, INTEL_MAC, LINUX, M2_32, M4, M4_16, ROSETTA, RTX_4090, T4
-from support.stand_ins import across_documents, install_flash_attn, install_varlen_attn, keep_no_random_numbers
+from support.stand_ins import (
+    across_documents,
+    install_flash_attn,
+    install_varlen_attn,
+    keep_no_random_numbers,
+    see_the_future,
+    write_side_by_side,
+)
 
 
 class Found(NamedTuple):
@@ -155,6 +163,15 @@ def nf4_gives_zeros(bench: Bench) -> None:
 def half_of_every_product(bench: Bench) -> None:
     real = bitsandbytes.nn.Linear4bit.forward
     bench.patch.setattr(bitsandbytes.nn.Linear4bit, "forward", lambda layer, x: real(layer, x) / 2)
+
+
+def triton_cannot_load_what_it_made(bench: Bench) -> None:
+    """As from a folder that is mounted noexec (pytorch#123054)."""
+
+    def made(*_: object) -> float:
+        raise ImportError("cuda_utils.so: failed to map segment from shared object")
+
+    bench.patch.setattr(loss, "chunked_loss", made)
 
 
 def flash_attention_of_another_torch(bench: Bench) -> None:
@@ -553,6 +570,20 @@ FAULTS = (
                "the gradient through layers computed again is 2.3e-01 from that through layers kept whole, wanted at "
                "most 0.0001",
                f"{NEW_VENV}  or train without dropout: --set lora.lora_dropout=0")),
+    fault("a cache that programs may not be run from", "h100", triton_cannot_load_what_it_made,
+          fail("device.triton",
+               "Triton's kernels cannot be made: cuda_utils.so: failed to map segment from shared object",
+               f"sudo apt install build-essential python{sysconfig.get_python_version()}-dev (compiler and headers), "
+               "sudo ldconfig (libcuda.so.1), or export TRITON_CACHE_DIR=FOLDER (a disk that is not full, read-only or "
+               "noexec)")),
+    fault("Triton's kernels compute something else", "h100",
+          lambda b: b.patch.setattr(loss, "chunked_loss", lambda *_: 0.5),
+          fail("device.triton", "TRL's loss in float32 is 5.0e-01 from plain cross entropy, wanted at most 0.0001",
+               REINSTALL)),
+    fault("products into a strided tile are written side by side", "m4", lambda b: write_side_by_side(b.patch),
+          fail("device.loss", "TRL's loss in bfloat16 is 2.0e-01 from plain cross entropy, wanted at most 0.03", NEW_VENV)),
+    fault("causal attention sees the future", "m4", lambda b: see_the_future(b.patch),
+          fail("device.attention", "torch's attention in bfloat16 is 1.1e+00 from fp32, wanted at most 0.03", NEW_VENV)),
     fault("flash-attn is not installed", "h100", lambda b: install_flash_attn(b.patch, None),
           fail("device.flash_attention", "flash-attn is not installed", BUILD)),
     fault("flash-attn is built for another torch", "h100", flash_attention_of_another_torch,

@@ -98,6 +98,25 @@ def keep_no_random_numbers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(modeling_utils, "checkpoint", partial(modeling_utils.checkpoint, preserve_rng_state=False))
 
 
+def write_side_by_side(patch: pytest.MonkeyPatch) -> None:
+    """Products that torch.mm writes to `out` ignore its strides, as reported of MPS (pytorch#104832)."""
+
+    def mm(left: Any, right: Any, out: Any) -> None:
+        out.zero_().as_strided(out.shape, (out.shape[1], 1)).copy_(left @ right)
+
+    patch.setattr(torch, "mm", mm)
+
+
+def see_the_future(patch: pytest.MonkeyPatch, with_gradient: bool = False) -> None:
+    """Causal attention in bfloat16 sees all tokens, without a gradient or with one (pytorch#195910, of MPS)."""
+
+    def attend(*values: Any, is_causal: bool = False, **how: Any) -> Any:
+        wrong = values[0].dtype == torch.bfloat16 and torch.is_grad_enabled() == with_gradient
+        return scaled_dot_product_attention(*values, is_causal=is_causal and not wrong, **how)
+
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+
+
 class Deaf(torch.autograd.Function):
     """Its input forward, and no gradient backward."""
 

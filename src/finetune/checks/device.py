@@ -1,8 +1,10 @@
-"""What the device computes, by doing: NF4 and LoRA, bfloat16, the optimizer, recomputed layers, attention, bits."""
+"""What the device computes, by doing: NF4 and LoRA, optimizer, recomputed layers, loss, attention; and its bits."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +29,12 @@ PACKED_ATTENTION = {
     "flash_attention_2": ("flash-attn", BUILD_FLASH_ATTENTION, "torch_varlen"),
     "torch_varlen": ("torch's varlen_attn", None, "sdpa"),
 }
+TRITON = advice(
+    f"sudo apt install build-essential python{sysconfig.get_python_version()}-dev (compiler and headers), "
+    "sudo ldconfig (libcuda.so.1), or export TRITON_CACHE_DIR=FOLDER (a disk that is not full, read-only or noexec)",
+    "docker compose build --no-cache (compiler and headers), docker compose run --rm validate (libcuda.so.1 comes with "
+    "the GPU), or run it with -e TRITON_CACHE_DIR=FOLDER (a disk that is not full, read-only or noexec)",
+)
 
 
 def _qlora(preflight: Preflight) -> Finding:
@@ -70,6 +78,43 @@ def _optimizer(preflight: Preflight) -> Finding:
     text = f"three steps of {name} are {distance:.1e} from PyTorch's AdamW"
     most = OPTIMIZER_TOLERANCE.get(name, TOLERANCE["float32"])
     return _judged(text, distance, most, preflight.platform.repair)
+
+
+def _triton(preflight: Preflight) -> Finding:
+    import torch
+
+    from finetune.checks.numerics.loss import chunked_loss
+
+    try:
+        distance = chunked_loss(preflight.platform.device, torch.float32)
+    except (ImportError, OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
+        return failed(f"Triton's kernels cannot be made: {first_line(error)}", TRITON)
+    text = f"TRL's loss in float32 is {distance:.1e} from plain cross entropy"
+    return _judged(text, distance, TOLERANCE["float32"], preflight.platform.repair)
+
+
+def _loss(preflight: Preflight) -> Finding:
+    import torch
+
+    from finetune.checks.numerics.loss import chunked_loss
+
+    dtype = preflight.config.model.dtype
+    distance = chunked_loss(preflight.platform.device, getattr(torch, dtype))
+    text = f"TRL's loss in {dtype} is {distance:.1e} from plain cross entropy"
+    return _judged(text, distance, TOLERANCE[dtype], preflight.platform.repair)
+
+
+def _attention(preflight: Preflight) -> Finding:
+    import torch
+
+    model = preflight.config.model
+    if model.attn_implementation != "sdpa":
+        return skipped(f"model.attn_implementation is {model.attn_implementation}")
+    from finetune.checks.numerics.attention import sdpa
+
+    distance = sdpa(preflight.platform.device, getattr(torch, model.dtype))
+    text = f"torch's attention in {model.dtype} is {distance:.1e} from fp32"
+    return _judged(text, distance, TOLERANCE[model.dtype], preflight.platform.repair)
 
 
 def _flash_attention(preflight: Preflight) -> Finding:
@@ -127,6 +172,11 @@ DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 NVIDIA = names(lambda row: row.nvidia)
 QLORA = "NF4 there and back, and a QLoRA step of few and of many rows with the base held as configured, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
+KERNELS = "TRL's loss in fp32, whose Triton kernels are made here, against plain cross entropy"
+LOSS = "TRL's loss and its gradient in the config's dtype, as the trainer calls it, against plain cross entropy"
+SDPA = (
+    "torch's attention, where the config asks for it: causal and block mask, with a gradient and without, against fp32"
+)
 RECOMPUTE = "gradients with layers computed again and kept whole: dropout's masks are the same"
 ATTENTION = "flash-attn or torch_varlen, as the config asks: forward and backward over packed documents"
 REPEATABLE = (
@@ -139,6 +189,9 @@ CHECKS = (
     Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),
     Check("device.optimizer", OPTIMIZER, _optimizer, ACCELERATED, DEVICE),
     Check("device.recompute", RECOMPUTE, _recompute, needs=DEVICE),
+    Check("device.triton", KERNELS, _triton, NVIDIA, (*DEVICE, "gpu.compiler")),
+    Check("device.loss", LOSS, _loss, ACCELERATED, (*DEVICE, "device.triton")),
+    Check("device.attention", SDPA, _attention, ACCELERATED, DEVICE),
     Check("device.flash_attention", ATTENTION, _flash_attention, FLASH, DEVICE),
     Check("device.deterministic", DETERMINISTIC, _deterministic, NVIDIA, DEVICE, level="warn"),
 )

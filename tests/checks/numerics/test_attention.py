@@ -6,10 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.checks.device import TOLERANCE
-from finetune.checks.numerics.attention import packed_attention
-from support.stand_ins import Deaf, across_documents, by_document, install_flash_attn, install_varlen_attn
+from finetune.checks.numerics.attention import packed_attention, sdpa
+from support.stand_ins import (
+    Deaf,
+    across_documents,
+    by_document,
+    install_flash_attn,
+    install_varlen_attn,
+    see_the_future,
+)
 
 
 def sees_the_future(*packed: Any, **_: Any) -> Any:
@@ -44,3 +52,34 @@ def test_without_flash_attn_it_is_an_import_error(monkeypatch: pytest.MonkeyPatc
     install_flash_attn(monkeypatch, None)
     with pytest.raises(ImportError):
         packed_attention("flash_attention_2", "cpu")
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-5), (torch.bfloat16, 1e-3, 0.015)])
+def test_torchs_attention_is_right_but_for_rounding(dtype: torch.dtype, least: float, most: float) -> None:
+    assert least < sdpa("cpu", dtype) < most <= TOLERANCE["bfloat16"] / 2
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_attention_that_sees_the_future_with_or_without_a_gradient_is_seen(
+    with_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    see_the_future(monkeypatch, with_gradient)
+    assert sdpa("cpu", torch.bfloat16) > 10 * TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("changed", ["attn_mask", "scale", "enable_gqa"])
+def test_a_mask_a_scale_or_grouped_heads_that_are_not_heeded_are_seen(
+    changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def deaf(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        if changed == "enable_gqa":  # every head of queries has the one head of keys: take another for some
+            k = torch.cat([k, *([k.flip(2)] * 3)], 1) if k.shape[1] == 1 else k.roll(1, 2)
+            v = v.expand(-1, 4, -1, -1)
+        elif how.get("attn_mask") is not None or changed == "scale":
+            how[changed] = {"attn_mask": None, "scale": 1.0}[changed]
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", deaf)
+    assert sdpa("cpu", torch.bfloat16) > 10 * TOLERANCE["bfloat16"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from finetune.checks.numerics import linear
-from finetune.checks.numerics.attention import packed_attention
+from finetune.checks.numerics.attention import packed_attention, sdpa
 from finetune.checks.numerics.compare import distance
+from finetune.checks.numerics.loss import chunked_loss
 from finetune.checks.numerics.optimizer import optimizer_step
 from support.stand_ins import by_document, install_flash_attn, install_varlen_attn
 
@@ -39,6 +40,8 @@ def test_distance_is_the_largest_difference_over_the_largest_value(
         linear.bfloat16_product,
         partial(packed_attention, "flash_attention_2"),
         partial(packed_attention, "torch_varlen"),
+        partial(sdpa, dtype=torch.float32),
+        partial(chunked_loss, dtype=torch.float32),
         *(partial(optimizer_step, name) for name in ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")),
     ],
 )

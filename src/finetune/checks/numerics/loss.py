@@ -1,0 +1,39 @@
+"""The loss over the vocabulary, which TRL computes in tiles."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from finetune.checks.numerics.compare import distance
+from finetune.data.template import IGNORED
+
+WIDTH, TOKENS = 128, 256
+
+
+def chunked_loss(device: str, dtype: torch.dtype) -> float:
+    """TRL's loss and its gradient, as its trainer calls it, against plain cross entropy in fp32 on the CPU.
+
+    Over Mistral's 32,000 tokens, which TRL multiplies into a tile of 32,768 columns (on CUDA with Triton's kernels, on
+    other devices with torch's); a third of the labels carry no loss. The worse of the two distances.
+    """
+    shape = MistralConfig(hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=0)
+    generator = torch.Generator().manual_seed(0)
+    plain = MistralForCausalLM(shape)  # a norm and a head
+    plain.lm_head.weight.data = torch.randn(shape.vocab_size, WIDTH, generator=generator) * 0.2
+    inputs = torch.randn(1, TOKENS, WIDTH, generator=generator)
+    labels = torch.randint(shape.vocab_size, (1, TOKENS), generator=generator)
+    labels[:, ::3] = IGNORED
+    chunked = copy.deepcopy(plain).to(device, dtype)
+    add_fused_lm_head(chunked, outputs=("log_probs", "entropy", "is_top1"))
+
+    wanted = inputs.clone().requires_grad_()
+    reference = plain(inputs_embeds=wanted, labels=labels).loss
+    reference.backward()
+    found = inputs.to(device, dtype, copy=True).requires_grad_()
+    loss = chunked(inputs_embeds=found, labels=labels.to(device), fused_lm_head=True).loss
+    loss.backward()
+    return max(distance(loss, reference), distance(found.grad, wanted.grad))
