@@ -65,6 +65,7 @@ RULES: dict[str, Here | By | Needs] = {
     "./scripts/quickstart.sh": By(".ci/run", "./scripts/quickstart.sh"),
     "./scripts/test.sh": By(".ci/run", "./scripts/test.sh --slow"),
     "./scripts/test.sh --slow": By(".ci/run", "./scripts/test.sh --slow"),
+    "./scripts/test.sh --h100-torch": By(".ci/run", "./scripts/test.sh --h100-torch"),
     "./scripts/setup_local.sh": By(MAC, "test_on_any_other_linux_it_is_the_environment_of_the_demo"),
     "./scripts/setup_m4.sh": By(MAC, "test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock"),
     "./scripts/run_m4.sh --demo": By(MAC, "test_the_demo_is_made_stopped_after_its_first_checkpoint_and_resumed"),
