@@ -38,7 +38,7 @@ class Case:
             if "lora_B" in name:  # at its start B is zero, and with it A's gradient
                 torch.nn.init.normal_(parameter, std=0.2)
         tokenizer = make_tokenizer(load_chat(None), "right")
-        self.collator = Collator(tokenizer)
+        self.collator = Collator(tokenizer, flat=False)
         sft = training_arguments(config.training, Run(folder / "run", False, None), PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
         self.trainer: Trainer = make_trainer(self.model, tokenizer, Examples(rows, rows, str(train_file)), sft, 0)

@@ -86,25 +86,38 @@ def example(*rows: tuple[int, list[int]], packed: bool) -> dict[str, Any]:
     return {"input_ids": ids, "labels": list(ids), "lines": [line for line, _ in rows], **lengths}
 
 
-def packed_batch() -> dict[str, Any]:
-    return Collator(tokenizer("right"))(
+def packed_batch(flat: bool) -> dict[str, Any]:
+    return Collator(tokenizer("right"), flat)(
         [example((1, [11, 12, 13]), (4, [21, 22]), packed=True), example((2, [31]), (3, [41, 42, 43, 44]), packed=True)]
     )
 
 
-def test_packed_rows_become_one_sequence_whose_positions_begin_again_at_each_row() -> None:
-    batch = packed_batch()
+def test_flat_packed_rows_become_one_sequence_whose_positions_begin_again_at_each_row() -> None:
+    batch = packed_batch(flat=True)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 22, 31, 41, 42, 43, 44]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2, 3]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
 
 
-def test_a_packed_batch_has_no_attention_mask() -> None:
+def test_packed_sequences_that_are_not_flat_stay_apart_and_padding_is_a_row_of_its_own() -> None:
+    tokens = [example((1, [11, 12, 13]), (4, [21]), packed=True), example((2, [31, 32]), packed=True)]
+    batch = Collator(tokenizer("right"), flat=False)(tokens)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 21], [31, 32, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 12, 13, -100], [-100, 32, -100, -100]]
+    assert batch["tokens"] == 6
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_packed_batch_has_no_attention_mask(flat: bool) -> None:
     # transformers takes row ends from position ids only where there is none
-    assert "attention_mask" not in packed_batch()
+    assert "attention_mask" not in packed_batch(flat)
 
 
 def test_no_row_of_a_packed_batch_is_predicted_from_the_row_before() -> None:
-    assert packed_batch()["labels"].tolist() == [[-100, 12, 13, -100, 22, -100, -100, 42, 43, 44]]
+    labels = [[-100, 12, 13, -100, 22, -100, -100, 42, 43, 44]]
+    assert packed_batch(flat=True)["labels"].tolist() == labels
+    assert packed_batch(flat=False)["labels"].tolist() == [labels[0][:5], labels[0][5:]]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +131,7 @@ def test_unpacked_rows_are_padded_on_the_tokenizers_side_without_loss_or_attenti
     side: str, input_ids: list[int], labels: list[int], mask: list[int]
 ) -> None:
     rows = [example((1, [11, 12, 13, 14]), packed=False), example((2, [21, 22]), packed=False)]
-    batch = Collator(tokenizer(side))(rows)
+    batch = Collator(tokenizer(side), flat=False)(rows)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14], input_ids]
     assert batch["labels"].tolist() == [[11, 12, 13, 14], labels]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], mask]
@@ -129,6 +142,9 @@ def test_unpacked_rows_are_padded_on_the_tokenizers_side_without_loss_or_attenti
 def test_a_batch_says_which_lines_its_rows_are_and_has_labels_a_loss_takes(packed: bool) -> None:
     import torch
 
-    batch = Collator(tokenizer("right"))([example((7, [1, 2]), packed=packed), example((3, [1, 2]), packed=packed)])
+    batch = Collator(tokenizer("right"), flat=True)(
+        [example((7, [1, 2]), packed=packed), example((3, [1, 2]), packed=packed)]
+    )
     assert batch["lines"] == [7, 3]
+    assert batch["tokens"] == 4
     assert batch["labels"].dtype == torch.int64  # cross_entropy refuses int32

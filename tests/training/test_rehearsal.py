@@ -47,18 +47,18 @@ from support.training import FINGERPRINT, Case, adapter_weights, same
 
 def test_the_worst_batch_is_the_longest_rows_and_a_padded_epoch_is_the_mean_over_all_orders() -> None:
     lengths = np.array([3, 9, 4, 9, 1, 7])
-    load = train_load(lengths, 2, packed=False)
+    load = train_load(lengths, 2, flat=False)
     assert (load.worst, load.worst_tokens) == ([1, 3], 18)
     longest = [max(pair) for pair in itertools.combinations(lengths.tolist(), 2)]
     assert load.tokens == pytest.approx(len(lengths) * sum(longest) / len(longest))
 
 
 def test_packed_sequences_are_laid_end_to_end_so_that_nothing_is_padded() -> None:
-    assert train_load(np.array([60, 64, 50, 64]), 2, packed=True) == Load([1, 3], 128, 238.0)
+    assert train_load(np.array([60, 64, 50, 64]), 2, flat=True) == Load([1, 3], 128, 238.0)
 
 
 def test_a_batch_larger_than_the_data_is_all_of_the_data() -> None:
-    assert train_load(np.array([5, 6]), 8, packed=False) == Load([1, 0], 12, 12.0)
+    assert train_load(np.array([5, 6]), 8, flat=False) == Load([1, 0], 12, 12.0)
     assert validation_load(np.array([5, 6]), 8) == Load([1, 0], 12, 12)
 
 
@@ -108,8 +108,11 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     data = case.data(config)
     lengths = example_lengths(data)
     steps_per_epoch = -(-len(lengths) // 6)
-    worst = int(np.sort(lengths)[-2:].sum())
-    step = 2.0 * lengths.sum() / worst / steps_per_epoch + 2.0  # each thing that is timed takes 2 s
+    batches_of_two = train_load(lengths, 2, flat=False)  # sdpa's
+    assert batches_of_two.worst_tokens == 2 * lengths.max()
+    step = (
+        2.0 * batches_of_two.tokens / batches_of_two.worst_tokens / steps_per_epoch + 2.0
+    )  # each thing timed takes 2 s
     rows, size = data.validation.lengths, config.training.per_device_eval_batch_size
     batches = [rows[first : first + size] for first in range(0, len(rows), size)]
     all_rows = sum(batch.max() * len(batch) for batch in batches)

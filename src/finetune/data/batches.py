@@ -30,14 +30,14 @@ def example_lengths(prepared: Prepared) -> np.ndarray:
     return np.array([lengths[rows].sum() for rows in prepared.sequences])
 
 
-def train_load(lengths: np.ndarray, batch_size: int, packed: bool) -> Load:
-    """Batches drawn at random from examples of `lengths` tokens; packed ones are laid end to end, others padded.
+def train_load(lengths: np.ndarray, batch_size: int, flat: bool) -> Load:
+    """Batches drawn at random from examples of `lengths` tokens, laid end to end where `flat`, else padded.
 
     A padded batch of b rows has b times the tokens of its longest. Of n rows in ascending order that one is among the
     first i with probability C(i, b) / C(n, b): then all b are.
     """
     worst = _longest(lengths, batch_size)
-    if packed:
+    if flat:
         return Load(worst, int(lengths[worst].sum()), float(lengths.sum()))
     rows = np.arange(len(lengths) + 1)
     among = np.ones(len(rows))

@@ -39,19 +39,28 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Collator:
     """Makes a batch of tensors from examples of `Rows.dataset`.
 
-    Packed examples (those with `seq_lengths`) become one flat sequence [1, tokens] with position ids that start again
-    at each row and no attention mask: that is how transformers and flash-attn know where a row ends. Others are padded
-    to the longest, [rows, tokens], on the tokenizer's `padding_side`. `lines` of the batch names its rows in the file.
+    Packed examples (those with `seq_lengths`) become one sequence [1, tokens] where `flat`, else one sequence an
+    example, [sequences, tokens], padded to the longest. Their position ids start again at each row, and there is no
+    attention mask: that is how transformers and flash-attn know where a row ends. A padding token is a row of its own.
+    Other examples are padded to the longest, [rows, tokens], on the tokenizer's `padding_side`. `lines` of the batch
+    names its rows in the file, `tokens` counts them without padding.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, flat: bool) -> None:
         from transformers import DataCollatorForSeq2Seq
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-        self._flat = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
+        packed = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=flat, return_position_ids=True)
+        self._packed = packed
         self._padded = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORED)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         lines = [line for example in examples for line in example.pop("lines")]
-        batch = self._flat(examples) if "seq_lengths" in examples[0] else self._padded(examples)
-        return {**batch, "lines": lines}
+        tokens = sum(len(example["input_ids"]) for example in examples)
+        if "seq_lengths" in examples[0]:
+            batch = self._packed(examples)
+            batch.pop("attention_mask", None)
+            batch["labels"][batch["position_ids"] == 0] = IGNORED  # no row is predicted from the row before
+        else:
+            batch = self._padded(examples)
+        return {**batch, "lines": lines, "tokens": tokens}

@@ -166,6 +166,11 @@ PLATFORMS = {
 }
 
 
+def lays_flat(attention: str) -> bool:
+    """Whether packed sequences are laid end to end; sdpa would need a mask of all their tokens, so each is a row."""
+    return attention != "sdpa"
+
+
 def names(having: Callable[[Platform], bool]) -> tuple[str, ...]:
     """Names of the platforms for which `having` is true."""
     return tuple(name for name, row in PLATFORMS.items() if having(row))

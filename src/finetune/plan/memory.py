@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.files import GIB
-from finetune.machine.platforms import PLATFORMS, Platform
+from finetune.machine.platforms import PLATFORMS, Platform, lays_flat
 from finetune.plan.model_shape import Geometry
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ TILE_COPIES_BACKWARD, TILE_COPIES_FORWARD = 7.25, 3.25
 class Batch:
     """What goes through the model at once: `rows` of `length` tokens, the padding included.
 
-    `packed`: one row of several sequences that must not see each other.
+    `packed`: each row is of several that must not see each other.
     """
 
     rows: int
@@ -103,7 +103,7 @@ def moments(config: Config, geometry: Geometry) -> dict[str, dict[str, float]]:
         "loss": {
             "activations": kept,
             "attention_mask": sizes.mask(training, whole),
-            "logits": sizes.logits(training, TILE_COPIES_BACKWARD) + sizes.hidden_gradient(training),
+            "logits": sizes.training_logits(training),
         },
         "backward": {
             "activations": last,
@@ -150,9 +150,11 @@ class _Sizes:
         return 2 if self.config.training.fused_kernels else 3
 
     def training_batch(self) -> Batch:
-        """Packed sequences lie one after the other in a single row."""
+        """Packed sequences are laid end to end in a single row, but not under sdpa."""
         rows, length = self.config.training.per_device_train_batch_size, self.config.model.max_seq_length
-        return Batch(1, rows * length, packed=True) if self.config.training.packing else Batch(rows, length)
+        packed = self.config.training.packing
+        flat = packed and lays_flat(self.config.model.attn_implementation)
+        return Batch(1, rows * length, packed) if flat else Batch(rows, length, packed)
 
     def evaluation_batch(self) -> Batch:
         return Batch(self.config.training.per_device_eval_batch_size, self.config.model.max_seq_length)
@@ -201,7 +203,7 @@ class _Sizes:
         Padded rows are SDPA's under torch_varlen too.
         """
         attention = self.config.model.attn_implementation
-        return attention != "flash_attention_2" and (batch.rows > 1 or (batch.packed and attention == "sdpa"))
+        return attention != "flash_attention_2" and (batch.rows > 1 or (batch.packed and not lays_flat(attention)))
 
     def mask(self, batch: Batch, layers: int) -> float:
         """A byte a pair of tokens, and the same mask in the model's dtype, which each layer keeps for its backward."""
@@ -284,14 +286,14 @@ class _Sizes:
         vocabulary = min(self.geometry.vocab_size, TILE_VOCABULARY)
         return tokens * (TILE_VOCABULARY * self.width + (0 if self.platform.nvidia else 4 * copies * vocabulary))
 
-    def logits(self, batch: Batch, copies: float) -> float:
-        """The tile, and a copy of the last hidden states where some tokens are left out of them."""
-        copied = self.platform.nvidia or batch.rows > 1
-        return self.tile_logits(batch, copies) + copied * batch.tokens * self.geometry.hidden_size * self.width
+    def training_logits(self, batch: Batch) -> float:
+        """The tile in the loss's backward, and the gradient of the last hidden states, summed in float32.
 
-    def hidden_gradient(self, batch: Batch) -> float:
-        """Gradient of the last hidden states, summed up over the tiles in float32."""
-        return batch.tokens * self.geometry.hidden_size * 4
+        Of several rows the copied states (see `evaluation`) are there in place of the states, which are gone by then;
+        on a GPU, where that is not measured, they are counted beside them.
+        """
+        states = batch.tokens * self.geometry.hidden_size
+        return self.tile_logits(batch, TILE_COPIES_BACKWARD) + states * (4 + self.platform.nvidia * self.width)
 
     def dequantised(self) -> float:
         """The largest weight, unpacked for one product; with a float32 scale per 64 weights."""
@@ -332,6 +334,7 @@ class _Sizes:
     def evaluation(self, batch: Batch) -> dict[str, float]:
         """By part, the largest of: one layer's MLP, its attention, and the loss.
 
+        Loss: the tile, and a copy of the last hidden states where some tokens are left out of them.
         MLP: the activation function's result and three of up_proj (the base's, the adapter's and their sum), or the
         unpacked weight beside two; the residual and the norm's output. Attention: residual, queries, keys and values,
         repeated, their result.
@@ -340,9 +343,10 @@ class _Sizes:
         a_feature = batch.tokens * self.width
         mlp = a_feature * 2 * (hidden + intermediate) + max(2 * intermediate * a_feature, self.dequantised())
         attention = a_feature * 7 * hidden + 2 * self.attention_weights(batch)
-        logits = self.logits(batch, TILE_COPIES_FORWARD)
-        largest = max(mlp, attention, logits)
         states = batch.tokens * hidden * self.width
+        copied = self.platform.nvidia or batch.rows > 1
+        logits = self.tile_logits(batch, TILE_COPIES_FORWARD) + copied * states
+        largest = max(mlp, attention, logits)
         return {
             "activations": states,
             "attention_mask": self.mask(batch, 1 if largest == attention else 0),

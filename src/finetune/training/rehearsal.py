@@ -16,7 +16,7 @@ from finetune.data.batches import example_lengths, train_load, validation_load
 from finetune.errors import OutOfResource
 from finetune.files import make_folder
 from finetune.machine.device import capacity_gib
-from finetune.machine.platforms import PLATFORMS
+from finetune.machine.platforms import PLATFORMS, lays_flat
 from finetune.plan.checkpointed_layers import Choice, by_formula, by_trials, with_layers
 from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
@@ -135,7 +135,8 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     """
     config, prepared = job.config, job.prepared
     lengths = example_lengths(prepared)
-    load = train_load(lengths, config.training.per_device_train_batch_size, prepared.sequences is not None)
+    flat = prepared.sequences is not None and lays_flat(config.model.attn_implementation)
+    load = train_load(lengths, config.training.per_device_train_batch_size, flat)
     held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
     stage = Stage(dataclasses.replace(job, run=Run(folder, False, None)), load, held_out, capacity_gib)
     shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it

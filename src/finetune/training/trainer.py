@@ -28,7 +28,7 @@ from finetune.data.packing import Collator
 from finetune.data.template import IGNORED
 from finetune.errors import Diverged
 from finetune.machine.device import peak_memory_gib, random_state, set_random_state
-from finetune.machine.platforms import PLATFORMS, Platform
+from finetune.machine.platforms import PLATFORMS, Platform, lays_flat
 from finetune.runs.checkpoints import BEST, room_for, saved
 from finetune.runs.outcome import Outcome
 from finetune.training.keeper import Keeper, adapter_bytes
@@ -51,13 +51,19 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
     _flos_a_token = 0
+    _total_train_tokens: int
     _step_lines: tuple[int, ...] = ()  # of the step at hand, and its losses
     _step_losses: tuple[float, ...] = ()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch."""
-        lines = tuple(inputs.pop("lines"))
+        """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch.
+
+        Tokens are counted without padding; TRL counts those of one row of a batch that has no attention mask.
+        """
+        lines, tokens = tuple(inputs.pop("lines")), self._total_train_tokens + inputs.pop("tokens")
         loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training:
+            self._total_train_tokens, self._metrics["train"]["num_tokens"] = tokens, [tokens]
         number = float((loss if isinstance(loss, torch.Tensor) else loss[0]).detach())
         if not math.isfinite(number):
             raise self._diverged("the loss is not a finite number", lines)
@@ -207,7 +213,7 @@ def make_trainer(
     trainer = Trainer(
         model=model,
         args=sft,
-        data_collator=Collator(tokenizer),
+        data_collator=Collator(tokenizer, lays_flat(model.get_base_model().config._attn_implementation)),
         train_dataset=examples.train,
         eval_dataset=examples.validation,
         processing_class=tokenizer,
