@@ -299,3 +299,10 @@ def test_the_first_loss_that_is_not_finite_names_the_rows_of_its_batch(case: Cas
 def test_an_evaluation_that_is_not_finite_says_so(case: Case) -> None:
     with pytest.raises(Diverged, match=r"the loss is not a finite number on the validation rows; "):
         case.trainer(change=infinite).evaluate()
+
+
+def test_under_sdpa_packed_sequences_are_the_rows_of_a_batch(case: Case) -> None:
+    trainer = case.trainer("training.packing=true", "training.per_device_train_batch_size=2")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == batch["position_ids"].shape[0] == 2
+    assert "attention_mask" not in batch
