@@ -153,6 +153,16 @@ def test_4_bit_kernels_that_fail_refuse_no_expanded_run(bench: Callable[[str], B
     assert (result.status, result.detail) == ("fail", "this check crashed: RuntimeError: no such kernel on this device")
 
 
+@pytest.mark.parametrize(
+    ("attention", "status"), [("sdpa", "pass"), ("torch_varlen", "pass"), ("flash_attention_2", "skip")]
+)
+def test_torchs_attention_is_tried_where_it_is_used(attention: str, status: str, bench: Callable[[str], Bench]) -> None:
+    there = bench("h100")
+    there.set(f"model.attn_implementation={attention}")
+    [result] = run(checks.select("h100", ["device.attention"]), there.preflight())
+    assert result.status == status, result.detail
+
+
 # With --deep ----------------------------------------------------------------------------------------------------------
 
 
