@@ -30,7 +30,7 @@ def test_of_two_starts_at_once_one_trains_and_the_other_names_it(whole: Whole, t
     said = {process.pid: process.communicate(timeout=300)[1] for process in both}
     assert sorted(process.returncode for process in both) == [0, 6], said
     winner, loser = sorted(both, key=lambda process: process.returncode)
-    holder = rf"pid {winner.pid} on \S+, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    holder = rf"pid {winner.pid} on \S+, started \d{{4}}-\d\d-\d\d \d\d:\d\d \S+"
     wanted = rf"{command.folder} is being written by {holder}; wait for it, or stop it with: kill {winner.pid}\n"
     assert re.fullmatch(wanted, said[loser.pid])
     assert differences(command, whole.result) == []
