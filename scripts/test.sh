@@ -4,6 +4,7 @@
 #   scripts/test.sh --h100-torch [PYTEST_ARGUMENT...]  tests of data, machine and model alone, with the H100's torch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation; --slow takes 40, --h100-torch 10"
 
 h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h100.lock, and all else from .venv
   local torch site='import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -24,7 +25,6 @@ if [[ ${1:-} == --h100-torch ]]; then
   h100_torch "${@:2}"
   exit
 fi
-echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation"
 
 scripts/make_venv.sh --dev
 selection=(-m 'not slow')
