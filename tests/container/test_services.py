@@ -158,7 +158,7 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
 
     second = project.run(*command)
     told = re.fullmatch(
-        r"adapters/stopped is being written by pid \d+ on \w+, started [0-9-]+ [0-9:]+; "
+        r"adapters/stopped is being written by pid \d+ on \w+, started [0-9-]+ [0-9:]+ \S+; "
         r"wait for it, or stop it with: (docker stop ([0-9a-f]{12}))",
         second.stderr.splitlines()[-1],
     )
