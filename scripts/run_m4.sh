@@ -15,13 +15,15 @@ checkpoints() { printf '%s\n' adapters/demo-m4*/checkpoints/checkpoint-*; }
 demo_until_a_checkpoint() {  # returns once the demo was stopped by SIGTERM; exits where it ended otherwise
   local before process code=0 asked=''
   before=$(checkpoints)
-  trap 'asked=1' INT TERM
+  trap 'asked=130' INT
+  trap 'asked=143' TERM
   .venv/bin/python src/train.py "$@" &
   process=$!
   while [[ -z $asked && $(checkpoints) == "$before" ]] && kill -0 "$process" 2>/dev/null; do sleep 1; done
   kill -TERM "$process" 2>/dev/null || true
   wait "$process" || code=$?
-  if [[ -n $asked || $code -ne 143 ]]; then exit "$code"; fi
+  if [[ $code -ne 143 ]]; then exit "$code"; fi
+  if [[ -n $asked ]]; then exit "$asked"; fi  # by Ctrl-C too it was SIGTERM that reached the training
   trap - INT TERM
 }
 

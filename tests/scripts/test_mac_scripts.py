@@ -474,15 +474,16 @@ def test_the_exit_code_of_a_demo_is_the_resumed_trainings(demo: Place) -> None:
     assert demo.run("run_m4", "--demo", TRAINED="1")[0] == 1
 
 
-def test_a_demo_that_a_person_stops_is_not_resumed(demo: Place) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_demo_that_a_person_stops_is_not_resumed(demo: Place, number: signal.Signals, code: int) -> None:
     process = subprocess.Popen(
         demo.command("run_m4", "--demo"), cwd=demo.folder, env=demo.variables({}), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == [ANNOUNCED, "training\n"]
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=30)
-    assert (process.returncode, demo.logged("python [src")) == (143, [DEMO_TRAIN])
+    assert (process.returncode, demo.logged("python [src")) == (code, [DEMO_TRAIN])
     assert "again" not in out
 
 

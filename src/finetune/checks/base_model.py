@@ -60,8 +60,8 @@ def _files(preflight: Preflight) -> Finding:
             return skipped("not in the Hub's cache yet: model.access says whether it can be fetched")
         wrong = hub.missing_weights(cached)
         if any(not problem.endswith("is missing") for problem in wrong):  # the Hub's client takes a file for whole
-            again = f"hf download {model.name} --revision {model.revision or 'main'} --include '*.safetensors' '*.json'"
-            return failed(f"in the Hub's cache: {'; '.join(wrong)}", f"{again} --force-download")
+            again = f"{hub.fetch_command(model.name, model.revision)} --force-download"
+            return failed(f"in the Hub's cache: {'; '.join(wrong)}", again)
         if wrong:
             return skipped(f"in the Hub's cache, but {'; '.join(wrong)}: model.access says whether it can be fetched")
         return passed("all in the Hub's cache")

@@ -80,24 +80,21 @@ def _optimizer(preflight: Preflight) -> Finding:
 
 
 def _triton(preflight: Preflight) -> Finding:
-    import torch
-
-    from finetune.checks.numerics.loss import chunked_loss
-
     try:
-        distance = chunked_loss(preflight.platform.device, torch.float32)
+        return _chunked_loss(preflight, "float32")
     except Exception as error:  # noqa: BLE001  Triton's own, beside those of compiler, headers, driver and disk
         return failed(f"Triton's kernels cannot be made: {first_line(error)}", TRITON)
-    text = f"TRL's loss in float32 is {distance:.1e} from plain cross entropy"
-    return _judged(text, distance, TOLERANCE["float32"], preflight.platform.repair)
 
 
 def _loss(preflight: Preflight) -> Finding:
+    return _chunked_loss(preflight, preflight.config.model.dtype)
+
+
+def _chunked_loss(preflight: Preflight, dtype: str) -> Finding:
     import torch
 
     from finetune.checks.numerics.loss import chunked_loss
 
-    dtype = preflight.config.model.dtype
     distance = chunked_loss(preflight.platform.device, getattr(torch, dtype))
     text = f"TRL's loss in {dtype} is {distance:.1e} from plain cross entropy"
     return _judged(text, distance, TOLERANCE[dtype], preflight.platform.repair)

@@ -62,7 +62,7 @@ def _rehearsal(preflight: Preflight) -> Finding:
     if not demo or preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
         return passed(_rehearsed(preflight))
     config = load_config(str(ROOT / demo), [f"output.dir={preflight.config.output.dir}"])[0]
-    fetch = f"hf download {model.name} --revision {model.revision or 'main'} --include '*.safetensors' '*.json'"
+    fetch = hub.fetch_command(model.name, model.revision)
     if hub.missing_weights(resolve(config.model.name)):
         return failed("neither the base nor the demo's is here", f"{PYTHON} scripts/make_demo_model.py, or {fetch}")
     found = _rehearsed(Preflight(config, preflight.machine))

@@ -40,6 +40,11 @@ def is_cached(name: str, revision: str | None) -> bool:
     return folder is not None and not missing_weights(folder)
 
 
+def fetch_command(name: str, revision: str | None) -> str:
+    """What to type to bring this revision into the Hub's cache."""
+    return f"hf download {name} --revision {revision or 'main'} --include '*.safetensors' '*.json'"
+
+
 def missing_weights(folder: Path) -> list[str]:
     """What is wrong with a folder's weights, one line a file: absent, cut short, or only pickles."""
     files = [SINGLE]

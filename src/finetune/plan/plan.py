@@ -39,11 +39,11 @@ class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
     `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `hours_expected`, least and most, are by the arithmetic that `hours_expected_from` names, for Mistral-7B on a
-    platform with an expectation. `checkpointed_from` is why so many layers are, where the config leaves it open.
-    `working_set_gib` is what a Mac's GPU may use before macOS swaps, and `specified_memory_gb` the peak that the
-    specification expects there, least and most. `problems` are things to change before a long run, each with what to
-    type.
+    where. `hours_expected`, least and most, follow from the arithmetic that `hours_expected_from` names, for Mistral-7B
+    on a platform with an expectation. `checkpointed_from` is the reason for the number of checkpointed layers, where
+    the config leaves it open. `working_set_gib` is what a Mac's GPU may use before macOS swaps, and
+    `specified_memory_gb` the peak that the specification expects there, least and most. `problems` are things to change
+    before a long run, each with what to type.
     """
 
     rows_train: int

@@ -17,8 +17,8 @@ WIDTH, TOKENS = 128, 256
 def chunked_loss(device: str, dtype: torch.dtype) -> float:
     """TRL's loss and its gradient, as its trainer calls it, against plain cross entropy in fp32 on the CPU.
 
-    Over Mistral's 32,000 tokens, which TRL multiplies into a tile of 32,768 columns (on CUDA with Triton's kernels, on
-    other devices with torch's); a third of the labels carry no loss. The worse of the two distances.
+    The vocabulary is Mistral's, 32,000 tokens, which fits one of TRL's tiles of 32,768 columns; TRL uses Triton's
+    kernels on CUDA and torch's elsewhere. A third of the labels carry no loss. Returns the worse of the two distances.
     """
     shape = MistralConfig(hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=0)
     generator = torch.Generator().manual_seed(0)
