@@ -67,6 +67,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
             (4, "not JSON: Expecting value at column 1"),
             (8, 'found an empty list, wanted an object {"messages": [...]}'),
         ],
+        "other_keys": {},
     }
     assert prepared.statistics["validation"] == Statistics(
         1, 11, 2, 11, 11, 11, certified=1, histogram={"edges": [11, 12], "counts": [1]}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import random
 import unicodedata
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import jsonl
-from finetune.data.jsonl import BOM, BadRow, open_lines, parse_row, read_lines
-from finetune.errors import ConfigError
+from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, open_lines, parse_row, read_lines
+from finetune.data.tokenizer import Chat
+from finetune.errors import ConfigError, DataError
 from support.damaged import damaged
 
 USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be short."}
+ROLES = ("system", "user", "assistant")
 
 
 def line(*messages: Any, **more: Any) -> bytes:
@@ -45,10 +51,21 @@ def test_a_conversation_comes_back_as_its_messages() -> None:
     assert parse_row(line(SYSTEM, USER, ASSISTANT, USER, ASSISTANT)) == [SYSTEM, USER, ASSISTANT, USER, ASSISTANT]
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 ACCEPTED = {
     "keys beside messages are metadata": line(USER, ASSISTANT, id=7, tags=["a", {"b": None}]),
     "messages need not be the first key": b'{"id": 1, ' + line(USER, ASSISTANT)[1:],
     "null keys of a message": line(USER | {"name": None}, ASSISTANT | {"tool_calls": None, "weight": None}),
+    "a weight of 1": line(USER, ASSISTANT | {"weight": 1}),
+    "no tools": line(USER, ASSISTANT | {"tool_calls": []}, tools=[], label=None, system="", images=[]),
+    "an empty system message": line({"role": "system", "content": ""}, USER, ASSISTANT),
+    "a system message of white space": line({"role": "system", "content": " \n"}, USER, ASSISTANT),
+    "a system message that is null": line({"role": "system", "content": None}, USER, ASSISTANT),
+    "content as a list of one part": line({"role": "user", "content": parts("Why?")}, ASSISTANT),
+    "content as a list with an empty part": line(USER, {"role": "assistant", "content": parts("", "Because.")}),
     "keys of a message in another order": line(dict(reversed(USER.items())), ASSISTANT),
     "space around the object": b" \t" + line(USER, ASSISTANT) + b" ",
 }
@@ -57,6 +74,35 @@ ACCEPTED = {
 @pytest.mark.parametrize("row", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_does_not_change_the_conversation_is_accepted(row: bytes) -> None:
     assert parse_row(row) == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_besides_the_messages_becomes_the_system_message(key: str) -> None:
+    for messages in ((USER, ASSISTANT), ({"role": "system", "content": ""}, USER, ASSISTANT)):
+        keys: Counter[str] = Counter()
+        assert parse_row(line(*messages, **{key: "Be short."}), keys) == [SYSTEM, USER, ASSISTANT]
+        assert keys == {key: 1}
+
+
+def test_keys_that_are_not_read_are_counted_and_those_that_say_nothing_are_not() -> None:
+    keys: Counter[str] = Counter()
+    parse_row(line(USER, ASSISTANT, id=7, source=None, tags=[], score=0), keys)
+    parse_row(line(USER, ASSISTANT, id=8), keys)
+    assert keys == {"id": 2, "score": 1}
+
+
+def test_text_parts_are_joined_as_mistral_common_joins_them(mistral: Chat) -> None:
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    system, user, answer = parts("Be short.", "", "Be kind.\n"), parts("", " Why?", "Why not? "), parts("For", " that.")
+    row = line(*({"role": role, "content": given} for role, given in zip(ROLES, (system, user, answer), strict=True)))
+    last = UserMessage(content="x")  # a request ends with the user
+    asked = [SystemMessage(content=system), UserMessage(content=user), AssistantMessage(content=answer), last]
+    request: Any = ChatCompletionRequest(messages=asked)
+    theirs = MistralTokenizer.v1().encode_chat_completion(request).tokens
+    assert mistral.encode_prompt([*parse_row(row), {"role": "user", "content": "x"}]) == theirs
 
 
 @pytest.mark.parametrize(
@@ -117,19 +163,52 @@ REFUSED = {
     "no content": (line(USER, {"role": "assistant"}), 'message 2 has no "content"'),
     "content is null": (line(USER, {"role": "assistant", "content": None}),
         "message 2 has content that is null, wanted text"),
-    "content is a list of parts": (line({"role": "user", "content": [{"type": "text", "text": "Why?"}]}, ASSISTANT),
-        "message 1 has content that is a list, wanted text"),
+    "a part that is text": (line({"role": "user", "content": ["Why?"]}, ASSISTANT),
+        'message 1 has a part that is text, wanted {"type": "text", "text": "..."}'),
+    "a part without a type": (line({"role": "user", "content": [{"text": "Why?"}]}, ASSISTANT),
+        'message 1 has a part that is an object, wanted {"type": "text", "text": "..."}'),
+    "a part without text": (line({"role": "user", "content": [{"type": "text"}]}, ASSISTANT),
+        'message 1 has a part whose "text" is null, wanted text'),
+    "an image among the parts": (
+        line({"role": "user", "content": [parts("Why?")[0], {"type": "image_url", "image_url": {}}]}, ASSISTANT),
+        "message 1 has a part of type 'image_url': the model reads text only"),
+    "only empty parts": (line({"role": "user", "content": parts("", " ")}, ASSISTANT), "message 1 (user) is empty"),
+    "no parts": (line({"role": "user", "content": []}, ASSISTANT), "message 1 (user) is empty"),
+    "half a surrogate pair in a part": (line({"role": "user", "content": parts("a")}, ASSISTANT).replace(
+        b'"a"', rb'"\ud83d"'), "message 1 holds half of a surrogate pair (\\ud800-\\udfff), which is no text"),
     "content is a number": (line(USER, {"role": "assistant", "content": 4}),
         "message 2 has content that is a number, wanted text"),
     "empty content": (line(USER, {"role": "assistant", "content": ""}), "message 2 (assistant) is empty"),
     "content of white space": (line({"role": "user", "content": " \n\t\u3000"}), "message 1 (user) is empty"),
-    "an empty system message": (line({"role": "system", "content": ""}, USER), "message 1 (system) is empty"),
-    "another key of a message": (line(USER, ASSISTANT | {"weight": 0}),
-        "message 2 has a key 'weight', wanted only role and content"),
-    "a tool call": (line(USER, ASSISTANT | {"name": None, "tool_calls": [1]}),
-        "message 2 has a key 'tool_calls', wanted only role and content"),
-    "unknown role": (line(USER, {"role": "tool", "content": "4"}),
-        "message 2 has role 'tool', wanted system, user or assistant"),
+    "another key of a message": (line(USER, ASSISTANT | {"prefix": True}),
+        "message 2 has a key 'prefix', wanted only role and content"),
+    "a name": (line(USER | {"name": "Ann"}, ASSISTANT), "message 1 has a key 'name', wanted only role and content"),
+    "a weight of 0": (line(USER, ASSISTANT | {"weight": 0}), "message 2 has weight 0, wanted 1 or no weight"),
+    "a weight between": (line(USER, ASSISTANT | {"weight": 0.5}), "message 2 has weight 0.5, wanted 1 or no weight"),
+    "a tool call": (line(USER, {"role": "assistant", "name": None, "tool_calls": [1]}),
+        f"message 2 has a key 'tool_calls': {NO_TOOLS}"),
+    "a tool's answer": (line(USER, {"role": "tool", "tool_call_id": "a", "content": "4"}),
+        f"message 2 has role 'tool': {NO_TOOLS}"),
+    "an image of a message": (line(USER | {"images": ["a.png"]}, ASSISTANT),
+        "message 1 has a key 'images': the model reads text only"),
+    "tools": (line(USER, ASSISTANT, tools=[{"type": "function"}]), f"has a key 'tools': {NO_TOOLS}"),
+    "functions": (line(USER, ASSISTANT, functions=[{"name": "f"}]), f"has a key 'functions': {NO_TOOLS}"),
+    "images": (line(USER, ASSISTANT, images=["a.png"]), "has a key 'images': the model reads text only"),
+    "an answer marked bad": (line(USER, ASSISTANT, label=False),
+        "has a key 'label': it marks answers as good or bad, and bad ones would be learnt"),
+    "an answer that was rejected": (line(USER, ASSISTANT, rejected="No."),
+        "has a key 'rejected': an answer that is not to be learnt"),
+    "messages that were rejected": (line(USER, ASSISTANT, rejected_messages=[USER]),
+        "has a key 'rejected_messages': an answer that is not to be learnt"),
+    "a system prompt besides a system message": (line(SYSTEM, USER, ASSISTANT, system="Be long."),
+        'has a key "system" and a system message too, wanted one of them'),
+    "two system prompts": (line(USER, ASSISTANT, system="Be long.", system_prompt="Be short."),
+        'has a key "system" and system_prompt too, wanted one of them'),
+    "a system prompt that is no text": (line(USER, ASSISTANT, system=["Be long."]), '"system" is a list, wanted text'),
+    "half a surrogate pair in a system prompt": (line(USER, ASSISTANT, system="@").replace(b"@", rb"\ud83d"),
+        '"system" holds half of a surrogate pair (\\ud800-\\udfff), which is no text'),
+    "unknown role": (line(USER, {"role": "critic", "content": "4"}),
+        "message 2 has role 'critic', wanted system, user or assistant"),
     "role in capitals": (line({"role": "User", "content": "Why?"}, ASSISTANT),
         "message 1 has role 'User', wanted system, user or assistant"),
     "role is a list": (line({"role": [], "content": "Why?"}, ASSISTANT),
@@ -225,6 +304,26 @@ def test_a_line_of_just_the_limit_is_taken(mebibyte_limit: int, end: bytes) -> N
     assert len(row) == mebibyte_limit
     ((number, kept),) = numbered(row + end)
     assert (number, parse_row(kept)) == (1, [USER, ASSISTANT])
+
+
+def test_gzip_is_read_as_what_it_holds_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(gzip.compress(BOM + b"a\r\n\nb"))
+    with open_lines(path) as stream:
+        assert list(read_lines(stream)) == [(1, b"a"), (3, b"b")]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:900], lambda data: data[:30] + b"\xff" * 9 + data[39:]])
+def test_a_damaged_gzip_is_a_data_error_that_says_how_far_it_was_read(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(random.Random(0).randbytes(3000).hex().encode() + b"\na")))
+    with open_lines(path) as stream, pytest.raises(DataError) as caught:
+        list(read_lines(stream))
+    assert str(caught.value) == (
+        f"{path}: the gzip is damaged or cut short after line 0; copy the file again; gzip -t FILE tests it"
+    )
 
 
 def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:

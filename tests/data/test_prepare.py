@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from support.prepared import (
     SYSTEM_PROMPT,
     TWO_TURNS,
     Case,
+    contents,
     lines,
     numbered,
     same,
@@ -66,6 +69,28 @@ def test_dropped_rows_are_counted_and_listed_all(case: Case) -> None:
     assert (statistics["train"].dropped_bad, statistics["validation"].dropped_bad) == (30, 1)
     assert [number for number, _ in statistics["train"].bad] == list(range(2, 32))
     assert statistics["train"].rows == 1
+
+
+def test_keys_besides_messages_are_counted_where_their_file_is_read(case: Case) -> None:
+    first, second = (json.dumps({"id": index, "messages": row})[:-1] for index, row in enumerate(numbered(2)))
+    write(case.train, f'{first}, "system": "Be kind."}}', f"{second}}}", *numbered(2, start=2))
+    write(case.validation, f'{second}, "source": "web", "turns": 2}}'.replace("Question", "Another"))
+    statistics = case.prepare().statistics
+    assert statistics["train"].other_keys == {"id": 2, "system": 1}
+    assert statistics["validation"].other_keys == {"id": 1, "source": 1, "turns": 1}
+
+
+def test_of_a_new_key_in_each_row_only_some_are_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "MOST_KEYS", 5)
+    write(case.train, *(json.dumps({f"key {index}": 1, "messages": row}) for index, row in enumerate(numbered(40))))
+    assert len(case.prepare().statistics["train"].other_keys) == 5
+
+
+def test_a_gzip_gives_the_rows_of_what_it_holds(two_files: Case) -> None:
+    plain = two_files.prepare()
+    packed = two_files.folder / "train.jsonl.gz"
+    packed.write_bytes(gzip.compress(two_files.train.read_bytes()))
+    assert contents(two_files.prepare(train_file=str(packed)).train) == contents(plain.train)
 
 
 # --- files and the split

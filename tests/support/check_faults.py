@@ -99,6 +99,9 @@ def change_json(path: Path, **values: Any) -> None:
 OTHER_TOKENIZER = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"hello": 0}, "unk_token": "?"}}'
 
 
+ROW = '{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}'
+
+
 def shards(base: Path) -> Path:
     """Weights in two files, of 4 bytes each behind their headers; the second's path."""
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -652,6 +655,10 @@ FAULTS = (
     fault("bad rows that are left out", "cpu",
           lambda b: (b.write_rows(*conversations(), more="{\n[]"), b.set("dataset.on_bad_row=drop")),
           warn("data.rows", f"{APART}; 2 bad rows left out", "--set dataset.on_bad_row=fail lists them")),
+    fault("keys that are not read, and a system prompt outside of the messages", "cpu",
+          lambda b: b.write_rows(*conversations(), more='{"id": 7, "system": "Be short.", ' + ROW[1:]),
+          warn("data.keys", "system became the system message of 1 row; keys that are not read: 'id' in 1 row",
+               "nothing, if that is meant; only what is in messages is learnt")),
     fault("no data", "h100", lambda b: b.train_file.unlink(),
           fail("data.rows", "/bench/train.jsonl: No such file or directory",
                "put your JSONL there, or try with --set dataset.train_file=data/sample/train.jsonl"), exit_code=2),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, passed, warned
 from finetune.cli import command
+from finetune.data.jsonl import SYSTEM_KEYS
+from finetune.wording import counted, listed
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
 LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
 PREVIEW_WIDTH = 300
+LISTED_KEYS = 10
 
 
 def _rows(preflight: Preflight) -> Finding:
@@ -22,6 +27,20 @@ def _rows(preflight: Preflight) -> Finding:
     return passed(
         f"{found}; {certified:,} compared with mistral-common" if dataset.certificate and certified else found
     )
+
+
+def _keys(preflight: Preflight) -> Finding:
+    counts: Counter[str] = Counter()
+    for it in preflight.prepared.statistics.values():
+        counts.update(it.other_keys)
+    if not counts:
+        return passed("no row has a key besides messages")
+    systems = {key: counts.pop(key) for key in SYSTEM_KEYS if key in counts}
+    found = [f"{key} became the system message of {counted(count, 'row')}" for key, count in systems.items()]
+    if counts:
+        unread = [f"{key!a} in {counted(count, 'row')}" for key, count in counts.most_common()]
+        found.append(f"keys that are not read: {listed(unread, LISTED_KEYS)}")
+    return warned("; ".join(found), "nothing, if that is meant; only what is in messages is learnt")
 
 
 def _lengths(preflight: Preflight) -> Finding:
@@ -106,6 +125,7 @@ CHECKS = (
         _rows,
         needs=("model.geometry", "paths.output"),  # the tokenizer, and where the encoded rows are kept
     ),
+    Check("data.keys", "keys that a row has besides messages", _keys, needs=_ROWS, level="warn"),
     Check("data.lengths", "tokens and row lengths; few rows cut or dropped", _lengths, needs=_ROWS, level="warn"),
     Check("data.labels", "the share of tokens that carry loss", _labels, needs=_ROWS, level="warn"),
     Check("data.duplicates", "no row stands twice", _duplicates, needs=_ROWS, level="warn"),

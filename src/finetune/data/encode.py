@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -49,7 +49,8 @@ class Statistics:
     before. `certified` rows were compared with mistral-common. `control_tokens` rows hold one of the chat format's
     control tokens as literal text, the first on line `first_control_token`. `normalised_leaks` validation rows are a
     training row's copies but for whitespace and case, the first with lines (train, validation) `first_leak`. `copies`
-    names the first lines of the `duplicates`, `bad` lists (line, what was wrong), `histogram` is as in store.py.
+    names the first lines of the `duplicates`, `bad` lists (line, what was wrong), `histogram` is as in store.py,
+    `other_keys` counts the rows with a key beside "messages", by its name.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
     """
 
@@ -71,6 +72,7 @@ class Statistics:
     copies: list[int] = field(default_factory=list)
     histogram: dict[str, list[int]] = field(default_factory=dict)
     bad: list[tuple[int, str]] = field(default_factory=list)
+    other_keys: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Statistics:
@@ -117,11 +119,13 @@ class Encoder:
         """Parse, encode, certify and truncate; bad rows are gathered, not raised."""
         statistics = Statistics()
         rows: list[tuple[int, Messages]] = []
+        keys: Counter[str] = Counter()
         for number, line in lines:
             try:
-                rows.append((number, parse_row(line)))
+                rows.append((number, parse_row(line, keys)))
             except BadRow as bad:
                 statistics.bad.append((number, str(bad)))
+        statistics.other_keys = dict(keys)
         prompted = [with_system_prompt(messages, self.recipe.system_prompt) for _, messages in rows]
         lengths, mismatch = [], None
         encoded_rows = self.chat.encode(prompted)

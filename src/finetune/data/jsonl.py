@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError
 from finetune.files import shown
 
 MAX_LINE_BYTES = 16 * 2**20
 BOM = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+SYSTEM_KEYS = ("system", "system_prompt")  # beside "messages", in exports of several tools
+NO_TOOLS = "the chat template of Mistral-7B-Instruct-v0.2 has no tools"
+ONLY_TEXT = "the model reads text only"
+# Keys that would change what is learnt, of a row or of a message; and all that begin with "rejected".
+REFUSED_KEYS = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), NO_TOOLS),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), ONLY_TEXT),
+    "label": "it marks answers as good or bad, and bad ones would be learnt",
+}
 
 
 class BadRow(Exception):
@@ -21,9 +33,11 @@ class BadRow(Exception):
 
 
 def open_lines(path: Path, advice: str = "") -> BinaryIO:
-    """Open a data file; ConfigError, ending in `advice`, where it is not there."""
+    """Open a data file, gzip or not; ConfigError, ending in `advice`, where it is not there."""
     try:
-        return path.open("rb")
+        with path.open("rb") as stream:
+            is_gzip = stream.read(len(GZIP)) == GZIP
+        return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
     except OSError as error:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
 
@@ -32,28 +46,35 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line without its end) for every line that is not blank.
 
     A byte order mark at the start and CRLF ends are taken off. Of a line over MAX_LINE_BYTES only that many bytes and
-    one are kept, which `parse_row` refuses; so memory stays bounded whatever the file is.
+    one are kept, which `parse_row` refuses; so memory stays bounded whatever the file is. Raises DataError where a gzip
+    is damaged.
     """
     number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield number, line
-            continue
-        if number == 1:
-            line = line.removeprefix(BOM)
-        line = line.rstrip(b"\r\n")
-        if line.strip():
-            yield number, line
+    try:
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, line
+                continue
+            if number == 1:
+                line = line.removeprefix(BOM)
+            line = line.rstrip(b"\r\n")
+            if line.strip():
+                yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        damage = f"the gzip is damaged or cut short after line {number}"
+        raise DataError(f"{stream.name}: {damage}", "copy the file again; gzip -t FILE tests it") from None
 
 
-def parse_row(line: bytes) -> list[dict[str, str]]:
+def parse_row(line: bytes, keys: Counter[str] | None = None) -> list[dict[str, str]]:
     """The messages of one line, checked: {"messages": [{"role", "content"}, ...]}.
 
-    Roles are system (first only), then user and assistant in turn, assistant last. Other top-level keys are metadata
-    and ignored; other keys of a message would change its meaning and are refused unless null. Raises BadRow.
+    Roles are system (first only), then user and assistant in turn, assistant last. Content is text, or a list of text
+    parts, joined as mistral-common does. An empty system message is none. One of SYSTEM_KEYS beside "messages" becomes
+    the system message. Keys that would change what is learnt are refused unless they are null or empty; all other keys
+    beside "messages" are ignored. `keys` counts the keys that were ignored or became the system message. Raises BadRow.
     """
     if len(line) > MAX_LINE_BYTES:
         raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
@@ -63,13 +84,21 @@ def parse_row(line: bytes) -> list[dict[str, str]]:
     if "messages" not in row:
         found = ", ".join([_short(key) for key in islice(row, 5)] + ["..."] * (len(row) > 5)) or "no key"
         raise BadRow(f'no "messages" key (found {found})')
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f'"messages" is {_kind(messages)}, wanted a list of messages')
-    for index, message in enumerate(messages, 1):
-        _check_message(index, message)
+    given = row["messages"]
+    if not isinstance(given, list) or not given:
+        raise BadRow(f'"messages" is {_kind(given)}, wanted a list of messages')
+    others = [key for key, value in row.items() if key != "messages" and _given(value)]
+    for key in others:
+        _check_key(key)
+    messages = [_message(index, message) for index, message in enumerate(given, 1)]
     _check_order([message["role"] for message in messages])
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    if messages[0] == {"role": "system", "content": ""}:
+        del messages[0]
+    if not others:
+        return messages
+    if keys is not None:
+        keys.update(others)
+    return _system_beside(row, messages) + messages
 
 
 def _parse_json(line: bytes) -> Any:
@@ -97,24 +126,92 @@ def _no_constant(name: str) -> NoReturn:
     raise BadRow(f"not JSON: {name} is no JSON value")
 
 
-def _check_message(index: int, message: Any) -> None:
+def _given(value: Any) -> bool:
+    """Whether a key says anything: exports write null or nothing for what a row does not have."""
+    return value is not None and value not in ("", [], {})
+
+
+def _check_key(key: str) -> None:
+    """Refuse a key beside "messages" that would change what is learnt."""
+    reason = "an answer that is not to be learnt" if key.startswith("rejected") else REFUSED_KEYS.get(key)
+    if reason:
+        raise BadRow(f"has a key {_short(key)}: {reason}")
+
+
+def _system_beside(row: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The system message that a key beside "messages" gives, in a list; an empty list where none does."""
+    given = [key for key in SYSTEM_KEYS if _given(row.get(key))]
+    if not given:
+        return []
+    text = row[given[0]]
+    if not isinstance(text, str):
+        raise BadRow(f'"{given[0]}" is {_kind(text)}, wanted text')
+    own = messages[0]["role"] == "system"
+    if own or len(given) > 1:
+        raise BadRow(f'has a key "{given[0]}" and {"a system message" if own else given[1]} too, wanted one of them')
+    _check_text(f'"{given[0]}"', text)
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _message(index: int, message: Any) -> dict[str, str]:
+    """One message as {"role", "content"}, its content as text; only a system message may be empty, and then is ""."""
     where = f"message {index}"
     if not isinstance(message, dict):
         raise BadRow(f"{where} is {_kind(message)}, wanted an object with role and content")
-    for key in ("role", "content"):
-        if key not in message:
-            raise BadRow(f'{where} has no "{key}"')
-    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
-    if extra:
-        raise BadRow(f"{where} has a key {_short(extra[0])}, wanted only role and content")
-    if message["role"] not in ("system", "user", "assistant"):
-        raise BadRow(f"{where} has role {_short(message['role'])}, wanted system, user or assistant")
+    if "role" not in message:
+        raise BadRow(f'{where} has no "role"')
+    role = message["role"]
+    if role in ("tool", "function"):
+        raise BadRow(f"{where} has role '{role}': {NO_TOOLS}")
+    if len(message) > 2:
+        for key, value in message.items():
+            _check_message_key(where, key, value)
+    if role not in ("system", "user", "assistant"):
+        raise BadRow(f"{where} has role {_short(role)}, wanted system, user or assistant")
+    if "content" not in message:
+        raise BadRow(f'{where} has no "content"')
     content = message["content"]
-    if not isinstance(content, str):
+    text = "" if role == "system" and content is None else _joined(where, content)
+    if not text.strip():
+        if role != "system":
+            raise BadRow(f"{where} ({role}) is empty")
+        text = ""
+    _check_text(where, text)
+    return {"role": role, "content": text}
+
+
+def _check_message_key(where: str, key: str, value: Any) -> None:
+    if key in ("role", "content") or not _given(value):
+        return
+    if key == "weight":
+        if value != 1:
+            raise BadRow(f"{where} has weight {_short(value)}, wanted 1 or no weight")
+    elif key in REFUSED_KEYS:
+        raise BadRow(f"{where} has a key {_short(key)}: {REFUSED_KEYS[key]}")
+    else:
+        raise BadRow(f"{where} has a key {_short(key)}, wanted only role and content")
+
+
+def _joined(where: str, content: Any) -> str:
+    """Text, or the text of a list of parts {"type": "text", "text"}; mistral-common joins them by a blank line."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
         raise BadRow(f"{where} has content that is {_kind(content)}, wanted text")
-    if not content.strip():
-        raise BadRow(f"{where} ({message['role']}) is empty")
-    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadRow(f'{where} has a part that is {_kind(part)}, wanted {{"type": "text", "text": "..."}}')
+        if part["type"] != "text":
+            raise BadRow(f"{where} has a part of type {_short(part['type'])}: {ONLY_TEXT}")
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f'{where} has a part whose "text" is {_kind(part.get("text"))}, wanted text')
+        texts.append(part["text"])
+    return "\n\n".join(filter(None, texts))
+
+
+def _check_text(where: str, text: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise BadRow(f"{where} holds half of a surrogate pair (\\ud800-\\udfff), which is no text")
 
 

@@ -28,6 +28,7 @@ from finetune.files import make_folder, resolve, sha256, write_json
 from finetune.wording import counted, lines
 
 LISTED_PROBLEMS = 20
+MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
 MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
 
@@ -167,12 +168,19 @@ def _read_file(
         for count in ("dropped_long", "certified"):
             setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
         statistics.bad += chunk.statistics.bad
+        _count_keys(statistics.other_keys, chunk.statistics.other_keys)
         in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
         writers["train"].write(chunk, ~in_validation)
         writers["validation"].write(chunk, in_validation)
         rows += int((chunk.lengths > 0).sum())
     statistics.dropped_bad = len(statistics.bad)
     return rows
+
+
+def _count_keys(counts: dict[str, int], more: dict[str, int]) -> None:
+    for key, count in more.items():
+        if key in counts or len(counts) < MOST_KEYS:
+            counts[key] = counts.get(key, 0) + count
 
 
 def worker_count() -> int:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from finetune.config.schema import Config
 from finetune.data.encode import with_system_prompt
-from finetune.data.jsonl import parse_row, read_lines
+from finetune.data.jsonl import open_lines, parse_row, read_lines
 from finetune.data.prepare import Prepared
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
@@ -82,7 +82,7 @@ def _held_out(prepared: Prepared) -> Iterator[Messages]:
     rows = prepared.validation
     lines = {rows.row(index)[0] for index in range(len(rows.lengths))}
     path = Path(prepared.files.get("validation", prepared.files["train"])["path"])
-    with path.open("rb") as stream:
+    with open_lines(path) as stream:
         for number, line in read_lines(stream):
             if number in lines:
                 messages = parse_row(line)
