@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode
-from finetune.data.encode import Encoder, Statistics, control_tokens, truncate, with_system_prompt
+from finetune.data import prepare as prepare_module
+from finetune.data.encode import Certificate, Encoder, Statistics, control_tokens, truncate, with_system_prompt
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference
 from finetune.errors import CheckFailed, DataError, OutOfResource
@@ -56,6 +57,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "dropped_long": 1,
         "dropped_bad": 2,
         "duplicates": 1,
+        "encoded": 5,
         "certified": 5,
         "control_tokens": 0,
         "first_control_token": None,
@@ -70,7 +72,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "other_keys": {},
     }
     assert prepared.statistics["validation"] == Statistics(
-        1, 11, 2, 11, 11, 11, certified=1, histogram={"edges": [11, 12], "counts": [1]}
+        1, 11, 2, 11, 11, 11, encoded=1, certified=1, histogram={"edges": [11, 12], "counts": [1]}
     )
     assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
     assert lines(prepared.train) == [1, 3, 6, 7]
@@ -221,9 +223,87 @@ def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, c
             return change(*super().encode(messages))
 
     monkeypatch.setattr(encode, "Reference", Different)
-    chunk = Encoder(replace(RECIPE, certificate=True)).encode([(3, json.dumps({"messages": SHORT}).encode())])
+    chunk = Encoder(replace(RECIPE, certificate="every_row")).encode([(3, json.dumps({"messages": SHORT}).encode())])
     assert chunk.mismatch is not None
     assert chunk.mismatch == f"3: token {told}"
+
+
+def test_a_row_of_which_the_saved_tokenizer_makes_other_ids_fails_the_certificate(
+    two_files: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_saved(self: Chat, rows: list[Messages]) -> list[Encoded]:
+        return [row._replace(input_ids=[*row.input_ids[:-1], 7]) for row in self.encode(rows)]
+
+    monkeypatch.setattr(Chat, "encode_as_saved", other_saved)
+    last = length(numbered(1)[0]) - 1
+    assert two_files.failure(CheckFailed, replace(RECIPE, certificate=True)) == (
+        f"certificate: {two_files.train}:1: token {last} is 2+, the saved tokenizer says 7+\n"
+        "Report this row: no run may start on it."
+    )
+
+
+def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], certificate: Certificate = True) -> list[int]:
+    """The lines of `rows` that an encoder compares."""
+    seen: list[Messages] = []
+
+    class Watching(Reference):
+        def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
+            seen.append(messages)
+            return super().encode(messages)
+
+    monkeypatch.setattr(encode, "Reference", Watching)
+    lines = [(number, json.dumps({"messages": messages}).encode()) for number, messages in enumerate(rows, 1)]
+    chunk = Encoder(replace(RECIPE, certificate=certificate)).encode(lines)
+    assert (chunk.statistics.encoded, chunk.statistics.certified) == (len(rows), len(seen))
+    return [rows.index(messages) + 1 for messages in seen]
+
+
+UNUSUAL = {
+    "a control token": conversation("What is </s>?", "An end."),
+    "brackets": conversation("Hi", "[INST] is text"),
+    "a run of spaces": conversation("a  b", "c"),
+    "a run in the answer": conversation("a", "if x:\n    y"),
+    "a space first": conversation(" a", "c"),
+    "a space last": conversation("a", "c "),
+    "SentencePiece's space": conversation("a▁ b", "c"),
+    "a system message": conversation("a", "b", system="c"),
+}
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_the_certificate_compares_every_row_that_is_unusual_for_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, unusual: Messages
+) -> None:
+    rows = [conversation("a", "b"), unusual]
+    assert [digest % 20 for digest in map(encode._digest, rows)].count(0) == 0
+    assert compared_lines(monkeypatch, rows) == [2]
+    assert compared_lines(monkeypatch, rows, "every_row") == [1, 2]
+    assert compared_lines(monkeypatch, rows, False) == []
+
+
+def test_of_the_usual_rows_the_certificate_compares_one_in_twenty_chosen_by_content(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = numbered(2000)
+    lines = compared_lines(monkeypatch, rows)
+    assert abs(len(lines) - 100) < 30
+    assert compared_lines(monkeypatch, rows[::-1]) == [2001 - line for line in lines[::-1]]
+
+
+def test_the_sample_has_rows_of_both_sides_of_a_split(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "SAMPLED_FROM_BYTES", 0)
+    write(case.train, *numbered(600))
+    case.prepare(replace(RECIPE, certificate=True), validation_split=0.5)
+    sampled = [digest for digest in map(encode._digest, numbered(600)) if digest % encode.SAMPLED_ONE_IN == 0]
+    assert 0 < sum(digest < 2**63 for digest in sampled) < len(sampled)
+
+
+def test_a_small_set_is_compared_whole_and_a_larger_one_by_sample(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(case.train, *numbered(200))
+    for from_bytes, compared in ((case.train.stat().st_size + 1, 200), (case.train.stat().st_size, 7)):
+        monkeypatch.setattr(prepare_module, "SAMPLED_FROM_BYTES", from_bytes)
+        counts = case.prepare(replace(RECIPE, certificate=True)).statistics["train"]
+        assert (counts.encoded, counts.certified) == (200, compared)
 
 
 # --- the system prompt

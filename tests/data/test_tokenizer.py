@@ -75,14 +75,16 @@ def test_awkward_text_in_any_message_gives_mistrals_own_ids_and_labels(
         conversation("x", text, text, "x", system="x"),
     ):
         assert encoded(mistral, messages) == reference.encode(messages)
+        assert mistral.encode([messages]) == mistral.encode_as_saved([messages])
 
 
 @settings(max_examples=300, deadline=None)
 @given(messages=conversations())
-def test_any_conversation_gives_mistrals_own_ids_and_labels(
+def test_any_conversation_gives_mistrals_own_ids_and_labels_in_a_batch_and_by_the_saved_tokenizer(
     mistral: Chat, reference: Reference, messages: Messages
 ) -> None:
     assert encoded(mistral, messages) == reference.encode(messages)
+    assert mistral.encode([messages, messages]) == mistral.encode_as_saved([messages, messages])
 
 
 def test_every_piece_of_the_vocabulary_as_text_gives_mistrals_own_ids(mistral: Chat, reference: Reference) -> None:
@@ -90,6 +92,7 @@ def test_every_piece_of_the_vocabulary_as_text_gives_mistrals_own_ids(mistral: C
     rows = [conversation("x", "".join(pieces[start : start + 40])) for start in range(0, len(pieces), 40)]
     for messages, row in zip(rows, mistral.encode(rows), strict=True):
         assert (row.input_ids, row.labels) == reference.encode(messages)
+    assert mistral.encode(rows) == mistral.encode_as_saved(rows)
 
 
 @settings(max_examples=60, deadline=None)

@@ -39,8 +39,12 @@ def test_what_did_not_happen_or_is_not_known_is_said_so() -> None:
     expected = "13.0 GiB expected (activations 9.1, weights 3.8)"
     assert changed(memory_available_gib=None)["memory"] == f"{expected}, not this machine"
     assert changed(hours=None)["time"] == "not measured"
-    none = {"rows": 0, "mismatches": 0}
+    none = {"rows": 0, "of": 13_719, "mismatches": 0}
     assert changed(certificate=none)["certificate"] == "none (not Mistral's tokenizer, or off)"
+    sample = {"rows": 702, "of": 13_719, "mismatches": 0}
+    assert changed(certificate=sample)["certificate"] == (
+        "702 of 13,719 rows compared, all equal mistral-common's (dataset.certificate=every_row: all)"
+    )
 
 
 def test_on_a_mac_expected_and_specified_memory_are_set_against_the_gpus_working_set() -> None:

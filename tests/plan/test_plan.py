@@ -29,10 +29,24 @@ H100 = Machine("Linux", "x86_64", ("NVIDIA H100 80GB HBM3",), 79.126, 1007.6, 95
 LAPTOP = Machine("Linux", "x86_64", (), None, 15.6, 12.0)
 
 TRAIN = Statistics(
-    rows=900, tokens=180_000, supervised_tokens=90_000, truncated=3, dropped_long=2, dropped_bad=1, certified=902
+    rows=900,
+    tokens=180_000,
+    supervised_tokens=90_000,
+    truncated=3,
+    dropped_long=2,
+    dropped_bad=1,
+    certified=902,
+    encoded=903,
 )
 VALIDATION = Statistics(
-    rows=100, tokens=20_000, supervised_tokens=9_000, truncated=4, dropped_long=5, dropped_bad=6, certified=105
+    rows=100,
+    tokens=20_000,
+    supervised_tokens=9_000,
+    truncated=4,
+    dropped_long=5,
+    dropped_bad=6,
+    certified=105,
+    encoded=105,
 )
 
 
@@ -151,7 +165,7 @@ def test_the_plan_adds_up_what_was_counted() -> None:
         memory_available_gib=79.13,
         disk_gib=0,
         hours=None,
-        certificate={"rows": 1007, "mismatches": 0},
+        certificate={"rows": 1007, "of": 1008, "mismatches": 0},
         problems=[],
         checkpointed_layers=32,
     )
@@ -451,7 +465,7 @@ def test_a_dry_run_prints_one_json_document_with_the_documented_keys_and_types(
     assert [key for key, value in document.items() if isinstance(value, bool)] == []
     assert all(isinstance(size, float) for size in document["memory_parts"].values())
     assert all(isinstance(problem, str) for problem in document["problems"])
-    assert document["certificate"] == {"rows": 150, "mismatches": 0}
+    assert document["certificate"] == {"rows": 150, "of": 150, "mismatches": 0}
     assert document["rows_train"] + document["rows_validation"] == 150
     assert document["hours"] is None
 

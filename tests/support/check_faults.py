@@ -426,6 +426,10 @@ FAULTS = (
           lambda b: b.patch.setattr(tokenizer, "Reference", OtherReference),
           fail("tokens.certificate", "conversation 1 of 6 has other ids or labels than mistral-common gives",
                REINSTALL)),
+    fault("the saved tokenizer has other tokens than Mistral's", "h100",
+          lambda b: b.patch.setattr(tokenizer.Chat, "encode_as_saved", lambda *_: [template.Encoded([], [], [])]),
+          fail("tokens.certificate", "conversation 1 of 6 has other ids or labels in the saved tokenizer",
+               REINSTALL)),
 
     # The NVIDIA GPU
     fault("no driver outside a container", "h100", lambda b: b.has(driver=None, gpus=(), container=False),

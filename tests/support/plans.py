@@ -31,7 +31,7 @@ PLAN = Plan(
     memory_available_gib=79.13,
     disk_gib=2.66,
     hours=3.46,
-    certificate={"rows": 13_719, "mismatches": 0},
+    certificate={"rows": 13_719, "of": 13_719, "mismatches": 0},
     checkpointed_layers=32,
     problems=["too few steps", "too little memory"],
 )

@@ -108,13 +108,16 @@ def _certificate(preflight: Preflight) -> Finding:
     for number, flat in enumerate(CONVERSATIONS, 1):
         messages = [{"role": role, "content": text} for role, text in zip(flat[::2], flat[1::2], strict=True)]
         encoded = chat.encode([messages])[0]
+        if encoded != chat.encode_as_saved([messages])[0]:
+            text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels in the saved tokenizer"
+            return failed(text, preflight.platform.repair)
         if (encoded.input_ids, encoded.labels) != reference.encode(messages):
             text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels than mistral-common gives"
             return failed(text, preflight.platform.repair)
     return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
 
 
-CERTIFICATE = "ids and labels of fixed conversations against mistral-common's"
+CERTIFICATE = "ids and labels of fixed conversations against mistral-common's and the saved tokenizer's"
 CHECKS = (
     Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
     Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),

@@ -23,10 +23,10 @@ def _rows(preflight: Preflight) -> Finding:
     bad = train.dropped_bad + validation.dropped_bad
     if bad:
         return warned(f"{found}; {bad:,} bad rows left out", "--set dataset.on_bad_row=fail lists them")
-    certified = train.certified + validation.certified
-    return passed(
-        f"{found}; {certified:,} compared with mistral-common" if dataset.certificate and certified else found
-    )
+    compared, rows = train.certified + validation.certified, train.encoded + validation.encoded
+    if dataset.certificate and compared:
+        found += f"; {compared:,} of {rows:,} compared with mistral-common"
+    return passed(found)
 
 
 def _keys(preflight: Preflight) -> Finding:
@@ -121,7 +121,7 @@ _ROWS = ("data.rows",)
 CHECKS = (
     Check(
         "data.rows",
-        "every row can be read, is a conversation, and equals mistral-common's tokens",
+        "every row can be read and is a conversation; those compared equal mistral-common's tokens",
         _rows,
         needs=("model.geometry", "paths.output"),  # the tokenizer, and where the encoded rows are kept
     ),

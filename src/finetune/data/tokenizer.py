@@ -4,16 +4,18 @@ A conversation is first cut into pieces (plain text, or a control token by name)
 itself with control tokens switched off. So text in a message can never become a control token, there is exactly one
 `<s>`, and the loss lies on assistant text and its end token only.
 
-For Mistral the ids must equal mistral-common's v1 tokenizer, which ships the very SentencePiece file of Instruct v0.2;
-`Reference` asks it, and the certificate compares every row.
+Mistral's ids come from SentencePiece and the file that mistral-common ships for Instruct v0.1 and v0.2: in batches, the
+call that mistral-common makes text by text. They must equal mistral-common's own, which `Reference` asks, and those of
+the tokenizer that is saved with the adapter; the certificate compares both.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -21,34 +23,56 @@ from tokenizers.models import BPE
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages, Piece
 from finetune.errors import ConfigError
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer and the format that belongs to it."""
+    """A tokenizer and the format that belongs to it.
+
+    `tokenizer` is what is saved with the adapter; where `sentencepiece` is there, the ids come from it.
+    """
 
     format: ChatFormat
     tokenizer: Tokenizer
     fingerprint: str  # sha256 of tokenizer and template
+    sentencepiece: SentencePieceProcessor | None = None
 
     def encode(self, rows: Sequence[Messages]) -> list[Encoded]:
-        """Ids and labels of each conversation, in one batch call to the tokenizer."""
-        return self._encode([list(self.format.pieces(messages)) for messages in rows])
+        """Ids and labels of each conversation, in one batch call."""
+        return self._encode(self._pieces(rows), self._ids)
+
+    def encode_as_saved(self, rows: Sequence[Messages]) -> list[Encoded]:
+        """The same by the tokenizer that is saved with the adapter."""
+        return self._encode(self._pieces(rows), self._saved_ids)
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids of a conversation that ends with the user, up to where the model's reply begins."""
-        return self._encode([[*self.format.pieces(messages), *self.format.opening]])[0].input_ids
+        return self._encode([[*self.format.pieces(messages), *self.format.opening]], self._ids)[0].input_ids
 
-    def _encode(self, pieces: list[list[Piece]]) -> list[Encoded]:
-        texts = [piece.text for row in pieces for piece in row if not piece.control]
-        encodings = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [self._join(row, encodings) for row in pieces]
+    def _pieces(self, rows: Sequence[Messages]) -> list[list[Piece]]:
+        return [list(self.format.pieces(messages)) for messages in rows]
 
-    def _join(self, pieces: Iterable[Piece], encodings: Iterator[object]) -> Encoded:
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self.sentencepiece is None:
+            return self._saved_ids(texts)
+        ids: list[list[int]] = self.sentencepiece.encode(texts, num_threads=1)  # the processes are the parallelism
+        return ids
+
+    def _saved_ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode(self, rows: list[list[Piece]], ids_of: Callable[[list[str]], list[list[int]]]) -> list[Encoded]:
+        ids = iter(ids_of([piece.text for row in rows for piece in row if not piece.control]))
+        return [self._join(row, ids) for row in rows]
+
+    def _join(self, pieces: Iterable[Piece], ids_of_texts: Iterator[list[int]]) -> Encoded:
         input_ids: list[int] = []
         labels: list[int] = []
         turn_ends: list[int] = []
         for piece in pieces:
-            ids = [self.token_id(piece.text)] if piece.control else next(encodings).ids  # type: ignore[attr-defined]
+            ids = [self.token_id(piece.text)] if piece.control else next(ids_of_texts)
             input_ids += ids
             labels += ids if piece.supervised else [IGNORED] * len(ids)
             if piece.control and piece.supervised:
@@ -94,7 +118,7 @@ def load_chat(folder: Path | None) -> Chat:
 def _chat(chat_format: ChatFormat, tokenizer: Tokenizer) -> Chat:
     digest = hashlib.sha256((tokenizer.to_str() + chat_format.template).encode()).hexdigest()
     tokenizer.encode_special_tokens = True  # "</s>" in a message is text, not the end of a turn
-    return Chat(chat_format, tokenizer, digest)
+    return Chat(chat_format, tokenizer, digest, load_sentencepiece() if chat_format is MISTRAL_FORMAT else None)
 
 
 def _first_difference(found: Tokenizer, wanted: Tokenizer) -> str | None:
@@ -113,15 +137,20 @@ def sentencepiece_file() -> Path:
     return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
+def load_sentencepiece() -> SentencePieceProcessor:
+    """Mistral's tokenizer as mistral-common loads it: control tokens in a text are text, runs of spaces are kept."""
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(sentencepiece_file()))
+
+
 def mistral_tokenizer() -> Tokenizer:
     """Mistral's tokenizer as byte-fallback BPE, from SentencePiece's pieces and scores.
 
     Every way to make a piece from two shorter pieces is a merge, and merges apply in the order of the piece's score:
     that is SentencePiece's own rule for BPE models. `Prepend` is its dummy prefix.
     """
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(sentencepiece_file()))
+    pieces = load_sentencepiece()
     scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     vocab = {piece: index for index, piece in enumerate(scores)}
     if len(vocab) != 32000:

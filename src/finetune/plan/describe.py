@@ -10,7 +10,6 @@ from finetune.wording import counted, duration
 def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     """The plan as (name, sentence) rows."""
     supervised = plan.supervised_tokens_train / max(1, plan.tokens_train)
-    certified = plan.certificate["rows"]
     free = plan.memory_available_gib
     available = "not this machine" if free is None else f"{free:.1f} GiB free"
     rows = f"{plan.rows_train:,} to train on, {plan.rows_validation:,} held out"
@@ -19,10 +18,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("rows", rows),
         ("tokens", f"{plan.tokens_train:,} ({supervised:.0%} with loss)"),
-        (
-            "certificate",
-            f"{certified:,} rows equal mistral-common's" if certified else "none (not Mistral's tokenizer, or off)",
-        ),
+        ("certificate", certificate_text(plan)),
         (
             "sequences",
             f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
@@ -36,6 +32,16 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("time", time_text(plan)),
         *([] if plan.cost_per_hour is None else [("cost", cost_text(plan.cost, plan.cost_per_hour))]),
     ]
+
+
+def certificate_text(plan: Plan) -> str:
+    """How many rows were compared with mistral-common; a difference would have ended the start."""
+    compared, rows = plan.certificate["rows"], plan.certificate["of"]
+    if not compared:
+        return "none (not Mistral's tokenizer, or off)"
+    if compared == rows:
+        return f"{compared:,} rows equal mistral-common's"
+    return f"{compared:,} of {rows:,} rows compared, all equal mistral-common's (dataset.certificate=every_row: all)"
 
 
 def working_set_rows(plan: Plan) -> list[tuple[str, str]]:

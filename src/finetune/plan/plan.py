@@ -31,6 +31,7 @@ class RowCounts(Protocol):
     truncated: int
     dropped_long: int
     dropped_bad: int
+    encoded: int
     certified: int
 
 
@@ -136,7 +137,11 @@ def make_plan(
         memory_available_gib=_rounded(memory_available_gib(platform, machine)),
         disk_gib=round(disk_bytes(config, geometry, train.tokens + validation.tokens) / GIB, 2),
         hours=None,
-        certificate={"rows": train.certified + validation.certified, "mismatches": 0},
+        certificate={
+            "rows": train.certified + validation.certified,
+            "of": train.encoded + validation.encoded,
+            "mismatches": 0,
+        },
         problems=[],
         checkpointed_layers=choice.layers,
         checkpointed_from=choice.reason,
