@@ -32,6 +32,7 @@ from support.prepared import (
     numbered,
     same,
     the_chat,
+    the_reference,
     write,
 )
 
@@ -246,12 +247,13 @@ def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], certif
     """The lines of `rows` that an encoder compares."""
     seen: list[Messages] = []
 
-    class Watching(Reference):
+    class Watching:
         def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
             seen.append(messages)
-            return super().encode(messages)
+            return the_reference().encode(messages)
 
     monkeypatch.setattr(encode, "Reference", Watching)
+    monkeypatch.setattr(encode, "load_chat", the_chat)
     lines = [(number, json.dumps({"messages": messages}).encode()) for number, messages in enumerate(rows, 1)]
     chunk = Encoder(replace(RECIPE, certificate=certificate)).encode(lines)
     assert (chunk.statistics.encoded, chunk.statistics.certified) == (len(rows), len(seen))

@@ -429,7 +429,10 @@ FAULTS = (
     fault("the saved tokenizer has other tokens than Mistral's", "h100",
           lambda b: b.patch.setattr(tokenizer.Chat, "encode_as_saved", lambda *_: [template.Encoded([], [], [])]),
           fail("tokens.certificate", "conversation 1 of 6 has other ids or labels in the saved tokenizer",
-               REINSTALL)),
+               REINSTALL),
+          fail("data.rows",
+               "certificate: /bench/train.jsonl:1: token 0 is 1 733 16289, the saved tokenizer says the end",
+               "Report this row: no run may start on it.")),
 
     # The NVIDIA GPU
     fault("no driver outside a container", "h100", lambda b: b.has(driver=None, gpus=(), container=False),
