@@ -72,7 +72,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     from finetune.results import export, self_test, show
     from finetune.runs import manifest, resume
     from finetune.training import job as training_job
-    from finetune.training import rehearsal, trackers, trainer
+    from finetune.training import recovery, rehearsal, trackers, trainer
 
     config, prepared, steps = preflight.config, preflight.prepared, preflight.plan.steps
     facts = manifest.describe(config, prepared, hardware(preflight.platform, preflight.machine))
@@ -89,9 +89,9 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     manifest.write_config(run, config, prepared)
     record.started(decision, set_aside, outlook.layers, outlook.measured)
 
-    out_of_memory = job.memory_explained(outlook.choice)
-    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), out_of_memory:
+    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), job.memory_explained():
         made = job.trainer(outlook.choice.layers, decision.checkpoint, tracking)
+        made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out)
         watchers = job.watchers(fingerprint, outlook.pace, tracking.all(), terminal)
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)

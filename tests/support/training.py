@@ -26,6 +26,7 @@ from finetune.terminal import Terminal
 from finetune.training.arguments import training_arguments
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
+from finetune.training.recovery import Recovery
 from finetune.training.stopper import Stopper
 from finetune.training.trainer import Examples, Trainer, Watchers, evaluates_first, make_trainer, train
 
@@ -46,6 +47,7 @@ class Case:
         self.folder, self.tokenizer, self.train_file, self.base = folder, tokenizer, str(train_file), base
         self.run = Run(folder / "run", False, None)
         self.run.checkpoints.mkdir(parents=True)
+        self.ran_out: list[tuple[int, str]] = []  # what a recovery recorded: layers checkpointed then, and a sentence
 
     def config(self, *settings: str) -> Config:
         files = (f"model.name={self.base}", f"dataset.train_file={self.train_file}")
@@ -75,7 +77,9 @@ class Case:
         stream = StringIO()
         keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
-        watchers = Watchers(keeper, Stopper(self.run), Progress(Terminal(stream=stream)))
+        terminal = Terminal(stream=stream)
+        watchers = Watchers(keeper, Stopper(self.run), Progress(terminal))
+        trainer.recovery = Recovery(trainer, terminal, lambda *recorded: self.ran_out.append(recorded))
         outcome = train(trainer, config.training, watchers, steps, checkpoint)
         return outcome, trainer.model, stream.getvalue()
 

@@ -85,15 +85,19 @@ def compute_repeatably(platform: Platform) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def is_memory_error(error: RuntimeError) -> bool:
+    """Whether CUDA, MPS or the CPU raised `error` because memory is short."""
+    words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+    return re.search(words, str(error), re.IGNORECASE) is not None
+
+
 @contextmanager
 def memory_errors_explained(advice: str) -> Iterator[None]:
     """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with `advice`."""
     try:
         yield
     except RuntimeError as error:
-        if not re.search(
-            "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED", str(error), re.IGNORECASE
-        ):
+        if not is_memory_error(error):
             raise
         raise OutOfResource(f"out of memory: {first_line(error)}", advice, between="\n") from None
 
@@ -170,10 +174,18 @@ def _random_numbers(platform: Platform) -> Any:
     return torch.get_device_module(platform.device) if platform.accelerated else torch
 
 
-def forget_memory(platform: Platform) -> None:
-    """Give unused device memory back, and count the peak from here on where that can be done."""
+def free_cache(platform: Platform) -> None:
+    """Give unused device memory back."""
     import torch
 
     if platform.accelerated:
         torch.accelerator.empty_cache()
+
+
+def forget_memory(platform: Platform) -> None:
+    """As `free_cache`, and count the peak from here on where that can be done."""
+    import torch
+
+    free_cache(platform)
+    if platform.accelerated:
         torch.accelerator.reset_peak_memory_stats()

@@ -142,6 +142,12 @@ class Manifest:
         self.content |= {"checkpointed_layers": layers, "starts": [*starts, begun | why]}
         self._write(self.document("interrupted"))
 
+    def memory_ran_out(self, layers: int, sentence: str) -> None:
+        """Record that this start goes on with `layers` checkpointed, and why."""
+        self.content["checkpointed_layers"] = layers
+        self.content["starts"][-1].setdefault("out_of_memory", []).append(sentence)
+        self._write(self.document("interrupted"))
+
     def complete(self) -> None:
         """Record that this start has finished the run."""
         self._end("complete")

@@ -18,7 +18,6 @@ from finetune.machine.device import capacity_gib, memory_errors_explained, peak_
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.model import load
 from finetune.model.load_progress import SILENT, Report
-from finetune.plan.checkpointed_layers import Choice, settled
 from finetune.plan.fit import what_would_fit
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.schedule import Pace, seconds_since_start
@@ -59,9 +58,12 @@ class Job:
         rows, held_out = prepared.train.dataset(prepared.sequences), prepared.validation.dataset(None)
         return Examples(rows, held_out, self.config.dataset.train_file)
 
-    def memory_explained(self, choice: Choice) -> AbstractContextManager[None]:
-        """Raise OutOfResource with the smallest change that fits where memory ends in the block."""
-        return _memory_explained(settled(self.config, choice))
+    def memory_explained(self) -> AbstractContextManager[None]:
+        """Raise OutOfResource with the smallest change that fits where memory ends in the block.
+
+        More checkpointed layers are none: where they would have helped, the run has them.
+        """
+        return _memory_explained(self.config.changed("training", checkpointed_layers="all"))
 
     def trainer(self, layers: int, checkpoint: Path | None, trackers: Trackers) -> Trainer:
         """The trainer that starts at `checkpoint`, or at the beginning, with `layers` checkpointed."""

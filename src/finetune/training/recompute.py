@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from finetune.machine.device import random_state, set_random_state
 from finetune.machine.platforms import Platform
 
 
-def checkpoint_first(layers: Iterable[Any], count: int, platform: Platform) -> None:
+def checkpoint_first(layers: Sequence[Any], count: int, platform: Platform) -> None:
     """Let the first `count` of transformers' decoder `layers` compute their activations again, the others keep them.
 
     `activation_checkpointing_enable` has marked them all. The last ones are kept whole: their backward comes first, and
@@ -42,10 +42,27 @@ def _drawing_from(state: Any, platform: Platform) -> Iterator[None]:
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
-    """`checkpoint_first` of the decoder's `layers`, after transformers has marked every layer for a new trainer."""
+    """`checkpoint_first` of the decoder's layers, after transformers has marked every layer for a new trainer.
 
-    def __init__(self, layers: int, platform: Platform) -> None:
-        self.layers, self.platform = layers, platform
+    `count` of them are checkpointed.
+    """
+
+    def __init__(self, count: int, platform: Platform) -> None:
+        self.count, self.platform = count, platform
+        self.layers: Sequence[Any] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint_first(kwargs["model"].get_base_model().model.layers, self.layers, self.platform)
+        self.layers = kwargs["model"].get_base_model().model.layers
+        checkpoint_first(self.layers, self.count, self.platform)
+
+    def add_layers(self) -> bool:
+        """Checkpoint half of the layers that are still whole, at least one more; False where that cannot be.
+
+        Without training.gradient_checkpointing, transformers has given no layer the means.
+        """
+        whole = len(self.layers) - self.count
+        if whole == 0 or not hasattr(self.layers[-1], "_gradient_checkpointing_func"):
+            return False
+        self.count += (whole + 1) // 2
+        checkpoint_first(self.layers, self.count, self.platform)
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -14,7 +14,9 @@ from trl import SFTTrainer
 from finetune.training.progress import Progress
 from finetune.training.restore import keep_random_states
 
-COUNTED = ("_tr_loss", "_total_train_tokens", "_metrics", "current_flos")  # what the trainer adds each micro-batch to
+# What the trainer adds each micro-batch to: while it computes it, and once that is done.
+COUNTED_WITHIN = ("_total_train_tokens", "_metrics", "step_lines", "step_losses")
+COUNTED_AFTER = ("_tr_loss", "current_flos")
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -70,16 +72,16 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.trainer.undo_step()
 
 
-def keep_counted(trainer: SFTTrainer) -> Callable[[], None]:
+def keep_counted(trainer: SFTTrainer, names: Sequence[str] = (*COUNTED_WITHIN, *COUNTED_AFTER)) -> Callable[[], None]:
     """The returned function undoes what the micro-batches of an unfinished step changed: counts and random states.
 
-    Weights, optimizer, learning rate and position change at the end of a step only.
+    It may be called again. Weights, optimizer, learning rate and position change at the end of a step only.
     """
-    counted = copy.deepcopy({name: vars(trainer)[name] for name in COUNTED})
+    counted = copy.deepcopy({name: getattr(trainer, name) for name in names})
     put_random_states_back = keep_random_states(trainer.platform)
 
     def undo() -> None:
-        vars(trainer).update(counted)
+        vars(trainer).update(copy.deepcopy(counted))
         put_random_states_back()
 
     return undo

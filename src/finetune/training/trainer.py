@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from finetune.runs.outcome import Outcome
 from finetune.training.keeper import Keeper, adapter_bytes
 from finetune.training.progress import Progress
 from finetune.training.recompute import Checkpointing
+from finetune.training.recovery import Recovery
 from finetune.training.samples import Sampler, Samples
 from finetune.training.stopper import EvaluationStopped, Stopper
 from finetune.training.totals import Sums, keep_counted
@@ -47,13 +49,21 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     train_file = ""
     progress: Progress | None = None
+    checkpointing: Checkpointing
+    recovery: Recovery | None = None  # a run's; in a rehearsal, memory that runs out is what is to be found
     undo_step: Callable[[], None]  # from the first step on: undoes the micro-batches since the last step's end
     _tr_loss: Any = 0.0  # transformers sets these two where a training begins
     _globalstep_last_logged = 0
     _flos_a_token = 0
     _total_train_tokens: int
-    _step_lines: tuple[int, ...] = ()  # of the step at hand, and its losses
-    _step_losses: tuple[float, ...] = ()
+    step_lines: tuple[int, ...] = ()  # of the step at hand, and its losses
+    step_losses: tuple[float, ...] = ()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """As TRL's, but where memory runs out `recovery` computes the step again with more layers checkpointed."""
+        compute = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        loss: torch.Tensor = compute(inputs) if self.recovery is None else self.recovery.compute(compute, inputs)
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch.
@@ -68,7 +78,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if not math.isfinite(number):
             raise self._diverged("the loss is not a finite number", lines)
         if self.model.training:
-            self._step_lines, self._step_losses = (*self._step_lines, *lines), (*self._step_losses, number)
+            self.step_lines, self.step_losses = (*self.step_lines, *lines), (*self.step_losses, number)
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
@@ -76,8 +86,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         rows of its step; and so does a step without any loss and gradient.
         """
         norm = float(super()._get_grad_norm(model, grad_norm))
-        lines, losses = self._step_lines, self._step_losses
-        self._step_lines, self._step_losses = (), ()
+        lines, losses = self.step_lines, self.step_losses
+        self.step_lines, self.step_losses = (), ()
         if not math.isfinite(norm):
             raise self._diverged("the gradient is not finite", lines)
         if norm == 0 and not any(losses):
@@ -220,7 +230,8 @@ def make_trainer(
     )
     trainer.train_file = examples.train_file
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Checkpointing(checkpointed, trainer.platform))
+    trainer.checkpointing = Checkpointing(checkpointed, trainer.platform)
+    trainer.add_callback(trainer.checkpointing)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = weights[name]  # TRL casts them to bf16, a resume would bring fp32: the losses would part

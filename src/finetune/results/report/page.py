@@ -208,7 +208,8 @@ def _start(start: dict[str, Any]) -> dict[str, Any]:
         f"{start['from_step']:,} to {start['step']:,}" if start["step"] is not None else f"from {start['from_step']:,}"
     )
     took = duration(_time(start["ended"]) - _time(start["started"])) if start["ended"] else "not known"
-    notes = [f"went on although changed: {change}" for change in start.get("changed", [])] + start.get("set_aside", [])
+    notes = [f"went on although changed: {change}" for change in start.get("changed", [])]
+    notes += start.get("set_aside", []) + start.get("out_of_memory", [])
     return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone, "notes": notes}
 
 
