@@ -153,6 +153,16 @@ def test_a_start_says_what_it_accepted_what_it_set_aside_and_what_it_rehearsed(t
     assert start["rehearsal"] == {"hours": 2.5}
 
 
+def test_a_start_whose_memory_ran_out_says_when_and_how_many_layers_it_checkpoints_now(tmp_path: Path) -> None:
+    (start,) = begin(tmp_path, 4)
+    manifest = Manifest(Run(tmp_path, False, None), {"checkpointed_layers": 2, "starts": [start]})
+    for layers, sentence in ((17, "17 from step 5 on"), (25, "25 from step 9 on")):
+        manifest.memory_ran_out(layers, sentence)
+        found = read_manifest(tmp_path)
+        assert (found["status"], found["checkpointed_layers"]) == ("interrupted", layers)
+    assert found["starts"] == [{**start, "out_of_memory": ["17 from step 5 on", "25 from step 9 on"]}]
+
+
 def test_a_start_that_never_wrote_its_end_was_killed_after_its_last_line(tmp_path: Path) -> None:
     seconds = AGO.timestamp()
     leave(tmp_path, [OPEN], {"step": 9, "time": seconds - 60}, {"step": 5, "time": seconds + 30})

@@ -94,9 +94,13 @@ class Warm:
         point: int | None = None,
         how: str = "before",
         notes: Path | None = None,
+        module: str | None = None,
         **environment: str,
     ) -> Ended:
-        """Start `command`; killed, or sent another signal, after so many seconds; or killed at the `point`-th point."""
+        """Start `command`; killed, or sent another signal, after so many seconds; or killed at the `point`-th point.
+
+        `module` of this folder is imported first.
+        """
         request = {
             "arguments": [*command.arguments(), *options],
             "environment": environment,
@@ -104,6 +108,7 @@ class Warm:
             "notes": str(notes) if notes else None,
             "point": point,
             "how": how,
+            "module": module,
             "seconds": kill_after or PATIENCE,
             "signal": int(number),
         }

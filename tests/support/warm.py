@@ -108,6 +108,8 @@ def become(request: dict[str, Any], output: int) -> None:
         os.dup2(output, number)
     os.environ.update(request["environment"])
     sys.argv = [str(ROOT / "src" / "train.py"), *request["arguments"]]
+    if request["module"]:
+        importlib.import_module(request["module"])
     if request["folder"]:
         points = Points(request["folder"], request["notes"], request["point"], request["how"])
         points.watch_libraries()
