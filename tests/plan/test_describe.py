@@ -26,7 +26,7 @@ def test_the_plan_is_told_in_nine_rows() -> None:
         ("certificate", "13,719 rows equal mistral-common's"),
         ("sequences", "1,020, 95.8% full, 16 a step"),
         ("steps", "1,920 (64 an epoch, 58 of warm-up)"),
-        ("", "21 evaluations, 4 checkpoints"),
+        ("", "21 evaluations (8,400,000 tokens), 4 checkpoints"),
         ("memory", "13.0 GiB expected (activations 9.1, weights 3.8), 79.1 GiB free"),
         ("disk", "2.7 GiB"),
         ("time", "3.5 h"),

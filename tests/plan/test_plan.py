@@ -20,7 +20,7 @@ from finetune.config.schema import Config
 from finetune.data.encode import Statistics
 from finetune.machine.inspect import Machine
 from finetune.plan.model_shape import MISTRAL_7B
-from finetune.plan.plan import Plan, count_steps, disk_bytes, make_plan
+from finetune.plan.plan import Data, Plan, count_steps, disk_bytes, make_plan
 from finetune.plan.throughput import Throughput
 from support.plans import load
 from support.recorded import M4
@@ -60,7 +60,7 @@ def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int 
 
 
 def planned(sequences: int, *settings: str, machine: Machine = H100) -> Plan:
-    return make_plan(load(*settings), TRAIN, VALIDATION, sequences, MISTRAL_7B, machine)
+    return make_plan(load(*settings), Data(TRAIN, VALIDATION, sequences, 200_000), MISTRAL_7B, machine)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -159,6 +159,7 @@ def test_the_plan_adds_up_what_was_counted() -> None:
         steps=12,
         warmup_steps=1,  # 0.36, rounded up
         evaluations=7,  # before the first step, then every second
+        tokens_evaluated=140_000,
         checkpoints=3,
         peak_memory_gib=0,
         memory_parts={},
@@ -168,6 +169,8 @@ def test_the_plan_adds_up_what_was_counted() -> None:
         certificate={"rows": 1007, "of": 1008, "mismatches": 0},
         problems=[],
         checkpointed_layers=32,
+        hours_expected=(0.0136, 0.0273),
+        hours_expected_from="5,500-11,000 tokens/s, by arithmetic, not measured",
     )
     assert plan.disk_gib == 2.66
 
@@ -179,8 +182,19 @@ def test_the_last_step_is_evaluated_and_saved_whatever_the_interval() -> None:
     assert (plan.evaluations, plan.checkpoints) == (2, 1)
 
 
-def test_without_packing_every_token_computed_is_a_rows_own() -> None:
-    assert planned(900, "training.packing=false").packing_efficiency == 1
+def test_without_packing_the_share_of_the_batches_that_is_no_padding_counts() -> None:
+    assert planned(900, "training.packing=false").packing_efficiency == 0.9
+
+
+def test_batches_that_are_mostly_padding_are_a_problem_with_what_to_type() -> None:
+    def problems(padded: int, packing: str) -> list[str]:
+        config = load(f"training.packing={packing}")
+        return make_plan(config, Data(TRAIN, VALIDATION, 1600, padded), MISTRAL_7B, H100).problems
+
+    assert problems(530_000, "false") == [
+        "batches are 34% full, the rest is padding; --set training.packing=true computes no padding"
+    ]
+    assert problems(225_000, "false") == problems(530_000, "true") == []
 
 
 @pytest.mark.parametrize("settings", [[], ["model.attn_implementation=sdpa"], ["quantization.storage=expanded"]])
@@ -303,7 +317,8 @@ def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_s
     """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
     rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
     mac = config_load.load_config("m4", settings)[0]
-    return make_plan(mac, rows, VALIDATION, math.ceil(tokens / 2048), MISTRAL_7B, machine, working_set_gib)
+    data = Data(rows, dataclasses.replace(VALIDATION, tokens=100), math.ceil(tokens / 2048), tokens)
+    return make_plan(mac, data, MISTRAL_7B, machine, working_set_gib)
 
 
 def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
@@ -332,11 +347,10 @@ def test_expected_hours_on_a_mac_go_by_its_gpus_cores(chip: str, cores: int | No
     assert plan.hours_expected_from is not None and plan.hours_expected_from.startswith(speed)
 
 
-def test_of_another_base_or_platform_no_hours_are_expected() -> None:
-    assert planned(50).hours_expected is None
+def test_of_another_base_no_hours_are_expected() -> None:
     mac = config_load.load_config("m4")[0]
     tiny = dataclasses.replace(MISTRAL_7B, num_hidden_layers=2)
-    assert make_plan(mac, TRAIN, VALIDATION, 100, tiny, LAPTOP).hours_expected is None
+    assert make_plan(mac, Data(TRAIN, VALIDATION, 100, 180_000), tiny, LAPTOP).hours_expected is None
 
 
 def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
@@ -385,9 +399,47 @@ def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.M
     ]
 
 
+def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_what_to_type() -> None:
+    assert planned(50).hours_expected == pytest.approx(
+        (3 * 180_000 / 11_000 / 3600, 3 * 180_000 / 5_500 / 3600), abs=1e-4
+    )
+    assert planned(50).hours_expected_from == "5,500-11,000 tokens/s, by arithmetic, not measured"
+    rows = dataclasses.replace(TRAIN, rows=1_000_000, tokens=250_000_000)
+    plan = make_plan(load(), Data(rows, VALIDATION, 61_036, 250_000_000), MISTRAL_7B, H100)
+    assert plan.problems == [
+        "750,000,000 tokens in all epochs take 18.9-37.9 h on h100 (5,500-11,000 tokens/s, by arithmetic, not "
+        "measured); 24 h are 475.2-950.4 million; --set dataset.max_rows=633599 keeps within that"
+    ]
+
+
 def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> None:
     rows = dataclasses.replace(TRAIN, tokens=10_000_000_000)
-    assert make_plan(load(), rows, VALIDATION, 2_500_000, MISTRAL_7B, H100).problems == []
+    demo, large = load("training.max_steps=100", platform="cpu"), dataclasses.replace(LAPTOP, memory_free_gib=200.0)
+    assert make_plan(demo, Data(rows, VALIDATION, 2_500_000, 10**10), MISTRAL_7B, large).problems == []
+
+
+def test_evaluations_that_read_more_than_a_third_of_the_training_are_a_problem_with_what_to_type() -> None:
+    often = ("training.max_steps=12", "training.eval_steps=1", "training.save_steps=1")
+    held_out = dataclasses.replace(VALIDATION, rows=1_000, tokens=100_000)
+
+    def plan(rows: int) -> Plan:
+        few = dataclasses.replace(held_out, rows=rows, tokens=100 * rows)
+        return make_plan(load(*often), Data(TRAIN, few, 50, 200_000), MISTRAL_7B, H100)
+
+    assert plan(1_000).tokens_evaluated == 13 * 100_000
+    assert plan(1_000).problems == [
+        "13 evaluations read 1,300,000 tokens, 2.4 times the training's; --set dataset.max_validation_rows=138 keeps "
+        "them to a third of it"
+    ]
+    assert plan(138).problems == []
+    assert plan(139).problems != []
+
+
+def test_of_few_rows_no_evaluation_is_taken_away() -> None:
+    often = ("training.max_steps=12", "training.eval_steps=1", "training.save_steps=1")
+    long = dataclasses.replace(VALIDATION, rows=100, tokens=30_000)  # a third of the training are 46 rows
+    plan = make_plan(load(*often), Data(TRAIN, long, 50, 200_000), MISTRAL_7B, H100)
+    assert (plan.tokens_evaluated, plan.problems) == (13 * 30_000, [])
 
 
 def test_several_problems_are_told_at_once() -> None:
@@ -405,6 +457,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "rows_train": int, "rows_validation": int, "tokens_train": int, "supervised_tokens_train": int,
     "rows_truncated": int, "rows_dropped": int, "sequences_train": int, "packing_efficiency": float,
     "effective_batch_size": int, "steps_per_epoch": int, "steps": int, "warmup_steps": int, "evaluations": int,
+    "tokens_evaluated": int,
     "checkpoints": int, "peak_memory_gib": float, "memory_parts": dict, "memory_available_gib": (float, type(None)),
     "disk_gib": float, "hours": (float, type(None)), "certificate": dict, "problems": list, "checkpointed_layers": int,
     "hours_from": (str, type(None)), "hours_expected": (list, type(None)), "hours_expected_from": (str, type(None)),

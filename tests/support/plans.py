@@ -25,6 +25,7 @@ PLAN = Plan(
     steps=1_920,
     warmup_steps=58,
     evaluations=21,
+    tokens_evaluated=8_400_000,
     checkpoints=4,
     peak_memory_gib=12.96,
     memory_parts={"weights": 3.841, "activations": 9.119},

@@ -14,7 +14,7 @@ from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, memory_limits
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.model_shape import Geometry, read_geometry
-from finetune.plan.plan import Plan, make_plan
+from finetune.plan.plan import Data, Plan, make_plan
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -99,8 +99,10 @@ class Preflight:
     @cached_property
     def plan(self) -> Plan:
         """What the run will cost."""
-        prepared = self.prepared
-        sequences = len(prepared.sequences if prepared.sequences is not None else prepared.train.lengths)
-        train, validation = prepared.statistics["train"], prepared.statistics["validation"]
-        known = (sequences, self.geometry, self.machine, self.working_set_gib)
-        return make_plan(self.config, train, validation, *known)
+        from finetune.data.batches import example_lengths, train_load
+
+        prepared, batch_size = self.prepared, self.config.training.per_device_train_batch_size
+        lengths = example_lengths(prepared)
+        tokens = train_load(lengths, batch_size, flat=False).tokens
+        data = Data(prepared.statistics["train"], prepared.statistics["validation"], len(lengths), tokens)
+        return make_plan(self.config, data, self.geometry, self.machine, self.working_set_gib)

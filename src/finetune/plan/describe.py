@@ -24,7 +24,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
         ),
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
-        ("", f"{counted(plan.evaluations, 'evaluation')}, {counted(plan.checkpoints, 'checkpoint')}"),
+        ("", f"{_evaluated(plan)}, {counted(plan.checkpoints, 'checkpoint')}"),
         ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
         *working_set_rows(plan),
         *([("recomputed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
@@ -42,6 +42,10 @@ def certificate_text(plan: Plan) -> str:
     if compared == rows:
         return f"{compared:,} rows equal mistral-common's"
     return f"{compared:,} of {rows:,} rows compared, all equal mistral-common's (dataset.certificate=every_row: all)"
+
+
+def _evaluated(plan: Plan) -> str:
+    return f"{counted(plan.evaluations, 'evaluation')} ({plan.tokens_evaluated:,} tokens)"
 
 
 def working_set_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -15,11 +15,15 @@ from finetune.plan.checkpointed_layers import by_formula, settled
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
+from finetune.wording import counted
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
 
 BEFORE = "a rehearsal decides"  # so the formula is what the plan has
+LEAST_FULL = 0.8  # of batches without packing, below which packing is worth it
+MOST_EVALUATED = 1 / 3  # of the training's tokens
+LEAST_EVALUATED = 100  # rows
 
 
 class RowCounts(Protocol):
@@ -36,15 +40,30 @@ class RowCounts(Protocol):
 
 
 @dataclass(frozen=True)
+class Data:
+    """What is trained and evaluated on.
+
+    `sequences` are the training examples: packed ones where packing is on, else rows. `batch_tokens` is what an epoch's
+    batches hold, padding included.
+    """
+
+    train: RowCounts
+    validation: RowCounts
+    sequences: int
+    batch_tokens: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
-    `hours` is None where no file in benchmarks/results has measured such a run; else `hours_from` says which has, and
-    where. `hours_expected`, least and most, follow from the arithmetic that `hours_expected_from` names, for Mistral-7B
-    on a platform with an expectation. `checkpointed_from` is the reason for the number of checkpointed layers, where
-    the config leaves it open. `working_set_gib` is what a Mac's GPU may use before macOS swaps, and
-    `specified_memory_gb` the peak that the specification expects there, least and most. `problems` are things to change
-    before a long run, each with what to type.
+    `packing_efficiency` is the share of an epoch's batches that is not padding, or of full sequences where packing is
+    on; `tokens_evaluated` counts all evaluations. `hours` is None where no file in benchmarks/results has measured such
+    a run; else `hours_from` says which has, and where. `hours_expected`, least and most, follow from the arithmetic
+    that `hours_expected_from` names, for Mistral-7B on a platform with an expectation. `checkpointed_from` is the
+    reason for the number of checkpointed layers, where the config leaves it open. `working_set_gib` is what a Mac's GPU
+    may use before macOS swaps, and `specified_memory_gb` the peak that the specification expects there, least and most.
+    `problems` are things to change before a long run, each with what to type.
     """
 
     rows_train: int
@@ -60,6 +79,7 @@ class Plan:
     steps: int
     warmup_steps: int
     evaluations: int
+    tokens_evaluated: int
     checkpoints: int
     peak_memory_gib: float
     memory_parts: dict[str, float]
@@ -97,26 +117,25 @@ class Plan:
 
 def make_plan(
     config: Config,
-    train: RowCounts,
-    validation: RowCounts,
-    sequences: int,
+    data: Data,
     geometry: Geometry,
     machine: Machine,
     working_set_gib: float | None = None,
 ) -> Plan:
-    """The plan of a run over `sequences` training sequences (packed ones where packing is on).
+    """The plan of a run over `data`.
 
     Memory is enough where the peak is within what is free and, on a Mac, within `working_set_gib`.
     """
-    training = config.training
-    steps_per_epoch, steps = count_steps(config, sequences)
+    training, train, validation = config.training, data.train, data.validation
+    steps_per_epoch, steps = count_steps(config, data.sequences)
     platform = PLATFORMS[config.platform]
     limits = memory_limits(platform, machine, working_set_gib)
     choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
     config = settled(config, choice)
     parts = memory_parts(config, geometry)
     speed = throughput.find(config, geometry)
-    tokens = config.model.max_seq_length * sequences if training.packing else train.tokens
+    room = config.model.max_seq_length * data.sequences if training.packing else data.batch_tokens
+    evaluations = 1 + math.ceil(steps / training.eval_steps)  # before the first step, and always after the last
     plan = Plan(
         rows_train=train.rows,
         rows_validation=validation.rows,
@@ -124,13 +143,14 @@ def make_plan(
         supervised_tokens_train=train.supervised_tokens,
         rows_truncated=train.truncated + validation.truncated,
         rows_dropped=sum(split.dropped_long + split.dropped_bad for split in (train, validation)),
-        sequences_train=sequences,
-        packing_efficiency=round(train.tokens / tokens, 4),
+        sequences_train=data.sequences,
+        packing_efficiency=round(train.tokens / room, 4),
         effective_batch_size=config.effective_batch_size,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         warmup_steps=math.ceil(steps * training.warmup_ratio),
-        evaluations=1 + math.ceil(steps / training.eval_steps),  # before the first step, and always after the last
+        evaluations=evaluations,
+        tokens_evaluated=evaluations * validation.tokens,
         checkpoints=math.ceil(steps / training.save_steps),
         peak_memory_gib=round(sum(parts.values()), 2),
         memory_parts={name: round(gib, 3) for name, gib in parts.items()},
@@ -150,29 +170,31 @@ def make_plan(
         specified_memory_gb=platform.specified_memory_gb,
     )
     if speed is not None:
-        hours = round(_hours(plan, config, validation.tokens, speed), 4)
+        hours = round(_hours(plan, config, speed), 4)
         plan = dataclasses.replace(plan, hours=hours, hours_from=_source(speed))
     elif platform.expectation and geometry == MISTRAL_7B:
         plan = _with_expectation(plan, config, platform.expectation, machine)
     return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
 
 
-def _hours(plan: Plan, config: Config, validation_tokens: int, speed: throughput.Throughput) -> float:
+def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
     """Training at the measured speed, and each evaluation at its own where that was measured, else left out."""
     seconds = _tokens(plan, config) / speed.tokens_per_second
     if speed.eval_tokens_per_second is not None:
-        seconds += plan.evaluations * validation_tokens / speed.eval_tokens_per_second
+        seconds += plan.tokens_evaluated / speed.eval_tokens_per_second
     return seconds / 3600
 
 
 def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> Plan:
-    cores = machine.gpu_cores or expected.gpu_cores
-    slow, fast = (cores * speed for speed in expected.tokens_per_core)
+    cores = expected.gpu_cores and (machine.gpu_cores or expected.gpu_cores)
+    share = cores / expected.gpu_cores if cores and expected.gpu_cores else 1.0
+    slow, fast = (share * speed for speed in expected.tokens_per_second)
     hours = _tokens(plan, config) / 3600
+    what = f" for {cores} GPU cores" if cores else ""
     return dataclasses.replace(
         plan,
         hours_expected=(round(hours / fast, 4), round(hours / slow, 4)),
-        hours_expected_from=f"{slow:g}-{fast:g} tokens/s, by arithmetic for {cores} GPU cores, not measured",
+        hours_expected_from=f"{slow:,.0f}-{fast:,.0f} tokens/s, by arithmetic{what}, not measured",
     )
 
 
@@ -202,7 +224,25 @@ def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
     fewer = f"dataset.max_rows={max(1, int(shares[-1] * plan.rows_train))}"
     if config.training.max_steps > 0:  # which fewer rows would not shorten
         fewer = f"training.max_steps={max(1, int(shares[-1] * plan.steps))}"
-    return found, f"--set {fewer} keeps within that, or train on the H100 (--config h100)"
+    faster = "" if PLATFORMS[config.platform].nvidia else ", or train on the H100 (--config h100)"
+    return found, f"--set {fewer} keeps within that{faster}"
+
+
+def _padding_problem(plan: Plan, config: Config) -> str | None:
+    if config.training.packing or plan.packing_efficiency >= LEAST_FULL:
+        return None
+    padding = f"batches are {plan.packing_efficiency:.0%} full, the rest is padding"
+    return f"{padding}; --set training.packing=true computes no padding"
+
+
+def _evaluation_problem(plan: Plan, config: Config) -> str | None:
+    """Where evaluations read more than MOST_EVALUATED of what is trained on."""
+    share = plan.tokens_evaluated / _tokens(plan, config)
+    rows = int(plan.rows_validation * MOST_EVALUATED / share)
+    if share <= MOST_EVALUATED or rows < LEAST_EVALUATED:  # with fewer rows eval_loss says too little to be worth it
+        return None
+    found = f"{counted(plan.evaluations, 'evaluation')} read {plan.tokens_evaluated:,} tokens, {share:.1f} times"
+    return f"{found} the training's; --set dataset.max_validation_rows={rows} keeps them to a third of it"
 
 
 def _source(speed: throughput.Throughput) -> str:
@@ -236,12 +276,9 @@ def _problems(plan: Plan, config: Config, fitting: Fitting) -> list[str]:
     if rows is not None:
         found = f"dataset.max_rows is {rows}: of {config.dataset.train_file} only the first {rows} rows are read"
         problems.append(f"{found}; --set dataset.max_rows=null reads all")
-    schedule = plan.schedule_problem(config.training.eval_steps)
-    if schedule:
-        problems.append("; ".join(schedule))
-    hours = hours_problem(plan, config)
-    if hours:
-        problems.append("; ".join(hours))
+    problems += filter(None, (_padding_problem(plan, config), _evaluation_problem(plan, config)))
+    pairs = plan.schedule_problem(config.training.eval_steps), hours_problem(plan, config)
+    problems += ["; ".join(pair) for pair in pairs if pair]
     if not fitting.fits:
         why = f" ({fitting.change.sentence})" if fitting.change else ""
         problems.append(f"{fitting.found}: {fitting.fix()}{why}")
