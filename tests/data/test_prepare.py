@@ -138,6 +138,15 @@ def test_a_validation_file_stays_whole_however_few_training_rows_are_read(two_fi
     )
 
 
+def test_a_limit_evaluates_on_rows_at_even_distances_and_trains_on_no_other_row(two_files: Case) -> None:
+    write(two_files.validation, *numbered(10, start=100))
+    whole, part = two_files.prepare(), two_files.prepare(max_validation_rows=4)
+    assert lines(part.validation) == [1, 3, 6, 8]
+    assert contents(part.validation) == [contents(whole.validation)[line - 1] for line in (1, 3, 6, 8)]
+    assert (lines(part.train), part.statistics) == (lines(whole.train), whole.statistics)
+    assert lines(two_files.prepare(max_validation_rows=11).validation) == lines(whole.validation)
+
+
 def test_too_few_rows_for_a_split_are_told_with_the_limit_to_raise(case: Case) -> None:
     write(case.train, *numbered(40))
     assert case.failure(DataError, validation_split=0.01, max_rows=3) == (

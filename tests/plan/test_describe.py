@@ -36,6 +36,8 @@ def test_the_plan_is_told_in_nine_rows() -> None:
 def test_what_did_not_happen_or_is_not_known_is_said_so() -> None:
     assert changed(rows_truncated=0)["rows"] == "12,345 to train on, 1,371 held out, 3 dropped"
     assert changed(rows_truncated=0, rows_dropped=0)["rows"] == "12,345 to train on, 1,371 held out"
+    part = changed(rows_truncated=0, rows_dropped=0, rows_evaluated=200)["rows"]
+    assert part == "12,345 to train on, 1,371 held out (200 of them evaluated)"
     expected = "13.0 GiB expected (activations 9.1, weights 3.8)"
     assert changed(memory_available_gib=None)["memory"] == f"{expected}, not this machine"
     assert changed(hours=None)["time"] == "not measured"

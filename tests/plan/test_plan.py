@@ -60,7 +60,7 @@ def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int 
 
 
 def planned(sequences: int, *settings: str, machine: Machine = H100) -> Plan:
-    return make_plan(load(*settings), Data(TRAIN, VALIDATION, sequences, 200_000), MISTRAL_7B, machine)
+    return make_plan(load(*settings), Data(TRAIN, VALIDATION, sequences, 200_000, 100, 20_000), MISTRAL_7B, machine)
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------
@@ -148,6 +148,7 @@ def test_the_plan_adds_up_what_was_counted() -> None:
     assert dataclasses.replace(plan, memory_parts={}, peak_memory_gib=0, disk_gib=0) == Plan(
         rows_train=900,
         rows_validation=100,
+        rows_evaluated=100,
         tokens_train=180_000,
         supervised_tokens_train=90_000,
         rows_truncated=7,
@@ -189,7 +190,7 @@ def test_without_packing_the_share_of_the_batches_that_is_no_padding_counts() ->
 def test_batches_that_are_mostly_padding_are_a_problem_with_what_to_type() -> None:
     def problems(padded: int, packing: str) -> list[str]:
         config = load(f"training.packing={packing}")
-        return make_plan(config, Data(TRAIN, VALIDATION, 1600, padded), MISTRAL_7B, H100).problems
+        return make_plan(config, Data(TRAIN, VALIDATION, 1600, padded, 100, 20_000), MISTRAL_7B, H100).problems
 
     assert problems(530_000, "false") == [
         "batches are 34% full, the rest is padding; --set training.packing=true computes no padding"
@@ -317,7 +318,7 @@ def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_s
     """The plan for 10,000 rows of `tokens` together, on a platform of which nothing was measured."""
     rows = dataclasses.replace(TRAIN, rows=10_000, tokens=tokens)
     mac = config_load.load_config("m4", settings)[0]
-    data = Data(rows, dataclasses.replace(VALIDATION, tokens=100), math.ceil(tokens / 2048), tokens)
+    data = Data(rows, VALIDATION, math.ceil(tokens / 2048), tokens, 100, 100)
     return make_plan(mac, data, MISTRAL_7B, machine, working_set_gib)
 
 
@@ -347,10 +348,20 @@ def test_expected_hours_on_a_mac_go_by_its_gpus_cores(chip: str, cores: int | No
     assert plan.hours_expected_from is not None and plan.hours_expected_from.startswith(speed)
 
 
+def test_a_time_budget_is_what_a_night_is_compared_with() -> None:
+    assert on_the_mac(1_000_000, "training.time_budget_hours=40").problems == []
+    (problem,) = on_the_mac(360_000, "training.time_budget_hours=10").problems
+    assert problem == (
+        "1,080,000 tokens in all epochs take 6.0-12.0 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 10 h are 0.9-1.8 million; --set dataset.max_rows=8333 keeps within that, or train on the H100 "
+        "(--config h100)"
+    )
+
+
 def test_of_another_base_no_hours_are_expected() -> None:
     mac = config_load.load_config("m4")[0]
     tiny = dataclasses.replace(MISTRAL_7B, num_hidden_layers=2)
-    assert make_plan(mac, Data(TRAIN, VALIDATION, 100, 180_000), tiny, LAPTOP).hours_expected is None
+    assert make_plan(mac, Data(TRAIN, VALIDATION, 100, 180_000, 100, 20_000), tiny, LAPTOP).hours_expected is None
 
 
 def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
@@ -405,7 +416,7 @@ def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_wha
     )
     assert planned(50).hours_expected_from == "5,500-11,000 tokens/s, by arithmetic, not measured"
     rows = dataclasses.replace(TRAIN, rows=1_000_000, tokens=250_000_000)
-    plan = make_plan(load(), Data(rows, VALIDATION, 61_036, 250_000_000), MISTRAL_7B, H100)
+    plan = make_plan(load(), Data(rows, VALIDATION, 61_036, 250_000_000, 100, 20_000), MISTRAL_7B, H100)
     assert plan.problems == [
         "750,000,000 tokens in all epochs take 18.9-37.9 h on h100 (5,500-11,000 tokens/s, by arithmetic, not "
         "measured); 24 h are 475.2-950.4 million; --set dataset.max_rows=633599 keeps within that"
@@ -415,7 +426,7 @@ def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_wha
 def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> None:
     rows = dataclasses.replace(TRAIN, tokens=10_000_000_000)
     demo, large = load("training.max_steps=100", platform="cpu"), dataclasses.replace(LAPTOP, memory_free_gib=200.0)
-    assert make_plan(demo, Data(rows, VALIDATION, 2_500_000, 10**10), MISTRAL_7B, large).problems == []
+    assert make_plan(demo, Data(rows, VALIDATION, 2_500_000, 10**10, 100, 20_000), MISTRAL_7B, large).problems == []
 
 
 def test_evaluations_that_read_more_than_a_third_of_the_training_are_a_problem_with_what_to_type() -> None:
@@ -423,8 +434,7 @@ def test_evaluations_that_read_more_than_a_third_of_the_training_are_a_problem_w
     held_out = dataclasses.replace(VALIDATION, rows=1_000, tokens=100_000)
 
     def plan(rows: int) -> Plan:
-        few = dataclasses.replace(held_out, rows=rows, tokens=100 * rows)
-        return make_plan(load(*often), Data(TRAIN, few, 50, 200_000), MISTRAL_7B, H100)
+        return make_plan(load(*often), Data(TRAIN, held_out, 50, 200_000, rows, 100 * rows), MISTRAL_7B, H100)
 
     assert plan(1_000).tokens_evaluated == 13 * 100_000
     assert plan(1_000).problems == [
@@ -437,8 +447,7 @@ def test_evaluations_that_read_more_than_a_third_of_the_training_are_a_problem_w
 
 def test_of_few_rows_no_evaluation_is_taken_away() -> None:
     often = ("training.max_steps=12", "training.eval_steps=1", "training.save_steps=1")
-    long = dataclasses.replace(VALIDATION, rows=100, tokens=30_000)  # a third of the training are 46 rows
-    plan = make_plan(load(*often), Data(TRAIN, long, 50, 200_000), MISTRAL_7B, H100)
+    plan = make_plan(load(*often), Data(TRAIN, VALIDATION, 50, 200_000, 100, 30_000), MISTRAL_7B, H100)
     assert (plan.tokens_evaluated, plan.problems) == (13 * 30_000, [])
 
 
@@ -454,7 +463,8 @@ def test_several_problems_are_told_at_once() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 KEYS: dict[str, type | tuple[type, ...]] = {
-    "rows_train": int, "rows_validation": int, "tokens_train": int, "supervised_tokens_train": int,
+    "rows_train": int, "rows_validation": int, "rows_evaluated": int, "tokens_train": int,
+    "supervised_tokens_train": int,
     "rows_truncated": int, "rows_dropped": int, "sequences_train": int, "packing_efficiency": float,
     "effective_batch_size": int, "steps_per_epoch": int, "steps": int, "warmup_steps": int, "evaluations": int,
     "tokens_evaluated": int,

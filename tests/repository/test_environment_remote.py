@@ -73,8 +73,8 @@ def test_flash_attn_is_a_second_step_of_the_pinned_version_with_the_line_that_is
     "said",
     [
         "3-4 hours",
-        "5,500-7,000 tokens/s",
-        "60-100 million tokens",
+        "5,500-11,000 tokens/s",
+        "60-160 million tokens",
         "60-70 GB of the GPU's 80 GB",
         "about 13 GiB allocated",
         "(expected, not measured)",

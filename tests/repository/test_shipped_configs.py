@@ -78,6 +78,7 @@ SHARED = {
     "dataset.validation_file": "data/processed/val.jsonl",
     "dataset.validation_split": 0.1,
     "dataset.max_rows": None,
+    "dataset.max_validation_rows": None,
     "dataset.truncation": True,
     "dataset.padding_side": "right",
     "dataset.on_bad_row": "fail",

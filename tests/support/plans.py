@@ -14,6 +14,7 @@ def load(*settings: str, platform: str = "h100") -> Config:
 PLAN = Plan(
     rows_train=12_345,
     rows_validation=1_371,
+    rows_evaluated=1_371,
     tokens_train=4_000_000,
     supervised_tokens_train=1_500_000,
     rows_truncated=1_204,

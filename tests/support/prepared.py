@@ -52,6 +52,7 @@ class Case:
             "validation_file": validation,
             "validation_split": 0.5,
             "max_rows": None,
+            "max_validation_rows": None,
             "truncation": True,
             "padding_side": "right",
             "on_bad_row": "fail",

@@ -104,5 +104,7 @@ class Preflight:
         prepared, batch_size = self.prepared, self.config.training.per_device_train_batch_size
         lengths = example_lengths(prepared)
         tokens = train_load(lengths, batch_size, flat=False).tokens
-        data = Data(prepared.statistics["train"], prepared.statistics["validation"], len(lengths), tokens)
+        train, validation = prepared.statistics["train"], prepared.statistics["validation"]
+        evaluated = prepared.validation.lengths
+        data = Data(train, validation, len(lengths), tokens, len(evaluated), int(evaluated.sum()))
         return make_plan(self.config, data, self.geometry, self.machine, self.working_set_gib)

@@ -121,6 +121,7 @@ class DatasetConfig(Section):
     validation_file: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     validation_split: Annotated[float, Gt(0), Le(0.5), Mark.NOT_COMPARED]
     max_rows: Annotated[int, Ge(2)] | None
+    max_validation_rows: Annotated[int, Ge(1)] | None
     truncation: Annotated[bool, Mark.BY_DESIGN]
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]

@@ -38,8 +38,9 @@ MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process ha
 class Prepared:
     """Train and validation rows, ready for the trainer.
 
-    `files` and `tokens` are what the manifest records of them; `whole` is what the receipt does: `SplitWriter.whole` of
-    each split, which does not depend on the length.
+    `validation` has dataset.max_validation_rows of the held-out rows; `statistics` counts all of them. `files` and
+    `tokens` are what the manifest records of them; `whole` is what the receipt does: `SplitWriter.whole` of each split,
+    which does not depend on the length.
     """
 
     train: Rows
@@ -76,7 +77,8 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
             if not (folder / "summary.json").is_file():
                 _write_cache(folder, paths, recipe, dataset, workers)
     summary = json.loads((folder / "summary.json").read_text())
-    train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
+    train = Rows(folder / "train.arrow")
+    validation = Rows(folder / "validation.arrow", dataset.max_validation_rows)
     return Prepared(
         train,
         validation,

@@ -123,19 +123,26 @@ def first_pair(train: SplitWriter, validation: SplitWriter, name: str) -> tuple[
 
 
 class Rows:
-    """Encoded rows in a memory-mapped Arrow file. `lengths`: tokens of each row, [rows]."""
+    """Encoded rows in a memory-mapped Arrow file: all, or `most` of them at even distances.
 
-    def __init__(self, path: Path) -> None:
+    `lengths`: tokens of each row, [rows].
+    """
+
+    def __init__(self, path: Path, most: int | None = None) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches]
-        self.lengths: np.ndarray = np.concatenate([np.empty(0, np.int32), *parts])
+        lengths = np.concatenate([np.empty(0, np.int32), *parts])
+        count = min(len(lengths), len(lengths) if most is None else most)
+        self._places = np.arange(count) * len(lengths) // max(1, count)
+        self.lengths: np.ndarray = lengths[self._places]
 
     def row(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(line, input_ids [tokens], labels [tokens]) of one row, read from the map."""
-        batch_index = int(np.searchsorted(self._starts, index, side="right")) - 1
-        batch, inside = self._batches[batch_index], index - self._starts[batch_index]
+        place = self._places[index]
+        batch_index = int(np.searchsorted(self._starts, place, side="right")) - 1
+        batch, inside = self._batches[batch_index], int(place - self._starts[batch_index])
         columns = (batch.column(name)[inside].values.to_numpy() for name in ("input_ids", "labels"))
         return (batch.column("line")[inside].as_py(), *columns)
 

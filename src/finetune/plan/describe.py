@@ -13,6 +13,8 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
     free = plan.memory_available_gib
     available = "not this machine" if free is None else f"{free:.1f} GiB free"
     rows = f"{plan.rows_train:,} to train on, {plan.rows_validation:,} held out"
+    if plan.rows_evaluated < plan.rows_validation:
+        rows += f" ({plan.rows_evaluated:,} of them evaluated)"
     changed = [(plan.rows_truncated, "cut"), (plan.rows_dropped, "dropped")]
     rows += "".join(f", {count:,} {name}" for count, name in changed if count)
     return [

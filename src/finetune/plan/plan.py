@@ -44,13 +44,15 @@ class Data:
     """What is trained and evaluated on.
 
     `sequences` are the training examples: packed ones where packing is on, else rows. `batch_tokens` is what an epoch's
-    batches hold, padding included.
+    batches hold, padding included. An evaluation reads `evaluated_rows` of the validation's, `evaluated_tokens` long.
     """
 
     train: RowCounts
     validation: RowCounts
     sequences: int
     batch_tokens: float
+    evaluated_rows: int
+    evaluated_tokens: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Plan:
 
     rows_train: int
     rows_validation: int
+    rows_evaluated: int
     tokens_train: int
     supervised_tokens_train: int
     rows_truncated: int
@@ -139,6 +142,7 @@ def make_plan(
     plan = Plan(
         rows_train=train.rows,
         rows_validation=validation.rows,
+        rows_evaluated=data.evaluated_rows,
         tokens_train=train.tokens,
         supervised_tokens_train=train.supervised_tokens,
         rows_truncated=train.truncated + validation.truncated,
@@ -150,7 +154,7 @@ def make_plan(
         steps=steps,
         warmup_steps=math.ceil(steps * training.warmup_ratio),
         evaluations=evaluations,
-        tokens_evaluated=evaluations * validation.tokens,
+        tokens_evaluated=evaluations * data.evaluated_tokens,
         checkpoints=math.ceil(steps / training.save_steps),
         peak_memory_gib=round(sum(parts.values()), 2),
         memory_parts={name: round(gib, 3) for name, gib in parts.items()},
@@ -209,16 +213,20 @@ def _tokens(plan: Plan, config: Config) -> float:
 def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
     """Where the data are more than the platform trains on in sensible time: what is wrong, and what to type.
 
-    By the measured speed where there is one, else by the slower end of the platform's expectation.
+    By the measured speed where there is one, else by the slower end of the platform's expectation. The time budget, if
+    there is one, is what is sensible; measured hours are compared with it by the check plan.hours.
     """
-    expected = PLATFORMS[config.platform].expectation
+    expected, budget = PLATFORMS[config.platform].expectation, config.training.time_budget_hours
     hours = plan.hours_expected if plan.hours is None else (plan.hours,)
-    if expected is None or hours is None or hours[-1] <= expected.hours:
+    if expected is None or hours is None or (budget and plan.hours):
         return None
-    tokens, shares = _tokens(plan, config), [expected.hours / most for most in hours]
+    limit = budget or expected.hours
+    if hours[-1] <= limit:
+        return None
+    tokens, shares = _tokens(plan, config), [limit / most for most in hours]
     found = (
         f"{tokens:,.0f} tokens in all epochs take {'-'.join(f'{most:,.1f}' for most in hours)} h on {config.platform} "
-        f"({plan.hours_from or plan.hours_expected_from}); {expected.hours:g} h are "
+        f"({plan.hours_from or plan.hours_expected_from}); {limit:g} h are "
         f"{'-'.join(f'{share * tokens / 1e6:.1f}' for share in reversed(shares))} million"
     )
     fewer = f"dataset.max_rows={max(1, int(shares[-1] * plan.rows_train))}"
@@ -238,7 +246,7 @@ def _padding_problem(plan: Plan, config: Config) -> str | None:
 def _evaluation_problem(plan: Plan, config: Config) -> str | None:
     """Where evaluations read more than MOST_EVALUATED of what is trained on."""
     share = plan.tokens_evaluated / _tokens(plan, config)
-    rows = int(plan.rows_validation * MOST_EVALUATED / share)
+    rows = int(plan.rows_evaluated * MOST_EVALUATED / share)
     if share <= MOST_EVALUATED or rows < LEAST_EVALUATED:  # with fewer rows eval_loss says too little to be worth it
         return None
     found = f"{counted(plan.evaluations, 'evaluation')} read {plan.tokens_evaluated:,} tokens, {share:.1f} times"
