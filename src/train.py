@@ -87,12 +87,13 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     untrained = self_test.before_training(job.model)
     outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in looked["skipped_checks"], terminal)
     manifest.write_config(run, config, prepared)
-    record.started(decision, set_aside, outlook.layers, outlook.measured)
+    record.started(decision, set_aside, outlook.used, outlook.measured)
 
+    job, seal = outlook.job, {"fingerprint": fingerprint, "used": outlook.used}
     with tracking.closed(), refresh.reported(run, terminal), record.recorded(), job.memory_explained():
-        made = job.trainer(outlook.choice.layers, decision.checkpoint, tracking)
+        made = job.trainer(decision.checkpoint, tracking)
         made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out)
-        watchers = job.watchers(fingerprint, outlook.pace, tracking.all(), terminal)
+        watchers = job.watchers(seal, outlook.pace, tracking.all(), terminal)
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)
         show.show_answers(terminal, answers)

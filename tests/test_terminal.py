@@ -79,6 +79,12 @@ def test_colour_is_decided_by_the_stream_that_is_written_to(monkeypatch: pytest.
     assert (Terminal().colour, Terminal(json=True).colour) == (True, False)
 
 
+def test_a_long_name_moves_the_column_of_all_sentences() -> None:
+    stream = io.StringIO()
+    Terminal(stream=stream).table("speed", [("plain", "1"), ("fused kernels and more", "2")])
+    assert stream.getvalue() == "speed\n  plain                  1\n  fused kernels and more 2\n"
+
+
 def test_a_table_has_its_sentences_in_one_column_and_its_warnings_below() -> None:
     stream = io.StringIO()
     rows = [("rows", "12 to train on"), ("", "1 held out"), ("certificate", "none")]

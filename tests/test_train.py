@@ -115,6 +115,8 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "skipped_checks": list,
     "same_bits": (str, type(None)),
     "plan": dict,
+    "fused_kernels": bool,
+    "fused_lora": bool,
     "checkpointed_layers": int,
     "starts": list,
     "steps": int,
@@ -363,7 +365,8 @@ def test_a_run_that_chooses_its_checkpointed_layers_has_the_same_bits_and_record
     finished: Finished, tmp_path: Path
 ) -> None:
     command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
-    settings = ("training.gradient_checkpointing=true", "training.checkpointed_layers=auto")
+    auto = (f"training.{key}=auto" for key in ("checkpointed_layers", "fused_lora", "fused_kernels"))
+    settings = ("training.gradient_checkpointing=true", *auto)
     done = command("--skip", "rehearsal", *(word for setting in settings for word in ("--set", setting)))
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stdout.splitlines() if line.startswith("checkpointed layers: ")]
@@ -373,9 +376,11 @@ def test_a_run_that_chooses_its_checkpointed_layers_has_the_same_bits_and_record
         said,
     )
     manifest = read_manifest(command.output / "run")
-    found = {name: manifest[name] for name in ("checkpointed_layers", "adapter_sha256", "train_loss")}
+    used = {"fused_kernels": False, "fused_lora": False, "checkpointed_layers": 0}
+    assert "fused paths: none; the rehearsal is left out, which would try them" in done.stdout.splitlines()
+    found = {name: manifest[name] for name in (*used, "adapter_sha256", "train_loss")}
     wanted = {name: finished.manifest[name] for name in ("adapter_sha256", "train_loss")}
-    assert found == {"checkpointed_layers": 0, **wanted}
+    assert found == {**used, **wanted}
 
 
 def test_a_check_that_does_not_exist_cannot_be_left_out(finished: Finished, tmp_path: Path) -> None:

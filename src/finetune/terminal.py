@@ -75,7 +75,9 @@ class Terminal:
     def table(self, title: str, rows: Iterable[tuple[str, str]], warnings: Iterable[str] = ()) -> None:
         """A title over rows of a name and a sentence, and warnings below."""
         self.header(title)
-        for name, text in rows:
-            self.say(f"  {name:<12}{text}")
+        lines = list(rows)
+        width = max([12, *(len(name) + 1 for name, _ in lines)])
+        for name, text in lines:
+            self.say(f"  {name:<{width}}{text}")
         for warning in warnings:
             self.warn(warning)

@@ -62,8 +62,8 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         ),
         (
             ["model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.fused_lora=true"],
-            "training.fused_lora: true beside model.dtype bfloat16 without autocast, so adapters would lose their "
-            "precision; set training.bf16: true, or this to false",
+            "training.fused_lora: true does not work beside model.dtype bfloat16 without autocast (training.bf16: "
+            "false): adapters would lose their precision; set it to false",
         ),
         (
             ["training.fp16=true"],

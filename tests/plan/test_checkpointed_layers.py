@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.plan.checkpointed_layers import TRIALS, Choice, by_formula, by_trials, settled, with_layers
+from finetune.plan.checkpointed_layers import TRIALS, Choice, by_formula, by_trials, with_layers
 from finetune.plan.memory import checkpointed_layers, peak_gib
 from finetune.plan.model_shape import MISTRAL_7B
 from support.plans import load
@@ -18,7 +18,7 @@ AUTO = "training.checkpointed_layers=auto"
 # The key --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["auto", "24", "0"])
+@pytest.mark.parametrize("value", ["24", "0"])
 def test_a_number_of_layers_has_no_effect_without_checkpointing(value: str) -> None:
     setting = f"training.checkpointed_layers={value}"
     with pytest.raises(ConfigError) as refused:
@@ -41,18 +41,11 @@ def test_the_key_says_how_many_layers_are_checkpointed(settings: tuple[str, ...]
     assert checkpointed_layers(load(*settings), MISTRAL_7B) == layers
 
 
-def test_only_auto_is_settled_by_a_choice() -> None:
-    assert settled(load(AUTO), Choice(7)) == load("training.checkpointed_layers=7")
-    assert settled(load("training.gradient_checkpointing=false"), Choice(0)) == load(
-        "training.gradient_checkpointing=false"
-    )
-
-
 # By the formula -------------------------------------------------------------------------------------------------------
 
 
 def test_without_auto_there_is_nothing_to_choose_and_nothing_to_tell() -> None:
-    assert by_formula(load(), MISTRAL_7B, 1.0, "never told") == Choice(32)
+    assert by_formula(load("training.checkpointed_layers=all"), MISTRAL_7B, 1.0, "never told") == Choice(32)
     assert by_formula(load("training.checkpointed_layers=3"), MISTRAL_7B, 1.0, "never told") == Choice(3)
     assert by_formula(load("training.gradient_checkpointing=false"), MISTRAL_7B, 1.0, "never told") == Choice(0)
 

@@ -38,6 +38,9 @@ MANIFEST: dict[str, Any] = {
     "git_commit": "abc123",
     "same_bits": "sdpa over packed documents: other bits each time in attention's output",
     "skipped_checks": [],
+    "fused_kernels": True,
+    "fused_lora": False,
+    "checkpointed_layers": 2,
     "starts": [],
     "steps": 1920,
     "train_loss": 1.1,
@@ -173,6 +176,7 @@ def test_the_card_says_what_the_manifest_says(h100: Config) -> None:
         "| sequences an optimizer step | 16 |",
         "- 1,920 steps in 3.50 hours; 5,400 tokens/s, at most 12.9 GiB",
         "- hardware: `platform h100, gpu NVIDIA H100 80GB HBM3`",
+        "- steps: fused kernels",
         "- repeated on that hardware before the run: "
         "`sdpa over packed documents: other bits each time in attention's output`",
         "- versions: `torch 2.10.0, peft 0.21.2`",

@@ -31,7 +31,7 @@ from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.stopper import Stopper
 from finetune.training.trainer import Watchers, train
-from support.training import FINGERPRINT, Case
+from support.training import FACTS, Case
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 Change = Callable[[Any], None]
@@ -80,7 +80,7 @@ def train_tiny(base: Path, folder: Path, *settings: str) -> Trained:
     case = Case(base, folder / "train.jsonl", folder, make_tokenizer(load_chat(None), "right"))
     config, trainer = case.config(*settings), case.trainer(*settings)
     start = before_training(trainer.model)
-    watchers = Watchers(Keeper(case.run, FINGERPRINT, 3), Stopper(case.run), Progress(Terminal(stream=StringIO())))
+    watchers = Watchers(Keeper(case.run, FACTS, 3), Stopper(case.run), Progress(Terminal(stream=StringIO())))
     outcome = train(trainer, config.training, watchers, 4, None)
     trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return Trained(case, config, case.data(config), start, outcome, folder / "adapter", trainer.model)

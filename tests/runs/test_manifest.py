@@ -116,7 +116,7 @@ def begin(folder: Path, from_step: int, *more: Any) -> list[dict[str, Any]]:
     checkpoint = folder / f"checkpoint-{from_step}" if from_step else None
     decision = Decision(folder, checkpoint, changes, (), False, None, None, None, ())
     manifest = Manifest(Run(folder, False, None), {})
-    manifest.started(decision, set_aside, 2, rehearsal)
+    manifest.started(decision, set_aside, {"checkpointed_layers": 2}, rehearsal)
     assert (manifest.content["checkpointed_layers"], read_manifest(folder)["status"]) == (2, "interrupted")
     starts: list[dict[str, Any]] = read_manifest(folder)["starts"]
     return starts

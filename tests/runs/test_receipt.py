@@ -103,6 +103,8 @@ def test_the_mac_and_the_h100_agree_and_their_lengths_differ_by_design(machine: 
             "training.per_device_eval_batch_size: 1 -> 4",
             "training.gradient_accumulation_steps: 16 -> 4",
             'training.optim: "adamw_torch" -> "paged_adamw_32bit"',
+            'training.fused_lora: false -> "auto"',
+            'training.fused_kernels: false -> "auto"',
             "training.eval_steps: 5 -> 100",
             "training.save_steps: 5 -> 500",
             "train: sequences: 1 -> 2",

@@ -38,6 +38,7 @@ QUICK = (
     "training.max_steps=4",
 )
 FINGERPRINT = {"config": {"lr": 0.1}}
+FACTS = {"fingerprint": FINGERPRINT, "used": {"fused_kernels": False, "fused_lora": False, "checkpointed_layers": 0}}
 
 
 class Case:
@@ -75,7 +76,7 @@ class Case:
         config = self.config(*settings)
         trainer = self.trainer(*settings, first=evaluates_first(checkpoint))
         stream = StringIO()
-        keeper = Keeper(self.run, FINGERPRINT, config.training.save_total_limit, config.training.save_minutes)
+        keeper = Keeper(self.run, FACTS, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
         terminal = Terminal(stream=stream)
         watchers = Watchers(keeper, Stopper(self.run), Progress(terminal))

@@ -14,7 +14,7 @@ from finetune.files import read_seal
 from finetune.runs.checkpoints import saved
 from finetune.runs.folder import Run
 from finetune.training.keeper import Keeper
-from support.training import FINGERPRINT
+from support.training import FACTS
 
 
 class Adapter:
@@ -44,7 +44,7 @@ def evaluated(keeper: Keeper, step: int, loss: float, stopping: bool = False) ->
 def keeper(tmp_path: Path) -> Keeper:
     run = Run(tmp_path / "run", False, None)
     run.checkpoints.mkdir(parents=True)
-    return Keeper(run, FINGERPRINT, 3)
+    return Keeper(run, FACTS, 3)
 
 
 def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper) -> None:
@@ -55,8 +55,8 @@ def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper)
         best = keeper.run.checkpoints / "best"
         facts = read_seal(best)
         assert (best / "adapter_model.safetensors").read_text() == f"weights of step {facts['step']}"
-        assert facts["fingerprint"] == FINGERPRINT
-        assert keeper.best == {key: facts[key] for key in ("step", "eval_loss", "fingerprint")}
+        assert {key: facts[key] for key in FACTS} == FACTS
+        assert keeper.best == {key: facts[key] for key in ("step", "eval_loss", *FACTS)}
         seen.append((facts["step"], facts["eval_loss"]))
     assert seen == [(0, 3.0), (100, 2.0), (100, 2.0), (100, 2.0), (400, 1.5), (400, 1.5)]
     assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
@@ -64,7 +64,7 @@ def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper)
 
 def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -> None:
     evaluated(keeper, 100, 2.0)
-    later = Keeper(keeper.run, FINGERPRINT, 3)
+    later = Keeper(keeper.run, FACTS, 3)
     evaluated(later, 200, 2.5)
     assert later.best == read_seal(keeper.run.checkpoints / "best")
     assert (keeper.run.checkpoints / "best" / "adapter_model.safetensors").read_text() == "weights of step 100"

@@ -34,13 +34,17 @@ from finetune.plan.schedule import Pace, Schedule
 from finetune.terminal import Terminal
 from finetune.training import short_training
 from finetune.training.arguments import training_arguments
+from finetune.training.autotune import Variant
 from finetune.training.keeper import Keeper
 from finetune.training.progress import Progress
 from finetune.training.rehearsal import Rehearsal
 from finetune.training.stopper import Stopper
 from finetune.training.trainer import Examples, Trainer, Watchers, make_trainer, train
 from support.rehearsals import CPU, DROPOUT, KINDS, PLENTY_GIB, attributes, loaded, rehearsed
-from support.training import FINGERPRINT, Case, adapter_weights, same
+from support.training import FACTS, Case, adapter_weights, same
+
+CONFIG: Any = None  # which the sentences below do not need
+
 
 # --- which batches
 
@@ -110,6 +114,7 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
     steps_per_epoch = -(-len(lengths) // 6)
     batches_of_two = train_load(lengths, 2, flat=False)  # sdpa's
     assert batches_of_two.worst_tokens == 2 * lengths.max()
+    two_longest = np.sort(lengths)[-2:].sum()
     step = (
         2.0 * batches_of_two.tokens / batches_of_two.worst_tokens / steps_per_epoch + 2.0
     )  # each thing timed takes 2 s
@@ -125,6 +130,10 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
         tokens_per_second=pytest.approx(lengths.sum() / steps_per_epoch / step),
         schedule=Schedule(20, 100, steps_per_epoch, 10, config.training.save_steps),
         checkpointed=Choice(0),
+        config=config,
+        variants=(
+            Variant("plain; 0 of 2 layers checkpointed", pytest.approx(two_longest / 2.0, abs=0.1), None, "used"),
+        ),
     )
 
 
@@ -140,13 +149,13 @@ def test_the_pace_is_that_of_a_mean_step_with_all_its_micro_batches(
 def test_the_sentence_says_memory_speed_and_when_it_will_be_over(step_seconds: float, sentence: str) -> None:
     schedule = Schedule(done=0, steps=1250, steps_per_epoch=500, eval_steps=250, save_steps=500)
     found = Rehearsal(
-        21.3, 0.2, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32)
+        21.3, 0.2, 79.1, Pace(step_seconds, 40, 10), 20_000, schedule, Choice(32), CONFIG, ()
     )  # 6 evaluations and 3 saves: 270 s
     assert found.sentence(datetime(2025, 3, 3, 15, 14, tzinfo=UTC)) == sentence
 
 
 def test_what_remains_of_a_run_that_goes_on_is_told() -> None:
-    found = Rehearsal(1, 0, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32))
+    found = Rehearsal(1, 0, 2, Pace(60, 0, 0), 1, Schedule(99, 100, 10, 10, 10), Choice(32), CONFIG, ())
     now = datetime(2025, 3, 3, 15, 14, tzinfo=UTC)
     assert found.sentence(now) == "peak 1.0 of 2.0 GiB, 60.0 s a step, 60 s for 1 step, finished about 15:15 UTC"
 
@@ -161,7 +170,7 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
     layers = checkpointed_layers(config, read_geometry(config))
     made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft, layers)
-    keeper = Keeper(case.run, FINGERPRINT, config.training.save_total_limit)
+    keeper = Keeper(case.run, FACTS, config.training.save_total_limit)
     watchers = Watchers(keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())))
     train(made, config.training, watchers, 4, checkpoint)
     names = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")

@@ -23,7 +23,7 @@ from finetune.training.progress import Progress
 from finetune.training.samples import FILE, Question, Sampler, make_questions
 from finetune.training.stopper import Stopper
 from finetune.training.trainer import Watchers, evaluates_first, train
-from support.training import FINGERPRINT, Case, adapter_weights, same
+from support.training import FACTS, Case, adapter_weights, same
 
 SETTINGS = ("training.eval_steps=2", "training.save_steps=2", "training.learning_rate=1e-3")
 ASKED = "dataset.sample_prompts=['What is two plus one?', 'Why?']"
@@ -58,7 +58,7 @@ class Start:
     def __post_init__(self) -> None:
         config = self.case.config(*SETTINGS, self.prompts)
         self.stopper = Stopper(self.case.run)
-        self.keeper = Keeper(self.case.run, FINGERPRINT, 3)
+        self.keeper = Keeper(self.case.run, FACTS, 3)
         self.asked = 0
         prepared = self.case.data(config)
         questions, terminal = make_questions(config, prepared), Terminal(stream=self.stream)

@@ -99,18 +99,26 @@ def _time_budget(config: Config, problems: Problems) -> None:
 
 def _checkpointed_layers(config: Config, problems: Problems) -> None:
     found = config.training.checkpointed_layers
-    if found != "all" and not config.training.gradient_checkpointing:
+    if isinstance(found, int) and not config.training.gradient_checkpointing:
         text = f"{found} has no effect beside gradient_checkpointing false; set that to true, or this to all"
         problems.add("training.checkpointed_layers", text)
 
 
-def _levers(config: Config, problems: Problems) -> None:
-    row = PLATFORMS[config.platform]
-    if config.training.fused_kernels and not row.compiles:
-        problems.add("training.fused_kernels", f"true does not work on {row.label} ({row.name}); set it to false")
-    if config.training.fused_lora and config.model.dtype == "bfloat16" and not config.training.bf16:
-        text = "true beside model.dtype bfloat16 without autocast, so adapters would lose their precision"
-        problems.add("training.fused_lora", f"{text}; set training.bf16: true, or this to false")
+def cannot_fuse(config: Config) -> dict[str, str]:
+    """Of the fused paths that the rest of `config` rules out, by key: why it does."""
+    row, found = PLATFORMS[config.platform], {}
+    if not row.compiles:
+        found["fused_kernels"] = f"does not work on {row.label} ({row.name})"
+    if config.model.dtype == "bfloat16" and not config.training.bf16:
+        where = "beside model.dtype bfloat16 without autocast (training.bf16: false)"
+        found["fused_lora"] = f"does not work {where}: adapters would lose their precision"
+    return found
+
+
+def _fused(config: Config, problems: Problems) -> None:
+    for key, why in cannot_fuse(config).items():
+        if getattr(config.training, key) is True:
+            problems.add(f"training.{key}", f"true {why}; set it to false")
 
 
 def _system_prompt(config: Config, problems: Problems) -> None:
@@ -134,7 +142,7 @@ RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _schedule,
     _time_budget,
     _checkpointed_layers,
-    _levers,
+    _fused,
     _system_prompt,
     _run_name,
 )

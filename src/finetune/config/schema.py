@@ -21,6 +21,7 @@ from finetune.files import resolve
 
 Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash_attention_2", "torch_varlen", "sdpa", "auto"]
+Fused = bool | Literal["auto"]
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Hours = Annotated[float, Gt(0), Le(10000)]
@@ -97,10 +98,12 @@ class TrainingConfig(Section):
     fp16: bool
     gradient_checkpointing: Annotated[bool, Mark.BY_DESIGN]
     # The bits are the same whatever it is, where those of a layer computed again are (the check device.recompute).
-    checkpointed_layers: Annotated[Literal["all", "auto"] | Annotated[int, Ge(0)], Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    checkpointed_layers: Annotated[
+        Literal["all", "auto"] | Annotated[int, Ge(0)], Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM
+    ]
     packing: Annotated[bool, Mark.BY_DESIGN, Mark.IN_CARD]
-    fused_lora: Annotated[bool, Mark.BY_DESIGN]  # the same training up to rounding, as fused_kernels
-    fused_kernels: Annotated[bool, Mark.BY_DESIGN]
+    fused_lora: Annotated[Fused, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # the same training up to rounding
+    fused_kernels: Annotated[Fused, Mark.BY_DESIGN, Mark.PER_PLATFORM]
     logging_steps: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM]
     eval_steps: Annotated[Count, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # a step takes seconds on an H100, 936 s on an M4
     save_steps: Annotated[Count, Mark.BY_DESIGN, Mark.PER_PLATFORM]

@@ -45,9 +45,10 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
 
 
 def load_model(config: Config, device: str, report: Report = SILENT) -> PeftModel:
-    """What is trained: the base on `device`, and `adapt`. Raises CheckFailed as both do."""
+    """The base on `device` and a new adapter, nothing fused yet. Raises CheckFailed as both do."""
     cache = resolve(config.output.dir) / ".cache"
-    return adapt(load_base(config.model, config.quantization, device, report, cache), config)
+    base = load_base(config.model, config.quantization, device, report, cache)
+    return add_lora(base, config.lora, config.training.seed)
 
 
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:

@@ -33,12 +33,15 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
 
 
 def install_fused(model: PeftModel, training: TrainingConfig) -> None:
-    """Let `model` compute as `training` says, in training alone. Raises CheckFailed where nothing can be compiled."""
-    if training.fused_lora:
+    """Let `model` compute as `training` says, in training alone; `auto` is for a rehearsal to settle first.
+
+    Raises CheckFailed where nothing can be compiled.
+    """
+    if training.fused_lora is True:
         from finetune.model import fused_lora
 
         fused_lora.install(model)
-    if training.fused_kernels:
+    if training.fused_kernels is True:
         from finetune.model import fused_kernels
 
         fused_kernels.install(model, training.bf16)

@@ -29,17 +29,12 @@ def with_layers(config: Config, layers: int) -> Config:
     return config.changed("training", checkpointed_layers=layers)
 
 
-def settled(config: Config, choice: Choice) -> Config:
-    """`config` with what was chosen, where it leaves that open."""
-    return with_layers(config, choice.layers) if config.training.checkpointed_layers == "auto" else config
-
-
 def by_formula(config: Config, geometry: Geometry, capacity_gib: float, why: str) -> Choice:
     """What the config says, or for `auto` the fewest layers whose expected peak is within the budget, else all.
 
     `why` the formula decides alone ends the reason.
     """
-    if config.training.checkpointed_layers != "auto":
+    if config.training.checkpointed_layers != "auto" or not config.training.gradient_checkpointing:
         return Choice(checkpointed_layers(config, geometry))
     total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
     expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]

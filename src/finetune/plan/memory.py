@@ -140,14 +140,24 @@ class _Sizes:
         return PLATFORMS[self.config.platform]
 
     @property
+    def fused_lora(self) -> bool:
+        """`auto` counts as without: that takes more."""
+        return self.config.training.fused_lora is True
+
+    @property
+    def fused_kernels(self) -> bool:
+        """`auto` counts as without."""
+        return self.config.training.fused_kernels is True
+
+    @property
     def norm_width(self) -> int:
         """Of what a norm keeps of its input: a copy in float32, or under fused_kernels the input itself."""
-        return self.width if self.config.training.fused_kernels else 4
+        return self.width if self.fused_kernels else 4
 
     @property
     def mlp_results(self) -> int:
         """What the MLP keeps: the results of gate_proj and up_proj and, unless fused, of the activation function."""
-        return 2 if self.config.training.fused_kernels else 3
+        return 2 if self.fused_kernels else 3
 
     def training_batch(self) -> Batch:
         """Packed sequences are laid end to end in a single row, but not under sdpa."""
@@ -186,7 +196,7 @@ class _Sizes:
         """
         training = self.config.training
         gradients = moment != "evaluation" and training.gradient_accumulation_steps > 1
-        copy = 2 if training.bf16 and (moment == "evaluation" or not training.fused_lora) else 0
+        copy = 2 if training.bf16 and (moment == "evaluation" or not self.fused_lora) else 0
         return lora_parameters(self.config, self.geometry) * (4 + copy + (4 if gradients else 0))
 
     def optimizer(self) -> float:
@@ -258,7 +268,7 @@ class _Sizes:
         fused_lora a number, from which it is made again.
         """
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
-        if lora.lora_dropout == 0 or self.config.training.fused_lora:
+        if lora.lora_dropout == 0 or self.fused_lora:
             return 0
         noise = 1 if self.platform.nvidia else 4
         return sum(shapes[name][0] for name in names if name in lora.target_modules) * noise
@@ -273,7 +283,7 @@ class _Sizes:
         targets = set(lora.target_modules)
         reduced = len(targets) * lora.r * self.lora_width
         as_it_is = lora.lora_dropout == 0 and (self.lora_width == 4 or (self.packed_weights and self.platform.nvidia))
-        if as_it_is or self.config.training.fused_lora:
+        if as_it_is or self.fused_lora:
             readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
             inputs = sum(shapes[max(group)][0] for group in readers if group & targets)
         else:
@@ -313,7 +323,7 @@ class _Sizes:
         adapter = batch.tokens * (hidden + intermediate) * self.width
         base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - self.norm_width * hidden)
         base += self.dequantised()
-        if adapted and self.config.training.fused_lora:
+        if adapted and self.fused_lora:
             base = self.fused_backward(batch)
             adapter = 0
         attention = 2 * self.attention_weights(batch) - self.mlp_results * intermediate * self.width * batch.tokens

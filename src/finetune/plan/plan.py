@@ -11,7 +11,8 @@ from finetune.files import GIB
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS, Expectation, memory_available_gib, memory_limits
 from finetune.plan import throughput
-from finetune.plan.checkpointed_layers import by_formula, settled
+from finetune.plan.automatic import settled
+from finetune.plan.checkpointed_layers import by_formula
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.memory import lora_parameters, memory_parts
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
@@ -134,7 +135,7 @@ def make_plan(
     platform = PLATFORMS[config.platform]
     limits = memory_limits(platform, machine, working_set_gib)
     choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
-    config = settled(config, choice)
+    config = settled(config, {"checkpointed_layers": choice.layers})
     parts = memory_parts(config, geometry)
     speed = throughput.find(config, geometry)
     room = config.model.max_seq_length * data.sequences if training.packing else data.batch_tokens

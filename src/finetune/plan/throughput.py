@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
 from finetune.files import ROOT
-from finetune.plan.memory import checkpointed_layers
+from finetune.plan.automatic import used
 from finetune.plan.model_shape import Geometry
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ def conditions(config: Config, geometry: Geometry) -> dict[str, Any]:
         "storage": config.quantization.storage,
         "attn_implementation": config.model.attn_implementation,
         "gradient_checkpointing": config.training.gradient_checkpointing,
-        "checkpointed_layers": checkpointed_layers(config, geometry),
-        "fused_lora": config.training.fused_lora,
-        "fused_kernels": config.training.fused_kernels,
+        **used(config, geometry),
     }
 
 

@@ -17,6 +17,7 @@ from finetune.config.base_model import MISTRAL, is_local
 from finetune.config.schema import Config, Mark, marked
 from finetune.config.yaml_file import get_config_value
 from finetune.files import resolve
+from finetune.plan.automatic import in_words
 from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
@@ -33,6 +34,7 @@ def model_card(config: Config, manifest: dict[str, Any]) -> str:
         "base": str(manifest["base_model"]["name"]),
         "revision": config.model.revision if hub else None,
         "config": config,
+        "computed": in_words(manifest),
         "settings": [(path, get_config_value(tree, path)) for path in marked(Mark.IN_CARD)],
     }
     return _cards().get_template("model_card.md.j2").render(manifest | found)

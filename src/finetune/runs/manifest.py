@@ -127,11 +127,11 @@ class Manifest:
         return {"status": status, **self.content}
 
     def started(
-        self, decision: Decision, set_aside: Sequence[str], layers: int | None, rehearsal: dict[str, float] | None
+        self, decision: Decision, set_aside: Sequence[str], used: dict[str, Any], rehearsal: dict[str, Any] | None
     ) -> None:
         """Record that a start begins, and that the one before it was killed where that did not end.
 
-        `set_aside`: a sentence for each folder; `layers` are checkpointed; `rehearsal` is what that measured.
+        `set_aside`: a sentence for each folder; `used` is in place of `auto`; `rehearsal` is what that measured.
         """
         starts = read_manifest(self.run.folder).get("starts", [])
         if starts and starts[-1]["end"] is None:
@@ -139,7 +139,7 @@ class Manifest:
             starts[-1] |= {"ended": seconds and _utc(seconds), "step": step, "end": "killed"}
         begun = {"started": _utc(time.time()), "from_step": decision.step, "ended": None, "step": None, "end": None}
         why = {"changed": list(decision.changes), "set_aside": list(set_aside), "rehearsal": rehearsal}
-        self.content |= {"checkpointed_layers": layers, "starts": [*starts, begun | why]}
+        self.content |= {**used, "starts": [*starts, begun | why]}
         self._write(self.document("interrupted"))
 
     def memory_ran_out(self, layers: int, sentence: str) -> None:

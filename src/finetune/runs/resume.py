@@ -22,7 +22,8 @@ class Decision:
     was when that was saved. `damaged`: (folder, what is wrong) of newer ones, which are set aside. `nothing_whole`:
     there were whole ones, none is left, and the start is refused. `best`: the best adapter's folder, not used where
     `best_damage` says why. Where it is lost, the whole checkpoints of its step `best_step` and later are `repeated`:
-    set aside too, so that training makes it again.
+    set aside too, so that training makes it again. `used`: what the run used in place of `auto`, as its checkpoint or
+    best adapter records; None at the beginning.
     """
 
     checkpoints: Path
@@ -34,6 +35,7 @@ class Decision:
     best_damage: str | None
     best_step: int | None
     repeated: tuple[Path, ...]
+    used: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -62,7 +64,8 @@ def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
         repeated.append(folder)
     nothing_whole = checkpoint is None and not repeated and _any_sealed(checkpoints)
     lists = tuple(damaged), nothing_whole, best, best_damage, step, tuple(repeated)
-    return Decision(checkpoints, checkpoint, changes, *lists)
+    left = checkpoint or (None if best_lost else best)
+    return Decision(checkpoints, checkpoint, changes, *lists, seal_facts(left).get("used") if left else None)
 
 
 def _any_sealed(checkpoints: Path) -> bool:

@@ -18,7 +18,9 @@ from finetune.machine.device import capacity_gib, memory_errors_explained, peak_
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.model import load
 from finetune.model.load_progress import SILENT, Report
+from finetune.model.lora import install_fused
 from finetune.plan.fit import what_would_fit
+from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.schedule import Pace, seconds_since_start
 from finetune.runs.folder import Run
@@ -65,23 +67,28 @@ class Job:
         """
         return _memory_explained(self.config.changed("training", checkpointed_layers="all"))
 
-    def trainer(self, layers: int, checkpoint: Path | None, trackers: Trackers) -> Trainer:
-        """The trainer that starts at `checkpoint`, or at the beginning, with `layers` checkpointed."""
-        first = evaluates_first(checkpoint)
+    def trainer(self, checkpoint: Path | None, trackers: Trackers) -> Trainer:
+        """The trainer that starts at `checkpoint`, or at the beginning, once the config leaves nothing open.
+
+        Raises CheckFailed where a fused path cannot be compiled.
+        """
+        first, layers = evaluates_first(checkpoint), checkpointed_layers(self.config, self.geometry)
         arguments = training_arguments(self.config.training, self.run, self.platform, first)
+        install_fused(self.model, self.config.training)
         made = make_trainer(self.model, self.tokenizer, self.examples(), arguments, layers)
         for tracker in trackers.all():
             made.add_callback(tracker)
         return made
 
-    def watchers(
-        self, fingerprint: dict[str, Any], pace: Pace, trackers: Sequence[Any], terminal: Terminal
-    ) -> Watchers:
-        """The callbacks, with the time budget, prompts and prices of the config; `pace` as rehearsed."""
+    def watchers(self, facts: dict[str, Any], pace: Pace, trackers: Sequence[Any], terminal: Terminal) -> Watchers:
+        """The callbacks, with the time budget, prompts and prices of the config.
+
+        `facts` are for each seal, `pace` is as rehearsed.
+        """
         training, tracking = self.config.training, self.config.tracking
         hours = training.time_budget_hours
         budget = None if hours is None else TimeBudget(hours, pace, seconds_since_start)
-        keeper = Keeper(self.run, fingerprint, training.save_total_limit, training.save_minutes)
+        keeper = Keeper(self.run, facts, training.save_total_limit, training.save_minutes)
         stopper = Stopper(self.run, budget)
         questions = make_questions(self.config, self.prepared)
         sampler = Sampler(questions, keeper, stopper.signalled, terminal, trackers)

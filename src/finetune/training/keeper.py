@@ -25,8 +25,9 @@ def adapter_bytes(model: PeftModel) -> int:
 class Keeper(TrainerCallback):  # type: ignore[misc]
     """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
 
-    def __init__(self, run: Run, fingerprint: dict[str, Any], keep: int, save_minutes: float | None = None) -> None:
-        self.run, self.fingerprint, self.keep = run, fingerprint, keep
+    def __init__(self, run: Run, facts: dict[str, Any], keep: int, save_minutes: float | None = None) -> None:
+        """`facts` of the run are in every seal: its fingerprint, and what is used in place of `auto`."""
+        self.run, self.facts, self.keep = run, facts, keep
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._saved = 0.0
         self.eval_losses: dict[int, float] = {}
@@ -57,7 +58,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         if folder.is_dir():  # saved where a signal cut this evaluation short; retention goes by the loss
             seal(folder, {**read_seal(folder), "eval_loss": loss})
         if self.best is None or loss < self.best["eval_loss"]:
-            self.best = {"step": state.global_step, "eval_loss": loss, "fingerprint": self.fingerprint}
+            self.best = {"step": state.global_step, "eval_loss": loss, **self.facts}
             self._keep_best(kwargs["model"], self.best)
 
     def _keep_best(self, model: PeftModel, facts: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         facts = {"step": state.global_step, "eval_loss": self.eval_losses.get(state.global_step)}
-        seal(self._folder(state), {**facts, "fingerprint": self.fingerprint})
+        seal(self._folder(state), {**facts, **self.facts})
         self._saved = time.monotonic()
         thin_out(self.run.checkpoints, self.keep)
 

@@ -7,25 +7,28 @@ import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from finetune.config.schema import Config
 from finetune.data.batches import example_lengths, train_load, validation_load
 from finetune.errors import OutOfResource
 from finetune.files import make_folder
 from finetune.machine.device import capacity_gib
-from finetune.machine.platforms import PLATFORMS, lays_flat
-from finetune.plan.checkpointed_layers import Choice, by_formula, by_trials, with_layers
+from finetune.machine.platforms import AUTO_SHARE, PLATFORMS, lays_flat
+from finetune.plan.automatic import FUSED, PLAIN, in_words, left_open, settled, used
+from finetune.plan.checkpointed_layers import Choice, by_formula, by_trials
 from finetune.plan.describe import cost_text
 from finetune.plan.fit import what_would_fit
-from finetune.plan.model_shape import read_geometry
+from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import count_steps
 from finetune.plan.schedule import Pace, Schedule, check_budget, seconds_since_start
 from finetune.runs.folder import Run
 from finetune.runs.resume import Decision
 from finetune.terminal import Terminal
+from finetune.training.autotune import Variant, choose, variant
 from finetune.training.job import Job
 from finetune.training.short_training import MemoryEnds, Stage, Trial
 from finetune.training.trainer import is_over
@@ -39,7 +42,7 @@ class Rehearsal:
     `peak_gib` has the paged optimizer state in it; `left_gib` is that of all trials, which stays until the process ends
     (see `put_back`) and is no part of the run's peak. `pace` is of steps with as many tokens as the run's have on
     average. `tokens_per_second` counts no padding, no evaluation and no save. `checkpointed` is the number of layers
-    with which all of it was measured.
+    with which all of it was measured, `config` the config with nothing left open, `variants` what was tried for it.
     """
 
     peak_gib: float
@@ -49,20 +52,23 @@ class Rehearsal:
     tokens_per_second: float
     schedule: Schedule
     checkpointed: Choice
+    config: Config
+    variants: tuple[Variant, ...]
 
     @property
     def hours(self) -> float:
         """Of the steps that remain, with their evaluations and saves."""
         return self.schedule.seconds(self.pace, self.schedule.steps) / 3600
 
-    def as_dict(self) -> dict[str, float]:
-        """For the manifest: GiB, hours of the steps that remain, and tokens/s of the steps alone."""
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: GiB, hours of the steps that remain, tokens/s of the steps alone, and the variants."""
         return {
             "peak_memory_gib": round(self.peak_gib, 3),
             "left_gib": round(self.left_gib, 3),
             "capacity_gib": round(self.capacity_gib, 3),
             "hours": round(self.hours, 4),
             "tokens_per_second": round(self.tokens_per_second, 1),
+            "variants": [asdict(variant) for variant in self.variants],
         }
 
     def sentence(self, now: datetime) -> str:
@@ -77,44 +83,59 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before the first step: how long things take, how many layers are checkpointed, what was measured.
+    """What is known before the first step: how long things take, what is used in place of `auto`, what was measured.
 
     `over` where no step is left to make; then, and where the rehearsal was left out, nothing was measured.
     """
 
     pace: Pace
-    choice: Choice
+    job: Job
     rehearsal: Rehearsal | None = None
     over: bool = False
 
     @property
-    def layers(self) -> int | None:
-        """For the manifest: after its last step a run computes no layer again."""
-        return None if self.over else self.choice.layers
+    def used(self) -> dict[str, Any]:
+        """For manifest and checkpoints: after its last step a run computes no layer again."""
+        found = used(self.job.config, self.job.geometry)
+        return found | {"checkpointed_layers": None} if self.over else found
 
     @property
-    def measured(self) -> dict[str, float] | None:
+    def measured(self) -> dict[str, Any] | None:
         """For the manifest."""
         return None if self.rehearsal is None else self.rehearsal.as_dict()
 
 
 def look_ahead(job: Job, decision: Decision, steps: int, left_out: bool, terminal: Terminal) -> Outlook:
     """Rehearse the steps after `decision`, of `steps` in all, unless that is `left_out` or none remains; say it."""
-    capacity = capacity_gib(job.platform)
+    capacity, before = capacity_gib(job.platform), decision.used
+    if before and left_open(job.config):
+        terminal.decision("fused paths", f"{in_words(before)}, as before in this run")
     over = decision.checkpoint is not None and is_over(job.config.training, steps, decision.checkpoint)
     if over or left_out:
-        choice = by_formula(job.config, job.geometry, capacity, "the rehearsal is left out")
-        if choice.reason and not over:
-            terminal.decision("checkpointed layers", choice.reason)
-        return Outlook(Pace(), choice, None, over)
+        config = _unrehearsed(settled(job.config, before or {}), job.geometry, capacity, None if over else terminal)
+        return Outlook(Pace(), dataclasses.replace(job, config=config), None, over)
     terminal.status("rehearsing the largest batches")
-    found = rehearse(job, job.run.folder / "rehearsal", capacity, decision.step)
-    _say(found, job.config, terminal)
-    return Outlook(found.pace, found.checkpointed, found)
+    found = rehearse(job, job.run.folder / "rehearsal", capacity, decision.step, decision.used)
+    _say(found, terminal)
+    return Outlook(found.pace, dataclasses.replace(job, config=found.config), found)
 
 
-def _say(found: Rehearsal, config: Config, terminal: Terminal) -> None:
+def _unrehearsed(config: Config, geometry: Geometry, capacity_gib: float, terminal: Terminal | None) -> Config:
+    """`config` with the formula's layers and nothing fused in place of `auto`, said where there is a terminal."""
+    why = "the rehearsal is left out"
+    choice = by_formula(config, geometry, capacity_gib, why)
+    if terminal and left_open(config):
+        terminal.decision("fused paths", f"none; {why}, which would try them")
+    if terminal and choice.reason:
+        terminal.decision("checkpointed layers", choice.reason)
+    return settled(config, {**PLAIN, "checkpointed_layers": choice.layers})
+
+
+def _say(found: Rehearsal, terminal: Terminal) -> None:
     """With cost and time budget. Raises OutOfResource where that is not enough."""
+    config = found.config
+    if len(found.variants) > 1:
+        terminal.table("speed and memory, on the largest batch", [variant.row() for variant in found.variants])
     if found.checkpointed.reason:
         terminal.decision("checkpointed layers", found.checkpointed.reason)
     terminal.decision("rehearsal", found.sentence(datetime.now().astimezone()))
@@ -126,12 +147,14 @@ def _say(found: Rehearsal, config: Config, terminal: Terminal) -> None:
         terminal.decision("time budget", budget)
 
 
-def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehearsal:
+def rehearse(
+    job: Job, folder: Path, capacity_gib: float, done: int = 0, before: dict[str, Any] | None = None
+) -> Rehearsal:
     """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
 
-    `done` steps of the run are behind it. Where `training.checkpointed_layers` is auto, several numbers of layers are
-    tried. Raises OutOfResource where memory or disk is not enough, CheckFailed where a checkpoint cannot be saved or
-    does not load back as it was saved, and Diverged.
+    `done` steps of the run are behind it, made with `before` in place of `auto`: those are kept, as far as memory
+    allows. Else what may be `auto` is tried. Raises OutOfResource where memory or disk is not enough, CheckFailed where
+    a checkpoint cannot be saved or does not load back as it was saved, and Diverged.
     """
     config, prepared = job.config, job.prepared
     lengths = example_lengths(prepared)
@@ -143,12 +166,14 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     make_folder(folder)
     try:
         with _advice_where_memory_ends(config, capacity_gib):
-            trials, choice = _settle(stage)
-            stage.load_back(list(trials.values())[-1].watch)
+            tuned, variants = choose(stage.of(settled(config, {key: before[key] for key in FUSED} if before else {})))
+            trials = Trials(stage.of(tuned))
+            choice = _settle(trials, before["checkpointed_layers"] if before else None)
+            trials.stage.load_back(trials.last.watch)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
-    trial = trials[choice.layers]
+    trial = trials.made[choice.layers]
     watch = trial.watch
     steps_per_epoch, steps = count_steps(config, len(lengths))
     step_seconds = watch.micro_batch_seconds / load.worst_tokens * load.tokens / steps_per_epoch
@@ -156,47 +181,98 @@ def rehearse(job: Job, folder: Path, capacity_gib: float, done: int = 0) -> Rehe
     evaluation_seconds = watch.evaluation_seconds / held_out.worst_tokens * held_out.tokens
     return Rehearsal(
         peak_gib=trial.peak_gib,
-        left_gib=sum(tried.paged_gib for tried in trials.values()),
+        left_gib=sum(tried.paged_gib for tried in trials.made.values()),
         capacity_gib=capacity_gib,
         pace=Pace(step_seconds, evaluation_seconds, watch.save_seconds),
         tokens_per_second=float(lengths.sum()) / steps_per_epoch / step_seconds,
         schedule=Schedule(done, steps, steps_per_epoch, config.training.eval_steps, config.training.save_steps),
         checkpointed=choice,
+        config=settled(tuned, {"checkpointed_layers": choice.layers}),
+        variants=tuple(_table(variants, trials.variants(choice.layers))),
     )
 
 
-def _settle(stage: Stage) -> tuple[dict[int, Trial], Choice]:
-    """The trials by their number of checkpointed layers, and the choice, which is one of them.
+class Trials:
+    """Short trainings, each with another number of checkpointed layers; the last one's checkpoint is on the disk."""
 
-    The last one's checkpoint is on the disk. Raises MemoryEnds.
-    """
-    config, capacity, geometry = stage.config, stage.capacity_gib, stage.job.geometry
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.made = stage, dict[int, Trial]()
+        self.ended: list[int] = []  # with which memory did
+
+    @property
+    def last(self) -> Trial:
+        """The newest."""
+        return list(self.made.values())[-1]
+
+    def require(self, layers: int) -> Trial:
+        """The training with that many. Raises MemoryEnds."""
+        trial = self._of(layers).train()
+        for earlier in self.made.values():
+            earlier.watch.saved = None  # an adapter and its moments, in host memory; another is on the disk now
+        self.made[layers] = trial
+        return trial.within(self.stage.capacity_gib)
+
+    def measure(self, layers: int) -> float | None:
+        """What it held at most, GiB; None where memory ended. Raises MemoryEnds where all layers are checkpointed."""
+        if layers in self.ended:
+            return None
+        try:
+            return self.require(layers).held_gib
+        except MemoryEnds:
+            if layers == self.stage.job.geometry.num_hidden_layers:
+                raise
+        gc.collect()  # put_back's own came while the error still held all that had filled the memory
+        self.ended.append(layers)
+        return None
+
+    def variants(self, chosen: int) -> list[Variant]:
+        """For the table, `chosen` last."""
+        most = AUTO_SHARE * self.stage.capacity_gib
+        rows = [variant(self._of(layers), None, None, "out of memory") for layers in self.ended]
+        fitting = ((layers, trial) for layers, trial in self.made.items() if layers not in self.ended)
+        for layers, trial in sorted(fitting, key=lambda made: made[0] == chosen):
+            fits = "fits" if trial.held_gib <= most else f"more than {most:.1f} GiB"
+            seconds, verdict = trial.watch.micro_batch_seconds, "used" if layers == chosen else fits
+            rows.append(variant(self._of(layers), seconds, trial.peak_gib, verdict))
+        return rows
+
+    def _of(self, layers: int) -> Stage:
+        return self.stage.of(settled(self.stage.config, {"checkpointed_layers": layers}))
+
+
+def _settle(trials: Trials, before: int | None) -> Choice:
+    """How many layers are checkpointed, one of the trials: `before` where that fits, else as few as do."""
+    config, geometry, capacity = trials.stage.config, trials.stage.job.geometry, trials.stage.capacity_gib
     total = geometry.num_hidden_layers
     found = by_formula(config, geometry, capacity, "the resident peak of a process cannot be measured twice")
     if found.reason is None:
-        return {found.layers: stage.train().within(capacity)}, found
-    trials: dict[int, Trial] = {}
-
-    def measure(layers: int) -> float | None:
-        try:
-            tried = dataclasses.replace(stage.job, config=with_layers(config, layers))
-            trial = dataclasses.replace(stage, job=tried).train()
-            for earlier in trials.values():
-                earlier.watch.saved = None  # an adapter and its moments, in host memory; another is on the disk now
-            trials[layers] = trial
-            return trial.within(capacity).held_gib
-        except MemoryEnds:
-            if layers == total:
-                raise
-        gc.collect()  # put_back's own came while the error still held all that had filled the memory
-        return None
-
+        trials.require(found.layers)
+        return found
+    if before is not None:
+        if trials.measure(before) is not None:
+            return Choice(before, f"{before} of {total}, as before in this run")
+        found = Choice(total)
     if PLATFORMS[config.platform].peak_begins_anew:
-        found = by_trials(config, geometry, capacity, measure)
-    elif measure(found.layers) is None:
-        measure(total)
+        found = by_trials(config, geometry, capacity, trials.measure)
+    elif trials.measure(found.layers) is None:
+        trials.require(total)
         found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")
-    return trials, found
+    if before is not None:
+        why = f"with the {before} that this run had, memory ends here; the results stay the same"
+        found = Choice(found.layers, f"{found.reason or f'{total} of {total}'}; {why}")
+    return found
+
+
+def _table(tuned: list[Variant], with_layers: list[Variant]) -> list[Variant]:
+    """All that was tried, each once: where both have it, with the speed of the former, the fastest of several."""
+    rows = {row.name: row for row in tuned}
+    for row in with_layers:
+        if old := rows.get(row.name):
+            row = dataclasses.replace(
+                row, tokens_per_second=old.tokens_per_second, verdict=f"{old.verdict}; {row.verdict}"
+            )
+        rows[row.name] = row
+    return list(rows.values())
 
 
 @contextmanager

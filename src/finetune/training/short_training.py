@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from finetune.config.schema import Config
-from finetune.data.batches import Load
+from finetune.data.batches import Load, example_lengths
 from finetune.errors import CheckFailed, DiskFull, Diverged, OutOfResource
 from finetune.files import read_seal, seal
 from finetune.machine.device import (
@@ -27,6 +28,7 @@ from finetune.machine.device import (
     synchronize,
 )
 from finetune.machine.platforms import Platform
+from finetune.model.lora import install_fused
 from finetune.plan.memory import checkpointed_layers
 from finetune.training.arguments import training_arguments
 from finetune.training.job import Job
@@ -58,6 +60,13 @@ def _memory_ends() -> Iterator[None]:
         raise MemoryEnds("out of memory", None) from None
 
 
+def zero_gradients(model: PeftModel) -> None:
+    """Give each trainable weight a gradient of 0, as large in memory as that of a micro-batch before would be."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
     """Times the last step, its evaluation and its save, which it seals; keeps what was saved, to compare.
 
@@ -76,9 +85,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         return self._last - before
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter in kwargs["model"].parameters():
-            if parameter.requires_grad and self.accumulated:
-                parameter.grad = torch.zeros_like(parameter)
+        if self.accumulated:
+            zero_gradients(kwargs["model"])
         self._lap()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,8 +136,22 @@ class Stage:
 
     @property
     def config(self) -> Config:
-        """With the number of checkpointed layers that is tried."""
+        """With what is tried in the place of `auto`."""
         return self.job.config
+
+    @property
+    def layers(self) -> int:
+        """How many are checkpointed."""
+        return checkpointed_layers(self.config, self.job.geometry)
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch, without padding."""
+        return int(example_lengths(self.job.prepared)[self.load.worst].sum())
+
+    def of(self, config: Config) -> Stage:
+        """The same with another config."""
+        return dataclasses.replace(self, job=dataclasses.replace(self.job, config=config))
 
     def train(self) -> Trial:
         """Train, evaluate and save. Raises MemoryEnds."""
@@ -137,49 +159,54 @@ class Stage:
         forget_memory(platform)  # what loading took and gave back is no part of the peak
         before = peak_memory_gib(platform)
         watch = Stopwatch(platform, self.job.run.checkpoints, training.gradient_accumulation_steps > 1)
-        with put_back(self.job.model, platform):
+        with self.putting_back():
+            trainer = self.trainer(STEPS)
+            trainer.add_callback(watch)
+            trainer.train()
+            return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform), paged_gib(platform))
+
+    @contextmanager
+    def putting_back(self) -> Iterator[None]:
+        """Let the block train. Raises MemoryEnds; Diverged and DiskFull name the rehearsal."""
+        with put_back(self.job.model, self.job.platform):
             try:
                 with _memory_ends():
-                    trainer = self._trainer()
-                    trainer.add_callback(watch)
-                    trainer.train()
+                    yield
             except (Diverged, DiskFull) as error:
                 raise type(error)(f"rehearsal: {error.found}", error.fix) from None
-            return Trial(watch, before, peak_memory_gib(platform), peak_held_gib(platform), paged_gib(platform))
 
     def load_back(self, watch: Stopwatch) -> None:
         """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
         folder = self.job.run.checkpoints / f"checkpoint-{STEPS}"
-        with put_back(self.job.model, self.job.platform):
+        with self.putting_back():
             try:
                 read_seal(folder)
             except (ValueError, OSError) as error:
                 raise CheckFailed(f"rehearsal: a checkpoint saved in {self._disk} is damaged: {error}") from None
-            with _memory_ends():
-                trainer = self._trainer()
-                trainer.train(resume_from_checkpoint=str(folder))
+            trainer = self.trainer(STEPS)
+            trainer.train(resume_from_checkpoint=str(folder))
             loaded = _trained(trainer.model, trainer.optimizer, trainer.lr_scheduler)
             wrong = next((name for name, saved in watch.saved.items() if not _equal(saved, loaded[name])), None)
         if wrong:
             raise CheckFailed(f"rehearsal: a checkpoint does not load back as it was saved: {wrong} differ")
 
-    def _trainer(self) -> Trainer:
-        """The run's own trainer, but for these batches, in this order, and STEPS steps with one micro-batch each."""
+    def trainer(self, steps: int) -> Trainer:
+        """The run's own trainer, but for these batches, in this order, and `steps` steps with one micro-batch each."""
         rows = self.job.examples()
-        worst = rows.train.select(self.load.worst * STEPS), rows.validation.select(self.held_out.worst)
-        layers = checkpointed_layers(self.config, self.job.geometry)
+        worst = rows.train.select(self.load.worst * steps), rows.validation.select(self.held_out.worst)
+        install_fused(self.job.model, self.config.training)
         examples = Examples(*worst, rows.train_file)
-        return make_trainer(self.job.model, self.job.tokenizer, examples, self._arguments(), layers)
+        return make_trainer(self.job.model, self.job.tokenizer, examples, self._arguments(steps), self.layers)
 
-    def _arguments(self) -> SFTConfig:
+    def _arguments(self, steps: int) -> SFTConfig:
         trial = self.config.changed(
             "training",
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=len(self.load.worst),
             gradient_accumulation_steps=1,
-            logging_steps=STEPS,
-            eval_steps=STEPS,
-            save_steps=STEPS,
+            logging_steps=steps,
+            eval_steps=steps,
+            save_steps=steps,
         )
         sft = training_arguments(trial.training, self.job.run, self.job.platform, evaluate_first=False)
         sft.train_sampling_strategy = "sequential"

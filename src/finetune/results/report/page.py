@@ -15,6 +15,7 @@ from finetune.config import yaml_file
 from finetune.config.base_model import MISTRAL
 from finetune.errors import ConfigError
 from finetune.files import shown
+from finetune.plan.automatic import in_words
 from finetune.results.report import charts, run_summary, verdicts
 from finetune.results.report.charts import Line
 from finetune.results.report.comparison import compare
@@ -225,6 +226,9 @@ def _facts(run: Evidence) -> Iterator[tuple[str, str]]:
     """What the run was, in short lines: base, machine, versions and hashes."""
     yield "base", " at ".join(str(part) for part in (run.get("base_model") or {}).values() if part)
     yield "machine", ", ".join(f"{name} {value}" for name, value in (run.get("hardware") or {}).items() if value)
+    if run.get("fused_lora") is not None:
+        layers = run.get("checkpointed_layers")
+        yield "steps", in_words(run.manifest) + ("" if layers is None else f"; {layers} layers checkpointed")
     if run.get("same_bits"):
         yield "repeated", str(run.get("same_bits"))
     yield "program", str(run.get("git_commit") or "not a git clone")
