@@ -15,6 +15,7 @@ h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h
     local pip=(.venv-h100/bin/python -m pip install --quiet --disable-pip-version-check)
     "${pip[@]}" --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"  # its CPU build is there
     "${pip[@]}" "$torch"  # where that index does not answer, PyPI's build was taken: it needs gigabytes of CUDA
+    "${pip[@]}" --no-deps "$(grep -o '^triton==[0-9.]*' requirements/h100.lock)"  # a build for CPUs comes without
     echo "$torch" >.venv-h100/installed
   fi
   .venv-h100/bin/python -m pytest -m 'not slow' tests/data tests/machine tests/model --ignore tests/data/test_preview.py "$@"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
 from finetune.config.schema import Config
+from finetune.errors import CheckFailed
 from finetune.model import fused_lora
 from finetune.plan.memory import _Sizes
 from finetune.plan.model_shape import read_geometry
@@ -130,6 +133,20 @@ def test_each_layer_and_each_step_draws_a_seed_of_its_own_and_what_is_left_is_sc
 
 
 # --- where it does not apply
+
+
+def test_where_triton_cannot_make_its_kernels_the_run_ends_with_how_to_train_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "finetune.model.fused_dropout", raising=False)
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    with pytest.raises(CheckFailed) as failed:
+        fused_lora.install(on_a_gpu)
+    assert str(failed.value) == (
+        "fused LoRA: Triton's kernels cannot be made: import of triton halted; None in sys.modules\n"
+        "to train without it: --set training.fused_lora=false"
+    )
 
 
 def test_evaluation_and_a_disabled_adapter_go_pefts_own_way(

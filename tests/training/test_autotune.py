@@ -150,7 +150,7 @@ def test_where_a_platform_cannot_compile_it_is_said_and_nothing_tried(
 def broken(monkeypatch: pytest.MonkeyPatch, changed: Any) -> None:
     """Fused LoRA with a fault: `changed` gets a layer and what it would compute."""
     right = fused_lora._forward
-    monkeypatch.setattr(fused_lora, "_forward", lambda layer, plain, x: changed(layer, lambda: right(layer, plain, x)))
+    monkeypatch.setattr(fused_lora, "_forward", lambda layer, *given: changed(layer, lambda: right(layer, *given)))
 
 
 def test_a_path_with_another_loss_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,12 @@
 PEFT keeps, for each adapted layer, its input after the cast and after dropout, and dropout's noise. Here the layer's
 input is kept as it is, so that layers which read the same tensor share it, and noise is made again from a seed. Weights
 and their names stay PEFT's: what is saved is a plain PEFT adapter. The numbers are PEFT's up to rounding, the noise has
-the same distribution, but it is other noise.
+the same distribution, but it is other noise; and on an NVIDIA GPU, where `fused_dropout` makes it, another one again.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,24 +20,50 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
+from finetune.errors import CheckFailed
+from finetune.machine.platforms import PLATFORMS
 from finetune.plan.memory import NOISE_TOKENS
+from finetune.wording import first_line
+
+TURN_OFF = "to train without it: --set training.fused_lora=false"
 
 
 def install(model: PeftModel) -> None:
-    """Let every LoRA layer of `model` compute so in training; PEFT's own way stays for everything else."""
+    """Let every LoRA layer of `model` compute so in training; PEFT's own way stays for everything else.
+
+    Raises CheckFailed where Triton's kernels cannot be made: that is found here, not in the first step.
+    """
+    products = _products(model)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.forward = partial(_forward, module, module.forward)
+            module.forward = partial(_forward, module, module.forward, products)
 
 
-def _forward(layer: Any, peft_forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _products(model: PeftModel) -> Any:
+    """What has `reduce` and `gradients` for the device that `model` is on: a module."""
+    if not any(row.nvidia for row in PLATFORMS.values() if row.device == model.device.type):
+        return sys.modules[__name__]
+    try:
+        from finetune.model import fused_dropout
+
+        x, noise = torch.zeros(16, 16, dtype=model.dtype, device=model.device), (0.5, 2**61)  # compiled as for a layer
+        fused_dropout.gradients(x, fused_dropout.reduce(x, x, noise), x, x, noise)
+    except Exception as error:  # noqa: BLE001  Triton's own, beside those of compiler, headers, driver and disk
+        found = f"fused LoRA: Triton's kernels cannot be made: {first_line(error)}"
+        raise CheckFailed(found, TURN_OFF, between="\n") from None
+    return fused_dropout
+
+
+def _forward(
+    layer: Any, peft_forward: Callable[[torch.Tensor], torch.Tensor], products: Any, x: torch.Tensor
+) -> torch.Tensor:
     if not layer.training or layer.disable_adapters:
         return peft_forward(x)
     (name,) = layer.active_adapters
     weights = layer.lora_A[name].weight, layer.lora_B[name].weight
     probability = getattr(layer.lora_dropout[name], "p", 0.0)  # without dropout PEFT has an Identity there
     adapted: Callable[..., torch.Tensor] = _AdaptedLinear.apply
-    return adapted(x, *weights, layer.base_layer, layer.scaling[name], probability)
+    return adapted(x, *weights, layer.base_layer, (layer.scaling[name], probability), products)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -44,24 +71,27 @@ class _AdaptedLinear(torch.autograd.Function):
 
     The base is in here, too, because then its result and its gradient can be added to in place: neither pass makes a
     second tensor of their size. All products are in x's dtype. Dropout multiplies by 0 or 1; its 1 / (1 - p) is part of
-    `scale`, which is applied inside the products or to something with r columns.
+    `scale`, which is applied inside the products with B, or to B. `factors`: scaling and p; `products`: a module with
+    `reduce` and `gradients`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scaling: float, probability: float
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        base: Any,
+        factors: tuple[float, float],
+        products: Any,
     ) -> torch.Tensor:
-        ctx.base, ctx.probability, ctx.scale = base, probability, scaling / (1 - probability)
+        scaling, probability = factors
+        ctx.base, ctx.products, ctx.scale = base, products, scaling / (1 - probability)
         # The CPU's random numbers are in every checkpoint, and recomputation draws them again, on whatever device.
-        ctx.seed = int(torch.randint(2**62, ())) if probability else 0
+        ctx.noise = probability, int(torch.randint(2**62, ())) if probability else 0
         y: torch.Tensor = base(x)
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        reduced = x.new_empty(len(flat_x), len(a))  # [tokens, r]
-        down, up = a.to(x.dtype), b.to(x.dtype)
-        for rows, mask in _masks(flat_x, probability, ctx.seed):
-            seen = flat_x[rows] if mask is None else mask.mul_(flat_x[rows])
-            torch.mm(seen, down.T, out=reduced[rows])
-        flat_y.addmm_(reduced, up.T, alpha=ctx.scale)
+        reduced = products.reduce(x.reshape(-1, x.shape[-1]), a.to(x.dtype), ctx.noise)
+        y.view(-1, y.shape[-1]).addmm_(reduced, b.to(x.dtype).T, alpha=ctx.scale)
         ctx.save_for_backward(x, reduced, a, b)
         return y
 
@@ -70,27 +100,42 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, reduced, a, b = ctx.saved_tensors
         flat_x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        down = a.to(x.dtype)
         of_b = (gradient.T @ reduced).to(b.dtype).mul_(ctx.scale)
-        of_reduced = gradient @ b.to(x.dtype)  # [tokens, r], without `scale`
-        of_a = torch.zeros_like(a)
+        of_reduced = gradient @ (b * ctx.scale).to(x.dtype)
         of_x = gradient @ _weight(ctx.base).to(x.dtype) if ctx.needs_input_grad[0] else None
         del gradient
-        for rows, mask in _masks(flat_x, ctx.probability, ctx.seed):
-            if of_x is not None:
-                _add(of_x[rows], of_reduced[rows], down, mask, ctx.scale)
-            seen = flat_x[rows] if mask is None else mask.mul_(flat_x[rows])
-            of_a += of_reduced[rows].T @ seen
-        of_a *= ctx.scale
+        of_a = ctx.products.gradients(flat_x, of_reduced, a.to(x.dtype), of_x, ctx.noise)
         return None if of_x is None else of_x.view(x.shape), of_a, of_b, None, None, None
 
 
-def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor | None, scale: float) -> None:
-    """total += scale * (left @ right), where the mask lets it through."""
+def reduce(x: torch.Tensor, down: torch.Tensor, noise: tuple[float, int]) -> torch.Tensor:
+    """dropout(x) A' without dropout's 1 / (1 - p), [tokens, r]: of x [tokens, inputs], A [r, inputs], p and a seed."""
+    reduced = x.new_empty(len(x), len(down))
+    for rows, mask in _masks(x, *noise):
+        seen = x[rows] if mask is None else mask.mul_(x[rows])
+        torch.mm(seen, down.T, out=reduced[rows])
+    return reduced
+
+
+def gradients(
+    x: torch.Tensor, of_reduced: torch.Tensor, down: torch.Tensor, of_x: torch.Tensor | None, noise: tuple[float, int]
+) -> torch.Tensor:
+    """A's gradient [r, inputs] in float32, from that of what `reduce` gave; x's is added to `of_x` if there is one."""
+    of_a = torch.zeros_like(down, dtype=torch.float32)
+    for rows, mask in _masks(x, *noise):
+        if of_x is not None:
+            _add(of_x[rows], of_reduced[rows], down, mask)
+        seen = x[rows] if mask is None else mask.mul_(x[rows])
+        of_a += of_reduced[rows].T @ seen
+    return of_a
+
+
+def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """total += left @ right, where the mask lets it through."""
     if mask is None:
-        total.addmm_(left, right, alpha=scale)
+        total.addmm_(left, right)
     else:
-        total.addcmul_(left @ right, mask, value=scale)
+        total.addcmul_(left @ right, mask)
 
 
 def _weight(base: Any) -> torch.Tensor:

@@ -27,7 +27,8 @@ ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
 # fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, and for
-# all of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured.
+# all of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured. On an NVIDIA
+# GPU the noise is never written; the unpacked weight, which is as large as two of these, decides there too.
 NOISE_TOKENS = 2048
 
 # float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
