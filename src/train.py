@@ -92,7 +92,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     job, seal = outlook.job, {"fingerprint": fingerprint, "used": outlook.used}
     with tracking.closed(), refresh.reported(run, terminal), record.recorded(), job.memory_explained():
         made = job.trainer(decision.checkpoint, tracking)
-        made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out)
+        made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out, seal["used"])
         watchers = job.watchers(seal, outlook.pace, tracking.all(), terminal)
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from io import StringIO
@@ -38,7 +39,10 @@ QUICK = (
     "training.max_steps=4",
 )
 FINGERPRINT = {"config": {"lr": 0.1}}
-FACTS = {"fingerprint": FINGERPRINT, "used": {"fused_kernels": False, "fused_lora": False, "checkpointed_layers": 0}}
+FACTS: dict[str, Any] = {
+    "fingerprint": FINGERPRINT,
+    "used": {"fused_kernels": False, "fused_lora": False, "checkpointed_layers": 0},
+}
 
 
 class Case:
@@ -76,11 +80,12 @@ class Case:
         config = self.config(*settings)
         trainer = self.trainer(*settings, first=evaluates_first(checkpoint))
         stream = StringIO()
-        keeper = Keeper(self.run, FACTS, config.training.save_total_limit, config.training.save_minutes)
+        facts = copy.deepcopy(FACTS)
+        keeper = Keeper(self.run, facts, config.training.save_total_limit, config.training.save_minutes)
         steps = trainer.args.max_steps
         terminal = Terminal(stream=stream)
         watchers = Watchers(keeper, Stopper(self.run), Progress(terminal))
-        trainer.recovery = Recovery(trainer, terminal, lambda *recorded: self.ran_out.append(recorded))
+        trainer.recovery = Recovery(trainer, terminal, lambda *recorded: self.ran_out.append(recorded), facts["used"])
         outcome = train(trainer, config.training, watchers, steps, checkpoint)
         return outcome, trainer.model, stream.getvalue()
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from finetune.errors import OutOfResource, Stopped
+from finetune.files import read_seal
 from finetune.machine import device
 from finetune.training import recovery
 from finetune.training.trainer import Trainer
@@ -107,6 +108,7 @@ def test_memory_that_runs_out_in_any_micro_batch_changes_no_bit_of_the_run(case:
             "with 0 memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB)"
         )
         assert again.ran_out == [(1, text)]
+        assert read_seal(again.run.checkpoints / "checkpoint-4")["used"]["checkpointed_layers"] == 1
 
 
 def test_memory_may_run_out_again_in_the_same_step_and_in_a_later_one(case: Case) -> None:

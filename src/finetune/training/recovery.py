@@ -18,11 +18,14 @@ from finetune.wording import first_line
 class Recovery:
     """Computes a run's micro-batches, and those of a step again with more layers checkpointed where memory runs out.
 
-    `record` takes the number of layers that are checkpointed then, and a sentence about it.
+    `record` takes the number of layers that are checkpointed then, and a sentence about it; `used` is what each seal
+    says that the run computes with, and so has that number from then on.
     """
 
-    def __init__(self, trainer: SFTTrainer, terminal: Terminal, record: Callable[[int, str], None]) -> None:
-        self.trainer, self.terminal, self.record = trainer, terminal, record
+    def __init__(
+        self, trainer: SFTTrainer, terminal: Terminal, record: Callable[[int, str], None], used: dict[str, Any]
+    ) -> None:
+        self.trainer, self.terminal, self.record, self.used = trainer, terminal, record, used
         self._step: int | None = None
         self._batches: list[Any] = []  # of this step, up to the one that is computed
         self._found = ""
@@ -66,4 +69,5 @@ class Recovery:
         now = f"{checkpointing.count} of {len(checkpointing.layers)} from step {step} on"
         text = f"{now}, which is computed again; with {before} memory ran out ({cause})"
         self.terminal.decision("checkpointed layers", text)
+        self.used["checkpointed_layers"] = checkpointing.count
         self.record(checkpointing.count, f"checkpointed layers: {text}")
