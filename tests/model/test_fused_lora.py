@@ -139,7 +139,8 @@ def test_where_triton_cannot_make_its_kernels_the_run_ends_with_how_to_train_wit
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "finetune.model.fused_dropout", raising=False)
+    monkeypatch.delitem(sys.modules, "finetune.model.fused_dropout", raising=False)  # a test before may have it
+    monkeypatch.delattr("finetune.model.fused_dropout", raising=False)
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     with pytest.raises(CheckFailed) as failed:
         fused_lora.install(on_a_gpu)
