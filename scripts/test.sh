@@ -7,16 +7,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation; --slow takes 40, --h100-torch 10"
 
 h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h100.lock, and all else from .venv
-  local torch site='import sysconfig; print(sysconfig.get_path("purelib"))'
+  local torch triton site='import sysconfig; print(sysconfig.get_path("purelib"))'
   torch=$(grep -o '^torch==[0-9.]*' requirements/h100.lock)
-  if ! grep -qsxF "$torch" .venv-h100/installed; then
+  triton=$(grep -o '^triton==[0-9.]*' requirements/h100.lock)  # not of a torch for CPUs
+  if ! grep -qsxF "$torch $triton" .venv-h100/installed; then
     .venv/bin/python -m venv --clear .venv-h100
     .venv/bin/python -c "$site" >"$(.venv-h100/bin/python -c "$site")/venv.pth"
     local pip=(.venv-h100/bin/python -m pip install --quiet --disable-pip-version-check)
     "${pip[@]}" --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"  # its CPU build is there
     "${pip[@]}" "$torch"  # where that index does not answer, PyPI's build was taken: it needs gigabytes of CUDA
-    "${pip[@]}" --no-deps "$(grep -o '^triton==[0-9.]*' requirements/h100.lock)"  # a build for CPUs comes without
-    echo "$torch" >.venv-h100/installed
+    "${pip[@]}" --no-deps "$triton; sys_platform == 'linux'"
+    echo "$torch $triton" >.venv-h100/installed
   fi
   .venv-h100/bin/python -m pytest -m 'not slow' tests/data tests/machine tests/model --ignore tests/data/test_preview.py "$@"
 }
