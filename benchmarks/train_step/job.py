@@ -17,7 +17,7 @@ from finetune.files import GIB
 from finetune.machine.device import forget_memory, peak_memory_gib, prepare_device, synchronize
 from finetune.machine.platforms import PLATFORMS, Platform
 from train_step.rows import make_steps, padding_share
-from train_step.variants import GEOMETRIES, VARIANTS, Job, Work, choose_attention, job_config
+from train_step.variants import GEOMETRIES, VARIANTS, Job, Work, job_config
 
 ROWS_SEED = 20
 
@@ -60,7 +60,7 @@ def run_job(job: Job) -> dict[str, Any]:
     variant, platform = VARIANTS[job.variant], PLATFORMS[job.platform]
     if variant.library:
         importlib.import_module(variant.library)  # unsloth must be there before the libraries that it patches
-    config, geometry = job_config(job, variant, choose_attention(platform)), GEOMETRIES[job.geometry]
+    config, geometry = job_config(job, variant), GEOMETRIES[job.geometry]
     prepare_device(platform)
     steps = make_steps(job.data, job.shape, geometry.vocab_size, job.all_steps, ROWS_SEED)
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:

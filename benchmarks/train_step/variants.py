@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Job:
     """One training of a few steps, in a process of its own.
 
     `task` is speed (the variant's own dropout) or losses (dropout 0). `steps` are those that are timed, after `warmup`
-    others; with `profiled`, one more is looked at in the profiler.
+    others; with `profiled`, one more is looked at in the profiler. `bf16`: in bfloat16 also on a CPU.
     """
 
     variant: str
@@ -34,6 +35,7 @@ class Job:
     warmup: int
     steps: int
     profiled: bool
+    bf16: bool = False
 
     @property
     def all_steps(self) -> int:
@@ -84,17 +86,16 @@ GEOMETRIES = {
 }
 
 
+# No lever of ours; a variant's own settings come after these.
+PLAIN = ("training.checkpointed_layers=all", "training.fused_lora=false", "training.fused_kernels=false")
 PACKING = {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}  # done already, a step at a time
 
 
-def choose_attention(platform: Platform) -> str:
-    """flash_attention_2 where it is installed; SDPA with a mask elsewhere."""
-    found = platform.name == "h100" and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if found else "sdpa"
+def job_config(job: Job, variant: Variant, attention: str = "auto") -> Config:
+    """The platform's config, cut to the job; checkpointing as configs/training_config_h100.yaml has it, everywhere.
 
-
-def job_config(job: Job, variant: Variant, attention: str) -> Config:
-    """The platform's config, cut to the job; checkpointing as configs/training_config_h100.yaml has it, everywhere."""
+    Attention is flash-attn where that is installed, else torch's variable-length one, on a CPU SDPA with a mask.
+    """
     settings = [
         f"model.name={MISTRAL}",  # named, not read: the weights are random
         f"model.max_seq_length={job.shape.length}",
@@ -106,8 +107,11 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
         "training.eval_steps=1000000",
         "training.save_steps=1000000",
         "tracking.report_to=none",
+        *PLAIN,
         *variant.settings,
     ]
+    if job.bf16:
+        settings += ["model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.bf16=true"]
     if job.task == "losses":
         settings += ["lora.lora_dropout=0", "training.learning_rate=1.0e-3"]
         settings += ["training.lr_scheduler_type=constant", "training.warmup_ratio=0"]
@@ -117,7 +121,9 @@ def job_config(job: Job, variant: Variant, attention: str) -> Config:
 # Trainers -------------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer() -> Any:
+@functools.cache  # what a process that forks its jobs has made, they all have
+def tokenizer() -> Any:
+    """Mistral's, which the trainers pad with."""
     from finetune.data.tokenizer import load_chat
     from finetune.model.load import make_tokenizer
 
@@ -181,7 +187,7 @@ def transformers_trainer(work: Work) -> Any:
     return Trainer(
         model=get_peft_model(base, _lora(work.config)),
         args=TrainingArguments(**_common(work), **checkpointing, optim=optimizer),
-        data_collator=DataCollatorForSeq2Seq(_tokenizer(), padding=True),
+        data_collator=DataCollatorForSeq2Seq(tokenizer(), padding=True),
         train_dataset=one_by_one(work.steps),
     )
 
@@ -199,7 +205,7 @@ def trl_trainer(work: Work, **more: Any) -> Any:
         model=_base(work),
         args=SFTConfig(**_common(work), max_length=work.job.shape.length, **more),
         train_dataset=packed_by_trl(steps, work.job.shape) if packed else one_by_one(steps),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
         peft_config=_lora(work.config),
     )
 
@@ -226,7 +232,7 @@ def our_trainer(work: Work) -> Any:
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
     rows = packed_by_us(work.steps)
     examples = trainer.Examples(rows, rows, "rows")
-    return trainer.make_trainer(peft_model, _tokenizer(), examples, arguments, choice.layers)
+    return trainer.make_trainer(peft_model, tokenizer(), examples, arguments, choice.layers)
 
 
 def unsloth_trainer(work: Work) -> Any:
@@ -236,8 +242,7 @@ def unsloth_trainer(work: Work) -> Any:
 
     saved = work.folder / "base"
     _base(work).save_pretrained(saved)  # in NF4, 4 GB for 7B: unsloth takes no model that is made already
-    tokenizer = _tokenizer()
-    tokenizer.save_pretrained(saved)
+    tokenizer().save_pretrained(saved)
     model, _ = FastLanguageModel.from_pretrained(
         str(saved), max_seq_length=work.job.shape.length, load_in_4bit=True, local_files_only=True
     )
@@ -254,25 +259,25 @@ def unsloth_trainer(work: Work) -> Any:
     )
     arguments = SFTConfig(**_common(work), max_length=work.job.shape.length, **PACKING)
     rows = packed_by_trl(work.steps, work.job.shape)
-    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer())
 
 
 OURS = "D"
 ALL_LEVERS = ("training.checkpointed_layers=auto", "training.fused_lora=true", "training.fused_kernels=true")
 VARIANTS = {
     row.name: row
-    for row in (
-        Variant("A", "transformers Trainer + PEFT + bitsandbytes, as copied", transformers_trainer, packed=False),
-        Variant("B", "TRL SFTTrainer as it comes", trl_trainer, packed=False),
+    for row in (  # in the order of their worth, where time is short; losses are compared with the first one's
+        Variant(OURS, "ours, no lever", our_trainer, packed=True),
+        Variant("D-all", "ours, all three levers", our_trainer, True, ALL_LEVERS),
         Variant("B-packed", "TRL SFTTrainer, packing=True", trl_trainer, packed=True),
-        Variant("C", "B with Liger's kernels", liger_trainer, packed=False, library="liger_kernel"),
+        Variant("B", "TRL SFTTrainer as it comes", trl_trainer, packed=False),
         Variant("C-packed", "B-packed with Liger's kernels", liger_trainer, packed=True, library="liger_kernel"),
-        Variant(OURS, "ours as shipped", our_trainer, packed=True),
-        # One line a lever of ours, then all of them.
+        Variant("C", "B with Liger's kernels", liger_trainer, packed=False, library="liger_kernel"),
+        Variant("A", "transformers Trainer + PEFT + bitsandbytes, as copied", transformers_trainer, packed=False),
+        # One line a lever of ours.
         Variant("D-auto", "ours, few layers checkpointed", our_trainer, True, ("training.checkpointed_layers=auto",)),
         Variant("D-lora", "ours, fused LoRA", our_trainer, True, ("training.fused_lora=true",)),
         Variant("D-kernels", "ours, fused kernels", our_trainer, True, ("training.fused_kernels=true",)),
-        Variant("D-all", "ours, all three", our_trainer, True, ALL_LEVERS),
         Variant("D-expanded", "ours, NF4 unpacked once", our_trainer, True, ("quantization.storage=expanded",)),
         Variant(
             "D-varlen",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from train_step.flops import attention_flops, linear_parameters, peak_flops, recomputed_flops, step_flops, utilisation  # noqa: E402
 from train_step.parts import milliseconds, part_of  # noqa: E402
-from train_step.report import check_losses, ratios, throughput  # noqa: E402
+from train_step.report import check_losses, ratios, speed, throughput  # noqa: E402
 from train_step.rows import Shape, make_steps, padding_share  # noqa: E402
 from train_step.variants import GEOMETRIES, VARIANTS, Job, job_config  # noqa: E402
 
@@ -328,12 +329,81 @@ def test_a_process_that_dies_is_a_result_and_ends_its_variant(monkeypatch: pytes
         return {"failed": "exit code -9: without a word"} if job.variant == "A" else {"step_seconds": [1.0]}
 
     monkeypatch.setattr(train_step, "run_in_a_process", run_in_a_process)
-    results = train_step.measure(jobs)
+    results = list(train_step.measure(jobs, math.inf))
     assert [(result["variant"], result["data"], "failed" in result) for result in results] == [
         ("A", "mixed", True),
         ("D", "mixed", False),
         ("D", "full", False),
     ]
+
+
+def test_no_job_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from train_step import __main__ as train_step
+
+    clock = iter(range(0, 1000, 10))  # it is read before a job, after it, and once at the start: a job takes 10 s
+    monkeypatch.setattr(train_step.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(train_step, "run_in_a_process", lambda _job: {"step_seconds": [1.0]})
+    jobs = [replace(JOB, data=data) for data in ("mixed", "full")]
+    assert len(list(train_step.measure(jobs, minutes=40 / 60))) == 2
+    assert [result["data"] for result in train_step.measure(jobs, minutes=39 / 60)] == ["mixed"]
+    assert capsys.readouterr().err.endswith("no time left for D speed full and the jobs after it\n")
+
+
+def test_what_was_measured_is_written_after_each_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that is killed in its third job leaves two."""
+    from train_step import __main__ as train_step
+
+    path, seen = tmp_path / "result.json", []
+
+    def run_in_a_process(job: Job) -> dict[str, Any]:
+        seen.append(len(json.loads(path.read_text())["losses"]["variants"]) if path.is_file() else 0)
+        return vars(job) | {"shape": vars(job.shape), "step_seconds": [1.0], "losses": [6.9], "dtype": "float32"}
+
+    monkeypatch.setattr(train_step, "run_in_a_process", run_in_a_process)
+    monkeypatch.setattr(train_step, "import_what_jobs_share", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names = [word for name in ("D", "B", "A") for word in ("--variant", name)]
+    monkeypatch.setattr(sys, "argv", ["train_step", "--tiny", *names, "--output", str(path)])
+    monkeypatch.setattr(train_step, "choose", lambda _machine: (PLATFORMS["cpu"], "here"))
+    monkeypatch.setattr(train_step, "plan", lambda *_: [replace(JOB, variant=name, task="losses") for name in "DBA"])
+    assert train_step.main() == 0
+    assert seen == [0, 1, 2]
+
+
+def test_losses_that_disagree_are_reported_and_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from train_step import __main__ as train_step
+
+    def run_in_a_process(job: Job) -> dict[str, Any]:
+        losses = [6.9] if job.variant == "D" else [7.0]
+        return vars(job) | {"shape": vars(job.shape), "step_seconds": [1.0], "losses": losses, "dtype": "float32"}
+
+    monkeypatch.setattr(train_step, "run_in_a_process", run_in_a_process)
+    monkeypatch.setattr(train_step, "import_what_jobs_share", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "argv", ["train_step", "--tiny", "--json"])
+    monkeypatch.setattr(train_step, "choose", lambda _machine: (PLATFORMS["cpu"], "here"))
+    monkeypatch.setattr(train_step, "plan", lambda *_: [replace(JOB, variant=name, task="losses") for name in "DA"])
+    assert train_step.main() == 0
+    shown = capsys.readouterr()
+    assert "A           7.0000 -> 7.0000  1.4e-02  1.4e-02  DISAGREES" in shown.err
+    found = json.loads(shown.out)
+    assert not found["losses"]["agree"]
+    assert "throughput" not in found
+
+
+def test_the_speed_of_rounds_is_their_median_and_memory_the_most_of_any() -> None:
+    first = {"warmup": 1, "steps": 2, "row_lengths": [[9], [60], [40]], "checkpointed_layers": 2, "padding": 0.0}
+    first |= {"attention": "sdpa", "device": "CPU only", "parts_ms": {"matmul": 1.0}}
+    rounds = [
+        first | {"step_seconds": [9.0, *seconds], "memory_gib": {"resident": gib}}
+        for seconds, gib in (([1.0, 1.0], 1.0), ([2.0, 3.0], 3.0), ([4.0, 6.0], 2.0))
+    ]
+    config = job_config(JOB, VARIANTS["D"], "sdpa")
+    found = speed(rounds, config, TINY)
+    assert found["tokens_per_second_of_rounds"] == [50.0, 20.0, 10.0]
+    assert found["tokens_per_second"] == 20.0
+    assert found["ms_per_step"] == 2500.0
+    assert found["memory_gib"] == {"resident": 3.0}
 
 
 @pytest.mark.slow
@@ -342,6 +412,8 @@ def test_tiny_runs_everything_on_a_cpu_and_all_losses_agree(tmp_path: Path) -> N
     done = run("--tiny", "--output", str(path))
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["losses"]["agree"]
+    assert found["losses"]["against"] == "D"
     assert "throughput" not in found
     left_out = {name: entry["left_out"] for name, entry in found["variants"].items() if "left_out" in entry}
     assert left_out == dict.fromkeys(ON_CUDA, "needs CUDA")
@@ -359,7 +431,7 @@ def check_tiny(found: dict[str, Any]) -> None:
         assert given[-1] < given[0] - 0.1  # it learns, so that the losses of a broken backward pass would part
         for data in ("mixed", "full"):
             assert (entry[data]["padding"] > 0.2) == (data == "mixed" and name in ("A", "B"))
-            assert len(entry[data]["tokens_per_second_of_rounds"]) == 2
+            assert len(entry[data]["tokens_per_second_of_rounds"]) == 1
             whole = name in ("D-auto", "D-all")  # memory is there for every layer of so small a model
             assert entry[data]["checkpointed_layers"] == (0 if whole else TINY.num_hidden_layers)
             assert entry[data]["profiled_step_ms"]["matmul"] > 0
@@ -371,12 +443,33 @@ def test_one_variant_alone_can_be_asked_for() -> None:
     from train_step import __main__ as train_step
 
     options = train_step.arguments(["--tiny", "--variant", "D", "--variant", "A", "--output", "somewhere"])
-    again = "--geometry tiny --repeats 2 --warmup 1 --steps 1 --loss-steps 20 --variant D --variant A"
+    again = "--geometry tiny --repeats 1 --warmup 1 --steps 1 --loss-steps 20 --variant D --variant A"
+    assert train_step.command_line(options) == f"benchmarks/train_step {again}"
+    options.variant, options.repeats = options.asked, 2
+    jobs = [(job.variant, job.task, job.data, job.profiled) for job in train_step.plan(options, "cpu")]
+    first = [
+        (name, task, data, task == "speed")
+        for name in ("D", "A")
+        for task, data in (("losses", "mixed"), ("speed", "mixed"), ("speed", "full"))
+    ]
+    assert jobs == first + [(name, "speed", data, False) for name in ("D", "A") for data in ("mixed", "full")]
+
+
+def test_rows_of_one_kind_bfloat16_and_minutes_can_be_asked_for() -> None:
+    from train_step import __main__ as train_step
+
+    words = ["--variant", "D", "--data", "full", "--bf16", "--minutes", "7.5"]
+    options = train_step.arguments(words)
+    again = (
+        "--geometry 7b --repeats 3 --warmup 2 --steps 3 --loss-steps 20 --variant D --data full --bf16 --minutes 7.5"
+    )
     assert train_step.command_line(options) == f"benchmarks/train_step {again}"
     options.variant = options.asked
     jobs = train_step.plan(options, "cpu")
-    assert [(job.variant, job.task) for job in jobs[:2]] == [("D", "losses"), ("A", "losses")]
-    assert [(job.variant, job.data, job.profiled) for job in jobs[2:]] == [
-        (name, data, first) for first in (True, False) for data in ("mixed", "full") for name in ("D", "A")
-    ]
-    assert {job.geometry for job in jobs} == {"tiny"}
+    assert {job.data for job in jobs if job.task == "speed"} == {"full"}
+    config = job_config(jobs[0], VARIANTS["D"], "sdpa")
+    assert (config.model.dtype, config.training.bf16) == ("bfloat16", True)
+
+
+def test_what_is_worth_most_comes_first() -> None:
+    assert list(VARIANTS)[:7] == ["D", "D-all", "B-packed", "B", "C-packed", "C", "A"]

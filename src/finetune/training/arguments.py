@@ -28,8 +28,9 @@ def training_arguments(training: TrainingConfig, run: Run, platform: Platform, e
         optim=training.optim,
         bf16=training.bf16,
         fp16=training.fp16,
-        activation_checkpointing=training.gradient_checkpointing,  # transformers' name since 5.x
-        activation_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        # The name that all of transformers 5 takes; 5.17 has no activation_checkpointing.
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # it would show a loss of 0 for one that is not a number

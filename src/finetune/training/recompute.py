@@ -16,7 +16,7 @@ from finetune.machine.platforms import Platform
 def checkpoint_first(layers: Sequence[Any], count: int, platform: Platform) -> None:
     """Let the first `count` of transformers' decoder `layers` compute their activations again, the others keep them.
 
-    `activation_checkpointing_enable` has marked them all. The last ones are kept whole: their backward comes first, and
+    `gradient_checkpointing_enable` has marked them all. The last ones are kept whole: their backward comes first, and
     so they are gone before the first layer is computed again. Either way dropout has the masks of the forward pass.
     """
     for index, layer in enumerate(layers):

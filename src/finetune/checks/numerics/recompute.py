@@ -31,7 +31,7 @@ def recomputed_gradient(platform: Platform, lora: LoraConfig) -> float:
     torch.manual_seed(0)
     base = MistralForCausalLM(shape).to(platform.device)
     model = add_lora(base, lora, seed=0).train()
-    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = torch.arange(48, device=platform.device).reshape(2, 24)
     start, gradients = random_state(platform), []
     for layers in (0, LAYERS):
