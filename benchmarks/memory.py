@@ -172,7 +172,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
     if config.platform == "h100":
-        from random_base import make_base
+        from finetune.prove.random_base import make_base
 
         base = make_base(config, case.geometry, platform)
     else:

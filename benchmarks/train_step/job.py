@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -12,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finetune.cli import quiet_libraries
 from finetune.files import GIB
 from finetune.machine.device import forget_memory, peak_memory_gib, prepare_device, synchronize
 from finetune.machine.platforms import PLATFORMS, Platform
+from finetune.prove.process import Ended, run_alone
 from train_step.rows import make_steps, padding_share
 from train_step.variants import GEOMETRIES, VARIANTS, Job, Work, job_config
 
@@ -23,36 +21,13 @@ ROWS_SEED = 20
 
 
 def run_in_a_process(job: Job) -> dict[str, Any]:
-    """The job's result, or under "failed" how its process ended.
-
-    Forked on a CPU, from a parent that has imported the libraries and run nothing; a fresh one elsewhere, since no
-    child can use a GPU that its parent's import has woken.
-    """
-    context: Any = multiprocessing.get_context("fork" if job.platform == "cpu" else "spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile(mode="r", suffix=".log") as log:
-        process = context.Process(target=_child, args=(sender, log.name, job))
-        process.start()
-        sender.close()
-        try:
-            result: dict[str, Any] = receiver.recv()
-        except EOFError:
-            result = {}
-        process.join()
-        text = log.read().strip()
-    if not result:
-        last = text.splitlines()[-1] if text else "without a word"
-        print(text[-6000:], file=sys.stderr)
-        return {"failed": f"exit code {process.exitcode}: {last}"}
+    """The job's result, or under "failed" how its process ended; forked on a CPU, from a parent that ran nothing."""
+    try:
+        result: dict[str, Any] = run_alone(run_job, job, fork=job.platform == "cpu")
+    except Ended as end:
+        print(end.log[-6000:], file=sys.stderr)
+        return {"failed": end.found}
     return result
-
-
-def _child(sender: Any, log: str, job: Job) -> None:
-    with Path(log).open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    quiet_libraries()
-    sender.send(run_job(job))
 
 
 def run_job(job: Job) -> dict[str, Any]:

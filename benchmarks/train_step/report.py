@@ -9,10 +9,11 @@ import numpy as np
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
+from finetune.plan.checkpointed_layers import with_layers
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 from finetune.plan.throughput import conditions
-from train_step.flops import utilisation
-from train_step.variants import OURS, VARIANTS
+from finetune.prove.flops import utilisation
+from train_step.variants import OURS, TUNED, VARIANTS
 
 # Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
 # weights to bf16. In float32 some ten times what --tiny comes to; in bfloat16 an expectation, not measured.
@@ -100,19 +101,24 @@ def throughput(
 ) -> list[dict[str, Any]]:
     """What src/finetune/plan/throughput.py reads, so that the plan can count hours: ours on rows as chats have them.
 
-    Nothing unless it ran as its platform's config has it, on Mistral-7B.
+    Without levers and with all of them, which comes last and is what `auto` takes. Nothing unless it ran as its
+    platform's config has it, on Mistral-7B.
     """
     if geometry != MISTRAL_7B or "mixed" not in variants.get(OURS, {}):
         return []
-    found, shipped = configs[OURS], load_config(configs[OURS].platform)[0]
-    here = conditions(found, geometry)
-    batch, usual = (
-        (config.training.per_device_train_batch_size, config.effective_batch_size) for config in (found, shipped)
-    )
-    if here != conditions(shipped, geometry) or batch != usual or found.lora != shipped.lora:
-        return []
-    speed = variants[OURS]["mixed"]["tokens_per_second"]
-    return [{**here, "tokens_per_second": speed, "eval_tokens_per_second": None}]
+    shipped = load_config(configs[OURS].platform)[0]
+    entries = []
+    for name in (OURS, TUNED):
+        if "mixed" not in variants.get(name, {}):
+            continue
+        found, speed = configs[name], variants[name]["mixed"]
+        here = conditions(with_layers(found, speed["checkpointed_layers"]), geometry)
+        batch, usual = (
+            (config.training.per_device_train_batch_size, config.effective_batch_size) for config in (found, shipped)
+        )
+        if conditions(shipped, geometry).items() <= here.items() and batch == usual and found.lora == shipped.lora:
+            entries.append({**here, "tokens_per_second": speed["tokens_per_second"], "eval_tokens_per_second": None})
+    return entries
 
 
 def show(found: dict[str, Any]) -> str:

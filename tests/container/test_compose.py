@@ -14,6 +14,7 @@ from support.docker_project import ROOT
 
 TRAIN = ["python", "src/train.py", "--config", "h100"]
 VALIDATE = ["python", "scripts/validate_environment.py", "--config", "h100"]
+PROVE = ["python", "scripts/prove.py"]
 TENSORBOARD = ["tensorboard", "--logdir", "adapters", "--host", "0.0.0.0", "--port", "6006"]
 GPU = {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]}}}
 LIMITS = {"memlock": -1, "stack": 67108864}
@@ -78,8 +79,8 @@ def common(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_there_are_five_services_and_one_named_volume_and_keys_come_from_files(read: dict[str, Any]) -> None:
-    assert sorted(read["services"]) == ["demo", "plan", "tensorboard", "train-h100", "validate"]
+def test_there_are_six_services_and_one_named_volume_and_keys_come_from_files(read: dict[str, Any]) -> None:
+    assert sorted(read["services"]) == ["demo", "plan", "prove", "tensorboard", "train-h100", "validate"]
     assert {name: volume["name"] for name, volume in read["volumes"].items()} == {"cache": "project_cache"}
     assert {name: secret["file"] for name, secret in read["secrets"].items()} == {
         "hf_token": "/keys/hf",
@@ -87,8 +88,8 @@ def test_there_are_five_services_and_one_named_volume_and_keys_come_from_files(r
     }
 
 
-@pytest.mark.parametrize(("name", "line"), [("train-h100", TRAIN), ("validate", VALIDATE)])
-def test_training_and_validation_have_the_gpu_and_are_else_what_all_are(
+@pytest.mark.parametrize(("name", "line"), [("train-h100", TRAIN), ("validate", VALIDATE), ("prove", PROVE)])
+def test_training_validation_and_proof_have_the_gpu_and_are_else_what_all_are(
     name: str, line: list[str], read: dict[str, Any], folder: Path
 ) -> None:
     assert read["services"][name] == common(folder) | {

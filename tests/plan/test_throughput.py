@@ -57,6 +57,15 @@ def test_all_layers_and_their_number_are_the_same_condition(tmp_path: Path) -> N
     assert find(load("training.checkpointed_layers=32"), MISTRAL_7B, tmp_path) is not None
 
 
+def test_what_is_auto_takes_the_speed_of_what_was_chosen_there(tmp_path: Path) -> None:
+    write(tmp_path, "a.json", "2026-11-23", {"fused_lora": True, "fused_kernels": True, "checkpointed_layers": 2})
+    auto = [f"training.{key}=auto" for key in ("checkpointed_layers", "fused_lora", "fused_kernels")]
+    assert find(load(*auto), MISTRAL_7B, tmp_path) is not None
+    assert (
+        find(load(*auto[:2], "training.fused_kernels=false"), MISTRAL_7B, tmp_path) is None
+    )  # fused_kernels false, and measured with them
+
+
 def test_what_does_not_decide_speed_may_differ(tmp_path: Path) -> None:
     write(tmp_path, "a.json", "2026-11-23", {})
     assert find(load("training.learning_rate=1e-5", "training.num_train_epochs=1"), MISTRAL_7B, tmp_path) is not None

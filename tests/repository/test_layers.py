@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "finetune"
 # The rooms, lowest floor first: a file imports from its own room and from those before it.
 FLOORS = (
     *("wording", "errors", "files", "cli", "machine", "config", "plan"),
-    *("data", "model", "terminal", "runs", "training", "results", "checks"),
+    *("data", "model", "terminal", "runs", "training", "results", "checks", "prove"),
 )
 MOST_MODULES = 16  # in one folder
 TORCH = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "safetensors"}

@@ -135,9 +135,9 @@ def make_plan(
     platform = PLATFORMS[config.platform]
     limits = memory_limits(platform, machine, working_set_gib)
     choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
+    speed = throughput.find(config, geometry)
     config = settled(config, {"checkpointed_layers": choice.layers})
     parts = memory_parts(config, geometry)
-    speed = throughput.find(config, geometry)
     room = config.model.max_seq_length * data.sequences if training.packing else data.batch_tokens
     evaluations = 1 + math.ceil(steps / training.eval_steps)  # before the first step, and always after the last
     plan = Plan(

@@ -33,7 +33,11 @@ class Throughput:
 
 
 def conditions(config: Config, geometry: Geometry) -> dict[str, Any]:
-    """What decides how fast a run is: an entry of a result file's `throughput` counts only where all of it is equal."""
+    """What decides how fast a run is: an entry of a result file's `throughput` counts only where all of it is equal.
+
+    What is `auto` is left out: the run takes what is fastest, and so did what was measured.
+    """
+    known = {key: value for key, value in used(config, geometry).items() if getattr(config.training, key) != "auto"}
     return {
         "platform": config.platform,
         "hidden_size": geometry.hidden_size,
@@ -43,7 +47,7 @@ def conditions(config: Config, geometry: Geometry) -> dict[str, Any]:
         "storage": config.quantization.storage,
         "attn_implementation": config.model.attn_implementation,
         "gradient_checkpointing": config.training.gradient_checkpointing,
-        **used(config, geometry),
+        **known,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -24,8 +25,7 @@ def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrai
     attention.register()
     dtype = getattr(torch, config.model.dtype)
     quantizer = AutoHfQuantizer.from_config(_nf4(config))
-    sizes = {**vars(geometry), "max_position_embeddings": 32768, "sliding_window": None}
-    shape = MistralConfig(**sizes, attn_implementation=config.model.attn_implementation)
+    shape = _shape(geometry, attn_implementation=config.model.attn_implementation)
     with torch.device("meta"):
         base = MistralForCausalLM(shape).to(dtype)
     quantizer.preprocess_model(model=base, device_map={"": platform.device})
@@ -43,6 +43,16 @@ def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrai
         expand(base, dtype, platform.device)
     verify_base(base, config.model, config.quantization, platform.device, config.quantization.storage)
     return base
+
+
+def save_base(folder: Path, geometry: Geometry) -> None:
+    """A base of random weights in `folder`, for what loads one from files; without a tokenizer, so with Mistral's."""
+    torch.manual_seed(SEED)
+    MistralForCausalLM(_shape(geometry)).to(torch.bfloat16).save_pretrained(folder)
+
+
+def _shape(geometry: Geometry, **more: Any) -> MistralConfig:
+    return MistralConfig(**vars(geometry), max_position_embeddings=32768, sliding_window=None, **more)
 
 
 def _nf4(config: Config) -> BitsAndBytesConfig:

@@ -1,0 +1,126 @@
+"""A part is made in the time that is left, and no part's end is another's."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import CheckFailed
+from finetune.machine.platforms import PLATFORMS
+from finetune.prove import parts
+from finetune.prove.process import Ended
+
+
+def work(folder: Path, seconds: float = 60, platform: str = "cpu", random: bool = False) -> parts.Work:
+    return parts.Work(
+        PLATFORMS[platform], platform, (), ("model.name=x",), "a base", random, folder, time.monotonic() + seconds
+    )
+
+
+def raising(error: BaseException) -> Any:
+    def part(_work: parts.Work) -> dict[str, Any]:
+        raise error
+
+    return part
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "why"),
+    [
+        (TimeoutError(), "skipped", "part: the time was up; --minutes gives more"),
+        (parts.LeftOut("no base"), "skipped", "part: no base"),
+        (CheckFailed("bits differ", "look"), "failed", "bits differ; look"),
+        (Ended("exit code -9: without a message", ""), "failed", "exit code -9: without a message"),
+    ],
+)
+def test_a_part_without_figures_says_why(
+    error: BaseException, status: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parts.PARTS, "part", raising(error))
+    found = parts.make("part", work(tmp_path))
+    assert (found["status"], found["why"]) == (status, why)
+
+
+def test_a_part_is_not_begun_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parts.PARTS, "part", lambda _work: {"figure": 1})
+    assert parts.make("part", work(tmp_path))["figure"] == 1
+    assert parts.make("part", work(tmp_path, seconds=0))["status"] == "skipped"
+
+
+def test_a_check_that_failed_fails_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parts.PARTS, "part", lambda _work: {"failed": ["gpu.device"]})
+    assert parts.make("part", work(tmp_path))["status"] == "failed"
+
+
+def test_the_7b_needs_the_hubs_cache_or_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.hub, "is_cached", lambda *_: False)
+    monkeypatch.setattr(parts.Work, "alone", lambda *_: {"tokens_per_second": 1.0})
+    found = parts.make("speed", work(tmp_path, platform="h100"))
+    assert found["status"] == "skipped"
+    assert found["why"].startswith("speed: mistralai/Mistral-7B-Instruct-v0.2 is not in the Hub's cache: hf download ")
+    assert found["why"].endswith(", or --random")
+    random = work(tmp_path, platform="h100", random=True)
+    assert parts.make("speed", random)["why"] == "speed: it takes what the rehearsal chose, which has chosen nothing"
+    (tmp_path / "used.json").write_text("{}")
+    assert parts.make("speed", random)["base"] == "a base"
+
+
+def test_rows_are_the_samples_or_joined_where_a_sequence_has_room(tmp_path: Path) -> None:
+    def rows(length: int) -> list[str]:
+        return parts.write_rows(tmp_path / "rows.jsonl", length).read_text(encoding="utf-8").splitlines()
+
+    short, long = rows(512), rows(4096)
+    assert len(short) == 150
+    assert len(long) == sum(151 - count for count in range(1, 9))
+    assert len(set(long)) == len(long)
+    assert len(json.loads(long[-1])["messages"]) > 8
+
+
+# Killed and started again ---------------------------------------------------------------------------------------------
+
+
+def runs_of(folder: Path, whole: bytes, killed: bytes, seconds: int = 60) -> Any:
+    """A work whose src/train.py is a program that saves a checkpoint, waits, and when started again leaves `killed`."""
+    (folder / "whole").mkdir()
+    (folder / "whole" / "adapter_model.safetensors").write_bytes(whole)
+    program = (
+        "import pathlib, sys, time\n"
+        f"run = pathlib.Path({str(folder)!r}) / 'killed'\n"
+        "checkpoint = run / 'checkpoints' / 'checkpoint-10'\n"
+        "if checkpoint.exists():\n"
+        f"    (run / 'adapter_model.safetensors').write_bytes({killed!r}); sys.exit()\n"
+        "checkpoint.mkdir(parents=True); (checkpoint / 'sha256.json').touch()\n"
+        f"time.sleep({seconds})\n"
+    )
+    return lambda *_: [sys.executable, "-c", program]
+
+
+def test_a_run_that_ends_in_the_same_bits_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "command", runs_of(tmp_path, b"adapter", b"adapter"))
+    found = parts.make("kill", work(tmp_path))
+    assert (found["status"], found["killed_after_step"], found["same_bits"]) == ("done", 10, True)
+
+
+def test_a_run_that_ends_in_other_bits_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "command", runs_of(tmp_path, b"adapter", b"another"))
+    found = parts.make("kill", work(tmp_path))
+    assert found["status"] == "failed"
+    text = "killed after step 10 and started again, the adapter is ae448ac86c4e, uninterrupted 0e7a9d2b"
+    assert text.split(",")[0] in found["why"]
+
+
+def test_a_run_that_ends_before_it_is_killed_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs_of(tmp_path, b"adapter", b"adapter")
+    monkeypatch.setattr(parts, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(6)"])
+    found = parts.make("kill", work(tmp_path))
+    assert (found["status"], found["why"]) == ("failed", "the run ended with exit code 6 before it was killed")
+
+
+def test_without_an_uninterrupted_run_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    found = parts.make("kill", work(tmp_path))
+    assert found["why"] == "kill: it is compared with the run of the part train, which left no adapter"
