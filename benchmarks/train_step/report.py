@@ -16,8 +16,10 @@ from finetune.prove.flops import utilisation
 from train_step.variants import OURS, TUNED, VARIANTS
 
 # Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
-# weights to bf16. In float32 some ten times what --tiny comes to; in bfloat16 an expectation, not measured.
-TOLERANCE = {"float32": (2e-6, 2e-3), "bfloat16": (1e-3, 5e-3)}
+# weights to bf16. Some ten times what --tiny measures, in bfloat16 with --bf16 on a CPU: 6e-6 and 2.7e-4
+# (results/2026-11-29-train-step-bfloat16-2-cores.json). A GPU's kernels, and 32 layers, may round otherwise: that a
+# variant disagrees is reported, and is not an error.
+TOLERANCE = {"float32": (2e-6, 2e-3), "bfloat16": (1e-4, 3e-3)}
 
 
 def summary(results: list[dict[str, Any]], configs: dict[str, Config], geometry: Geometry) -> dict[str, dict[str, Any]]:
