@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import machine
 import psutil
@@ -27,8 +27,15 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
+if TYPE_CHECKING:
+    from finetune.data.encode import Certificate
+
 MAX_SEQ_LENGTH = 4096
-VARIANTS = ("ours", "ours, no certificate", "ours, a quarter of the rows", "TRL", "TRL, 2 processes")
+VARIANTS = (
+    *("ours", "ours, every row compared", "ours, no row compared", "ours, a quarter of the rows"),
+    *("TRL", "TRL, 2 processes"),
+)
+CERTIFICATES: dict[str, Certificate] = {"ours, every row compared": "every_row", "ours, no row compared": False}
 PACKAGES = ("trl", "transformers", "datasets", "tokenizers", "mistral-common", "pyarrow")
 
 
@@ -47,15 +54,16 @@ def write_rows(path: Path, count: int) -> None:
             stream.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
-def prepare_ours(path: Path, cache: Path, certificate: bool) -> dict[str, float]:
+def prepare_ours(path: Path, cache: Path, certificate: Certificate) -> dict[str, float]:
     from finetune.config.load import load_config
     from finetune.data import prepare
+    from finetune.data.cache import Cache
     from finetune.data.encode import Recipe
 
     config, _ = load_config("h100", [f"dataset.train_file={path}", "dataset.validation_file=null"])
     started = time.perf_counter()
     recipe = Recipe(None, None, MAX_SEQ_LENGTH, truncation=True, certificate=certificate)
-    prepared = prepare.prepare(config.dataset, recipe, packing=True, cache=cache)
+    prepared = prepare.prepare(config.dataset, recipe, packing=True, cache=Cache(cache))
     seconds = time.perf_counter() - started
     counts = prepared.statistics.values()
     return {"seconds": seconds, "rows": sum(c.rows for c in counts), "tokens": sum(c.tokens for c in counts)}
@@ -89,7 +97,7 @@ def run_variant(name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
         cache = Path(folder)
         if name.startswith("ours"):
-            result = prepare_ours(path, cache, certificate=name != "ours, no certificate")
+            result = prepare_ours(path, cache, CERTIFICATES.get(name, True))
         else:
             result = prepare_trl(path, cache, 2 if "2 processes" in name else None)
     print(json.dumps(result))
@@ -173,9 +181,10 @@ def main() -> None:
     print(f"{'':<30}{'rows/s':>10}{'tokens/s':>12}{'peak MiB':>10}")
     for name, row in summary.items():
         print(f"{name:<30}{row['rows_per_second']:>10,}{row['tokens_per_second']:>12,}{row['peak_mib']:>10,}")
-    ours, trl = summary["ours"], summary["TRL"]
-    print(f"ours / TRL: {ours['rows_per_second'] / trl['rows_per_second']:.2f} x rows/s, ", end="")
-    print(f"{ours['peak_mib'] / trl['peak_mib']:.2f} x memory")
+    ours = summary["ours"]
+    for name in ("TRL", "TRL, 2 processes"):
+        faster = ours["rows_per_second"] / summary[name]["rows_per_second"]
+        print(f"ours / {name}: {faster:.2f} x rows/s, {ours['peak_mib'] / summary[name]['peak_mib']:.2f} x memory")
     command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
     document = {**machine.describe(command, PACKAGES), "medians": summary, "rounds": rounds}
     machine.write(document, options.output)

@@ -88,7 +88,7 @@ def main() -> None:
         read_receipt(options.receipt)
     else:
         options.skip.append("receipt")
-    preflight = Preflight(config, read_machine(), options.receipt)
+    preflight = Preflight(config, read_machine(), options.receipt, terminal.report())
     chosen = checks.select(config.platform, options.only, options.skip, options.deep)
     terminal.header(f"validate {source}")
     results = []

@@ -37,7 +37,7 @@ def main() -> None:
 
     config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
-    preflight = Preflight(config, read_machine())
+    preflight = Preflight(config, read_machine(), report=terminal.report())
     read_geometry(config)  # a base of another shape is told before anything is written
 
     run = None if options.dry_run else open_run(config, options.fresh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -70,6 +71,37 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class HashedFile(io.RawIOBase):
+    """The bytes of a file, hashed and counted as they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.bytes_read = str(path), 0
+        self._file, self._digest = path.open("rb", buffering=0), hashlib.sha256()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the file; how many bytes came."""
+        count = self._file.readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        self.bytes_read += count
+        return count
+
+    def sha256(self) -> str:
+        """Of the whole file: what nobody has read is read now."""
+        rest = bytearray(2**20)
+        while self.readinto(rest):
+            pass
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
 
 
 def share(folder: Path) -> None:

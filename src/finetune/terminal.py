@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable
 from typing import TextIO
 
+from finetune.wording import Report
+
 LOG_SECONDS = 10  # between two lines of progress where no line can be written again
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
@@ -53,6 +55,10 @@ class Terminal:
         elif time.monotonic() - self._logged >= LOG_SECONDS:
             self.say(text)
             self._logged = time.monotonic()
+
+    def report(self) -> Report:
+        """Long work below this floor says by it how far it has come and what it decided."""
+        return Report(self.progress, self.decision, self.warn)
 
     def clear(self) -> None:
         """Take the status off the screen."""

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+
+def _silent(*_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Report:
+    """What becomes of the words that long work has to say: by default nothing, or methods of a Terminal."""
+
+    progress: Callable[[str], None] = _silent  # how far it has come
+    decision: Callable[[str, str], None] = _silent  # what, and its reason
+    warn: Callable[[str], None] = _silent
+
+
+SILENT = Report()
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
+from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.packing import Collator
 from finetune.data.prepare import Prepared, prepare
@@ -32,7 +33,7 @@ class Case:
     def __init__(self, config: Config, train_file: Path, folder: Path) -> None:
         dataset = config.dataset
         recipe = Recipe(None, None, 256, True, False)
-        self.prepared: Prepared = prepare(dataset, recipe, False, folder / "cache", workers=0)
+        self.prepared: Prepared = prepare(dataset, recipe, False, Cache(folder / "cache"), workers=0)
         self.model = add_lora(load_base(config.model, config.quantization, "cpu"), config.lora, 1)
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:  # at its start B is zero, and with it A's gradient

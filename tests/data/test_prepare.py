@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from finetune import files
@@ -371,16 +378,98 @@ def test_a_crash_midway_leaves_nothing_in_the_cache(
     assert lines(two_files.prepare().train) == [1, 2, 3, 4, 5]
 
 
-def test_what_a_killed_process_of_the_same_number_left_stands_in_no_ones_way(
+def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as killed:  # as kill -9 does: no clean-up runs
-        killed.setattr(prepare_module, "_check_splits", no_encoder)
-        killed.setattr(prepare_module.shutil, "rmtree", lambda *_, **__: None)
-        with pytest.raises(AssertionError):
-            two_files.prepare()
-    assert [name for name in two_files.caches() if name.endswith(".partial")]
-    assert lines(two_files.prepare().train) == [1, 2, 3, 4, 5]  # in a container the number is the same every time
+    def changed(lines: Any, recipe: Any, workers: int) -> Iterator[Any]:
+        for chunk in encode.chunks(lines, recipe, workers):
+            with two_files.train.open("a") as stream:
+                stream.write(json.dumps({"messages": numbered(1, start=7)[0]}) + "\n")
+            yield chunk
+
+    with monkeypatch.context() as changing:
+        changing.setattr(prepare_module, "chunks", changed)
+        assert two_files.failure(DataError) == (
+            f"data: {two_files.train} changed while it was read; try again when nothing writes to it"
+        )
+    assert lines(two_files.prepare().train) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_of_a_file_of_which_only_the_first_rows_are_read_the_rest_is_hashed_too(case: Case, packed: bool) -> None:
+    write(case.train, *numbered(3000))
+    if packed:
+        case.train.write_bytes(gzip.compress(case.train.read_bytes()))
+    prepared = case.prepare(max_rows=100)
+    assert prepared.files["train"]["sha256"] == files.sha256(case.train)
+    assert prepared.files["train"]["rows"] == 100
+
+
+def test_a_damaged_entry_of_the_cache_is_made_again(two_files: Case) -> None:
+    before = contents(two_files.prepare().train)
+    entry = two_files.cache / two_files.caches()[0]
+    os.truncate(entry / "train.arrow", 100)
+    assert contents(two_files.prepare().train) == before
+    assert [f"{entry} is damaged" in text for text in two_files.said] == [True]
+
+
+def test_a_line_of_many_megabytes_is_a_bad_row_before_it_costs_anything(case: Case) -> None:
+    write(case.train, SHORT, conversation("a " * 20_000_000, "b"), TWO_TURNS)
+    tracemalloc.start()
+    started = time.process_time()
+    message = case.failure(DataError)
+    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert message == (
+        f"data: 1 bad row\n  {case.train}:2: longer than 1 MiB, wanted one conversation a line\n"
+        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+    )
+    assert (seconds < 5, peak < 50 * 2**20) == (True, True)
+
+
+def test_progress_is_told_from_the_second_second_with_the_time_that_is_left(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 1))
+    monkeypatch.setattr(prepare_module.time, "monotonic", lambda: next(clock) / 2)
+    monkeypatch.setattr(encode, "CHUNK_LINES", 25)
+    write(case.train, *numbered(100))
+    case.prepare(max_rows=100)
+    assert case.said == [
+        f"encoding {case.train}: 50 rows, 50 rows/s, 0 s left",
+        f"encoding {case.train}: 100 rows, 50 rows/s, 0 s left",
+    ]
+
+
+SLOW = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+from finetune.data import encode
+from support.prepared import RECIPE, Case
+if __name__ == "__main__":
+    Case(Path({folder!r})).prepare(RECIPE, workers=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="it reads /proc")
+def test_workers_end_when_the_first_process_is_killed(case: Case) -> None:
+    write(case.train, *[conversation("word " * 3000, "b " * 3000)] * 2000)
+    script = case.folder / "slow.py"
+    script.write_text(SLOW.format(paths=[str(files.ROOT / "src"), str(files.ROOT / "tests")], folder=str(case.folder)))
+    first = subprocess.Popen([sys.executable, str(script)])
+    try:
+        started = time.monotonic()
+        workers: list[psutil.Process] = []
+        while len(workers) < 2 and time.monotonic() - started < 60:
+            time.sleep(0.1)
+            children = psutil.Process(first.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+    finally:
+        first.kill()
+        first.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 def test_packing_is_no_part_of_the_cache(two_files: Case) -> None:

@@ -14,7 +14,8 @@ from transformers.utils import logging
 from finetune.config.schema import Config
 from finetune.model import load_progress
 from finetune.model.load import load_base
-from finetune.model.load_progress import Report, download_bar, layers_reported
+from finetune.model.load_progress import download_bar, layers_reported
+from finetune.wording import Report
 
 SIZE = 3_000_000
 

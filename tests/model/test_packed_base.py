@@ -18,7 +18,7 @@ from finetune.files import SEAL, read_seal
 from finetune.model import load as model_module
 from finetune.model import packed_base
 from finetune.model.load import load_base
-from finetune.model.load_progress import Report
+from finetune.wording import Report
 from support.bases import layers
 
 

@@ -16,6 +16,7 @@ import pytest
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.config.schema import Config
+from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.errors import Diverged, OutOfResource, Stopped
@@ -70,7 +71,7 @@ def test_a_base_in_a_folder_has_no_revision_and_keeps_its_path_to_itself(tmp_pat
 def prepared(tmp_path: Path, conversations: Path) -> tuple[Config, Prepared]:
     config, _ = load_config("h100", [f"dataset.train_file={conversations}", "dataset.validation_file=null"])
     recipe = Recipe(None, None, max_seq_length=4096, truncation=True, certificate=False)
-    return config, prepare(config.dataset, recipe, True, tmp_path / "cache")
+    return config, prepare(config.dataset, recipe, True, Cache(tmp_path / "cache"))
 
 
 def test_the_receipt_lies_in_the_run_folder_and_can_be_read(run: Run, prepared: tuple[Config, Prepared]) -> None:

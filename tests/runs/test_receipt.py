@@ -16,6 +16,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import Config, Mark, keys, marked
 from finetune.data import encode
 from finetune.data import prepare as prepare_module
+from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.data.tokenizer import Chat, load_chat
@@ -64,7 +65,7 @@ class Machine:
         recipe = Recipe(
             None, config.system_prompt, config.model.max_seq_length, config.dataset.truncation, certificate=False
         )
-        return config, prepare(config.dataset, recipe, config.training.packing, self.folder / "cache", 0)
+        return config, prepare(config.dataset, recipe, config.training.packing, Cache(self.folder / "cache"), 0)
 
     def receipt(self, platform: str, *settings: str) -> Receipt:
         return receipt.make(*self.prepared(platform, *settings))

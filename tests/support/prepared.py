@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import DatasetConfig
+from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.data.store import Rows
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Reference, load_chat
+from finetune.wording import Report
 from support.conversations import conversation
 
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
@@ -44,6 +46,8 @@ class Case:
         self.train = folder / "train.jsonl"
         self.validation = folder / "val.jsonl"
         self.cache = folder / "cache"
+        self.said: list[str] = []
+        self.report = Report(self.said.append, lambda what, why: self.said.append(f"{what}: {why}"), self.said.append)
 
     def dataset(self, **values: Any) -> DatasetConfig:
         validation = str(self.validation) if self.validation.exists() else None
@@ -64,10 +68,10 @@ class Case:
     def prepare(
         self, recipe: Recipe = RECIPE, packing: bool = False, workers: int | None = 0, **of_dataset: Any
     ) -> Prepared:
-        return prepare(self.dataset(**of_dataset), recipe, packing, self.cache, workers)
+        return prepare(self.dataset(**of_dataset), recipe, packing, Cache(self.cache, self.report), workers)
 
     def caches(self) -> list[str]:
-        return sorted(path.name for path in self.cache.iterdir() if path.name != "lock") if self.cache.exists() else []
+        return sorted(path.name for path in self.cache.iterdir() if path.is_dir()) if self.cache.exists() else []
 
     def failure(self, kind: type[Exception], *arguments: Any, **named: Any) -> str:
         with pytest.raises(kind) as caught:

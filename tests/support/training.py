@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
+from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.machine.platforms import PLATFORMS
@@ -60,7 +61,7 @@ class Case:
 
     def data(self, config: Config) -> Prepared:
         recipe = Recipe(None, None, config.model.max_seq_length, True, False)
-        return prepare(config.dataset, recipe, config.training.packing, self.folder / "cache", workers=0)
+        return prepare(config.dataset, recipe, config.training.packing, Cache(self.folder / "cache"), workers=0)
 
     def trainer(self, *settings: str, first: bool = True, change: Callable[[Any], None] | None = None) -> Trainer:
         config = self.config(*settings)

@@ -15,6 +15,7 @@ from finetune.machine.platforms import PLATFORMS, WORKING_SET_SHARE, Platform, m
 from finetune.plan.fit import Fitting, compare
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.plan import Data, Plan, make_plan
+from finetune.wording import SILENT, Report
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 class Preflight:
     """One config on one machine. What cannot be worked out raises its UserError whenever it is asked for.
 
-    `receipt` is the file of another run that this one should be equal to.
+    `receipt` is the file of another run that this one should be equal to; `report` hears of what takes long.
     """
 
-    def __init__(self, config: Config, machine: Machine, receipt: Path | None = None) -> None:
-        self.config, self.machine, self.receipt = config, machine, receipt
+    def __init__(self, config: Config, machine: Machine, receipt: Path | None = None, report: Report = SILENT) -> None:
+        self.config, self.machine, self.receipt, self.report = config, machine, receipt, report
 
     @property
     def platform(self) -> Platform:
@@ -83,6 +84,7 @@ class Preflight:
     @cached_property
     def prepared(self) -> Prepared:
         """The data, read, checked, split and encoded, or taken from the cache."""
+        from finetune.data.cache import Cache
         from finetune.data.encode import Recipe
         from finetune.data.prepare import prepare
 
@@ -94,7 +96,9 @@ class Preflight:
             truncation=config.dataset.truncation,
             certificate=config.dataset.certificate,
         )
-        return prepare(config.dataset, recipe, config.training.packing, resolve(config.output.dir) / ".cache")
+        return prepare(
+            config.dataset, recipe, config.training.packing, Cache(resolve(config.output.dir) / ".cache", self.report)
+        )
 
     @cached_property
     def plan(self) -> Plan:

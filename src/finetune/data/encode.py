@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -13,13 +14,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
+from finetune.data.jsonl import BadRow, parse_row
 from finetune.data.template import IGNORED, ChatFormat, Encoded, Messages
 from finetune.data.tokenizer import Reference, load_chat
 from finetune.errors import OutOfResource
@@ -294,30 +295,27 @@ def with_system_prompt(messages: Messages, system_prompt: str | None) -> Message
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def chunks(path: Path, recipe: Recipe, workers: int, max_rows: int | None = None) -> Iterator[Chunk]:
-    """The chunks of a file in its order, of its first `max_rows` rows where that is a number.
+def chunks(lines: Iterator[tuple[int, bytes]], recipe: Recipe, workers: int) -> Iterator[Chunk]:
+    """The chunks of numbered lines, in their order.
 
     `workers` 0 works in this process, else at most 2 chunks a worker wait.
     """
-    with open_lines(path) as stream:
-        lines = islice(read_lines(stream), max_rows)
-        batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
-        if workers == 0:
-            yield from map(Encoder(recipe).encode, batches)
-            return
-        context = get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start_worker, (recipe,)) as pool:
-            running: deque[Future[Chunk]] = deque()
-            try:
-                for batch in batches:
-                    running.append(pool.submit(_work, batch))
-                    if len(running) >= 2 * workers:
-                        yield running.popleft().result()
-                while running:
+    batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
+    if workers == 0:
+        yield from map(Encoder(recipe).encode, batches)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,)) as pool:
+        running: deque[Future[Chunk]] = deque()
+        try:
+            for batch in batches:
+                running.append(pool.submit(_work, batch))
+                if len(running) >= 2 * workers:
                     yield running.popleft().result()
-            except BrokenProcessPool:
-                killed = "a process that encodes it was killed, probably for want of memory"
-                raise OutOfResource(f"{path}: {killed}", "free some and try again") from None
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool:
+            killed = "a process that encodes rows was killed, probably for want of memory"
+            raise OutOfResource(killed, "free some and try again") from None
 
 
 _encoder: Encoder
@@ -327,7 +325,16 @@ def _start_worker(recipe: Recipe) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(recipe)
+
+
+def _end_with_parent() -> None:
+    """A first process that is killed cannot end this one, which would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(lines: list[tuple[int, bytes]]) -> Chunk:

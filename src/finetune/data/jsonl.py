@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 from finetune.errors import ConfigError, DataError
 from finetune.files import shown
 
-MAX_LINE_BYTES = 16 * 2**20
+MAX_LINE_BYTES = 2**20  # a quarter of a million tokens; tokenising 16 MiB took 24 s and 1.3 GiB
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 SYSTEM_KEYS = ("system", "system_prompt")  # beside "messages", in exports of several tools
@@ -40,6 +41,13 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
         return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
     except OSError as error:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
+
+
+def unpacked(source: io.RawIOBase) -> BinaryIO:
+    """The bytes of a file, or where that is a gzip, what it holds."""
+    stream = io.BufferedReader(source, 2**20)
+    is_gzip = stream.peek(len(GZIP)).startswith(GZIP)
+    return gzip.GzipFile(fileobj=stream) if is_gzip else stream  # type: ignore[return-value]
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:

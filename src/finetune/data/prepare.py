@@ -6,26 +6,28 @@ not grow with the data but for a few numbers a row.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
-from finetune.data.encode import Recipe, Statistics, chunks
-from finetune.data.jsonl import open_lines
+from finetune.data.cache import Cache
+from finetune.data.encode import Chunk, Recipe, Statistics, chunks
+from finetune.data.jsonl import open_lines, read_lines, unpacked
 from finetune.data.packing import pack
 from finetune.data.store import Rows, SplitWriter, first_pair
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError
-from finetune.files import make_folder, resolve, sha256, write_json
-from finetune.wording import counted, lines
+from finetune.files import HashedFile, resolve, sha256, shown
+from finetune.wording import Report, counted, duration, lines
 
 LISTED_PROBLEMS = 20
 MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
@@ -54,10 +56,13 @@ class Prepared:
     chat: Chat
 
 
-def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, workers: int | None = None) -> Prepared:
-    """Read, check, split and encode the data, or take all that from the cache below `cache`.
+def prepare(
+    dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Cache, workers: int | None = None
+) -> Prepared:
+    """Read, check, split and encode the data, or take all that from the cache.
 
-    Raises ConfigError (a file is absent), DataError (bad rows, an empty split, a row in train and validation both) and
+    `workers` None takes as many processes as pay. Raises ConfigError (a file is absent), DataError (bad rows, an empty
+    split, a row in train and validation both, a file that changes meanwhile), OutOfResource (disk, memory) and
     CheckFailed (a row's tokens are not mistral-common's, or not the saved tokenizer's).
     """
     train_path, validation_path, split_reason = _files(dataset)
@@ -69,14 +74,9 @@ def prepare(dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Path, 
     if recipe.certificate is True and sum(path.stat().st_size for path in paths.values()) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
     key = _cache_key(files, recipe, dataset, chat)
-    folder = cache / key
-    if not (folder / "summary.json").is_file():
-        make_folder(cache)
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and finds what the first one made
-            if not (folder / "summary.json").is_file():
-                _write_cache(folder, paths, recipe, dataset, workers)
-    summary = json.loads((folder / "summary.json").read_text())
+    sources = {name: _Source(path, files[name]["sha256"]) for name, path in paths.items()}
+    encoding = _Encoding(sources, recipe, dataset, workers, cache.report)
+    folder, summary = cache.entry(key, encoding.fill)
     train = Rows(folder / "train.arrow")
     validation = Rows(folder / "validation.arrow", dataset.max_validation_rows)
     return Prepared(
@@ -120,66 +120,93 @@ def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: Datase
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _write_cache(
-    folder: Path, paths: dict[str, Path], recipe: Recipe, dataset: DatasetConfig, workers: int | None
-) -> None:
-    """Fill `folder`, whole or not at all."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # only a killed process can have left it: the lock is ours
-    make_folder(partial)
-    try:
-        writers = {name: SplitWriter(partial / f"{name}.arrow") for name in ("train", "validation")}
-        file_rows = {name: _read_file(name, paths, recipe, dataset, writers, workers) for name in paths}
-        if dataset.on_bad_row == "fail":
+class _Source(NamedTuple):
+    """A data file, and what its content is called in the cache."""
+
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What an entry of the cache is made from."""
+
+    sources: dict[str, _Source]
+    recipe: Recipe
+    dataset: DatasetConfig
+    workers: int | None
+    report: Report
+
+    def fill(self, folder: Path) -> dict[str, Any]:
+        """Write the rows of each split into `folder`; returns all else that is known of them."""
+        paths = {name: source.path for name, source in self.sources.items()}
+        writers = {name: SplitWriter(folder / f"{name}.arrow") for name in ("train", "validation")}
+        file_rows = {name: self._read_file(name, writers) for name in paths}
+        if self.dataset.on_bad_row == "fail":
             _refuse_bad_rows(paths, writers)
         tokens = {name: writer.close() for name, writer in writers.items()}
-        _check_splits(writers, paths, dataset.max_rows)
-        summary = {
+        _check_splits(writers, paths, self.dataset.max_rows)
+        return {
             "statistics": {name: asdict(writer.statistics) for name, writer in writers.items()},
             "file_rows": file_rows,
             "tokens": tokens,
             "whole": {name: writer.whole() for name, writer in writers.items()},
         }
-        write_json(partial / "summary.json", summary)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "summary.json").is_file():  # else another process made the same a moment earlier
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def _read_file(self, name: str, writers: dict[str, SplitWriter]) -> int:
+        """Stream one file into the writers; returns how many of its rows were written."""
+        held_out = 0 if "validation" in self.sources else round(self.dataset.validation_split * 2**64)
+        statistics = writers[name].statistics
+        rows = 0
+        for chunk in self._chunks(name):
+            for count in ("dropped_long", "encoded", "certified"):
+                setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
+            statistics.bad += chunk.statistics.bad
+            _count_keys(statistics.other_keys, chunk.statistics.other_keys)
+            in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
+            writers["train"].write(chunk, ~in_validation)
+            writers["validation"].write(chunk, in_validation)
+            rows += int((chunk.lengths > 0).sum())
+        statistics.dropped_bad = len(statistics.bad)
+        return rows
+
+    def _chunks(self, name: str) -> Iterator[Chunk]:
+        """The chunks of one file, which must be the bytes that its sum is of, and equal mistral-common's tokens."""
+        path, sha256 = self.sources[name]
+        size = path.stat().st_size
+        workers = self.workers if self.workers is not None else worker_count() if size >= PARALLEL_FROM_BYTES else 0
+        max_rows = self.dataset.max_rows if name == "train" else None
+        pace = _Pace(path, size, max_rows, self.report)
+        with HashedFile(path) as file, unpacked(file) as stream:
+            for chunk in chunks(islice(read_lines(stream), max_rows), self.recipe, workers):
+                if chunk.mismatch:
+                    found = f"certificate: {path}:{chunk.mismatch}"
+                    raise CheckFailed(found, "Report this row: no run may start on it.", between="\n")
+                yield chunk
+                pace.tell(len(chunk.lines), file.bytes_read)
+            if file.sha256() != sha256:
+                raise DataError(f"data: {path} changed while it was read", "try again when nothing writes to it")
 
 
-def _read_file(
-    name: str,
-    paths: dict[str, Path],
-    recipe: Recipe,
-    dataset: DatasetConfig,
-    writers: dict[str, SplitWriter],
-    workers: int | None,
-) -> int:
-    """Stream one file into the writers; returns how many of its rows were written."""
-    path = paths[name]
-    if workers is None:
-        workers = worker_count() if path.stat().st_size >= PARALLEL_FROM_BYTES else 0
-    held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
-    statistics = writers[name].statistics
-    rows = 0
-    for chunk in chunks(path, recipe, workers, dataset.max_rows if name == "train" else None):
-        if chunk.mismatch:
-            raise CheckFailed(
-                f"certificate: {path}:{chunk.mismatch}", "Report this row: no run may start on it.", between="\n"
-            )
-        for count in ("dropped_long", "encoded", "certified"):
-            setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
-        statistics.bad += chunk.statistics.bad
-        _count_keys(statistics.other_keys, chunk.statistics.other_keys)
-        in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
-        writers["train"].write(chunk, ~in_validation)
-        writers["validation"].write(chunk, in_validation)
-        rows += int((chunk.lengths > 0).sum())
-    statistics.dropped_bad = len(statistics.bad)
-    return rows
+class _Pace:
+    """Says how far a file is encoded, from its second second on: rows, rows a second, and the time that is left."""
+
+    def __init__(self, path: Path, size: int, max_rows: int | None, report: Report) -> None:
+        self._path, self._size, self._max_rows, self._report = path, size, max_rows, report
+        self._rows = 0
+        self._started = self._told = time.monotonic()
+
+    def tell(self, rows: int, bytes_read: int) -> None:
+        """`rows` more are done, of the first `bytes_read` bytes; said at most once a second."""
+        self._rows += rows
+        now = time.monotonic()
+        if now - self._told < 1:
+            return
+        self._told, seconds = now, now - self._started
+        done = max(bytes_read / self._size, self._rows / self._max_rows if self._max_rows else 0)
+        left = duration(seconds * (1 / done - 1))
+        rate = f"{self._rows:,} rows, {self._rows / seconds:,.0f} rows/s, {left} left"
+        self._report.progress(f"encoding {shown(self._path)}: {rate}")
 
 
 def _count_keys(counts: dict[str, int], more: dict[str, int]) -> None:

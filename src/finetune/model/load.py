@@ -24,10 +24,10 @@ from finetune.files import resolve, shown
 from finetune.machine.platforms import quantised_on
 from finetune.model import attention, packed_base
 from finetune.model.hub import GIVE_TOKEN, is_cached
-from finetune.model.load_progress import SILENT, Report, download_bar, layer_counter, layers_reported
+from finetune.model.load_progress import download_bar, layer_counter, layers_reported
 from finetune.model.lora import add_lora, install_fused
 from finetune.model.verify import verify_base, why_not_compiled
-from finetune.wording import duration, first_line
+from finetune.wording import SILENT, Report, duration, first_line
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:

@@ -7,31 +7,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 from transformers.utils import logging
 
-from finetune.wording import duration
+from finetune.wording import Report, duration
 
 GB = 1e9  # as the Hub and the disk makers count
-
-
-def _silent(*_: str) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Report:
-    """What becomes of the words that loading a base has to say: by default nothing, or methods of a Terminal."""
-
-    progress: Callable[[str], None] = _silent  # how far it has come
-    decision: Callable[[str, str], None] = _silent  # what, and its reason
-    warn: Callable[[str], None] = _silent
-
-
-SILENT = Report()
 
 
 def download_bar(name: str, report: Report) -> type[Any]:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from finetune.config.base_model import is_local
 from finetune.files import GIB, read_seal, resolve, seal, sha256, shown
 from finetune.model.hub import cached_folder, weights_digest
-from finetune.wording import first_line
+from finetune.wording import Report, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune.config.schema import ModelConfig, QuantizationConfig
-    from finetune.model.load_progress import Report
 
 LIBRARIES = ("bitsandbytes", "transformers")
 

@@ -17,7 +17,6 @@ from finetune.data.prepare import Prepared
 from finetune.machine.device import capacity_gib, memory_errors_explained, peak_memory_gib, prepare_device
 from finetune.machine.platforms import PLATFORMS, Platform
 from finetune.model import load
-from finetune.model.load_progress import SILENT, Report
 from finetune.model.lora import install_fused
 from finetune.plan.fit import what_would_fit
 from finetune.plan.memory import checkpointed_layers
@@ -32,6 +31,7 @@ from finetune.training.samples import Sampler, make_questions
 from finetune.training.stopper import Stopper, TimeBudget
 from finetune.training.trackers import Trackers
 from finetune.training.trainer import Examples, Trainer, Watchers, evaluates_first, make_trainer
+from finetune.wording import SILENT
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def load_job(run: Run, config: Config, prepared: Prepared, terminal: Terminal | 
     """
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
-    report = Report(terminal.progress, terminal.decision, terminal.warn) if terminal else SILENT
+    report = terminal.report() if terminal else SILENT
     with _memory_explained(config):
         model = load.load_model(config, platform.device, report)
     return Job(run, config, prepared, model, load.make_tokenizer(prepared.chat, config.dataset.padding_side))

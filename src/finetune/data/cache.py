@@ -1,0 +1,120 @@
+"""Encoded rows on disk: sealed folders, checked when they are opened, made by one process, the newest kept."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import OutOfResource
+from finetune.files import GIB, make_folder, read_seal, seal, seal_facts, shown
+from finetune.wording import SILENT, Report
+
+KEPT = 5  # entries, those just used included
+PREFIX = "rows-"  # the folder holds the packed base, too
+PARTIAL, DAMAGED = ".partial", ".damaged"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The entries below `folder`, and where to say what becomes of them."""
+
+    folder: Path
+    report: Report = SILENT
+
+    def entry(self, key: str, fill: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+        """The folder of `key` and its facts. Where it is not there, or not as it was sealed, `fill` makes both.
+
+        `fill` writes into the empty folder that it gets. Another process that makes an entry is waited for. Raises
+        OutOfResource where the disk is full.
+        """
+        folder = self.folder / f"{PREFIX}{key}"
+        facts = _facts(folder)[0]
+        if facts is None:
+            make_folder(self.folder)
+            with self._locked():
+                facts = self._set_aside_if_damaged(folder)
+                if facts is None:
+                    facts = self._make(folder, fill)
+        os.utime(folder)  # the newest are those used last
+        return folder, facts
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / f"{PREFIX}lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                self.report.warn(f"waiting for {lock.read()}, which encodes rows into {shown(self.folder)}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+
+    def _set_aside_if_damaged(self, folder: Path) -> dict[str, Any] | None:
+        facts, wrong = _facts(folder)
+        if wrong:
+            aside = folder.with_name(f"{folder.name}{DAMAGED}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            self.report.warn(f"{shown(folder)} is damaged ({wrong}): set aside as {aside.name}, and made again")
+        return facts
+
+    def _make(self, folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Make an entry, whole or not at all, and remove what is old. The lock is ours: partial ones are nobody's."""
+        for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = folder.with_name(f"{folder.name}{PARTIAL}")
+        try:
+            partial.mkdir()
+            facts = fill(partial)
+            _sync(partial)
+            seal(partial, facts)
+            partial.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._disk_full() from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in self._entries()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return seal_facts(folder)
+
+    def _entries(self) -> list[Path]:
+        """The newest first; damaged ones, too."""
+        found = [path for path in self.folder.glob(f"{PREFIX}*") if path.is_dir()]
+        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def _disk_full(self) -> OutOfResource:
+        size = sum(file.stat().st_size for entry in self._entries() for file in entry.iterdir()) / GIB
+        kept = f"no space left for encoded rows in {shown(self.folder)}, where {size:.1f} GiB of them are kept"
+        return OutOfResource(
+            kept, f"free some, or rm -r {shown(self.folder)}/{PREFIX}*: they are made again when needed"
+        )
+
+
+def _facts(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """The facts of an entry whose every file has the sum that was sealed; else None, and what is wrong, if anything."""
+    if not folder.is_dir():
+        return None, ""
+    try:
+        return read_seal(folder), ""
+    except (ValueError, OSError) as error:
+        return None, str(error)
+
+
+def _sync(folder: Path) -> None:
+    """Force the files of a folder to the disk, so that no crash leaves a sealed entry with holes."""
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
