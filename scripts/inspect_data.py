@@ -41,10 +41,13 @@ def line_range(text: str) -> range:
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
     """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
     from finetune.data.encode import truncate, with_system_prompt
+    from finetune.data.formats import foreign
     from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
     from finetune.data.preview import segments
     from finetune.data.tokenizer import load_chat
 
+    open_lines(path).close()
+    foreign.refuse(path, "train")
     chat = load_chat(resolve(config.model.name) if is_local(config.model.name) else None)
     with open_lines(path) as stream:
         for number, line in read_lines(stream):

@@ -85,7 +85,7 @@ def test_a_crash_is_one_finding_and_the_rest_goes_on(error: Exception, detail: s
     ("error", "detail", "fix", "code"),
     [
         (CheckFailed("torch cannot be imported", "reinstall it"), "torch cannot be imported", "reinstall it", 3),
-        (DataError("2 bad rows\n  a:1: x; y", "Mend them", "\n"), "2 bad rows\n  a:1: x; y", "Mend them", 4),
+        (DataError("2 bad rows\n  a:1: x; y", "Fix them", "\n"), "2 bad rows\n  a:1: x; y", "Fix them", 4),
         (OutOfResource("5 h; what fits:", "--set a=1\n  --set b=2", "\n  "), "5 h; what fits:", "--set a=1\n--set b=2",
             6),
         (ConfigError("a.jsonl: not there", fix="put it there"), "a.jsonl: not there", "put it there", 2),

@@ -101,7 +101,7 @@ def test_without_truncation_a_long_row_is_a_bad_row(case: Case) -> None:
         "data: 2 bad rows\n"
         f"  {case.train}:2: 21 tokens, model.max_seq_length is 16, and dataset.truncation is false\n"
         f'  {case.train}:3: no "messages" key (found no key)\n'
-        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
 

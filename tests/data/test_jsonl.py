@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 import unicodedata
 from collections import Counter
@@ -20,6 +21,7 @@ from finetune.data import jsonl
 from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, open_lines, parse_row, read_lines
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError
+from support.as_nobody import as_nobody
 from support.damaged import damaged
 
 USER = {"role": "user", "content": "Why?"}
@@ -333,6 +335,42 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"config: 1 problem\n  {path}: No such file or directory; put your JSONL there, or elsewhere"
     )
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_lines(path)
+    return caught.value.problems[0].replace(str(path), "FILE")
+
+
+def test_a_folder_is_a_config_error_that_names_a_file_in_it(tmp_path: Path) -> None:
+    assert refused(tmp_path) == "FILE is a folder, wanted a file; name a file in it, for example FILE/train.jsonl"
+    (tmp_path / "mine.jsonl.gz").touch()
+    assert refused(tmp_path) == "FILE is a folder, wanted a file; name a file in it, for example FILE/mine.jsonl.gz"
+
+
+def test_a_pipe_is_a_config_error_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    assert refused(path) == (
+        "FILE is a pipe, which can be read only once, and data is read more than once; "
+        "write it to a file first: cat FILE > data/processed/train.jsonl"
+    )
+
+
+def test_a_device_is_a_config_error() -> None:
+    assert refused(Path("/dev/null")) == (
+        "FILE is a device or a socket, wanted a file; write it to a file first, for example data/processed/train.jsonl"
+    )
+
+
+def test_a_file_without_permission_is_a_config_error_with_what_to_type(tmp_path: Path) -> None:
+    path = tmp_path / "my rows.jsonl"
+    path.touch(mode=0)
+    with as_nobody():
+        assert refused(path) == (
+            f"FILE: Permission denied; make it readable: chmod u+r '{path}', with sudo where it is another user's"
+        ).replace(str(path), "FILE")
 
 
 @settings(max_examples=400, deadline=None)

@@ -20,8 +20,10 @@ import psutil
 import pytest
 
 from finetune import files
+from finetune.cli import command
 from finetune.data import encode
 from finetune.data import prepare as prepare_module
+from finetune.data.formats import foreign
 from finetune.data.store import SplitWriter
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError
@@ -49,23 +51,71 @@ def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
     assert case.failure(DataError) == (
         "data: 1 bad row\n"
         f"  {case.train}:3: ends with user, wanted an assistant message last\n"
-        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
 
 @pytest.mark.parametrize(("bad", "more"), [(20, []), (21, ["  ... and 1 more"]), (600, ["  ... and 580 more"])])
 def test_twenty_bad_rows_are_listed_and_the_others_counted(case: Case, bad: int, more: list[str]) -> None:
-    write(case.train, SHORT, *["{}"] * bad, SHORT)
+    write(case.train, SHORT, *["{}"] * bad, *numbered(bad))
     listed = [f'  {case.train}:{line}: no "messages" key (found no key)' for line in range(2, 22)]
-    advice = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+    advice = "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     assert case.failure(DataError) == "\n".join([f"data: {bad} bad rows", *listed, *more, advice])
+
+
+def test_where_more_than_half_of_the_rows_are_bad_nobody_is_advised_to_leave_them_out(case: Case) -> None:
+    write(case.train, SHORT, *["{}"] * 2)
+    assert case.failure(DataError) == (
+        f'data: 2 bad rows\n  {case.train}:2: no "messages" key (found no key)\n'
+        f'  {case.train}:3: no "messages" key (found no key)\n'
+        "Fix them: more than half of the rows are bad. docs/data.md has the formats that can be converted"
+    )
+
+
+def test_advice_to_leave_rows_out_names_the_share_that_has_to_be_allowed(case: Case) -> None:
+    write(case.train, *["{}"] * 3, *numbered(20))
+    assert case.failure(DataError, max_bad_share=0.1).splitlines()[-1] == (
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop --set dataset.max_bad_share=0.14"
+    )
+
+
+def test_too_large_a_share_of_bad_rows_is_not_left_out_and_the_first_five_are_listed(case: Case) -> None:
+    write(case.train, *["{}"] * 6, *numbered(34))
+    listed = [f'  {case.train}:{line}: no "messages" key (found no key)' for line in range(1, 6)]
+    assert case.failure(DataError, on_bad_row="drop", max_bad_share=0.1) == "\n".join(
+        [
+            "data: 6 bad rows of 40 (15%), above dataset.max_bad_share (10%)",
+            *listed,
+            "  ... and 1 more",
+            "Fix them, or leave them out with --set dataset.max_bad_share=0.15",
+        ]
+    )
+    assert case.prepare(on_bad_row="drop", max_bad_share=0.15).statistics["train"].dropped_bad == 6
+
+
+def test_a_first_bad_row_of_a_known_format_is_named_once(case: Case) -> None:
+    shared = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    write(case.train, *numbered(30), *[shared] * 30)
+    assert case.failure(DataError) == (
+        f"data: 30 bad rows, the first {case.train}:31: this looks like ShareGPT (conversations/from/value)\n"
+        f"Convert it: {command('scripts/convert_data.py')} {case.train} {foreign.converted(case.train, 'train')}"
+    )
+
+
+def test_a_validation_file_of_another_format_is_named_before_the_training_file_is_read(two_files: Case) -> None:
+    write(two_files.validation, json.dumps({"prompt": "Hi", "completion": "Hello"}))
+    assert two_files.failure(DataError) == (
+        f"data: {two_files.validation}: this looks like prompt and completion (prompt/completion)\n"
+        f"Convert it: {command('scripts/convert_data.py')} {two_files.validation} "
+        f"{foreign.converted(two_files.validation, 'validation')}"
+    )
 
 
 def test_bad_rows_of_the_validation_file_are_told_with_its_name(two_files: Case) -> None:
     write(two_files.validation, SHORT, "{}")
     assert two_files.failure(DataError) == (
         f'data: 1 bad row\n  {two_files.validation}:2: no "messages" key (found no key)\n'
-        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
 
@@ -233,9 +283,15 @@ def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None
     assert abs(held_out - 1500 * share) < 3 * deviation
 
 
-@pytest.mark.parametrize("text", ["", "\n \n\r\n\t\n"], ids=["empty", "blank"])
-def test_a_train_file_without_rows_is_a_data_error(case: Case, text: str) -> None:
-    case.train.write_text(text)
+def test_an_empty_train_file_is_a_data_error(case: Case) -> None:
+    case.train.touch()
+    assert case.failure(DataError) == (
+        f'data: {case.train} is empty (0 bytes); wanted {{"messages": [...]}}, one conversation a line'
+    )
+
+
+def test_a_train_file_of_blank_lines_is_a_data_error(case: Case) -> None:
+    case.train.write_text("\n \n\r\n\t\n")
     assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
 
 
@@ -311,6 +367,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "truncation": ({"truncation": False}, {}),
     "certificate": ({"certificate": True}, {}),
     "what a bad row does": ({}, {"on_bad_row": "drop"}),
+    "how many bad rows are left out": ({}, {"max_bad_share": 0.2}),
     "split": ({}, {"validation_split": 0.4}),
     "no validation file": ({}, {"validation_file": None}),
     "rows read": ({}, {"max_rows": 10}),
@@ -488,7 +545,7 @@ def test_bad_rows_of_both_files_are_listed_at_once(case: Case) -> None:
         "data: 2 bad rows\n"
         f'  {case.train}:2: no "messages" key (found no key)\n'
         f'  {case.validation}:2: found an empty list, wanted an object {{"messages": [...]}}\n'
-        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
 

@@ -82,6 +82,7 @@ SHARED = {
     "dataset.truncation": True,
     "dataset.padding_side": "right",
     "dataset.on_bad_row": "fail",
+    "dataset.max_bad_share": 0.1,
     "dataset.certificate": True,
     "dataset.sample_prompts": None,
     "system_prompt": None,

@@ -14,9 +14,11 @@ from types import ModuleType
 
 import pytest
 
+from finetune.cli import command
 from finetune.config.load import ROOT
 from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
+from finetune.data.formats import foreign
 from support.commands import load_script
 from support.tty import Tty
 
@@ -172,7 +174,18 @@ def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
     assert err.startswith(f"config: 1 problem\n  {path}: No such file or directory; ")
     code, _, err = run(tmp_path)
     assert code == 2
-    assert err.startswith(f"config: 1 problem\n  {tmp_path}: Is a directory; ")
+    assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, wanted a file; ")
+
+
+def test_a_file_of_another_format_is_exit_4_with_its_name_and_the_command_that_converts_it(
+    run: Run, tmp_path: Path
+) -> None:
+    path = written(tmp_path, b'{"prompt": "Hello", "completion": "Hi"}')
+    assert run(path)[0::2] == (
+        4,
+        f"data: {path}: this looks like prompt and completion (prompt/completion)\n"
+        f"Convert it: {command('scripts/convert_data.py')} {path} {foreign.converted(path, 'train')}\n",
+    )
 
 
 def test_a_missing_file_is_not_to_be_mended_by_a_setting_that_this_command_does_not_read(

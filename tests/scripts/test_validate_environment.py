@@ -150,7 +150,7 @@ def test_a_bad_row_is_4_with_its_line_and_the_command_to_look_again(
     assert done.stdout.splitlines()[1:] == [
         "  FAIL  data.rows                data: 1 bad row",
         f'{" " * 35}{conversations}:41: "messages" is an empty list, wanted a list of messages',
-        "                                 -> Mend them, or leave them out with --set dataset.on_bad_row=drop",
+        "                                 -> Fix them, or leave them out with --set dataset.on_bad_row=drop",
         "  skip  data.labels              needs data.rows",
         "0 passed, 0 warnings, 1 failed, 1 skipped; mend what is marked, then: "
         f"{PYTHON} scripts/validate_environment.py "

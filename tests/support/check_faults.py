@@ -21,6 +21,7 @@ from finetune.checks.device import REPEATABLE
 from finetune.checks.numerics import linear, loss, optimizer
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
+from finetune.data.formats import foreign
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
 from finetune.model import hub
@@ -652,16 +653,32 @@ FAULTS = (
     fault("a bad row", "cpu", lambda b: b.write_rows(*conversations(), more='{"messages": []}'),
           fail("data.rows",
                "data: 1 bad row\n  /bench/train.jsonl:41: \"messages\" is an empty list, wanted a list of messages",
-               "Mend them, or leave them out with --set dataset.on_bad_row=drop"), exit_code=4),
+               "Fix them, or leave them out with --set dataset.on_bad_row=drop"), exit_code=4),
     fault("bad rows", "cpu", lambda b: b.write_rows(*conversations(), more="{\n\n[]"),
           fail("data.rows",
                "data: 2 bad rows\n  /bench/train.jsonl:41: not JSON: Expecting property name enclosed in double "
                "quotes at column 2\n  /bench/train.jsonl:43: found an empty list, wanted an object {\"messages\": "
                "[...]}",
-               "Mend them, or leave them out with --set dataset.on_bad_row=drop"), exit_code=4),
+               "Fix them, or leave them out with --set dataset.on_bad_row=drop"), exit_code=4),
     fault("bad rows that are left out", "cpu",
           lambda b: (b.write_rows(*conversations(), more="{\n[]"), b.set("dataset.on_bad_row=drop")),
-          warn("data.rows", f"{APART}; 2 bad rows left out", "--set dataset.on_bad_row=fail lists them")),
+          warn("data.rows",
+               f"{APART}; 2 bad rows left out:\n  /bench/train.jsonl:41: not JSON: Expecting property name enclosed in "
+               "double quotes at column 2\n  /bench/train.jsonl:42: found an empty list, wanted an object "
+               "{\"messages\": [...]}", "--set dataset.on_bad_row=fail lists them")),
+    fault("more bad rows than are left out", "cpu",
+          lambda b: (b.write_rows(*conversations(), more="{\n" * 6), b.set("dataset.on_bad_row=drop")),
+          fail("data.rows",
+               "data: 6 bad rows of 46 (13%), above dataset.max_bad_share (10%)\n" + "\n".join(
+                   f"  /bench/train.jsonl:{line}: not JSON: Expecting property name enclosed in double quotes at "
+                   "column 2" for line in range(41, 46)) + "\n  ... and 1 more",
+               "Fix them, or leave them out with --set dataset.max_bad_share=0.14"), exit_code=4),
+    fault("another format", "cpu",
+          lambda b: b.train_file.write_text('{"instruction": "Why?", "input": "", "output": "Because."}\n'),
+          fail("data.rows", "data: /bench/train.jsonl: this looks like Alpaca (instruction/input/output)",
+               f"Convert it: {PYTHON} scripts/convert_data.py /bench/train.jsonl "
+               f"{foreign.converted(Path('/bench/train.jsonl'), 'train')}"),
+          exit_code=4),
     fault("keys that are not read, and a system prompt outside of the messages", "cpu",
           lambda b: b.write_rows(*conversations(), more='{"id": 7, "system": "Be short.", ' + ROW[1:]),
           warn("data.keys", "system became the system message of 1 row; keys that are not read: 'id' in 1 row",

@@ -60,6 +60,7 @@ class Case:
             "truncation": True,
             "padding_side": "right",
             "on_bad_row": "fail",
+            "max_bad_share": 1.0,
             "certificate": False,
             "sample_prompts": (),
         }

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
+from pathlib import Path
 
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, passed, warned
 from finetune.cli import command
 from finetune.data.jsonl import SYSTEM_KEYS
-from finetune.wording import counted, listed
+from finetune.files import shown
+from finetune.wording import counted, lines, listed
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
 LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
 PREVIEW_WIDTH = 300
 LISTED_KEYS = 10
+LISTED_BAD = 5
 
 
 def _rows(preflight: Preflight) -> Finding:
     prepared, dataset = preflight.prepared, preflight.config.dataset
     train, validation = prepared.statistics["train"], prepared.statistics["validation"]
     found = f"{train.rows:,} to train on, {validation.rows:,} held out ({prepared.split_reason})"
-    bad = train.dropped_bad + validation.dropped_bad
+    bad = [
+        f"{shown(Path(entry['path']))}:{line}: {text}"
+        for name, entry in prepared.files.items()
+        for line, text in prepared.statistics[name].bad
+    ]
     if bad:
-        return warned(f"{found}; {bad:,} bad rows left out", "--set dataset.on_bad_row=fail lists them")
+        left_out = f"{found}; {counted(len(bad), 'bad row')} left out:\n{lines(bad, LISTED_BAD)}"
+        return warned(left_out, "--set dataset.on_bad_row=fail lists them")
     compared, rows = train.certified + validation.certified, train.encoded + validation.encoded
     if dataset.certificate and compared:
         found += f"; {compared:,} of {rows:,} compared with mistral-common"
@@ -77,12 +86,15 @@ def _duplicates(preflight: Preflight) -> Finding:
     if not counts:
         return passed("no row stands twice")
     found = "copies of other rows: " + ", ".join(f"{it.duplicates:,} in {name}" for name, it in counts.items())
-    lines: dict[str, list[int]] = {}
+    copies: dict[str, list[int]] = {}
     for name, it in counts.items():
-        lines.setdefault(prepared.files.get(name, prepared.files["train"])["path"], []).extend(it.copies)
-    commands = (f"sed -i.bak '{';'.join(f'{line}d' for line in found)}' {file}" for file, found in lines.items())
-    shown = sum(map(len, lines.values()))
-    first = "" if shown == sum(it.duplicates for it in counts.values()) else f" removes the first {shown}"
+        copies.setdefault(prepared.files.get(name, prepared.files["train"])["path"], []).extend(it.copies)
+    commands = (
+        f"sed -i.bak '{';'.join(f'{line}d' for line in numbers)}' {shlex.quote(file)}"
+        for file, numbers in copies.items()
+    )
+    named = sum(map(len, copies.values()))
+    first = "" if named == sum(it.duplicates for it in counts.values()) else f" removes the first {named}"
     return warned(found, f"where they are not meant: {'; '.join(commands)}{first}")
 
 
@@ -103,10 +115,11 @@ def _control_tokens(preflight: Preflight) -> Finding:
     if rows:
         name, line = next((name, it.first_control_token) for name, it in counts.items() if it.first_control_token)
         in_validation_file = name == "validation" and "validation" in preflight.prepared.files
-        file = dataset.validation_file if in_validation_file else dataset.train_file
+        file = str((in_validation_file and dataset.validation_file) or dataset.train_file)
         found = f"{rows:,} rows hold the template's own marks as literal text, the first {file}:{line}"
         return warned(
-            found, f"{command('scripts/inspect_data.py')} {file} --rows {line}-{line} shows how they are read"
+            found,
+            f"{command('scripts/inspect_data.py')} {shlex.quote(file)} --rows {line}-{line} shows how they are read",
         )
     return passed("no row holds one of the template's own marks as text")
 

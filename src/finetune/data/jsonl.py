@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shlex
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -34,13 +36,35 @@ class BadRow(Exception):
 
 
 def open_lines(path: Path, advice: str = "") -> BinaryIO:
-    """Open a data file, gzip or not; ConfigError, ending in `advice`, where it is not there."""
+    """Open a data file, gzip or not; ConfigError where it is not there (ending in `advice`), or no file to be read."""
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # a FIFO is not opened: that would wait for whoever writes it
+            found, fix = _no_file(path, mode)
+            raise ConfigError(f"{shown(path)} {found}", fix=fix)
         with path.open("rb") as stream:
             is_gzip = stream.read(len(GZIP)) == GZIP
         return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
+    except PermissionError as error:
+        fix = f"make it readable: chmod u+r {shlex.quote(str(path))}, with sudo where it is another user's"
+        raise ConfigError(f"{shown(path)}: {error.strerror}", fix=fix) from None
     except OSError as error:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
+
+
+def _no_file(path: Path, mode: int) -> tuple[str, str]:
+    """What a path is that is no file, and what to type."""
+    if stat.S_ISDIR(mode):
+        inside = sorted(entry for entry in path.iterdir() if ".jsonl" in entry.suffixes)
+        return (
+            "is a folder, wanted a file",
+            f"name a file in it, for example {shown(inside[0] if inside else path / 'train.jsonl')}",
+        )
+    copied = "data/processed/train.jsonl"
+    if stat.S_ISFIFO(mode):
+        found = "is a pipe, which can be read only once, and data is read more than once"
+        return found, f"write it to a file first: cat {shlex.quote(str(path))} > {copied}"
+    return "is a device or a socket, wanted a file", f"write it to a file first, for example {copied}"
 
 
 def unpacked(source: io.RawIOBase) -> BinaryIO:
@@ -86,7 +110,7 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> list[dict[str, s
     """
     if len(line) > MAX_LINE_BYTES:
         raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
-    row = _parse_json(line)
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise BadRow(f'found {_kind(row)}, wanted an object {{"messages": [...]}}')
     if "messages" not in row:
@@ -95,7 +119,7 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> list[dict[str, s
     given = row["messages"]
     if not isinstance(given, list) or not given:
         raise BadRow(f'"messages" is {_kind(given)}, wanted a list of messages')
-    others = [key for key, value in row.items() if key != "messages" and _given(value)]
+    others = [key for key, value in row.items() if key != "messages" and says_something(value)]
     for key in others:
         _check_key(key)
     messages = [_message(index, message) for index, message in enumerate(given, 1)]
@@ -109,9 +133,10 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> list[dict[str, s
     return _system_beside(row, messages) + messages
 
 
-def _parse_json(line: bytes) -> Any:
+def parse_json(line: bytes) -> Any:
+    """What a line holds as JSON, in UTF-8 and with each key once in an object. Raises BadRow."""
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}") from None
     except json.JSONDecodeError as error:
@@ -122,7 +147,8 @@ def _parse_json(line: bytes) -> Any:
         raise BadRow(f"not JSON: {str(error).split(';')[0]}") from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Raises BadRow for a key that is there twice."""
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -134,7 +160,7 @@ def _no_constant(name: str) -> NoReturn:
     raise BadRow(f"not JSON: {name} is no JSON value")
 
 
-def _given(value: Any) -> bool:
+def says_something(value: Any) -> bool:
     """Whether a key says anything: exports write null or nothing for what a row does not have."""
     return value is not None and value not in ("", [], {})
 
@@ -148,7 +174,7 @@ def _check_key(key: str) -> None:
 
 def _system_beside(row: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The system message that a key beside "messages" gives, in a list; an empty list where none does."""
-    given = [key for key in SYSTEM_KEYS if _given(row.get(key))]
+    given = [key for key in SYSTEM_KEYS if says_something(row.get(key))]
     if not given:
         return []
     text = row[given[0]]
@@ -179,7 +205,7 @@ def _message(index: int, message: Any) -> dict[str, str]:
     if "content" not in message:
         raise BadRow(f'{where} has no "content"')
     content = message["content"]
-    text = "" if role == "system" and content is None else _joined(where, content)
+    text = "" if role == "system" and content is None else joined(where, content)
     if not text.strip():
         if role != "system":
             raise BadRow(f"{where} ({role}) is empty")
@@ -189,7 +215,7 @@ def _message(index: int, message: Any) -> dict[str, str]:
 
 
 def _check_message_key(where: str, key: str, value: Any) -> None:
-    if key in ("role", "content") or not _given(value):
+    if key in ("role", "content") or not says_something(value):
         return
     if key == "weight":
         if value != 1:
@@ -200,7 +226,7 @@ def _check_message_key(where: str, key: str, value: Any) -> None:
         raise BadRow(f"{where} has a key {_short(key)}, wanted only role and content")
 
 
-def _joined(where: str, content: Any) -> str:
+def joined(where: str, content: Any) -> str:
     """Text, or the text of a list of parts {"type": "text", "text"}; mistral-common joins them by a blank line."""
     if isinstance(content, str):
         return content

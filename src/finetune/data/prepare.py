@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ import numpy as np
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
 from finetune.data.encode import Chunk, Recipe, Statistics, chunks
+from finetune.data.formats import foreign
+from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines, read_lines, unpacked
 from finetune.data.packing import pack
 from finetune.data.store import Rows, SplitWriter, first_pair
@@ -30,6 +33,7 @@ from finetune.files import HashedFile, resolve, sha256, shown
 from finetune.wording import Report, counted, duration, lines
 
 LISTED_PROBLEMS = 20
+LISTED_DROPPED = 5
 MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
 SAMPLED_FROM_BYTES = 1_000_000  # below this, comparing every row with mistral-common takes less than a second
@@ -99,7 +103,8 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
     if dataset.validation_file is None:
         return train, None, f"no validation file: {share}"
     validation = resolve(dataset.validation_file)
-    if validation.is_file():
+    if validation.exists():
+        open_lines(validation).close()
         return train, validation, f"validation rows are those of {dataset.validation_file}"
     if dataset.validation_file == DEFAULT_VALIDATION_FILE:
         return train, None, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
@@ -115,7 +120,7 @@ def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: Datase
     parts = [
         {name: entry["sha256"] for name, entry in files.items()},
         {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
-        [dataset.validation_split, dataset.max_rows, dataset.on_bad_row, code],
+        [dataset.validation_split, dataset.max_rows, dataset.on_bad_row, dataset.max_bad_share, code],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -140,10 +145,11 @@ class _Encoding:
     def fill(self, folder: Path) -> dict[str, Any]:
         """Write the rows of each split into `folder`; returns all else that is known of them."""
         paths = {name: source.path for name, source in self.sources.items()}
+        for name, path in paths.items():
+            foreign.refuse(path, name)
         writers = {name: SplitWriter(folder / f"{name}.arrow") for name in ("train", "validation")}
         file_rows = {name: self._read_file(name, writers) for name in paths}
-        if self.dataset.on_bad_row == "fail":
-            _refuse_bad_rows(paths, writers)
+        _refuse_bad_rows(paths, writers, self.dataset)
         tokens = {name: writer.close() for name, writer in writers.items()}
         _check_splits(writers, paths, self.dataset.max_rows)
         return {
@@ -221,13 +227,41 @@ def worker_count() -> int:
     return min(cores, MOST_WORKERS)
 
 
-def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter]) -> None:
-    """Raise DataError with every bad row as file:line and what was found, up to LISTED_PROBLEMS, then a count."""
-    bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in writers[name].statistics.bad]
-    if bad:
-        fix = "Mend them, or leave them out with --set dataset.on_bad_row=drop"
-        found = f"data: {counted(len(bad), 'bad row')}\n{lines(bad, LISTED_PROBLEMS)}"
-        raise DataError(found, fix, between="\n")
+def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter], dataset: DatasetConfig) -> None:
+    """Raise DataError where no bad row is allowed, or fewer are.
+
+    It lists every bad row as file:line and what was found, up to LISTED_PROBLEMS, and counts the others; the name of a
+    known format takes the list's place.
+    """
+    statistics = {name: writers[name].statistics for name in paths}
+    bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in statistics[name].bad]
+    rows = len(bad) + sum(writer.statistics.rows + writer.statistics.dropped_long for writer in writers.values())
+    if not bad or (dataset.on_bad_row == "drop" and len(bad) <= dataset.max_bad_share * rows):
+        return
+    name = next(name for name in paths if statistics[name].bad)
+    line, text = statistics[name].bad[0]
+    found = f"data: {counted(len(bad), 'bad row')}"
+    named = foreign.named_line(paths[name], name, line)
+    if named:
+        raise DataError(f"{found}, the first {paths[name]}:{line}: {named[0]}", named[1], between="\n")
+    if dataset.on_bad_row == "drop":
+        found += f" of {rows:,} ({len(bad) / rows:.0%}), above dataset.max_bad_share ({dataset.max_bad_share:.0%})"
+    listing = lines(bad, LISTED_DROPPED if dataset.on_bad_row == "drop" else LISTED_PROBLEMS)
+    if text.startswith("not UTF-8"):
+        fix = f"Make it UTF-8, {iconv('WINDOWS-1252', paths[name])}"
+    elif 2 * len(bad) > rows:
+        fix = "Fix them: more than half of the rows are bad. docs/data.md has the formats that can be converted"
+    else:
+        fix = f"Fix them, or leave them out with {_leaving_out(len(bad) / rows, dataset)}"
+    raise DataError(f"{found}\n{listing}", fix, between="\n")
+
+
+def _leaving_out(share: float, dataset: DatasetConfig) -> str:
+    """The settings with which rows are left out of which `share` is bad."""
+    settings = ["--set dataset.on_bad_row=drop"] * (dataset.on_bad_row == "fail")
+    if share > dataset.max_bad_share:
+        settings.append(f"--set dataset.max_bad_share={math.ceil(share * 100) / 100:g}")
+    return " ".join(settings)
 
 
 def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_rows: int | None) -> None:

@@ -1,0 +1,240 @@
+"""Rows of any known format -> chat JSONL, with an account of what was changed, not read and dropped, and where."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from finetune.data.formats.shapes import Notes, Turns, messages_of, shape_of
+from finetune.data.formats.sources import Source
+from finetune.data.jsonl import BadRow, parse_row, says_something
+from finetune.errors import ConfigError, DataError
+from finetune.wording import listed
+
+FIRST = 5  # numbers of rows that are kept of each change and each reason
+MOST_REASONS = 1000  # different ones that are counted
+HELD_OUT = 0.1  # share of the values of --split-by, where none of them names a split
+HELD_OUT_NAMES = {"validation", "valid", "val", "dev", "eval", "test"}
+MERGED = "turns of one role in a row joined by a blank line (--merge-turns)"
+UNANSWERED = "last message left out: nothing answers it"
+SYSTEM_ADDED = "system message added (--system)"
+
+
+def _no_json(value: Any) -> NoReturn:
+    raise BadRow(f"holds a value of type {type(value).__name__}, which JSON does not have")
+
+
+as_json = json.JSONEncoder(ensure_ascii=False, default=_no_json).encode
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion was asked for. `columns` has the data's column by our key, `split_by` a key of the data."""
+
+    merge_turns: bool = False
+    system: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split_by: str | None = None
+
+
+@dataclass
+class Tally:
+    """How many rows something happened to, and the numbers of the first FIRST."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def shown(self, unit: str) -> str:
+        """`line 3` or `lines 3, 5`: the first of them."""
+        return f"{unit}{'s' if len(self.first) > 1 else ''} {', '.join(map(str, self.first))}"
+
+    def add(self, number: int) -> None:
+        """One more row."""
+        self.count += 1
+        if len(self.first) < FIRST:
+            self.first.append(number)
+
+
+@dataclass
+class Account:
+    """What became of the rows: of each format, change, key that is not read, and reason to drop a row, a Tally."""
+
+    read: int = 0
+    written: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, Tally] = field(default_factory=dict)
+    changed: dict[str, Tally] = field(default_factory=dict)
+    unread: dict[str, Tally] = field(default_factory=dict)
+    dropped: dict[str, Tally] = field(default_factory=dict)
+
+    def note(self, kind: str, what: Iterable[str], number: int) -> None:
+        """Add the row `number` to the tallies of `what`, of one of the four kinds."""
+        tallies: dict[str, Tally] = getattr(self, kind)
+        for name in what:
+            if name in tallies or len(tallies) < MOST_REASONS:
+                tallies.setdefault(name, Tally()).add(number)
+
+
+def convert(source: Source, outputs: dict[str, Path], options: Options) -> Account:
+    """Write the rows of `source` to `outputs`: "train", and where `options.split_by` is given "validation".
+
+    A file is written whole or not at all, and none that is there already. Raises ConfigError, and DataError where no
+    row is left.
+    """
+    for path in outputs.values():
+        _make_room(path)
+    _check_columns(source, options.columns)
+    held_out = _held_out(source, options.split_by) if options.split_by else set()
+    account = Account(written=dict.fromkeys(outputs, 0))
+    partials = {name: path.with_name(f"{path.name}.partial") for name, path in outputs.items()}
+    try:
+        with ExitStack() as files:
+            streams: dict[str, TextIO] = {
+                name: files.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+                for name, path in partials.items()
+            }
+            _write(source, streams, options, held_out, account)
+        for name, path in outputs.items():
+            if not account.written[name]:
+                raise _nothing_for(path, account)
+        for name, partial in partials.items():
+            partial.rename(outputs[name])
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    return account
+
+
+def _make_room(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, wanted a file", fix=f"name one in it: {path / 'train.jsonl'}")
+    if path.exists():
+        raise ConfigError(f"{path} is there already, and nothing is overwritten", fix="name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{path.name}.partial").touch()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file") from None
+
+
+def _check_columns(source: Source, columns: Mapping[str, str]) -> None:
+    there = list(source.first) if isinstance(source.first, dict) else []
+    missing = [column for column in columns.values() if column not in there]
+    if missing:
+        found = listed([ascii(name) for name in there], 20) or "none"
+        raise ConfigError(f"--columns: no column {missing[0]!a}, the first row has {found}")
+
+
+def _write(source: Source, streams: dict[str, TextIO], options: Options, held_out: set[str], account: Account) -> None:
+    for number, row in source.rows():
+        account.read += 1
+        notes = Notes()
+        try:
+            messages = convert_row(row, options, notes)
+        except BadRow as bad:
+            account.note("dropped", [_without_places(str(bad))], number)
+            continue
+        finally:
+            account.note("formats", notes.shapes, number)
+        account.note("changed", notes.changes, number)
+        account.note("unread", notes.unread, number)
+        name = "validation" if options.split_by and _value(row, options.split_by) in held_out else "train"
+        streams[name].write(as_json({"messages": messages}) + "\n")
+        account.written[name] += 1
+
+
+def convert_row(row: Any, options: Options, notes: Notes) -> list[dict[str, str]]:
+    """The messages of one row, as training accepts them. Raises BadRow."""
+    if isinstance(row, BadRow):
+        raise row
+    wanted = {key: row.get(column) for key, column in options.columns.items()} if isinstance(row, dict) else {}
+    shape = shape_of(wanted or row)
+    if shape is None:
+        keys = f"keys {listed([ascii(key) for key in row], 5)}" if isinstance(row, dict) else "not an object"
+        raise BadRow(f"no known format ({keys})")
+    notes.shapes.append(shape.described)
+    if wanted:
+        used = options.columns.values()
+        row = wanted | {key if key not in wanted else f"{key} (column)": row[key] for key in row if key not in used}
+    messages = messages_of(row, shape, notes)
+    notes.unread.pop(str(options.split_by), None)
+    if options.merge_turns:
+        messages = _merged(messages, notes)
+    if len(messages) > 2 and messages[-1]["role"] == "user":
+        notes.changes[UNANSWERED] = 1
+        messages = messages[:-1]
+    if options.system is not None:
+        messages = _led_by(options.system, messages, notes)
+    _check_turns([turn["role"] for turn in messages if turn["role"] != "system"])
+    return parse_row(as_json({"messages": messages}).encode("utf-8", "surrogatepass"))
+
+
+def _check_turns(roles: list[Any]) -> None:
+    """Refuse what `parse_row` would, where there is more to say of it."""
+    if roles[:1] == ["assistant"]:
+        raise BadRow("begins with the assistant, wanted user")
+    if any(roles[place] == role and role in ("user", "assistant") for place, role in enumerate(roles[1:])):
+        raise BadRow("two turns of one role in a row; --merge-turns joins them")
+
+
+def _led_by(system: str, messages: Turns, notes: Notes) -> Turns:
+    """`messages`, with a system message where they have none, or an empty one."""
+    own = messages[0] if messages and messages[0]["role"] == "system" else {}
+    if says_something(own.get("content")):
+        return messages
+    notes.changes[SYSTEM_ADDED] = 1
+    return [{"role": "system", "content": system}, *messages[1 if own else 0 :]]
+
+
+def _merged(messages: Turns, notes: Notes) -> Turns:
+    """Turns of one role in a row as one, joined by a blank line, as mistral-common joins them."""
+    merged: Turns = []
+    for turn in messages:
+        before = merged[-1] if merged else {}
+        texts = [before.get("content"), turn["content"]]
+        if before.get("role") == turn["role"] and all(isinstance(text, str) for text in texts):
+            merged[-1] = {**before, **turn, "content": "\n\n".join(filter(None, texts))}
+            notes.changes[MERGED] = 1
+        else:
+            merged.append(turn)
+    return merged
+
+
+def _value(row: Any, key: str) -> str:
+    return str(row.get(key)) if isinstance(row, dict) else "None"
+
+
+def _held_out(source: Source, key: str) -> set[str]:
+    """The values of `key` whose rows are held out: those that name such a split, else a tenth of all, by their hash.
+
+    All rows of one value fall on one side. Raises ConfigError where there are fewer than two values.
+    """
+    values = {_value(row, key) for _, row in source.rows()}
+    if len(values) < 2:
+        only = next(iter(values), "None")
+        raise ConfigError(f"--split-by {key}: every row has the value {only[:40]!a}, wanted at least two values")
+    named = {value for value in values if value.lower() in HELD_OUT_NAMES}
+    by_hash = sorted(values, key=lambda value: hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
+    return named or set(by_hash[: max(1, round(HELD_OUT * len(values)))])
+
+
+def _nothing_for(path: Path, account: Account) -> DataError:
+    """That no row is left, with the most frequent reason to drop one."""
+    reasons = sorted(account.dropped.items(), key=lambda item: -item[1].count)
+    why = "".join(f": {tally.count:,} of {account.read:,} rows dropped: {reason}" for reason, tally in reasons[:1])
+    unknown = bool(reasons) and reasons[0][0].startswith("no known format (keys")
+    fix = "name the columns: --columns prompt=Q,completion=A" if unknown else "docs/data.md has the formats"
+    return DataError(f"no conversation for {path}{why}", fix)
+
+
+def _without_places(reason: str) -> str:
+    """A reason without numbers of messages and places, so that rows with the same one are counted together."""
+    return re.sub(r" (at position|at column) \d+", "", re.sub(r"\bmessage \d+", "a message", reason))

@@ -1,0 +1,185 @@
+"""A file is recognised by its first bytes, and its rows come as a stream with the numbers that a person would count."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data.formats import containers
+from finetune.data.formats.containers import encoding_of, recognise
+from finetune.data.jsonl import BadRow
+from finetune.errors import DataError
+
+
+def file(folder: Path, content: bytes | str, name: str = "rows.json") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows(path: Path) -> list[tuple[int, Any]]:
+    return [(number, str(row) if isinstance(row, BadRow) else row) for number, row in recognise(path).rows()]
+
+
+def failure(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+TALK = '{"role": "user", "content": "A"}'
+KINDS = {
+    "an object a line": ('{"a": 1}\n{"a": 2}\n', "JSON Lines"),
+    "one object": ('{"a": 1}', "JSON Lines"),
+    "a list of messages a line": (f"[{TALK}]\n[{TALK}]\n", "JSON Lines"),
+    "one list of messages": (f"[{TALK}]", "JSON Lines"),
+    "an array on one line": ('[{"a": 1}, {"a": 2}]', "a JSON array"),
+    "an array on several lines": ('\n [\n  {"a": 1},\n  {"a": 2}\n]\n', "a JSON array"),
+    "an empty array": ("[]", "a JSON array"),
+    "columns that are known": ("prompt,completion\na,b\n", "CSV"),
+    "tabs": ("prompt\tcompletion\na\tb\n", "CSV with tabs (TSV)"),
+    "semicolons": ("prompt;completion\na;b\n", "CSV"),
+    "text with commas": ("Hello, you\n", "JSON Lines"),
+    "text": ("Hello\n", "JSON Lines"),
+}
+
+
+@pytest.mark.parametrize(("content", "kind"), KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_text_is_recognised_in_any_encoding_whatever_its_name(
+    tmp_path: Path, content: str, kind: str, encoding: str
+) -> None:
+    path = file(tmp_path, content.encode(encoding))
+    name = {"utf-8": "", "utf-8-sig": "", "utf-16-le": ", UTF-16LE", "utf-16-be": ", UTF-16BE"}
+    assert recognise(path).described == kind + name.get(encoding, f", {encoding.upper()}")
+    plain = file(tmp_path, content, "plain")
+    assert rows(path) == rows(plain)
+    assert rows(file(tmp_path, gzip.compress(path.read_bytes()), "packed")) == rows(plain)
+
+
+def test_unknown_columns_are_csv_by_the_name_of_the_file(tmp_path: Path) -> None:
+    assert recognise(file(tmp_path, "Q,A\na,b\n", "rows.csv")).kind == "CSV"
+    assert recognise(file(tmp_path, gzip.compress(b"Q,A\na,b\n"), "rows.csv.gz")).described == "CSV, gzip"
+    assert recognise(file(tmp_path, "Q,A\na,b\n", "rows.txt")).kind == "JSON Lines"
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding"),
+    [(codecs.BOM_UTF16_BE + b"\0a", "UTF-16"), (codecs.BOM_UTF32_LE + b"a\0\0\0", "UTF-32"), (b"", "UTF-8"),
+        (b"\0", "UTF-16BE"), (b"a", "UTF-8"), (b"\0\0", "UTF-8")],
+)  # fmt: skip
+def test_an_encoding_is_known_by_its_mark_or_by_zeros(head: bytes, encoding: str) -> None:
+    assert encoding_of(head) == encoding
+
+
+UNREAD = {
+    "a zip archive": (b"PK\x03\x04...",
+        "FILE is a zip archive, as Excel workbooks are; unpack it, or save the table as CSV"),
+    "zstd": (b"\x28\xb5\x2f\xfd...", "FILE is compressed with zstd; unpack it: zstd -d FILE"),
+    "bzip2": (b"BZh9...", "FILE is compressed with bzip2; unpack it: bunzip2 FILE"),
+    "xz": (b"\xfd7zXZ\x00...", "FILE is compressed with xz; unpack it: unxz FILE"),
+    "damaged gzip": (b"\x1f\x8b" + bytes(40),
+        "FILE: the gzip is damaged or cut short; copy the file again; gzip -t FILE tests it"),
+    "damaged Parquet": (b"PAR1" + bytes(40),
+        "FILE: the Parquet is damaged after row 0 (Parquet magic bytes not found in footer. Either the file is "
+        "corrupted or this is not a parquet file.); copy the file again"),
+    "Parquet in gzip": (gzip.compress(b"PAR1" + bytes(40)), "FILE is Parquet in gzip; gunzip FILE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), UNREAD.values(), ids=UNREAD.keys())
+def test_what_is_not_read_is_named_with_what_to_type(tmp_path: Path, content: bytes, message: str) -> None:
+    assert failure(file(tmp_path, content)) == message
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    elements=st.lists(st.dictionaries(st.text(max_size=3), values, max_size=3), max_size=9),
+    block=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 4]),
+)
+def test_an_array_read_in_blocks_is_the_array(
+    tmp_path_factory: pytest.TempPathFactory, elements: list[Any], block: int, indent: int | None
+) -> None:
+    path = file(tmp_path_factory.mktemp("array"), json.dumps(elements, indent=indent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(containers, "BLOCK", block)
+        assert list(containers.Container(path, "a JSON array").rows()) == list(enumerate(elements, 1))
+
+
+BROKEN = {
+    "cut short": ('[{"a": 1}, {"a": ', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
+    "without its end": ('[{"a": 1}', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
+    "with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]', "FILE: row 2: key 'a' stands twice in one object; remove it"),
+    "nested too deep": (f'[{{"a": {"[" * 3000}{"]" * 3000}}}]', "FILE: row 1: nested too deep; remove it"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_array_says_at_which_row(tmp_path: Path, content: str, message: str) -> None:
+    assert failure(file(tmp_path, content)) == message
+
+
+def test_of_an_element_without_an_end_no_more_is_kept_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(containers, "BLOCK", 100)
+    monkeypatch.setattr(containers, "MOST_OF_A_ROW", 1000)
+    path = file(tmp_path, '[{"a": "' + "x" * 5000 + '"}]')
+    assert failure(path).startswith("FILE: row 1 is not JSON or cut short: ")
+
+
+def test_rows_of_csv_have_the_number_of_their_first_line(tmp_path: Path) -> None:
+    path = file(tmp_path, 'prompt,completion\n"a\nb",c\n\nd,"e ""f"""\ng\nh,i,j\n', "rows.csv")
+    assert rows(path) == [
+        (2, {"prompt": "a\nb", "completion": "c"}),
+        (5, {"prompt": "d", "completion": 'e "f"'}),
+        (6, "1 cell, the first line has 2"),
+        (7, "3 cells, the first line has 2"),
+    ]
+
+
+def test_a_quote_that_is_not_closed_does_not_swallow_the_rest(tmp_path: Path) -> None:
+    path = file(tmp_path, 'prompt,completion\na,b\nc,"d\ne,f\n', "rows.csv")
+    assert failure(path) == (
+        "FILE:3: not CSV: unexpected end of data; save the table again, with each text in double quotes"
+    )
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    assert failure(file(tmp_path, "prompt,completion,prompt\na,b,c\n", "rows.csv")) == (
+        "FILE:1: column 'prompt' is there twice; rename one of them"
+    )
+
+
+def test_lines_that_are_no_json_do_not_end_the_stream(tmp_path: Path) -> None:
+    assert rows(file(tmp_path, '{"a": 1}\n\nhello\n{"a": 2}\n')) == [
+        (1, {"a": 1}),
+        (3, "not JSON: Expecting value at column 1"),
+        (4, {"a": 2}),
+    ]
+
+
+def test_a_path_is_quoted_where_it_is_to_be_typed(tmp_path: Path) -> None:
+    path = file(tmp_path, b'{"a": "\xff"}\n', "it's here.jsonl")
+    quoted = str(path).replace("'", "'\"'\"'")
+    with pytest.raises(DataError) as caught:
+        rows(path)
+    assert str(caught.value) == (
+        f"{path}:1: not UTF-8: byte 0xff at position 7; if it comes from Windows in a Western language: "
+        f"iconv -f WINDOWS-1252 -t UTF-8 '{quoted}' > '{quoted}.utf8'"
+    )
