@@ -93,7 +93,10 @@ def test_what_may_change_on_resume_decides_no_token_and_no_weight() -> None:
         *(f"training.{key}" for key in ("logging_steps", "per_device_eval_batch_size", "checkpointed_layers")),
         *(f"training.{key}" for key in ("save_total_limit", "save_minutes")),
         *(f"training.{key}" for key in ("time_budget_hours", "time_budget_partial")),
-        *(f"dataset.{key}" for key in ("sample_prompts", "train_file", "validation_file", "certificate")),
+        *(
+            f"dataset.{key}"
+            for key in ("sample_prompts", "train_file", "validation_file", "certificate", "max_bad_share")
+        ),
         *(f"tracking.{key}" for key in ("report_to", "project", "run_name", "cost_per_hour")),
         "output.dir",
     }
