@@ -479,7 +479,7 @@ def test_a_line_of_many_megabytes_is_a_bad_row_before_it_costs_anything(case: Ca
     tracemalloc.stop()
     assert message == (
         f"data: 1 bad row\n  {case.train}:2: longer than 1 MiB, wanted one conversation a line\n"
-        "Mend them, or leave them out with --set dataset.on_bad_row=drop"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
     assert (seconds < 5, peak < 50 * 2**20) == (True, True)
 
