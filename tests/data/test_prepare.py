@@ -275,6 +275,18 @@ def test_the_same_row_twice_is_on_one_side_of_a_split(case: Case) -> None:
     assert sum(duplicates) == 30
 
 
+def test_of_copies_the_first_one_stays_and_the_others_are_counted(two_files: Case) -> None:
+    rows = numbered(3)
+    write(two_files.train, rows[0], rows[1], rows[0], rows[2], *[rows[1]] * 300)
+    write(two_files.validation, *numbered(1, start=50), *numbered(1, start=50))
+    prepared = two_files.prepare(on_duplicate="drop")
+    assert (lines(prepared.train), lines(prepared.validation)) == ([1, 2, 4], [1])
+    statistics = [prepared.statistics[name] for name in ("train", "validation")]
+    assert [(it.rows, it.duplicates, it.dropped_duplicates) for it in statistics] == [(3, 0, 301), (1, 0, 1)]
+    assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 3, "validation": 1}
+    assert [prepared.whole[name]["rows"] for name in ("train", "validation")] == [3, 1]
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
 def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None:
     write(case.train, *numbered(1500))
@@ -368,6 +380,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "certificate": ({"certificate": True}, {}),
     "what a bad row does": ({}, {"on_bad_row": "drop"}),
     "how many bad rows are left out": ({}, {"max_bad_share": 0.2}),
+    "what a copy does": ({}, {"on_duplicate": "drop"}),
     "split": ({}, {"validation_split": 0.4}),
     "no validation file": ({}, {"validation_file": None}),
     "rows read": ({}, {"max_rows": 10}),

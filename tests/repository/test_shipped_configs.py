@@ -83,6 +83,7 @@ SHARED = {
     "dataset.padding_side": "right",
     "dataset.on_bad_row": "fail",
     "dataset.max_bad_share": 0.1,
+    "dataset.on_duplicate": "keep",
     "dataset.certificate": True,
     "dataset.sample_prompts": None,
     "system_prompt": None,

@@ -61,6 +61,7 @@ class Case:
             "padding_side": "right",
             "on_bad_row": "fail",
             "max_bad_share": 1.0,
+            "on_duplicate": "keep",
             "certificate": False,
             "sample_prompts": (),
         }

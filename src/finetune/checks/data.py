@@ -82,20 +82,16 @@ def _labels(preflight: Preflight) -> Finding:
 
 def _duplicates(preflight: Preflight) -> Finding:
     prepared = preflight.prepared
-    counts = {name: it for name, it in prepared.statistics.items() if it.duplicates}
-    if not counts:
-        return passed("no row stands twice")
-    found = "copies of other rows: " + ", ".join(f"{it.duplicates:,} in {name}" for name, it in counts.items())
-    copies: dict[str, list[int]] = {}
-    for name, it in counts.items():
-        copies.setdefault(prepared.files.get(name, prepared.files["train"])["path"], []).extend(it.copies)
-    commands = (
-        f"sed -i.bak '{';'.join(f'{line}d' for line in numbers)}' {shlex.quote(file)}"
-        for file, numbers in copies.items()
-    )
-    named = sum(map(len, copies.values()))
-    first = "" if named == sum(it.duplicates for it in counts.values()) else f" removes the first {named}"
-    return warned(found, f"where they are not meant: {'; '.join(commands)}{first}")
+    dropped = sum(it.dropped_duplicates for it in prepared.statistics.values())
+    if dropped:
+        return passed(f"no row is there twice; copies that were left out: {dropped:,}")
+    copies = {name: it.duplicates for name, it in prepared.statistics.items() if it.duplicates}
+    if not copies:
+        return passed("no row is there twice")
+    first = next(it.first_copy for it in prepared.statistics.values() if it.duplicates)
+    counts = ", ".join(f"{count:,} in {name}" for name, count in copies.items())
+    found = f"copies of other rows: {counts}, the first on line {first}"
+    return warned(found, "where they are not meant: --set dataset.on_duplicate=drop")
 
 
 def _leakage(preflight: Preflight) -> Finding:

@@ -129,6 +129,7 @@ class DatasetConfig(Section):
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]
     max_bad_share: Annotated[Share, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    on_duplicate: Literal["keep", "drop"]
     certificate: Annotated[Literal["every_row"] | bool, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     sample_prompts: Annotated[Texts | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
 

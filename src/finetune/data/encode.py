@@ -53,9 +53,9 @@ class Statistics:
     before. Of the `encoded` rows, those too long to keep included, `certified` were compared with mistral-common and
     with the saved tokenizer. `control_tokens` rows hold one of the chat format's control tokens as literal text, the
     first on line `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for
-    whitespace and case, the first with lines (train, validation) `first_leak`. `copies` names the first lines of the
-    `duplicates`, `bad` lists (line, what was wrong), `histogram` is as in store.py, `other_keys` counts the rows with a
-    key beside "messages", by its name.
+    whitespace and case, the first with lines (train, validation) `first_leak`. `duplicates` rows are copies of others,
+    the first on line `first_copy`; `dropped_duplicates` were left out instead. `bad` lists (line, what was wrong),
+    `histogram` is as in store.py, `other_keys` counts the rows with a key besides "messages", by its name.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
     """
 
@@ -69,13 +69,14 @@ class Statistics:
     dropped_long: int = 0
     dropped_bad: int = 0
     duplicates: int = 0
+    first_copy: int | None = None
+    dropped_duplicates: int = 0
     encoded: int = 0
     certified: int = 0
     control_tokens: int = 0
     first_control_token: int | None = None
     normalised_leaks: int = 0
     first_leak: tuple[int, int] | None = None
-    copies: list[int] = field(default_factory=list)
     histogram: dict[str, list[int]] = field(default_factory=dict)
     bad: list[tuple[int, str]] = field(default_factory=list)
     other_keys: dict[str, int] = field(default_factory=dict)

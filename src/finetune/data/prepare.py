@@ -120,7 +120,14 @@ def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: Datase
     parts = [
         {name: entry["sha256"] for name, entry in files.items()},
         {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
-        [dataset.validation_split, dataset.max_rows, dataset.on_bad_row, dataset.max_bad_share, code],
+        [
+            dataset.validation_split,
+            dataset.max_rows,
+            dataset.on_bad_row,
+            dataset.max_bad_share,
+            dataset.on_duplicate,
+            code,
+        ],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -163,6 +170,7 @@ class _Encoding:
         """Stream one file into the writers; returns how many of its rows were written."""
         held_out = 0 if "validation" in self.sources else round(self.dataset.validation_split * 2**64)
         statistics = writers[name].statistics
+        seen: set[int] = set()
         rows = 0
         for chunk in self._chunks(name):
             for count in ("dropped_long", "encoded", "certified"):
@@ -170,9 +178,13 @@ class _Encoding:
             statistics.bad += chunk.statistics.bad
             _count_keys(statistics.other_keys, chunk.statistics.other_keys)
             in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
-            writers["train"].write(chunk, ~in_validation)
-            writers["validation"].write(chunk, in_validation)
-            rows += int((chunk.lengths > 0).sum())
+            kept = np.ones(len(chunk.digests), bool)
+            if self.dataset.on_duplicate == "drop":
+                kept = _not_seen(chunk.digests, seen)
+                statistics.dropped_duplicates += int((~kept).sum())
+            writers["train"].write(chunk, kept & ~in_validation)
+            writers["validation"].write(chunk, kept & in_validation)
+            rows += int((kept & (chunk.lengths > 0)).sum())
         statistics.dropped_bad = len(statistics.bad)
         return rows
 
@@ -213,6 +225,15 @@ class _Pace:
         left = duration(seconds * (1 / done - 1))
         rate = f"{self._rows:,} rows, {self._rows / seconds:,.0f} rows/s, {left} left"
         self._report.progress(f"encoding {shown(self._path)}: {rate}")
+
+
+def _not_seen(digests: np.ndarray, seen: set[int]) -> np.ndarray:
+    """Which rows [rows] are the first with their content; `seen` gets the digests of these. Some 80 bytes a row."""
+    first = []
+    for digest in digests.tolist():
+        first.append(digest not in seen)
+        seen.add(digest)
+    return np.array(first, bool)
 
 
 def _count_keys(counts: dict[str, int], more: dict[str, int]) -> None:

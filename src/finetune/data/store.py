@@ -22,7 +22,6 @@ NO_ROWS: dict[str, np.ndarray] = {
     "normalised": np.empty(0, np.uint64),
     "full_lengths": np.empty(0, np.int32),
 }
-MOST_COPIES = 20  # lines of copies that are kept, to be named
 MOST_BARS = 30
 WIDTHS = [round(digit * 10**power) for power in range(9) for digit in (1, 2, 5)]  # tokens, of a histogram's bar
 SCHEMA = pa.schema([("line", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
@@ -71,7 +70,7 @@ class SplitWriter:
         digests, lengths = self.kept("digests"), self.kept("full_lengths")
         firsts = np.unique(digests, return_index=True)[1]
         copies = np.delete(self.kept("lines"), firsts)
-        self.statistics.duplicates, self.statistics.copies = len(copies), copies[:MOST_COPIES].tolist()
+        self.statistics.duplicates, self.statistics.first_copy = len(copies), int(copies[0]) if len(copies) else None
         if len(lengths):
             quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
             self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)
