@@ -28,9 +28,14 @@ class Row(NamedTuple):
 
 
 def table() -> list[Row]:
-    text = PAGE.read_text(encoding="utf-8").split("## Formats")[1].split("\n## ")[0]
+    return [Row(*cells) for cells in cells_below("Formats")]
+
+
+def cells_below(title: str) -> list[list[str]]:
+    """The cells of the table below a title of the page, row by row."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
     lines = [line.strip("| ") for line in text.splitlines() if line.startswith("| ")]
-    return [Row(*re.split(r" \| ", line)) for line in lines[1:]]
+    return [re.split(r" \| ", line) for line in lines[1:]]
 
 
 def parquet(content: bytes) -> bytes:
