@@ -166,6 +166,8 @@ def test_the_manifest_holds_the_plan_and_the_one_start(finished: Finished) -> No
         "step": STEPS,
         "end": "complete",
     }
+    (variant,) = start["rehearsal"].pop("variants")
+    assert (variant["name"].split(";")[0], variant["peak_gib"], variant["verdict"]) == ("plain", None, "used")
     left_gib = start["rehearsal"].pop("left_gib")  # of paged optimizer state
     assert start["rehearsal"].keys() == {"peak_memory_gib", "capacity_gib", "hours", "tokens_per_second"}
     assert (left_gib, all(number > 0 for number in start["rehearsal"].values())) == (0, True)
