@@ -27,6 +27,7 @@ from finetune.training.job import Job
 from finetune.training.rehearsal import look_ahead
 from finetune.training.trainer import Trainer, train
 from support.rehearsals import attributes, loaded, rehearsed
+from support.steps import BFLOAT16
 from support.training import FINGERPRINT, Case, adapter_weights, same
 
 ON = ("training.gradient_checkpointing=true", "training.packing=true", "lora.lora_dropout=0.05")
@@ -74,8 +75,9 @@ def why_not(case: Case, *settings: str) -> str:
 # --- what is taken
 
 
-def test_a_path_that_is_right_and_faster_is_used_and_the_table_says_so(case: Case) -> None:
-    config = case.config(*LORA)
+@pytest.mark.parametrize("precision", [(), BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_path_that_is_right_and_faster_is_used_and_the_table_says_so(case: Case, precision: tuple[str, ...]) -> None:
+    config = case.config(*LORA, *precision)
     found = rehearsed(case, config, loaded(config))
     assert found.config == config.changed("training", fused_lora=True)
     plain, fused = found.variants
@@ -220,6 +222,18 @@ def test_a_path_whose_dropout_is_another_where_a_layer_is_computed_again_is_not_
     broken(monkeypatch, drawn_anew)
     text = r"not used: dropout is another where a layer is computed again: the gradient of \S+ differs by 0\.\d+ of it"
     assert re.fullmatch(text, why_not(case, *LORA))
+
+
+def test_a_path_whose_gradient_has_other_noise_than_its_result_is_not_used(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(_layer: Any, compute: Any) -> torch.Tensor:
+        result, gradient = compute(), compute()
+        found: torch.Tensor = result.detach() + (gradient - gradient.detach())
+        return found
+
+    broken(monkeypatch, apart)
+    assert why_not(case, *LORA) == "not used: dropout is another in the backward pass"
 
 
 def test_a_path_that_runs_out_of_memory_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

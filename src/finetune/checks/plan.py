@@ -14,6 +14,7 @@ from finetune.files import ROOT, resolve
 from finetune.machine.device import capacity_gib
 from finetune.machine.platforms import names
 from finetune.model import hub
+from finetune.plan.automatic import in_words, left_open, used
 from finetune.plan.describe import time_text
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
@@ -78,8 +79,9 @@ def _rehearsed(preflight: Preflight) -> str:
     job = load_job(Run(folder, False, None), config, preflight.prepared)
     found = rehearse(job, folder, capacity_gib(preflight.platform))
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
+    fused = f"fused paths: {in_words(used(found.config, job.geometry))}" if left_open(config) else None
     chosen = f"checkpointed layers {found.checkpointed.reason}" if found.checkpointed.reason else None
-    return "; ".join(filter(None, (chosen, found.sentence(datetime.now().astimezone()), partial)))
+    return "; ".join(filter(None, (fused, chosen, found.sentence(datetime.now().astimezone()), partial)))
 
 
 _ROWS, _GEOMETRY = ("data.rows",), ("model.geometry",)

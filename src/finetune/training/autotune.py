@@ -26,7 +26,8 @@ WITHOUT_DROPOUT, WITH_DROPOUT, COMPUTED_AGAIN = range(3)  # the first passes ove
 TIMED = 3  # the fastest counts
 LEAST_GAIN = 0.03
 SEED, SPREAD = 1, 0.02  # of what the passes draw; of LoRA's B, which a new adapter has at 0, and A's gradients with it
-PROBED_TOKENS = 4096
+PROBED_TOKENS, PROBED_INPUTS = 4096, 512
+PROBE = 16.0  # far above the base's weights, and above what bfloat16 rounds them by
 DEVIATIONS = 5  # of a binomial distribution: by chance more than one in two million rehearsals
 
 Gradients = dict[str, torch.Tensor]
@@ -87,15 +88,20 @@ class Passes(TrainerCallback):  # type: ignore[misc]
 
     Without dropout; with it; with the same random numbers and another number of layers computed again; and TIMED ones.
     Holds the first loss, the gradients of the first three in host memory, seconds of the fastest timed one, the peak of
-    all, and the share of its inputs that dropout keeps, of so many.
+    all, how many of the inputs probed dropout keeps, and how far apart its noise is in forward and backward.
     """
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.gradients: list[Gradients] = []
         self.loss, self.seconds, self.peak_gib = math.nan, math.inf, 0.0
-        self.kept, self.probed = 0, 0
+        self.kept, self.probed, self.apart = 0, 0, 0.0
         self._begun = 0.0
+
+    @property
+    def wanted(self) -> float:
+        """The share of its inputs that dropout is to keep."""
+        return 1 - self.stage.config.lora.lora_dropout
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         job, config = self.stage.job, self.stage.config
@@ -148,8 +154,9 @@ def measure(stage: Stage) -> Passes:
         trainer.train()
         passes.peak_gib = peak_memory_gib(job.platform)
         for layer in _lora_layers(job.model.get_base_model().model.layers[0].modules()):
-            mask = _mask(layer, job.model.dtype, stage.config.training.bf16)
+            mask, apart = _probe(layer, job.model.dtype, stage.config.training.bf16, passes.wanted)
             passes.kept, passes.probed = passes.kept + int(mask.sum()), passes.probed + mask.numel()
+            passes.apart = max(passes.apart, apart)
     return passes
 
 
@@ -173,22 +180,34 @@ def _leave_zero(model: Any) -> None:
             parameter.data = values.to(parameter.device, parameter.dtype)
 
 
-def _mask(layer: Any, dtype: torch.dtype, bf16: bool) -> torch.Tensor:
-    """Which of its inputs [tokens, inputs] dropout lets through to LoRA's A; uses up the weights of `layer`.
+def _probe(layer: Any, dtype: torch.dtype, bf16: bool, kept: float) -> tuple[torch.Tensor, float]:
+    """Which inputs dropout lets through in the backward pass [tokens, inputs], and how far other passes are from that.
 
-    One path from every input to the first output, whose gradient is `size` or 0.
+    0 where the forward pass and the gradient of A drop the same inputs, about 1 where they draw their own. There is one
+    path, from the first inputs to the first output; the weights of `layer` are used up. `kept`: the share wanted.
     """
     (name,) = layer.active_adapters
-    a, b = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
+    a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     x = torch.ones(PROBED_TOKENS, a.shape[1], dtype=dtype, device=a.device, requires_grad=True)
-    gradients = []
-    for size in (0.0, 16.0):  # far above the base's weights, and above what bfloat16 rounds them by
-        a.zero_()[0] = size / layer.scaling[name]
-        b.zero_()[0, 0] = 1.0
+    found = []
+    for size in (0.0, PROBE):
+        with torch.no_grad():
+            a.zero_()[0, :PROBED_INPUTS] = size / scaling
+            b.zero_()[0, 0] = 1.0
         with torch.autocast(a.device.type, torch.bfloat16, enabled=bf16):
-            y = layer(x)
-        gradients.append(torch.autograd.grad(y[:, 0].sum(), x)[0])
-    return (gradients[1] - gradients[0]) > 8
+            y = layer(x)[:, 0].float()
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), (x, a))))
+    (y_without, x_without, _), (y, of_x, of_a) = found
+    mask = (of_x - x_without)[:, :PROBED_INPUTS] > PROBE / 2
+    forward = _apart((y - y_without) * kept / PROBE, mask, 1, kept)
+    return mask, max(forward, _apart(of_a[0, :PROBED_INPUTS] * kept / scaling, mask, 0, kept))
+
+
+def _apart(counts: torch.Tensor, mask: torch.Tensor, dimension: int, kept: float) -> float:
+    """How far `counts` are from those of `mask` over a dimension, in deviations of two that are drawn apart."""
+    off = (counts.float() - mask.sum(dimension)).square().mean().sqrt()
+    deviation = math.sqrt(2 * mask.shape[dimension] * kept * (1 - kept))
+    return float(off) / deviation if deviation else 0.0
 
 
 def choose(stage: Stage) -> tuple[Config, list[Variant]]:
@@ -263,7 +282,9 @@ def wrong(found: Passes, plain: Passes) -> str:
     name, off = _furthest(found.gradients[COMPUTED_AGAIN], found.gradients[WITH_DROPOUT])
     if not off <= tolerance.again:
         return f"dropout is another where a layer is computed again: the gradient of {name} differs by {off:.2g} of it"
-    return _wrong_share(found)
+    if why := _wrong_share(found):
+        return why
+    return "dropout is another in the backward pass" if found.apart > 0.5 else ""  # 0 or 1, but for rounding
 
 
 def _together(found: Gradients, wanted: Gradients) -> float:
@@ -279,7 +300,7 @@ def _furthest(found: Gradients, wanted: Gradients) -> tuple[str, float]:
 
 
 def _wrong_share(found: Passes) -> str:
-    wanted = 1 - found.stage.config.lora.lora_dropout
+    wanted = found.wanted
     bound = DEVIATIONS * math.sqrt(wanted * (1 - wanted) / found.probed)
     share = found.kept / found.probed
     if abs(share - wanted) <= bound:
