@@ -111,6 +111,7 @@ def test_memory_that_runs_out_in_any_micro_batch_changes_no_bit_of_the_run(case:
         assert read_seal(again.run.checkpoints / "checkpoint-4")["used"]["checkpointed_layers"] == 1
 
 
+@pytest.mark.slow
 def test_memory_may_run_out_again_in_the_same_step_and_in_a_later_one(case: Case) -> None:
     whole = undisturbed(case)
     gc.disable()  # what the first error held has to be gone without luck
@@ -123,6 +124,7 @@ def test_memory_may_run_out_again_in_the_same_step_and_in_a_later_one(case: Case
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_devices_own_random_numbers_begin_the_step_again(
     case: Case, apart: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_memory_that_runs_out_in_an_evaluation_or_the_optimizer_ends_the_run(
             later(case, name).train(*SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_signal_after_memory_ran_out_ends_the_run_and_the_same_command_goes_on_to_the_same_bits(case: Case) -> None:
     whole = undisturbed(case)
     for number, step in ((8, 1), (13, 3)):  # in the step that is computed again, and in a later one
