@@ -196,7 +196,7 @@ def _probe(layer: Any, dtype: torch.dtype, bf16: bool, kept: float) -> tuple[tor
             b.zero_()[0, 0] = 1.0
         with torch.autocast(a.device.type, torch.bfloat16, enabled=bf16):
             y = layer(x)[:, 0].float()
-        found.append((y.detach(), *torch.autograd.grad(y.sum(), (x, a))))
+        found.append((y.detach(), *torch.autograd.grad(y.sum(), (x, a), materialize_grads=True)))
     (y_without, x_without, _), (y, of_x, of_a) = found
     mask = (of_x - x_without)[:, :PROBED_INPUTS] > PROBE / 2
     forward = _apart((y - y_without) * kept / PROBE, mask, 1, kept)
