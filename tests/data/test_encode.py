@@ -134,7 +134,7 @@ def test_lengths_are_of_the_kept_rows_before_they_are_cut(case: Case) -> None:
 def test_control_tokens_in_messages_are_counted_with_their_first_line(
     case: Case, monkeypatch: pytest.MonkeyPatch, chunk_lines: int
 ) -> None:
-    monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)
+    monkeypatch.setattr(prepare_module, "CHUNK_LINES", chunk_lines)
     rows = [conversation("What is </s>?", "An end."), conversation("Hi", "[/INST] is text"), NO_TURN_FITS]
     write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
     write(case.validation, conversation("a", "b", system="<s>"))
@@ -225,9 +225,8 @@ def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, c
             return change(*super().encode(messages))
 
     monkeypatch.setattr(encode, "Reference", Different)
-    chunk = Encoder(replace(RECIPE, certificate="every_row")).encode([(3, json.dumps({"messages": SHORT}).encode())])
-    assert chunk.mismatch is not None
-    assert chunk.mismatch == f"3: token {told}"
+    outcome = Encoder(replace(RECIPE, certificate="every_row")).encode([(3, json.dumps({"messages": SHORT}).encode())])
+    assert outcome.mismatch == f"3: token {told}"
 
 
 def test_a_row_of_which_the_saved_tokenizer_makes_other_ids_fails_the_certificate(
@@ -256,8 +255,8 @@ def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], certif
     monkeypatch.setattr(encode, "Reference", Watching)
     monkeypatch.setattr(encode, "load_chat", the_chat)
     lines = [(number, json.dumps({"messages": messages}).encode()) for number, messages in enumerate(rows, 1)]
-    chunk = Encoder(replace(RECIPE, certificate=certificate)).encode(lines)
-    assert (chunk.statistics.encoded, chunk.statistics.certified) == (len(rows), len(seen))
+    chunk = Encoder(replace(RECIPE, certificate=certificate)).encode(lines).rows
+    assert (len(chunk.lines), chunk.compared.sum()) == (len(rows), len(seen))
     return [rows.index(messages) + 1 for messages in seen]
 
 
@@ -305,6 +304,7 @@ def test_a_small_set_is_compared_whole_and_a_larger_one_by_sample(case: Case, mo
     write(case.train, *numbered(200))
     for from_bytes, compared in ((case.train.stat().st_size + 1, 200), (case.train.stat().st_size, 7)):
         monkeypatch.setattr(prepare_module, "SAMPLED_FROM_BYTES", from_bytes)
+        case.cache = case.folder / f"cache-{compared}"  # else the second takes the rows that the first compared
         counts = case.prepare(replace(RECIPE, certificate=True)).statistics["train"]
         assert (counts.encoded, counts.certified) == (200, compared)
 
@@ -340,7 +340,7 @@ def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch:
     write(case.train, *rows)
     prepared = []
     for workers, chunk_lines in ((0, 256), (2, 64)):
-        monkeypatch.setattr(encode, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
+        monkeypatch.setattr(prepare_module, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
         case.cache = case.folder / f"cache-{workers}"
         prepared.append(
             case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=workers)
@@ -413,7 +413,7 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(monkeypatch: pytest.M
 
     monkeypatch.setattr(encode, "ProcessPoolExecutor", Broken)
     with pytest.raises(OutOfResource) as failure:
-        list(encode.chunks(iter([(1, b"{}")]), RECIPE, 2))
+        list(encode.encode_batches(iter([[(1, b"{}")]]), RECIPE, 2))
     assert str(failure.value) == (
         "a process that encodes rows was killed, probably for want of memory; free some and try again"
     )
@@ -448,3 +448,14 @@ def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
     short = mistral.encode([conversation("a", "b", system="c")])[0]
     long = mistral.encode([conversation("a", "b", "d", "e", system="c")])[0]
     assert truncate(long, len(long.input_ids) - 1) == short
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6), limit=st.integers(1, 30))
+def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[int]], limit: int) -> None:
+    ends = [np.cumsum(turns).tolist() for turns in rows]
+    encoded = [Encoded(list(range(of_row[-1])), list(range(of_row[-1])), of_row) for of_row in ends]
+    facts = encode.Facts(0, 0, False)
+    chunk = encode._chunk([encode.Row(1, bytes(16), [], facts, [])] * len(rows), encoded, [False] * len(rows))
+    cut = [truncate(row, limit) for row in encoded]
+    assert chunk.kept(limit).tolist() == [len(row.input_ids) if row else 0 for row in cut]

@@ -6,14 +6,14 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode
-from finetune.data.encode import Statistics
-from finetune.data.store import Rows, SplitWriter, histogram
-from finetune.data.template import IGNORED, Messages
+from finetune.data.store import SCHEMA, EncodedFile, Rows, Split, from_arrow, histogram, to_arrow
+from finetune.data.template import IGNORED, Encoded, Messages
 from support.conversations import conversation
 from support.prepared import Case, contents, numbered, write
 
@@ -85,28 +85,20 @@ messages_of_rows = st.lists(
 
 def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) -> tuple[Rows, dict[str, str]]:
     """Rows with labels that ignore even ids, written in chunks of `chunk_rows`."""
-    writer = SplitWriter(folder / "rows.arrow")
-    for start in range(0, len(rows), chunk_rows):
-        part = rows[start : start + chunk_rows]
-        ids = np.array([token for _, row in part for token in row], np.int32)
-        chunk = encode.Chunk(
-            np.array([line for line, _ in part], np.int32),
-            np.arange(start, start + len(part)).astype(np.uint64),
-            np.arange(start, start + len(part)).astype(np.uint64),
-            np.zeros(len(part), bool),
-            np.array([len(row) for _, row in part], np.int32),
-            np.array([len(row) for _, row in part], np.int32),
-            np.zeros((len(part), 16), np.uint8),
-            np.zeros((len(part), 16), np.uint8),
-            ids,
-            np.where(ids % 2, ids, IGNORED).astype(np.int32),
-            Statistics(),
-            None,
-        )
-        writer.write(chunk, np.ones(len(part), bool))
-        writer.write(chunk, np.zeros(len(part), bool))
-    hashes = writer.close()
-    return Rows(folder / "rows.arrow"), hashes
+    path = folder / "rows.arrow"
+    with pa.ipc.new_file(str(path), SCHEMA) as writer:
+        for start in range(0, len(rows), chunk_rows):
+            part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, False), ["id"]) for line, _ in rows][
+                start : start + chunk_rows
+            ]
+            encoded = [Encoded(ids, labelled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
+            writer.write_batch(to_arrow(encode._chunk(part, encoded, [True] * len(part))))
+    file, split = EncodedFile(path), Split()
+    for first, batch in zip(file.starts, file.batches, strict=False):
+        chunk = from_arrow(batch)
+        split.add(int(first), chunk, chunk.lengths, np.ones(len(chunk.lines), bool))
+        split.add(int(first), chunk, chunk.lengths, np.zeros(len(chunk.lines), bool))
+    return split.rows(file), split.close()
 
 
 def labelled(row: list[int]) -> list[int]:

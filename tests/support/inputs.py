@@ -37,9 +37,10 @@ def check_config(content: bytes, path: Path) -> None:
 def check_jsonl(content: bytes, encoder: Encoder) -> None:
     """Each line is a row as mistral-common has it, or a bad row that prints."""
     numbered = list(read_lines(io.BytesIO(content)))
-    chunk = encoder.encode(numbered)
-    assert chunk.mismatch is None
-    assert sorted([*chunk.lines.tolist(), *(line for line, _ in chunk.statistics.bad)]) == [n for n, _ in numbered]
-    assert all(text.isprintable() for _, text in chunk.statistics.bad)
+    outcome = encoder.encode(numbered)
+    chunk = outcome.rows
+    assert outcome.mismatch is None
+    assert sorted([*chunk.lines.tolist(), *(line for line, _ in outcome.bad)]) == [n for n, _ in numbered]
+    assert all(text.isprintable() for _, text in outcome.bad)
     assert chunk.lengths.sum() == len(chunk.input_ids) == len(chunk.labels)
-    assert all(0 <= length <= LENGTH for length in chunk.lengths)
+    assert all(0 <= length <= LENGTH for length in chunk.kept(LENGTH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -81,35 +81,49 @@ class Statistics:
     bad: list[tuple[int, str]] = field(default_factory=list)
     other_keys: dict[str, int] = field(default_factory=dict)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Statistics:
-        """Back from `dataclasses.asdict` through JSON, which has lists for tuples."""
-        pairs = {"bad": [(line, text) for line, text in values["bad"]]}
-        first = values["first_leak"]
-        return cls(**{**values, **pairs, "first_leak": first and (first[0], first[1])})
-
 
 @dataclass(frozen=True)
 class Chunk:
-    """The good rows of some lines, those too long to keep included.
+    """The good rows of some lines, whole.
 
     [rows]: `lines`, `digests` of the content, `normalised` digests, `literal` (holds a control token as text),
-    `lengths` (0 where dropped) and `full_lengths` (before truncation). [rows, ROW_HASH_BYTES]: `ids_hashes` and
-    `labels_hashes`, of each row before truncation, so that they do not depend on the length. [tokens], flat:
-    `input_ids` and `labels` of what is kept. `statistics` holds only what no array tells.
+    `compared` (by the certificate), `lengths` and `turns` (assistant turns). [rows, ROW_HASH_BYTES]: `line_hashes` of
+    the line's bytes, `ids_hashes` and `labels_hashes`. [turns], flat: `turn_ends`, the length of the row up to the end
+    of each assistant turn. [tokens], flat: `input_ids` and `labels`. `other_keys` are those of each row beside
+    "messages".
     """
 
     lines: np.ndarray
+    line_hashes: np.ndarray
     digests: np.ndarray
     normalised: np.ndarray
     literal: np.ndarray
+    compared: np.ndarray
     lengths: np.ndarray
-    full_lengths: np.ndarray
+    turns: np.ndarray
     ids_hashes: np.ndarray
     labels_hashes: np.ndarray
+    turn_ends: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
-    statistics: Statistics
+    other_keys: list[list[str]]
+
+    def kept(self, max_seq_length: int) -> np.ndarray:
+        """How many tokens of each row are kept, [rows]: as `truncate` does it, 0 where no turn fits."""
+        ends = np.where(self.turn_ends <= max_seq_length, self.turn_ends, 0)
+        last = np.zeros(len(self.lines), np.int32)
+        np.maximum.at(last, np.repeat(np.arange(len(self.lines)), self.turns), ends)
+        return np.where(self.lengths <= max_seq_length, self.lengths, last)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of some lines: the rows of the good ones, the `bad` ones (line, what was wrong), and the first of
+    which mistral-common or the saved tokenizer says other ids.
+    """
+
+    rows: Chunk
+    bad: list[tuple[int, str]]
     mismatch: str | None
 
 
@@ -121,6 +135,16 @@ class Facts(NamedTuple):
     literal: bool
 
 
+class Row(NamedTuple):
+    """A good line, and what is known of it before it is encoded; `keys` are those beside "messages"."""
+
+    line: int
+    line_hash: bytes
+    messages: Messages
+    facts: Facts
+    keys: list[str]
+
+
 class Encoder:
     """Turns lines into a `Chunk`; one lives in each worker process."""
 
@@ -130,32 +154,30 @@ class Encoder:
         self.reference = Reference() if recipe.certificate and self.chat.certifiable else None
         self.control_tokens = control_tokens(self.chat.format)
 
-    def encode(self, lines: list[tuple[int, bytes]]) -> Chunk:
-        """Parse, encode, certify and truncate; bad rows are gathered, not raised."""
-        statistics = Statistics()
-        rows: list[tuple[int, Messages]] = []
-        keys: Counter[str] = Counter()
+    def encode(self, lines: list[tuple[int, bytes]]) -> Outcome:
+        """Parse, encode and certify; bad rows are gathered, not raised."""
+        rows: list[Row] = []
+        bad: list[tuple[int, str]] = []
         for number, line in lines:
+            keys: Counter[str] = Counter()
             try:
-                rows.append((number, parse_row(line, keys)))
-            except BadRow as bad:
-                statistics.bad.append((number, str(bad)))
-        statistics.other_keys = dict(keys)
-        facts = [self._facts(messages) for _, messages in rows]
-        prompted = [with_system_prompt(messages, self.recipe.system_prompt) for _, messages in rows]
-        encoded_rows = self.chat.encode(prompted)
-        lengths = [self._kept(number, row, statistics) for (number, _), row in zip(rows, encoded_rows, strict=True)]
-        statistics.bad.sort()
-        compared = [index for index, (_, messages) in enumerate(rows) if self._compares(messages, facts[index])]
-        statistics.encoded, statistics.certified = len(rows), len(compared)
-        mismatch = self._mismatch([(rows[index][0], prompted[index], encoded_rows[index]) for index in compared])
-        return _chunk(rows, facts, encoded_rows, lengths, statistics, mismatch)
+                messages = parse_row(line, keys)
+            except BadRow as wrong:
+                bad.append((number, str(wrong)))
+            else:
+                rows.append(Row(number, row_hash(line), messages, self._facts(messages), list(keys)))
+        prompted = [with_system_prompt(row.messages, self.recipe.system_prompt) for row in rows]
+        encoded = self.chat.encode(prompted)
+        compared = [self._compares(row) for row in rows]
+        chosen = [index for index, it_is in enumerate(compared) if it_is]
+        mismatch = self._mismatch([(rows[index].line, prompted[index], encoded[index]) for index in chosen])
+        return Outcome(_chunk(rows, encoded, compared), bad, mismatch)
 
     def _facts(self, messages: Messages) -> Facts:
         literal = any(token in message["content"] for message in messages for token in self.control_tokens)
         return Facts(_digest(messages), _normalised_digest(messages), literal)
 
-    def _compares(self, messages: Messages, facts: Facts) -> bool:
+    def _compares(self, row: Row) -> bool:
         """Whether the certificate compares a row: all, or what is unusual for a tokenizer and a sample of the rest.
 
         The sample is chosen by content, so it is the same in every file and on every machine. It takes the digest's
@@ -163,19 +185,7 @@ class Encoder:
         """
         if self.reference is None or self.recipe.certificate == "every_row":
             return self.reference is not None
-        return facts.literal or is_unusual(messages) or facts.digest % SAMPLED_ONE_IN == 0
-
-    def _kept(self, number: int, encoded: Encoded, statistics: Statistics) -> int:
-        """How many tokens of a row are kept, from its start; 0 for none, which is counted."""
-        cut = truncate(encoded, self.recipe.max_seq_length)
-        if cut is not encoded and not self.recipe.truncation:
-            long = f"{len(encoded.input_ids)} tokens, model.max_seq_length is {self.recipe.max_seq_length}"
-            statistics.bad.append((number, f"{long}, and dataset.truncation is false"))
-            return 0
-        if cut is None:
-            statistics.dropped_long += 1
-            return 0
-        return len(cut.input_ids)
+        return row.facts.literal or is_unusual(row.messages) or row.facts.digest % SAMPLED_ONE_IN == 0
 
     def _mismatch(self, rows: list[tuple[int, Messages, Encoded]]) -> str | None:
         """The first of `rows` (line, messages, ours) of which mistral-common or the saved tokenizer says other ids."""
@@ -221,35 +231,24 @@ def control_tokens(chat_format: ChatFormat) -> tuple[str, ...]:
     return tuple(sorted(written | named))
 
 
-def _chunk(
-    rows: list[tuple[int, Messages]],
-    facts: list[Facts],
-    encoded: list[Encoded],
-    lengths: list[int],
-    statistics: Statistics,
-    mismatch: str | None,
-) -> Chunk:
-    full_lengths = [len(row.input_ids) for row in encoded]
+def _chunk(rows: list[Row], encoded: list[Encoded], compared: list[bool]) -> Chunk:
+    lengths = [len(row.input_ids) for row in encoded]
     input_ids, labels = _flat(row.input_ids for row in encoded), _flat(row.labels for row in encoded)
-    ids_hashes, labels_hashes = _row_hashes(input_ids, full_lengths), _row_hashes(labels, full_lengths)
-    if lengths != full_lengths:
-        whole = np.array(full_lengths)
-        places = np.arange(len(input_ids)) - np.repeat(np.cumsum(whole) - whole, whole)
-        kept = places < np.repeat(lengths, whole)
-        input_ids, labels = input_ids[kept], labels[kept]
     return Chunk(
-        lines=np.array([number for number, _ in rows], np.int32),
-        digests=np.array([fact.digest for fact in facts], np.uint64),
-        normalised=np.array([fact.normalised for fact in facts], np.uint64),
-        literal=np.array([fact.literal for fact in facts], bool),
+        lines=np.array([row.line for row in rows], np.int32),
+        line_hashes=_hash_rows([row.line_hash for row in rows]),
+        digests=np.array([row.facts.digest for row in rows], np.uint64),
+        normalised=np.array([row.facts.normalised for row in rows], np.uint64),
+        literal=np.array([row.facts.literal for row in rows], bool),
+        compared=np.array(compared, bool),
         lengths=np.array(lengths, np.int32),
-        full_lengths=np.array(full_lengths, np.int32),
-        ids_hashes=ids_hashes,
-        labels_hashes=labels_hashes,
+        turns=np.array([len(row.turn_ends) for row in encoded], np.int32),
+        ids_hashes=_row_hashes(input_ids, lengths),
+        labels_hashes=_row_hashes(labels, lengths),
+        turn_ends=_flat(row.turn_ends for row in encoded),
         input_ids=input_ids,
         labels=labels,
-        statistics=statistics,
-        mismatch=mismatch,
+        other_keys=[row.keys for row in rows],
     )
 
 
@@ -265,8 +264,17 @@ def _row_hashes(values: np.ndarray, lengths: list[int]) -> np.ndarray:
     data, end, hashes = memoryview(values.tobytes()), 0, []
     for length in lengths:
         start, end = end, end + values.itemsize * length
-        hashes.append(hashlib.blake2b(data[start:end], digest_size=ROW_HASH_BYTES).digest())
+        hashes.append(row_hash(data[start:end]))
+    return _hash_rows(hashes)
+
+
+def _hash_rows(hashes: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, ROW_HASH_BYTES)
+
+
+def row_hash(data: bytes | memoryview) -> bytes:
+    """ROW_HASH_BYTES of a line's bytes, or of the ids or labels of a row."""
+    return hashlib.blake2b(data, digest_size=ROW_HASH_BYTES).digest()
 
 
 def _digest(messages: Messages) -> int:
@@ -296,20 +304,24 @@ def with_system_prompt(messages: Messages, system_prompt: str | None) -> Message
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def chunks(lines: Iterator[tuple[int, bytes]], recipe: Recipe, workers: int) -> Iterator[Chunk]:
-    """The chunks of numbered lines, in their order.
+NOTHING = Outcome(_chunk([], [], []), [], None)
+Lines = list[tuple[int, bytes]]
 
-    `workers` 0 works in this process, else at most 2 chunks a worker wait.
+
+def encode_batches(batches: Iterator[Lines], recipe: Recipe, workers: int) -> Iterator[Outcome]:
+    """The outcome of each batch of numbered lines, in their order.
+
+    `workers` 0 works in this process, else at most 2 batches a worker wait. A batch without lines costs nothing.
     """
-    batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
     if workers == 0:
-        yield from map(Encoder(recipe).encode, batches)
+        encoder = functools.cache(Encoder)
+        yield from (encoder(recipe).encode(batch) if batch else NOTHING for batch in batches)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,)) as pool:
-        running: deque[Future[Chunk]] = deque()
+        running: deque[Future[Outcome]] = deque()
         try:
             for batch in batches:
-                running.append(pool.submit(_work, batch))
+                running.append(pool.submit(_work, batch) if batch else _done(NOTHING))
                 if len(running) >= 2 * workers:
                     yield running.popleft().result()
             while running:
@@ -338,7 +350,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(lines: list[tuple[int, bytes]]) -> Chunk:
+def _done(outcome: Outcome) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    future.set_result(outcome)
+    return future
+
+
+def _work(lines: Lines) -> Outcome:
     return _encoder.encode(lines)
 
 

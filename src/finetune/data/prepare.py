@@ -1,7 +1,8 @@
 """The data a run trains on: files -> checked, split and encoded rows, through a cache -> datasets for the trainer.
 
-A stream from end to end: token arrays come from `encode.chunks` in file order and are written at once, so memory does
-not grow with the data but for a few numbers a row.
+A stream from end to end: encoded rows come in file order and are written at once, whole; then they are read again from
+a memory map, cut and divided. So memory does not grow with the data but for a few numbers a row, and another length or
+split encodes nothing.
 """
 
 from __future__ import annotations
@@ -11,27 +12,52 @@ import json
 import math
 import os
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import Chunk, Recipe, Statistics, chunks
+from finetune.data.encode import (
+    CHUNK_LINES,
+    Certificate,
+    Chunk,
+    Lines,
+    Recipe,
+    Statistics,
+    encode_batches,
+    row_hash,
+)
 from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines, read_lines, unpacked
 from finetune.data.packing import pack
-from finetune.data.store import Rows, SplitWriter, first_pair
+from finetune.data.store import (
+    SCHEMA,
+    EncodedFile,
+    Known,
+    Rows,
+    Split,
+    first_pair,
+    from_arrow,
+    merged,
+    to_arrow,
+)
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import CheckFailed, ConfigError, DataError
 from finetune.files import HashedFile, resolve, sha256, shown
 from finetune.wording import Report, counted, duration, lines
 
+ROWS = "rows.arrow"
+LIBRARIES = ("mistral-common", "sentencepiece", "tokenizers")
+STRICTNESS: list[Certificate] = [False, True, "every_row"]
 LISTED_PROBLEMS = 20
 LISTED_DROPPED = 5
 MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
@@ -45,7 +71,7 @@ class Prepared:
     """Train and validation rows, ready for the trainer.
 
     `validation` has dataset.max_validation_rows of the held-out rows; `statistics` counts all of them. `files` and
-    `tokens` are what the manifest records of them; `whole` is what the receipt does: `SplitWriter.whole` of each split,
+    `tokens` are what the manifest records of them; `whole` is what the receipt does: `Split.whole` of each split,
     which does not depend on the length.
     """
 
@@ -77,20 +103,28 @@ def prepare(
     chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
     if recipe.certificate is True and sum(path.stat().st_size for path in paths.values()) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
-    key = _cache_key(files, recipe, dataset, chat)
-    sources = {name: _Source(path, files[name]["sha256"]) for name, path in paths.items()}
-    encoding = _Encoding(sources, recipe, dataset, workers, cache.report)
-    folder, summary = cache.entry(key, encoding.fill)
-    train = Rows(folder / "train.arrow")
-    validation = Rows(folder / "validation.arrow", dataset.max_validation_rows)
+    recipe_key = _recipe_key(recipe, chat)
+    held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
+    entries = {}
+    for name, path in paths.items():
+        source = _Source(name, path, files[name]["sha256"], dataset.max_rows if name == "train" else None)
+        encoding = _Encoding(source, recipe, workers, cache, recipe_key)
+        folder, facts = cache.entry(encoding.key(), encoding.fill)
+        entries[name] = _Entry(EncodedFile(folder / ROWS), facts, held_out)
+    splits = {"train": Split(), "validation": Split()}
+    rows = {name: _divide(name, entry, splits, recipe, dataset) for name, entry in entries.items()}
+    _refuse_bad_rows(paths, splits, dataset)
+    tokens = {name: split.close() for name, split in splits.items()}
+    _check_splits(splits, paths, dataset.max_rows)
+    train = splits["train"].rows(entries["train"].rows)
     return Prepared(
         train,
-        validation,
-        {name: Statistics.from_json(values) for name, values in summary["statistics"].items()},
+        splits["validation"].rows(entries.get("validation", entries["train"]).rows, dataset.max_validation_rows),
+        {name: split.statistics for name, split in splits.items()},
         pack(train.lengths.tolist(), recipe.max_seq_length) if packing else None,
-        {name: {**entry, "rows": summary["file_rows"][name]} for name, entry in files.items()},
-        summary["tokens"],
-        summary["whole"],
+        {name: {**entry, "rows": rows[name]} for name, entry in files.items()},
+        tokens,
+        {name: split.whole() for name, split in splits.items()},
         split_reason,
         chat,
     )
@@ -113,95 +147,132 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
     )
 
 
-def _cache_key(files: dict[str, dict[str, Any]], recipe: Recipe, dataset: DatasetConfig, chat: Chat) -> str:
-    """Content, template, tokenizer, length and this code: whatever decides a token is in the key."""
+def _recipe_key(recipe: Recipe, chat: Chat) -> str:
+    """Template, tokenizer, libraries and this code: whatever decides which tokens a line becomes."""
     here = Path(__file__).parent
-    code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store", "prepare")]
-    parts = [
-        {name: entry["sha256"] for name, entry in files.items()},
-        {**asdict(recipe), "tokenizer_folder": chat.fingerprint},
-        [
-            dataset.validation_split,
-            dataset.max_rows,
-            dataset.on_bad_row,
-            dataset.max_bad_share,
-            dataset.on_duplicate,
-            code,
-        ],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store")]
+    return _short_hash([chat.fingerprint, recipe.system_prompt, list(map(version, LIBRARIES)), code])
+
+
+def _short_hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class _Entry(NamedTuple):
+    """What the cache has of one data file."""
+
+    rows: EncodedFile
+    facts: dict[str, Any]
+    held_out: int  # rows whose digest is below it are for validation
+
+
+def _divide(name: str, entry: _Entry, splits: dict[str, Split], recipe: Recipe, dataset: DatasetConfig) -> int:
+    """Cut the rows of a file and add each to its split; returns of how many something is kept."""
+    statistics = splits[name].statistics
+    statistics.bad += [(line, text) for line, text in entry.facts["bad"]]
+    statistics.other_keys = entry.facts["other_keys"]
+    seen: set[int] = set()
+    rows = 0
+    for first, batch in zip(entry.rows.starts, entry.rows.batches, strict=False):
+        chunk = from_arrow(batch)
+        kept = chunk.kept(recipe.max_seq_length)
+        if not recipe.truncation:
+            kept = np.where(chunk.lengths <= recipe.max_seq_length, kept, 0)
+            statistics.bad += _too_long(chunk, recipe.max_seq_length)
+        else:
+            statistics.dropped_long += int((kept == 0).sum())
+        statistics.encoded += len(kept)
+        statistics.certified += int(chunk.compared.sum())
+        in_validation = chunk.digests < entry.held_out if name == "train" else np.ones(len(kept), bool)
+        wanted = np.ones(len(kept), bool)
+        if dataset.on_duplicate == "drop":
+            wanted = _not_seen(chunk.digests, seen)
+            statistics.dropped_duplicates += int((~wanted).sum())
+        splits["train"].add(int(first), chunk, kept, wanted & ~in_validation)
+        splits["validation"].add(int(first), chunk, kept, wanted & in_validation)
+        rows += int((wanted & (kept > 0)).sum())
+    statistics.bad.sort()
+    statistics.dropped_bad = len(statistics.bad)
+    return rows
+
+
+def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
+    long = chunk.lengths > limit
+    found = zip(chunk.lines[long].tolist(), chunk.lengths[long].tolist(), strict=True)
+    why = f"model.max_seq_length is {limit}, and dataset.truncation is false"
+    return [(line, f"{length} tokens, {why}") for line, length in found]
 
 
 class _Source(NamedTuple):
-    """A data file, and what its content is called in the cache."""
+    """A data file, the sum of its content, and of how many rows it is read."""
 
+    name: str
     path: Path
     sha256: str
+    max_rows: int | None
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What an entry of the cache is made from."""
+    """How an entry of the cache is made: the rows of one file, whole, whatever length and split make of them."""
 
-    sources: dict[str, _Source]
+    source: _Source
     recipe: Recipe
-    dataset: DatasetConfig
     workers: int | None
-    report: Report
+    cache: Cache
+    recipe_key: str
+
+    def key(self) -> str:
+        """Begins with the recipe, which entries that can lend rows have in common."""
+        content = _short_hash([self.source.sha256, self.source.max_rows, self.recipe.certificate])
+        return f"{self.recipe_key}-{content}"
 
     def fill(self, folder: Path) -> dict[str, Any]:
-        """Write the rows of each split into `folder`; returns all else that is known of them."""
-        paths = {name: source.path for name, source in self.sources.items()}
-        for name, path in paths.items():
-            foreign.refuse(path, name)
-        writers = {name: SplitWriter(folder / f"{name}.arrow") for name in ("train", "validation")}
-        file_rows = {name: self._read_file(name, writers) for name in paths}
-        _refuse_bad_rows(paths, writers, self.dataset)
-        tokens = {name: writer.close() for name, writer in writers.items()}
-        _check_splits(writers, paths, self.dataset.max_rows)
-        return {
-            "statistics": {name: asdict(writer.statistics) for name, writer in writers.items()},
-            "file_rows": file_rows,
-            "tokens": tokens,
-            "whole": {name: writer.whole() for name, writer in writers.items()},
-        }
+        """Write the rows into `folder`, in file order; returns what is known of the file beside them."""
+        foreign.refuse(self.source.path, self.source.name)
+        bad: list[tuple[int, str]] = []
+        keys: dict[str, int] = {}
+        with (folder / ROWS).open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in self._batches(bad):
+                writer.write_batch(batch)
+                _count_keys(keys, Counter(key for row in batch.column("other_keys").to_pylist() for key in row))
+        return {"certificate": self.recipe.certificate, "bad": bad, "other_keys": keys}
 
-    def _read_file(self, name: str, writers: dict[str, SplitWriter]) -> int:
-        """Stream one file into the writers; returns how many of its rows were written."""
-        held_out = 0 if "validation" in self.sources else round(self.dataset.validation_split * 2**64)
-        statistics = writers[name].statistics
-        seen: set[int] = set()
-        rows = 0
-        for chunk in self._chunks(name):
-            for count in ("dropped_long", "encoded", "certified"):
-                setattr(statistics, count, getattr(statistics, count) + getattr(chunk.statistics, count))
-            statistics.bad += chunk.statistics.bad
-            _count_keys(statistics.other_keys, chunk.statistics.other_keys)
-            in_validation = chunk.digests < held_out if name == "train" else np.ones(len(chunk.digests), bool)
-            kept = np.ones(len(chunk.digests), bool)
-            if self.dataset.on_duplicate == "drop":
-                kept = _not_seen(chunk.digests, seen)
-                statistics.dropped_duplicates += int((~kept).sum())
-            writers["train"].write(chunk, kept & ~in_validation)
-            writers["validation"].write(chunk, kept & in_validation)
-            rows += int((kept & (chunk.lengths > 0)).sum())
-        statistics.dropped_bad = len(statistics.bad)
-        return rows
+    def _known(self) -> Known:
+        """Rows of other entries, of which the certificate compared as many at least."""
+        others = self.cache.whole(self.recipe_key)
+        wanted = STRICTNESS.index(self.recipe.certificate)
+        lenders = [folder for folder, facts in others if STRICTNESS.index(facts["certificate"]) >= wanted]
+        return Known([EncodedFile(folder / ROWS) for folder in lenders])
 
-    def _chunks(self, name: str) -> Iterator[Chunk]:
-        """The chunks of one file, which must be the bytes that its sum is of, and equal mistral-common's tokens."""
-        path, sha256 = self.sources[name]
+    def _batches(self, bad: list[tuple[int, str]]) -> Iterator[pa.RecordBatch]:
+        """The rows of the file, which must be the bytes that its sum is of, and have mistral-common's tokens.
+
+        A line that an entry of the cache has already is not encoded again. `bad` gets the bad rows.
+        """
+        _, path, sha256, max_rows = self.source
         size = path.stat().st_size
         workers = self.workers if self.workers is not None else worker_count() if size >= PARALLEL_FROM_BYTES else 0
-        max_rows = self.dataset.max_rows if name == "train" else None
-        pace = _Pace(path, size, max_rows, self.report)
+        pace, known = _Pace(path, size, max_rows, self.cache.report), self._known()
+        waiting: deque[pa.RecordBatch] = deque()
+
+        def unknown(lines: Lines) -> Lines:
+            numbers = known.find([row_hash(line) for _, line in lines])
+            there = numbers >= 0
+            waiting.append(known.take(numbers[there], np.array([number for number, _ in lines])[there]))
+            return [line for line, is_there in zip(lines, there, strict=True) if not is_there]
+
         with HashedFile(path) as file, unpacked(file) as stream:
-            for chunk in chunks(islice(read_lines(stream), max_rows), self.recipe, workers):
-                if chunk.mismatch:
-                    found = f"certificate: {path}:{chunk.mismatch}"
+            lines = islice(read_lines(stream), max_rows)
+            batches = map(unknown, iter(lambda: list(islice(lines, CHUNK_LINES)), []))
+            for outcome in encode_batches(batches, self.recipe, workers):
+                if outcome.mismatch:
+                    found = f"certificate: {path}:{outcome.mismatch}"
                     raise CheckFailed(found, "Report this row: no run may start on it.", between="\n")
-                yield chunk
-                pace.tell(len(chunk.lines), file.bytes_read)
+                bad += outcome.bad
+                batch = merged([waiting.popleft(), to_arrow(outcome.rows)])
+                yield batch
+                pace.tell(batch.num_rows, file.bytes_read)
             if file.sha256() != sha256:
                 raise DataError(f"data: {path} changed while it was read", "try again when nothing writes to it")
 
@@ -248,15 +319,15 @@ def worker_count() -> int:
     return min(cores, MOST_WORKERS)
 
 
-def _refuse_bad_rows(paths: dict[str, Path], writers: dict[str, SplitWriter], dataset: DatasetConfig) -> None:
+def _refuse_bad_rows(paths: dict[str, Path], splits: dict[str, Split], dataset: DatasetConfig) -> None:
     """Raise DataError where no bad row is allowed, or fewer are.
 
     It lists every bad row as file:line and what was found, up to LISTED_PROBLEMS, and counts the others; the name of a
     known format takes the list's place.
     """
-    statistics = {name: writers[name].statistics for name in paths}
+    statistics = {name: splits[name].statistics for name in paths}
     bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in statistics[name].bad]
-    rows = len(bad) + sum(writer.statistics.rows + writer.statistics.dropped_long for writer in writers.values())
+    rows = len(bad) + sum(writer.statistics.rows + writer.statistics.dropped_long for writer in splits.values())
     if not bad or (dataset.on_bad_row == "drop" and len(bad) <= dataset.max_bad_share * rows):
         return
     name = next(name for name in paths if statistics[name].bad)
@@ -285,8 +356,8 @@ def _leaving_out(share: float, dataset: DatasetConfig) -> str:
     return " ".join(settings)
 
 
-def _check_splits(writers: dict[str, SplitWriter], paths: dict[str, Path], max_rows: int | None) -> None:
-    train, validation = writers["train"], writers["validation"]
+def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: int | None) -> None:
+    train, validation = splits["train"], splits["validation"]
     if train.statistics.rows == 0:
         dropped = train.statistics.dropped_long
         why = f" ({dropped} were longer than model.max_seq_length)" if dropped else ""

@@ -1,4 +1,4 @@
-"""Encoded rows on disk: an Arrow file, written as a stream and read through a memory map."""
+"""Encoded rows: an Arrow file of a data file's rows, whole, and splits that say which of them count, and how far."""
 
 from __future__ import annotations
 
@@ -9,64 +9,170 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.data.encode import Chunk, Statistics
+from finetune.data.encode import ROW_HASH_BYTES, Chunk, Statistics
 from finetune.data.template import IGNORED
 
 if TYPE_CHECKING:
     import datasets
 
-# What `SplitWriter` keeps of each row, by its name in `Chunk`.
+# What `Split` keeps of each row; most by its name in `Chunk`.
 NO_ROWS: dict[str, np.ndarray] = {
     "lines": np.empty(0, np.int32),
     "digests": np.empty(0, np.uint64),
     "normalised": np.empty(0, np.uint64),
     "full_lengths": np.empty(0, np.int32),
+    "indices": np.empty(0, np.int64),
+    "kept_lengths": np.empty(0, np.int32),
 }
 MOST_BARS = 30
 WIDTHS = [round(digit * 10**power) for power in range(9) for digit in (1, 2, 5)]  # tokens, of a histogram's bar
-SCHEMA = pa.schema([("line", pa.int32()), ("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+_HASH = pa.binary(ROW_HASH_BYTES)
+SCHEMA = pa.schema(
+    [
+        ("lines", pa.int32()),
+        ("line_hashes", _HASH),
+        ("digests", pa.uint64()),
+        ("normalised", pa.uint64()),
+        ("literal", pa.bool_()),
+        ("compared", pa.bool_()),
+        ("ids_hashes", _HASH),
+        ("labels_hashes", _HASH),
+        ("other_keys", pa.list_(pa.string())),
+        ("turn_ends", pa.list_(pa.int32())),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+    ]
+)
 
 
-class SplitWriter:
-    """Writes one split's rows to an Arrow file and keeps its statistics and hashes of the token stream and labels.
+def to_arrow(chunk: Chunk) -> pa.RecordBatch:
+    """A chunk as a batch of SCHEMA."""
+    lists = {"turn_ends": chunk.turns, "input_ids": chunk.lengths, "labels": chunk.lengths}
+    columns = []
+    for field in SCHEMA:
+        values = getattr(chunk, field.name)
+        if field.name in lists:
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lists[field.name])]), pa.int32())
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32())))
+        elif field.type == _HASH:
+            columns.append(pa.FixedSizeBinaryArray.from_buffers(_HASH, len(values), [None, pa.py_buffer(values)]))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def from_arrow(batch: pa.RecordBatch) -> Chunk:
+    """The chunk that a batch of SCHEMA was made from; its arrays are those of the batch."""
+    arrays: dict[str, Any] = {"other_keys": batch.column("other_keys").to_pylist()}
+    for field in SCHEMA:
+        column = batch.column(field.name)
+        if field.type == _HASH:
+            whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, ROW_HASH_BYTES)
+            arrays[field.name] = whole[column.offset : column.offset + len(column)]
+        elif field.name != "other_keys" and pa.types.is_list(field.type):
+            arrays[field.name] = column.flatten().to_numpy()
+        elif field.name != "other_keys":
+            arrays[field.name] = column.to_numpy(zero_copy_only=False)
+    for name, of_column in (("turns", "turn_ends"), ("lengths", "input_ids")):
+        arrays[name] = np.diff(batch.column(of_column).offsets.to_numpy())
+    return Chunk(**arrays)
+
+
+class EncodedFile:
+    """The rows of one data file, whole, in a memory-mapped Arrow file of SCHEMA."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+
+    def place(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """The batch of a row, and its place in there."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.batches[number], index - int(self.starts[number])
+
+
+class Known:
+    """Rows of earlier encoded files, found by the hash of their line."""
+
+    def __init__(self, files: list[EncodedFile]) -> None:
+        self._files = files
+        self._starts = np.cumsum([0, *(file.starts[-1] for file in files)])
+        hashes = [from_arrow(batch).line_hashes for file in files for batch in file.batches]
+        whole = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
+        self._order = np.argsort(whole)
+        self._hashes = whole[self._order]
+
+    def find(self, hashes: list[bytes]) -> np.ndarray:
+        """The number of a row with each of the hashes, -1 where there is none, [hashes]."""
+        if not len(self._hashes):
+            return np.full(len(hashes), -1)
+        wanted = np.array(hashes, self._hashes.dtype)
+        places = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        return np.where(self._hashes[places] == wanted, self._order[places], -1)
+
+    def take(self, numbers: np.ndarray, lines: np.ndarray) -> pa.RecordBatch:
+        """The rows with these `numbers`, as on these `lines` of another file and in their order; both [rows]."""
+        parts: dict[int, tuple[pa.RecordBatch, list[int], list[int]]] = {}
+        for number, line in zip(numbers.tolist(), lines.tolist(), strict=True):
+            file = int(np.searchsorted(self._starts, number, side="right")) - 1
+            batch, inside = self._files[file].place(number - int(self._starts[file]))
+            _, rows, of_lines = parts.setdefault(id(batch), (batch, [], []))
+            rows.append(inside)
+            of_lines.append(line)
+        taken = [
+            batch.take(pa.array(rows)).set_column(0, "lines", pa.array(of_lines, pa.int32()))
+            for batch, rows, of_lines in parts.values()
+        ]
+        return merged(taken)
+
+
+def merged(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """The rows of all batches in the order of their lines."""
+    batches = [batch for batch in batches if batch.num_rows]
+    if len(batches) == 1:
+        return batches[0]
+    table = pa.Table.from_batches(batches, SCHEMA).sort_by("lines").combine_chunks()
+    return (table.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)])[0]
+
+
+class Split:
+    """The rows of one split: which, how many tokens of each, their statistics, and hashes of token stream and labels.
 
     Of each row it keeps a few numbers, by which rows are compared when all are there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self.statistics = Statistics()
         self._kept: dict[str, list[np.ndarray]] = {name: [array] for name, array in NO_ROWS.items()}
         self._dropped_digests = [NO_ROWS["digests"]]
         self._hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
         self._whole_hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
-        self._writer = pa.ipc.new_file(str(path), SCHEMA)
 
-    def write(self, chunk: Chunk, split: np.ndarray) -> None:
-        """Append the rows of `chunk` that the mask `split` [rows] selects, but for those too long to keep."""
+    def add(self, first: int, chunk: Chunk, kept: np.ndarray, split: np.ndarray) -> None:
+        """Add the rows of `chunk` that the mask `split` [rows] selects, but for those of which nothing is kept.
+
+        `kept` is how many tokens of each row are, [rows]; `first` is the number of the chunk's first row in its file.
+        """
         self._whole_hashes["input_ids"].update(chunk.ids_hashes[split].tobytes())
         self._whole_hashes["labels"].update(chunk.labels_hashes[split].tobytes())
-        mine = split & (chunk.lengths > 0)
+        mine = split & (kept > 0)
         self._dropped_digests.append(chunk.digests[split & ~mine])
+        facts = {"indices": np.arange(first, first + len(kept)), "kept_lengths": kept, "full_lengths": chunk.lengths}
         for name, arrays in self._kept.items():
-            arrays.append(getattr(chunk, name)[mine])
-        tokens = np.repeat(mine, chunk.lengths)
-        input_ids, labels, lengths = chunk.input_ids[tokens], chunk.labels[tokens], chunk.lengths[mine]
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-        columns = [pa.array(chunk.lines[mine])]
-        for name, values in (("input_ids", input_ids), ("labels", labels)):
-            self._hashes[name].update(values.tobytes())
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(values)))
-        if len(lengths):
-            self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            arrays.append((facts[name] if name in facts else getattr(chunk, name))[mine])
+        tokens = _kept_tokens(chunk.lengths, np.where(mine, kept, 0))
+        labels = chunk.labels[tokens]
+        self._hashes["input_ids"].update(chunk.input_ids[tokens].tobytes())
+        self._hashes["labels"].update(labels.tobytes())
         self._count_control_tokens(chunk.lines[mine & chunk.literal])
-        self.statistics.truncated += int((chunk.full_lengths[mine] > lengths).sum())
-        self.statistics.rows += len(lengths)
-        self.statistics.tokens += len(input_ids)
+        self.statistics.truncated += int((chunk.lengths[mine] > kept[mine]).sum())
+        self.statistics.rows += int(mine.sum())
+        self.statistics.tokens += len(labels)
         self.statistics.supervised_tokens += int((labels != IGNORED).sum())
 
     def close(self) -> dict[str, str]:
-        """Finish the file; returns the sha256 of the token stream and of the labels, both int32 in file order."""
-        self._writer.close()
+        """Count what needs all rows; returns the sha256 of the token stream and of the labels, int32 in file order."""
         digests, lengths = self.kept("digests"), self.kept("full_lengths")
         firsts = np.unique(digests, return_index=True)[1]
         copies = np.delete(self.kept("lines"), firsts)
@@ -89,13 +195,29 @@ class SplitWriter:
         return {"rows": len(digests), "content": content, **hashes}
 
     def kept(self, name: str) -> np.ndarray:
-        """One of the numbers that NO_ROWS names, of each row written, [rows]."""
+        """One of the numbers that NO_ROWS names, of each row added, [rows]."""
         return np.concatenate(self._kept[name])
+
+    def rows(self, encoded: EncodedFile, most: int | None = None) -> Rows:
+        """The rows, all or `most` of them at even distances, from the file that all were added from."""
+        indices = self.kept("indices")
+        count = min(len(indices), len(indices) if most is None else most)
+        places = np.arange(count) * len(indices) // max(1, count)
+        return Rows(encoded, indices[places], self.kept("kept_lengths")[places])
 
     def _count_control_tokens(self, lines: np.ndarray) -> None:
         self.statistics.control_tokens += len(lines)
         if len(lines) and self.statistics.first_control_token is None:
             self.statistics.first_control_token = int(lines[0])
+
+
+def _kept_tokens(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray | slice:
+    """Which of the tokens of rows of `lengths` [rows] are among the first `kept` [rows] of their row, [tokens]."""
+    if (lengths == kept).all():
+        return slice(None)  # all of them, and nothing to copy
+    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    chosen: np.ndarray = places < np.repeat(kept, lengths)
+    return chosen
 
 
 def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
@@ -111,7 +233,7 @@ def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
     return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
-def first_pair(train: SplitWriter, validation: SplitWriter, name: str) -> tuple[int, int] | None:
+def first_pair(train: Split, validation: Split, name: str) -> tuple[int, int] | None:
     """Lines (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too."""
     ours, theirs = train.kept(name), validation.kept(name)
     shared = np.flatnonzero(np.isin(ours, theirs))
@@ -122,28 +244,17 @@ def first_pair(train: SplitWriter, validation: SplitWriter, name: str) -> tuple[
 
 
 class Rows:
-    """Encoded rows in a memory-mapped Arrow file: all, or `most` of them at even distances.
+    """Some rows of an encoded file, each cut. `indices` are theirs in the file, `lengths` their tokens, [rows]."""
 
-    `lengths`: tokens of each row, [rows].
-    """
-
-    def __init__(self, path: Path, most: int | None = None) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        parts = [np.diff(batch.column("input_ids").offsets.to_numpy()) for batch in self._batches]
-        lengths = np.concatenate([np.empty(0, np.int32), *parts])
-        count = min(len(lengths), len(lengths) if most is None else most)
-        self._places = np.arange(count) * len(lengths) // max(1, count)
-        self.lengths: np.ndarray = lengths[self._places]
+    def __init__(self, encoded: EncodedFile, indices: np.ndarray, lengths: np.ndarray) -> None:
+        self._encoded, self._indices, self.lengths = encoded, indices, lengths
 
     def row(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(line, input_ids [tokens], labels [tokens]) of one row, read from the map."""
-        place = self._places[index]
-        batch_index = int(np.searchsorted(self._starts, place, side="right")) - 1
-        batch, inside = self._batches[batch_index], int(place - self._starts[batch_index])
-        columns = (batch.column(name)[inside].values.to_numpy() for name in ("input_ids", "labels"))
-        return (batch.column("line")[inside].as_py(), *columns)
+        batch, inside = self._encoded.place(int(self._indices[index]))
+        length = int(self.lengths[index])
+        columns = (batch.column(name)[inside].values.to_numpy()[:length] for name in ("input_ids", "labels"))
+        return (batch.column("lines")[inside].as_py(), *columns)
 
     def dataset(self, sequences: list[list[int]] | None) -> datasets.Dataset:
         """A dataset for the trainer: one example a row, or one a packed sequence of rows (then with `seq_lengths`)."""
