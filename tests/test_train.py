@@ -400,7 +400,7 @@ def test_a_dry_run_looks_at_data_and_tokens_only(finished: Finished) -> None:
     """A base without weights does not stop it; a training it would."""
     done = finished.command("--dry-run")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "checks: 8 passed, 0 warnings, 0 failed, 0 skipped"
+    assert done.stdout.splitlines()[-1] == "checks: 9 passed, 0 warnings, 0 failed, 0 skipped"
 
 
 # --- the same command again
