@@ -207,6 +207,8 @@ REFUSED = {
     "two system prompts": (line(USER, ASSISTANT, system="Be long.", system_prompt="Be short."),
         'has a key "system" and system_prompt too, wanted one of them'),
     "a system prompt that is no text": (line(USER, ASSISTANT, system=["Be long."]), '"system" is a list, wanted text'),
+    "half a surrogate pair in a key": (line(USER, ASSISTANT, odd="@").replace(b"odd", rb"\ud83d"),
+        "the key '\\ud83d' holds half of a surrogate pair (\\ud800-\\udfff), which is no text"),
     "half a surrogate pair in a system prompt": (line(USER, ASSISTANT, system="@").replace(b"@", rb"\ud83d"),
         '"system" holds half of a surrogate pair (\\ud800-\\udfff), which is no text'),
     "unknown role": (line(USER, {"role": "critic", "content": "4"}),

@@ -166,7 +166,8 @@ def says_something(value: Any) -> bool:
 
 
 def _check_key(key: str) -> None:
-    """Refuse a key beside "messages" that would change what is learnt."""
+    """Refuse a key beside "messages" that would change what is learnt, or cannot be written down."""
+    _check_text(f"the key {_short(key)}", key)
     reason = "an answer that is not to be learnt" if key.startswith("rejected") else REFUSED_KEYS.get(key)
     if reason:
         raise BadRow(f"has a key {_short(key)}: {reason}")
