@@ -77,14 +77,12 @@ class Points:
 
     def watch_libraries(self) -> None:
         """The functions through which libraries write files that Python does not hear of."""
-        import pyarrow.ipc
         import safetensors.torch
         import torch
         from transformers import PreTrainedTokenizerFast
 
         self._watch(torch, "save", lambda _, path, *__, **___: path)
         self._watch(safetensors.torch, "serialize_file", lambda _, path, *__, **___: path)
-        self._watch(pyarrow.ipc, "new_file", lambda path, *_, **__: path)
         self._watch(
             PreTrainedTokenizerFast,
             "_save_pretrained",
