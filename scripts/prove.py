@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -63,10 +64,24 @@ def main() -> None:
 
 def read(path: Path) -> Any:
     """A result file. Raises ConfigError where it is none."""
+    fix = "name a file that this command wrote"
     try:
-        return read_json(path)
+        document = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--table {path}: {first_line(error)}", fix="name a file that this command wrote") from None
+        raise ConfigError(f"--table {path}: {first_line(error)}", fix=fix) from None
+    if not (isinstance(document, dict) and "parts" in document):
+        raise ConfigError(f"--table {path}: it has no parts", fix=fix)
+    return document
+
+
+def begin(output: Path, document: dict[str, Any]) -> None:
+    """Write the result file before any part is made. Raises ConfigError where it cannot be written."""
+    try:
+        write_json(output, document)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ConfigError(f"--output {output}: {error.strerror}", fix="name a file that can be written") from None
 
 
 def command_line(options: argparse.Namespace) -> str:
@@ -78,8 +93,13 @@ def command_line(options: argparse.Namespace) -> str:
 def prove(
     options: argparse.Namespace, platform: Platform, document: dict[str, Any], output: Path, terminal: Terminal
 ) -> None:
-    """Make the parts in their order, each in what time is left, and write `document` to `output` after each."""
+    """Make the parts in their order, each in what time is left, and write `document` to `output` before and after each.
+
+    Raises ConfigError where it cannot be written.
+    """
     until = time.monotonic() + 60 * options.minutes
+    make_folder(ROOT / "adapters")
+    begin(output, document)
     if options.tiny:
         os.environ["OMP_NUM_THREADS"] = "1"  # products so small are slower in threads
     if not platform.accelerated:  # what every process forked from here would else import
@@ -88,7 +108,6 @@ def prove(
     from finetune.prove import parts
     from finetune.prove.result import part_line
 
-    make_folder(ROOT / "adapters")
     with tempfile.TemporaryDirectory(dir=ROOT / "adapters", prefix=".prove-") as folder:
         work = parts.make_work(platform, options.random, options.tiny, Path(folder), until)
         document["base"] = work.base

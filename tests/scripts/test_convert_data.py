@@ -120,6 +120,12 @@ def test_a_file_that_is_there_is_exit_2_and_one_without_conversations_exit_4(run
     )
 
 
+@pytest.mark.parametrize("flags", [("--columns", "prompt=no,completion=no"), ("--split-by", "no")])
+def test_a_refused_conversion_leaves_no_file(run: Run, tmp_path: Path, flags: tuple[str, str]) -> None:
+    assert run(FILES / "questions.csv", tmp_path / "made.jsonl", *flags)[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_than_twenty_reasons_are_counted(run: Run, tmp_path: Path) -> None:
     rows = [{f"\x1b{row}": 1} for row in range(25)] + [{"prompt": "A", "completion": "B"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

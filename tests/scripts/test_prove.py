@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 from finetune.config.load import ROOT
 from finetune.prove import parts
+from support.commands import load_script
 
 SCRIPT = ROOT / "scripts" / "prove.py"
 
@@ -20,11 +20,7 @@ SCRIPT = ROOT / "scripts" / "prove.py"
 @pytest.fixture
 def prove() -> Any:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("prove_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("prove")
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -72,6 +68,29 @@ def test_a_failed_part_does_not_stop_the_others_and_ends_in_exit_3(
     assert list(found["parts"]) == list(parts.PARTS)
     assert found["throughput"] == [{"tokens_per_second": 5.0}]
     assert found["command"] == "scripts/prove.py --minutes 12 --tiny"
+
+
+def test_a_result_file_that_cannot_be_written_is_exit_2_before_any_part_is_made(
+    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any
+) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "result.json"
+    arguments(monkeypatch, "--tiny", "--output", str(path))
+    monkeypatch.setattr(parts, "make", lambda *_: pytest.fail("a part was made"))
+    fix = "name a file that can be written"
+    found = f"config: 1 problem\n  --output {path}: Not a directory; {fix}\n"
+    assert ended(prove.main) == (2, "", found)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"date": "2026-11-29"}'])
+def test_the_table_of_a_file_that_is_no_result_is_exit_2(
+    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any, content: str
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content, encoding="utf-8")
+    arguments(monkeypatch, "--table", str(path))
+    found = f"config: 1 problem\n  --table {path}: it has no parts; name a file that this command wrote\n"
+    assert ended(prove.main) == (2, "", found)
 
 
 @pytest.mark.slow

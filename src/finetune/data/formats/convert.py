@@ -88,41 +88,42 @@ def convert(source: Source, outputs: dict[str, Path], options: Options) -> Accou
     row is left.
     """
     for path in outputs.values():
-        _make_room(path)
-    _check_columns(source, options.columns)
-    held_out = _held_out(source, options.split_by) if options.split_by else set()
+        _refuse_taken(path)
     account = Account(written=dict.fromkeys(outputs, 0))
-    partials = {name: path.with_name(f"{path.name}.partial") for name, path in outputs.items()}
-    try:
-        with ExitStack() as files:
-            streams: dict[str, TextIO] = {
-                name: files.enter_context(path.open("w", encoding="utf-8", newline="\n"))
-                for name, path in partials.items()
-            }
-            _write(source, streams, options, held_out, account)
+    with ExitStack() as files:
+        streams = {name: _open_partial(path, files) for name, path in outputs.items()}
+        _check_columns(source, options.columns)
+        held_out = _held_out(source, options.split_by) if options.split_by else set()
+        _write(source, streams, options, held_out, account)
         for name, path in outputs.items():
             if not account.written[name]:
                 raise _nothing_for(path, account)
-        for name, partial in partials.items():
-            partial.rename(outputs[name])
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
+        for stream in streams.values():
+            stream.close()  # before any file is renamed: what is not on the disk yet may not fit
+        for name, path in outputs.items():
+            Path(streams[name].name).rename(path)
     return account
 
 
-def _make_room(path: Path) -> None:
+def _refuse_taken(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, wanted a file", fix=f"name one in it: {path / 'train.jsonl'}")
     if path.exists():
         raise ConfigError(f"{path} is there already, and nothing is overwritten", fix="name another file")
+
+
+def _open_partial(path: Path, files: ExitStack) -> TextIO:
+    """A new file next to `path`, closed and removed when `files` ends, unless it was renamed."""
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f"{path.name}.partial").touch()
+        stream = partial.open("w", encoding="utf-8", newline="\n")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
         raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file") from None
+    files.callback(partial.unlink, missing_ok=True)
+    return files.enter_context(stream)
 
 
 def _check_columns(source: Source, columns: Mapping[str, str]) -> None:
