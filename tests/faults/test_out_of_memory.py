@@ -1,4 +1,4 @@
-"""A run whose memory runs out in a step goes on with more layers checkpointed; where it cannot, it ends with advice."""
+"""A run whose memory runs out in a step continues with more layers checkpointed; if it cannot, it ends with advice."""
 
 from __future__ import annotations
 

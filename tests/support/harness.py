@@ -97,7 +97,7 @@ class Warm:
         module: str | None = None,
         **environment: str,
     ) -> Ended:
-        """Start `command`; killed, or sent another signal, after so many seconds; or killed at the `point`-th point.
+        """Start `command`, and kill it after that many seconds (or send another signal), or at its `point`-th point.
 
         `module` of this folder is imported first.
         """

@@ -67,8 +67,7 @@ def from_arrow(batch: pa.RecordBatch) -> Chunk:
     for field in SCHEMA:
         column = batch.column(field.name)
         if field.type == _HASH:
-            whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, ROW_HASH_BYTES)
-            arrays[field.name] = whole[column.offset : column.offset + len(column)]
+            arrays[field.name] = _hashes(column)
         elif field.name != "other_keys" and pa.types.is_list(field.type):
             arrays[field.name] = column.flatten().to_numpy()
         elif field.name != "other_keys":
@@ -76,6 +75,12 @@ def from_arrow(batch: pa.RecordBatch) -> Chunk:
     for name, of_column in (("turns", "turn_ends"), ("lengths", "input_ids")):
         arrays[name] = np.diff(batch.column(of_column).offsets.to_numpy())
     return Chunk(**arrays)
+
+
+def _hashes(column: pa.Array) -> np.ndarray:
+    """The hashes in a column of SCHEMA, [rows, ROW_HASH_BYTES] bytes."""
+    whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, ROW_HASH_BYTES)
+    return whole[column.offset : column.offset + len(column)]
 
 
 class EncodedFile:
@@ -98,7 +103,7 @@ class Known:
     def __init__(self, files: list[EncodedFile]) -> None:
         self._files = files
         self._starts = np.cumsum([0, *(file.starts[-1] for file in files)])
-        hashes = [from_arrow(batch).line_hashes for file in files for batch in file.batches]
+        hashes = [_hashes(batch.column("line_hashes")) for file in files for batch in file.batches]
         whole = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
         self._order = np.argsort(whole)
         self._hashes = whole[self._order]

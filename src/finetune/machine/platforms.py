@@ -20,7 +20,7 @@ from finetune.machine.inspect import Machine
 class Expectation:
     """How fast Mistral-7B trains by arithmetic that nobody has measured, and how long a run is sensible there.
 
-    `tokens_per_second`, least and most; with `gpu_cores`, for a GPU of so many, and in proportion for others.
+    `tokens_per_second` is a range. With `gpu_cores` it is for a GPU of that many cores, and scales with the machine's.
     """
 
     tokens_per_second: tuple[float, float]

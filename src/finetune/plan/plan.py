@@ -191,11 +191,11 @@ def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
 
 
 def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> Plan:
-    cores = expected.gpu_cores and (machine.gpu_cores or expected.gpu_cores)
+    cores = machine.gpu_cores or expected.gpu_cores
     share = cores / expected.gpu_cores if cores and expected.gpu_cores else 1.0
     slow, fast = (share * speed for speed in expected.tokens_per_second)
     hours = _tokens(plan, config) / 3600
-    what = f" for {cores} GPU cores" if cores else ""
+    what = f" for {cores} GPU cores" if expected.gpu_cores else ""
     return dataclasses.replace(
         plan,
         hours_expected=(round(hours / fast, 4), round(hours / slow, 4)),

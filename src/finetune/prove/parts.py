@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SAMPLE, DEMO = ROOT / "data" / "sample" / "train.jsonl", ROOT / "models" / "demo-135m"
 TINY = Geometry(64, 192, 2, 4, 2, 32000, False)
 STEPS, KILL_AFTER, SPEED_STEPS = 20, 10, 3
-ROW_TOKENS = 500  # of the sample's rows, so many are joined at most that a sequence holds several
+ROW_TOKENS = 500  # room counted for each row of the sample that is joined, so that a sequence still holds several
 USED = "used.json"  # what the rehearsal chose
 ATTENTION = "model.attn_implementation=auto"  # the checks say where what the config asks for is missing
 VERSIONS = "libraries.versions"  # the result names them, and the other parts show whether they work

@@ -143,7 +143,7 @@ class Manifest:
         self._write(self.document("interrupted"))
 
     def memory_ran_out(self, layers: int, sentence: str) -> None:
-        """Record that this start goes on with `layers` checkpointed, and why."""
+        """Record that this start continues with `layers` checkpointed, and why."""
         self.content["checkpointed_layers"] = layers
         self.content["starts"][-1].setdefault("out_of_memory", []).append(sentence)
         self._write(self.document("interrupted"))

@@ -56,7 +56,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _globalstep_last_logged = 0
     _flos_a_token = 0
     _total_train_tokens: int
-    step_lines: tuple[int, ...] = ()  # of the step at hand, and its losses
+    step_lines: tuple[int, ...] = ()  # lines and losses of the current step
     step_losses: tuple[float, ...] = ()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
