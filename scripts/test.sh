@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 echo "test: about 5 minutes the first time, 4 when run again (2 CPU cores, fast network), an expectation; --slow takes 40, --h100-torch 10"
 
+# Several processes of one thread each: these models are too small for a second thread to pay.
+export OMP_NUM_THREADS=1
+side_by_side=(-n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
+
 h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h100.lock, and all else from .venv
   local torch triton site='import sysconfig; print(sysconfig.get_path("purelib"))'
   torch=$(grep -o '^torch==[0-9.]*' requirements/h100.lock)
@@ -19,7 +23,7 @@ h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h
     "${pip[@]}" --no-deps "$triton; sys_platform == 'linux'"
     echo "$torch $triton" >.venv-h100/installed
   fi
-  .venv-h100/bin/python -m pytest -m 'not slow' tests/data tests/machine tests/model --ignore tests/data/test_preview.py "$@"
+  .venv-h100/bin/python -m pytest "${side_by_side[@]}" -m 'not slow' tests/data tests/machine tests/model --ignore tests/data/test_preview.py "$@"
 }
 
 if [[ ${1:-} == --h100-torch ]]; then
@@ -37,5 +41,5 @@ if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
 .venv/bin/python -m mypy src scripts benchmarks
 .venv/bin/yamllint --strict ./*.yaml ./*.yml configs tests .yamllint.yaml
 .venv/bin/hadolint docker/Dockerfile
-.venv/bin/python -m pytest ${selection[@]+"${selection[@]}"} "$@"
+.venv/bin/python -m pytest "${side_by_side[@]}" ${selection[@]+"${selection[@]}"} "$@"
 if [[ ${#selection[@]} -gt 0 ]]; then echo "left out: the tests marked slow; scripts/test.sh --slow runs them too"; fi

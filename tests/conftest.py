@@ -20,6 +20,14 @@ pytest_plugins = ["support.train_command"]  # the fixture train_file
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file stays in one process; so does a folder whose files share what took long to make."""
+    for item in items:
+        folder = item.path.parent
+        shared = folder.name in ("container", "faults")
+        item.add_marker(pytest.mark.xdist_group(str((folder if shared else item.path).relative_to(ROOT))))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """A shell's background jobs ignore SIGINT, and so would every program that these tests start and interrupt."""

@@ -166,7 +166,7 @@ plan
   certificate # rows equal mistral-common's
   sequences   #, #% full, # a step
   steps       # (# an epoch, # of warm-up)
-              # evaluations, # checkpoints
+              # evaluations (# tokens), # checkpoints
   memory      # GiB expected (program #, logits #), # GiB free
   disk        # GiB
   time        not measured
@@ -261,6 +261,7 @@ def test_on_a_terminal_the_line_below_says_what_is_being_done(trained: tuple[Com
     whole = "step #/#: loss #, # tokens/s, # left, ends about #, eval_loss #, cost # of #, peak # GiB"
     assert [text for text, _ in groupby(others)] == [
         "reading DATA",
+        "encoding DATA: # rows, # rows/s, # left",
         "loading BASE",
         "loading BASE: layer # of #, # s",
         "rehearsing the largest batches",

@@ -426,7 +426,8 @@ def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_wha
 
 def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> None:
     rows = dataclasses.replace(TRAIN, tokens=10_000_000_000)
-    demo, large = load("training.max_steps=100", platform="cpu"), dataclasses.replace(LAPTOP, memory_free_gib=200.0)
+    demo = load(f"model.name={ROOT}", "training.max_steps=100", platform="cpu")
+    large = dataclasses.replace(LAPTOP, memory_free_gib=200.0)
     assert make_plan(demo, Data(rows, VALIDATION, 2_500_000, 10**10, 100, 20_000), MISTRAL_7B, large).problems == []
 
 
