@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,21 @@ def span(values: Iterable[float], form: str) -> str:
 
 
 def prepared(variant: str) -> Callable[[Document], str]:
-    """Rows a second of one variant of benchmarks/prepare_data.py beside TRL's, and its memory."""
+    """Seconds of one variant of benchmarks/prepare_data.py, its rows a second beside TRL's, and its memory."""
 
     def figures(found: Document) -> str:
         medians = found["medians"]
         speeds = {name: row["rows_per_second"] for name, row in medians.items()}
         once, twice = (speeds[variant] / speeds[name] for name in ("TRL", "TRL, 2 processes"))
-        return f"{once:.1f} and {twice:.1f} times, in {medians[variant]['peak_mib']} MiB"
+        seconds = statistics.median(one["seconds"] for one in found["rounds"][variant])
+        return f"{seconds:.1f} s; {once:.1f} and {twice:.1f} times, in {medians[variant]['peak_mib']} MiB"
 
     return figures
 
 
 def prepared_by_trl(found: Document) -> str:
     once, twice = (found["medians"][name]["peak_mib"] for name in ("TRL", "TRL, 2 processes"))
-    return f"{once}; {twice} MiB (torch loaded)"
+    return f"{once:,}; {twice:,} MiB (torch loaded)"
 
 
 def cpu_seconds(*commands: str) -> Callable[[Document], str]:
@@ -152,7 +154,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
             f"{found['first']['run']['peak_memory_gib']} GiB resident with all libraries"
         ),
     ),
-    ("preparing 30,000 rows", prepared("ours")),
+    ("preparing 100,000 rows", prepared("ours")),
     ("the same with every row compared", prepared("ours, every row compared")),
     ("TRL preparing the same rows", prepared_by_trl),
     ("a quarter of the rows", lambda found: f"{found['medians']['ours, a quarter of the rows']['peak_mib']} MiB: "
