@@ -39,7 +39,8 @@ if [[ ${1:-} == --slow ]]; then selection=(); shift; fi
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check .
 .venv/bin/python -m mypy src scripts benchmarks
-.venv/bin/yamllint --strict ./*.yaml ./*.yml configs tests .yamllint.yaml
+.venv/bin/yamllint --strict ./*.yaml ./*.yml configs tests .github .yamllint.yaml
 .venv/bin/hadolint docker/Dockerfile
+.venv/bin/zizmor --quiet --offline --persona pedantic .github
 .venv/bin/python -m pytest "${side_by_side[@]}" ${selection[@]+"${selection[@]}"} "$@"
 if [[ ${#selection[@]} -gt 0 ]]; then echo "left out: the tests marked slow; scripts/test.sh --slow runs them too"; fi
