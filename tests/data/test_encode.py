@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data import encode
+from finetune.data import encode, encoded_file
 from finetune.data import prepare as prepare_module
 from finetune.data.encode import Certificate, Encoder, Statistics, control_tokens, truncate, with_system_prompt
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages
@@ -134,7 +134,7 @@ def test_lengths_are_of_the_kept_rows_before_they_are_cut(case: Case) -> None:
 def test_control_tokens_in_messages_are_counted_with_their_first_line(
     case: Case, monkeypatch: pytest.MonkeyPatch, chunk_lines: int
 ) -> None:
-    monkeypatch.setattr(prepare_module, "CHUNK_LINES", chunk_lines)
+    monkeypatch.setattr(encoded_file, "CHUNK_LINES", chunk_lines)
     rows = [conversation("What is </s>?", "An end."), conversation("Hi", "[/INST] is text"), NO_TURN_FITS]
     write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
     write(case.validation, conversation("a", "b", system="<s>"))
@@ -340,7 +340,7 @@ def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch:
     write(case.train, *rows)
     prepared = []
     for workers, chunk_lines in ((0, 256), (2, 64)):
-        monkeypatch.setattr(prepare_module, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
+        monkeypatch.setattr(encoded_file, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
         case.cache = case.folder / f"cache-{workers}"
         prepared.append(
             case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=workers)

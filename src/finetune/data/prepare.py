@@ -7,63 +7,30 @@ split encodes nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import time
-from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import (
-    CHUNK_LINES,
-    Certificate,
-    Chunk,
-    Lines,
-    Recipe,
-    Statistics,
-    encode_batches,
-    row_hash,
-)
+from finetune.data.encode import Chunk, Recipe, Statistics
+from finetune.data.encoded_file import ROWS, Encoding, Source, recipe_key
 from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
-from finetune.data.jsonl import open_lines, read_lines, unpacked
+from finetune.data.jsonl import open_lines
 from finetune.data.packing import pack
-from finetune.data.store import (
-    SCHEMA,
-    EncodedFile,
-    Known,
-    Rows,
-    Split,
-    first_pair,
-    from_arrow,
-    merged,
-    to_arrow,
-)
+from finetune.data.store import EncodedFile, Rows, Split, first_pair, from_arrow
 from finetune.data.tokenizer import Chat, load_chat
-from finetune.errors import CheckFailed, ConfigError, DataError
-from finetune.files import HashedFile, resolve, sha256, shown
-from finetune.wording import Report, counted, duration, lines
+from finetune.errors import ConfigError, DataError
+from finetune.files import resolve, sha256
+from finetune.wording import counted, lines
 
-ROWS = "rows.arrow"
-LIBRARIES = ("mistral-common", "sentencepiece", "tokenizers")
-STRICTNESS: list[Certificate] = [False, True, "every_row"]
 LISTED_PROBLEMS = 20
 LISTED_DROPPED = 5
-MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
-PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
 SAMPLED_FROM_BYTES = 1_000_000  # below this, comparing every row with mistral-common takes less than a second
-MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
 
 
 @dataclass(frozen=True)
@@ -103,12 +70,12 @@ def prepare(
     chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
     if recipe.certificate is True and sum(path.stat().st_size for path in paths.values()) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
-    recipe_key = _recipe_key(recipe, chat)
+    key = recipe_key(recipe, chat)
     held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
     entries = {}
     for name, path in paths.items():
-        source = _Source(name, path, files[name]["sha256"], dataset.max_rows if name == "train" else None)
-        encoding = _Encoding(source, recipe, workers, cache, recipe_key)
+        source = Source(name, path, files[name]["sha256"], dataset.max_rows if name == "train" else None)
+        encoding = Encoding(source, recipe, workers, cache, key)
         folder, facts = cache.entry(encoding.key(), encoding.fill)
         entries[name] = _Entry(EncodedFile(folder / ROWS), facts, held_out)
     splits = {"train": Split(), "validation": Split()}
@@ -145,17 +112,6 @@ def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
     raise ConfigError(
         f"dataset.validation_file: {validation}: not there", fix="set a file that is, or null for a split"
     )
-
-
-def _recipe_key(recipe: Recipe, chat: Chat) -> str:
-    """Template, tokenizer, libraries and this code: whatever decides which tokens a line becomes."""
-    here = Path(__file__).parent
-    code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store")]
-    return _short_hash([chat.fingerprint, recipe.system_prompt, list(map(version, LIBRARIES)), code])
-
-
-def _short_hash(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Entry(NamedTuple):
@@ -203,101 +159,6 @@ def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
     return [(line, f"{length} tokens, {why}") for line, length in found]
 
 
-class _Source(NamedTuple):
-    """A data file, the sum of its content, and of how many rows it is read."""
-
-    name: str
-    path: Path
-    sha256: str
-    max_rows: int | None
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """How an entry of the cache is made: the rows of one file, whole, whatever length and split make of them."""
-
-    source: _Source
-    recipe: Recipe
-    workers: int | None
-    cache: Cache
-    recipe_key: str
-
-    def key(self) -> str:
-        """Begins with the recipe, which entries that can lend rows have in common."""
-        content = _short_hash([self.source.sha256, self.source.max_rows, self.recipe.certificate])
-        return f"{self.recipe_key}-{content}"
-
-    def fill(self, folder: Path) -> dict[str, Any]:
-        """Write the rows into `folder`, in file order; returns what is known of the file beside them."""
-        foreign.refuse(self.source.path, self.source.name)
-        bad: list[tuple[int, str]] = []
-        keys: dict[str, int] = {}
-        with (folder / ROWS).open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for batch in self._batches(bad):
-                writer.write_batch(batch)
-                _count_keys(keys, Counter(key for row in batch.column("other_keys").to_pylist() for key in row))
-        return {"certificate": self.recipe.certificate, "bad": bad, "other_keys": keys}
-
-    def _known(self) -> Known:
-        """Rows of other entries, of which the certificate compared as many at least."""
-        others = self.cache.whole(self.recipe_key)
-        wanted = STRICTNESS.index(self.recipe.certificate)
-        lenders = [folder for folder, facts in others if STRICTNESS.index(facts["certificate"]) >= wanted]
-        return Known([EncodedFile(folder / ROWS) for folder in lenders])
-
-    def _batches(self, bad: list[tuple[int, str]]) -> Iterator[pa.RecordBatch]:
-        """The rows of the file, which must be the bytes that its sum is of, and have mistral-common's tokens.
-
-        A line that an entry of the cache has already is not encoded again. `bad` gets the bad rows.
-        """
-        _, path, sha256, max_rows = self.source
-        size = path.stat().st_size
-        workers = self.workers if self.workers is not None else worker_count() if size >= PARALLEL_FROM_BYTES else 0
-        pace, known = _Pace(path, size, max_rows, self.cache.report), self._known()
-        waiting: deque[pa.RecordBatch] = deque()
-
-        def unknown(lines: Lines) -> Lines:
-            numbers = known.find([row_hash(line) for _, line in lines])
-            there = numbers >= 0
-            waiting.append(known.take(numbers[there], np.array([number for number, _ in lines])[there]))
-            return [line for line, is_there in zip(lines, there, strict=True) if not is_there]
-
-        with HashedFile(path) as file, unpacked(file) as stream:
-            lines = islice(read_lines(stream), max_rows)
-            batches = map(unknown, iter(lambda: list(islice(lines, CHUNK_LINES)), []))
-            for outcome in encode_batches(batches, self.recipe, workers):
-                if outcome.mismatch:
-                    found = f"certificate: {path}:{outcome.mismatch}"
-                    raise CheckFailed(found, "Report this row: no run may start on it.", between="\n")
-                bad += outcome.bad
-                batch = merged([waiting.popleft(), to_arrow(outcome.rows)])
-                yield batch
-                pace.tell(batch.num_rows, file.bytes_read)
-            if file.sha256() != sha256:
-                raise DataError(f"data: {path} changed while it was read", "try again when nothing writes to it")
-
-
-class _Pace:
-    """Says how far a file is encoded, from its second second on: rows, rows a second, and the time that is left."""
-
-    def __init__(self, path: Path, size: int, max_rows: int | None, report: Report) -> None:
-        self._path, self._size, self._max_rows, self._report = path, size, max_rows, report
-        self._rows = 0
-        self._started = self._told = time.monotonic()
-
-    def tell(self, rows: int, bytes_read: int) -> None:
-        """`rows` more are done, of the first `bytes_read` bytes; said at most once a second."""
-        self._rows += rows
-        now = time.monotonic()
-        if now - self._told < 1:
-            return
-        self._told, seconds = now, now - self._started
-        done = max(bytes_read / self._size, self._rows / self._max_rows if self._max_rows else 0)
-        left = duration(seconds * (1 / done - 1))
-        rate = f"{self._rows:,} rows, {self._rows / seconds:,.0f} rows/s, {left} left"
-        self._report.progress(f"encoding {shown(self._path)}: {rate}")
-
-
 def _not_seen(digests: np.ndarray, seen: set[int]) -> np.ndarray:
     """Which rows [rows] are the first with their content; `seen` gets the digests of these. Some 80 bytes a row."""
     first = []
@@ -305,18 +166,6 @@ def _not_seen(digests: np.ndarray, seen: set[int]) -> np.ndarray:
         first.append(digest not in seen)
         seen.add(digest)
     return np.array(first, bool)
-
-
-def _count_keys(counts: dict[str, int], more: dict[str, int]) -> None:
-    for key, count in more.items():
-        if key in counts or len(counts) < MOST_KEYS:
-            counts[key] = counts.get(key, 0) + count
-
-
-def worker_count() -> int:
-    """Processes to encode with: the cores this process may use, at most MOST_WORKERS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
 
 
 def _refuse_bad_rows(paths: dict[str, Path], splits: dict[str, Split], dataset: DatasetConfig) -> None:
