@@ -23,7 +23,7 @@ from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
 from finetune.terminal import Terminal
 
-# Which checks the specification's own functions stand for.
+# Which checks check_imports_remote, check_imports_m4 and check_gpu select.
 REMOTE = ("libraries", "gpu.torch", "device.flash_attention")
 M4 = ("libraries", "mac.torch", "device.qlora")
 GPU = ("gpu", "mac", "device")

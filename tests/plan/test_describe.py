@@ -53,11 +53,11 @@ def test_on_a_mac_expected_and_specified_memory_are_set_against_the_gpus_working
     mac = {"peak_memory_gib": 17.41, "working_set_gib": 21.3, "specified_memory_gb": (24, 28)}
     assert changed(**mac)[""] == (
         "21.3 GiB (22.9 GB) is the GPU's working set: expected -3.9 GiB against it, "
-        "the specification's 24-28 GB +1.1 to +5.1 GB"
+        "an early estimate, 24-28 GB: +1.1 to +5.1 GB"
     )
     assert changed(**mac | {"peak_memory_gib": 25.0, "working_set_gib": 24.0})[""] == (
         "24.0 GiB (25.8 GB) is the GPU's working set: expected +1.0 GiB against it, "
-        "the specification's 24-28 GB -1.8 to +2.2 GB"
+        "an early estimate, 24-28 GB: -1.8 to +2.2 GB"
     )
 
 

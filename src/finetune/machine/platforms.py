@@ -44,7 +44,7 @@ class Platform:
     `variables` decide how its libraries compute and have these values, unless the user has set others.
 
     `memory_gib` is what to plan with on another machine (with unified memory, the working set); `specified_memory_gb`
-    the peak that the specification expects, least and most; `program_gib` what interpreter and libraries take of the
+    an early estimate of the peak, least and most; `program_gib` what interpreter and libraries take of the
     model's memory; `loading_gib` the machine's memory that loading the base needs, 0 if no more than training does.
 
     `install` brings the environment to the lock; `repair` installs everything again where something is broken.

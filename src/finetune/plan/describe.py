@@ -51,12 +51,12 @@ def _evaluated(plan: Plan) -> str:
 
 
 def working_set_rows(plan: Plan) -> list[tuple[str, str]]:
-    """On a Mac: what its GPU may use, and how far from that the expected peak and the specification's are."""
+    """On a Mac: what its GPU may use, and how far from that the expected peak and an early estimate are."""
     if plan.working_set_gib is None or plan.specified_memory_gb is None:
         return []
     limit_gb, (least, most) = plan.working_set_gib * GIB / 1e9, plan.specified_memory_gb
     expected = f"expected {plan.peak_memory_gib - plan.working_set_gib:+.1f} GiB against it"
-    specified = f"the specification's {least}-{most} GB {least - limit_gb:+.1f} to {most - limit_gb:+.1f} GB"
+    specified = f"an early estimate, {least}-{most} GB: {least - limit_gb:+.1f} to {most - limit_gb:+.1f} GB"
     return [
         ("", f"{plan.working_set_gib:.1f} GiB ({limit_gb:.1f} GB) is the GPU's working set: {expected}, {specified}")
     ]

@@ -65,7 +65,7 @@ class Plan:
     a run; else `hours_from` says which has, and where. `hours_expected`, least and most, follow from the arithmetic
     that `hours_expected_from` names, for Mistral-7B on a platform with an expectation. `checkpointed_from` is the
     reason for the number of checkpointed layers, where the config leaves it open. `working_set_gib` is what a Mac's GPU
-    may use before macOS swaps, and `specified_memory_gb` the peak that the specification expects there, least and most.
+    may use before macOS swaps, and `specified_memory_gb` an early estimate of the peak there, least and most.
     `problems` are things to change before a long run, each with what to type.
     """
 
