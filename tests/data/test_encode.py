@@ -168,7 +168,24 @@ def test_the_control_tokens_of_a_format_are_what_it_writes_round_messages(
 @given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
 def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
     slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
-    assert encode._normalised_digest(conversation(*texts)) == encode._normalised_digest(slow)
+    assert encode._folded_digests(conversation(*texts)) == encode._folded_digests(slow)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        (conversation("Hi", "Yes"), conversation("hi ", "No", "Why?", "Because."), True),
+        (conversation("Hi", "Yes", system="Be kind."), conversation("Hi", "No", system=" be  KIND."), True),
+        (conversation("\ufb01ve \u2460", "Yes"), conversation("FIVE 1", "No"), True),
+        (conversation("Stra\u00dfe", "Yes"), conversation("STRASSE", "No"), True),
+        (conversation("Hi", "Yes", system="Be kind."), conversation("Hi", "Yes"), False),
+        (conversation("Hi", "Yes"), conversation("Hi!", "Yes"), False),
+        (conversation("Hi", "Yes"), conversation("Hi Yes", "Yes"), False),
+    ],
+    ids=["later turns", "system message", "forms", "case", "no system message", "punctuation", "other ends"],
+)
+def test_openings_are_alike_up_to_the_first_answer(one: Messages, other: Messages, alike: bool) -> None:
+    assert (encode._folded_digests(one)[1] == encode._folded_digests(other)[1]) == alike
 
 
 # --- the certificate
@@ -455,7 +472,7 @@ def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
 def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[int]], limit: int) -> None:
     ends = [np.cumsum(turns).tolist() for turns in rows]
     encoded = [Encoded(list(range(of_row[-1])), list(range(of_row[-1])), of_row) for of_row in ends]
-    facts = encode.Facts(0, 0, False)
+    facts = encode.Facts(0, 0, 0, False)
     chunk = encode._chunk([encode.Row(1, bytes(16), [], facts, [])] * len(rows), encoded, [False] * len(rows))
     cut = [truncate(row, limit) for row in encoded]
     assert chunk.kept(limit).tolist() == [len(row.input_ids) if row else 0 for row in cut]

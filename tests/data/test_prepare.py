@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from finetune import files
 from finetune.cli import command
 from finetune.data.formats import foreign
+from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
 from support.conversations import conversation
 from support.prepared import (
@@ -147,17 +149,17 @@ def test_without_a_validation_file_a_share_of_the_rows_is_held_out(case: Case) -
 
 
 def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_out_of_these(case: Case) -> None:
-    write(case.train, *numbered(30), "", *numbered(10, start=30), "{}")
+    write(case.train, *numbered(130), "", *numbered(10, start=130), "{}")
     whole, few = (
         case.prepare(validation_split=0.25, on_bad_row="drop"),
-        case.prepare(validation_split=0.25, max_rows=35),
+        case.prepare(validation_split=0.25, max_rows=135),
     )
     for rows, all_rows in ((few.train, whole.train), (few.validation, whole.validation)):
-        assert lines(rows) == [line for line in lines(all_rows) if line <= 36]  # a blank line is no row
-    assert len(lines(few.train) + lines(few.validation)) == few.files["train"]["rows"] == 35
+        assert lines(rows) == [line for line in lines(all_rows) if line <= 136]  # a blank line is no row
+    assert len(lines(few.train) + lines(few.validation)) == few.files["train"]["rows"] == 135
     assert few.split_reason == (
         "no validation file: 25% of the rows, chosen by content, are held out; "
-        f"of {case.train} only the first 35 rows are read (dataset.max_rows)"
+        f"of {case.train} only the first 135 rows are read (dataset.max_rows)"
     )
 
 
@@ -181,10 +183,10 @@ def test_a_limit_evaluates_on_rows_at_even_distances_and_trains_on_no_other_row(
 
 
 def test_too_few_rows_for_a_split_are_told_with_the_limit_to_raise(case: Case) -> None:
-    write(case.train, *numbered(40))
-    assert case.failure(DataError, validation_split=0.01, max_rows=3) == (
-        f"data: {case.train} leaves no row for validation (3 to train on); name a dataset.validation_file, "
-        "raise dataset.max_rows above 3, or raise dataset.validation_split"
+    write(case.train, *numbered(140))
+    assert case.failure(DataError, validation_split=1e-9, max_rows=130) == (
+        f"data: {case.train} leaves no row for validation (130 to train on); name a dataset.validation_file, "
+        "raise dataset.max_rows above 130, or raise dataset.validation_split"
     )
 
 
@@ -224,9 +226,9 @@ def test_an_absent_train_file_is_a_config_error(case: Case) -> None:
 
 
 def test_adding_rows_never_moves_old_rows(case: Case) -> None:
-    rows = numbered(120)
+    rows = numbered(300)
     held_out: dict[str, bool] = {}
-    for present in (rows[:30], rows[:60], rows[90:] + rows[:60], list(reversed(rows))):
+    for present in (rows[:100], rows[:200], rows[250:] + rows[:200], list(reversed(rows))):
         write(case.train, *present)
         prepared = case.prepare(validation_split=0.3)
         for split, is_held_out in ((prepared.train, False), (prepared.validation, True)):
@@ -234,7 +236,7 @@ def test_adding_rows_never_moves_old_rows(case: Case) -> None:
                 question = present[line - 1][0]["content"]
                 assert held_out.setdefault(question, is_held_out) == is_held_out
     assert set(held_out.values()) == {True, False}
-    assert len(held_out) == 120
+    assert len(held_out) == 300
 
 
 def test_neither_length_nor_system_prompt_moves_a_row(case: Case) -> None:
@@ -249,6 +251,65 @@ def test_the_same_row_twice_is_on_one_side_of_a_split(case: Case) -> None:
     assert all((line + 30 in lines(prepared.train)) for line in lines(prepared.train) if line <= 30)
     duplicates = [prepared.statistics[name].duplicates for name in ("train", "validation")]
     assert sum(duplicates) == 30
+
+
+def variants(number: int) -> list[Messages]:
+    """A conversation in which only the answer, case, spaces, forms of characters or later turns differ."""
+    question = f"Is it {number} %?"
+    return [
+        conversation(question, "Yes"),
+        conversation(question.upper(), "No"),
+        conversation(f"  Is it\n{number}\t%? ", "Maybe"),
+        conversation(f"Is it {number} \uff05\uff1f", "Yes"),
+        conversation(question, "Yes", "Why?", "Because."),
+    ]
+
+
+def test_variants_of_one_conversation_are_all_held_out_or_all_trained_on(case: Case) -> None:
+    write(case.train, *(row for number in range(120) for row in variants(number)))
+    prepared = case.prepare()
+    for rows in (prepared.train, prepared.validation):
+        assert {count for _, count in Counter((line - 1) // 5 for line in lines(rows)).items()} == {5}
+    counts = prepared.statistics["validation"]
+    assert (counts.normalised_leaks, counts.opening_leaks) == (0, 0)
+
+
+def test_a_system_message_makes_another_conversation(case: Case) -> None:
+    systems = [conversation("Is it so?", "Yes", system=f"You are number {number}.") for number in range(400)]
+    write(case.train, *systems)
+    assert case.prepare(validation_split=0.25).statistics["validation"].rows in range(70, 130)
+
+
+def test_rows_that_begin_as_a_training_row_does_are_counted_for_what_they_are(two_files: Case) -> None:
+    rows = numbered(5)
+    write(two_files.train, *rows)
+    others = [conversation(rows[index][0]["content"].lower(), "Another answer") for index in (3, 1)]
+    copy = conversation(rows[2][0]["content"].upper(), rows[2][1]["content"].upper())
+    write(two_files.validation, *numbered(1, start=50), "", *others, copy)
+    counts = two_files.prepare().statistics["validation"]
+    assert (counts.normalised_leaks, counts.first_leak) == (1, (3, 5))
+    assert (counts.opening_leaks, counts.first_opening) == (2, (2, 4))
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (5, 1), (20, 2), (37, 4), (99, 10)])
+def test_of_fewer_than_a_hundred_rows_exactly_the_share_is_held_out(case: Case, rows: int, held_out: int) -> None:
+    write(case.train, *numbered(rows))
+    prepared = case.prepare(validation_split=0.1)
+    assert (prepared.statistics["validation"].rows, prepared.statistics["train"].rows) == (held_out, rows - held_out)
+
+
+def test_copies_that_are_left_out_do_not_count_for_the_share(case: Case) -> None:
+    write(case.train, *numbered(20), *numbered(20))
+    assert case.prepare(validation_split=0.1).statistics["validation"].rows == 4
+    assert case.prepare(validation_split=0.1, on_duplicate="drop").statistics["validation"].rows == 2
+
+
+def test_where_all_rows_begin_alike_none_can_be_held_out(case: Case) -> None:
+    write(case.train, *(conversation("Go on.", f"Answer {number}") for number in range(8)))
+    assert case.failure(DataError) == (
+        f"data: {case.train} leaves no row for validation (8 to train on); all have the same system and first user "
+        "message and stay together: name a dataset.validation_file"
+    )
 
 
 def test_of_copies_the_first_one_stays_and_the_others_are_counted(two_files: Case) -> None:
@@ -293,9 +354,9 @@ def test_rows_that_are_all_too_long_are_a_data_error_that_says_so(case: Case) ->
 
 
 def test_a_split_that_leaves_no_validation_row_is_a_data_error(case: Case) -> None:
-    write(case.train, *numbered(3))
+    write(case.train, *numbered(100))
     assert case.failure(DataError, validation_split=1e-9) == (
-        f"data: {case.train} leaves no row for validation (3 to train on); "
+        f"data: {case.train} leaves no row for validation (100 to train on); "
         "name a dataset.validation_file, add rows, or raise dataset.validation_split"
     )
 

@@ -88,7 +88,7 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
     path = folder / "rows.arrow"
     with pa.ipc.new_file(str(path), SCHEMA) as writer:
         for start in range(0, len(rows), chunk_rows):
-            part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, False), ["id"]) for line, _ in rows][
+            part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, 9, False), ["id"]) for line, _ in rows][
                 start : start + chunk_rows
             ]
             encoded = [Encoded(ids, labelled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]

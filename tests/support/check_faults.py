@@ -222,6 +222,10 @@ def shouted(rows: list[list[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
     return [[(role, f" {text.upper()}") for role, text in row] for row in rows]
 
 
+def answered_otherwise(rows: list[list[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
+    return [[*row[:-1], ("assistant", "I do not know.")] for row in rows]
+
+
 def thirty_hours(bench: Bench) -> None:
     make_plan = preflight.make_plan
     bench.patch.setattr(preflight, "make_plan", lambda *known: replace(make_plan(*known), hours=30.0))
@@ -717,6 +721,12 @@ FAULTS = (
           warn("data.leakage",
                "2 validation rows are training rows but for spaces and case; line 4 of /bench/train.jsonl is line "
                "1 of /bench/val.jsonl",
+               "take them out of one of the two: eval_loss looks better than it is")),
+    fault("validation rows begin like training rows", "cpu",
+          lambda b: b.write_validation(*answered_otherwise(conversations()[3:5])),
+          warn("data.leakage",
+               "2 validation rows have a training row's system and first user message, as line 4 of /bench/train.jsonl "
+               "and line 1 of /bench/val.jsonl",
                "take them out of one of the two: eval_loss looks better than it is")),
     fault("control tokens as text", "cpu",
           lambda b: b.write_rows(*conversations(), [("user", "Write </s>"), ("assistant", "Done.")]),

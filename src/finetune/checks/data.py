@@ -96,13 +96,24 @@ def _duplicates(preflight: Preflight) -> Finding:
 
 def _leakage(preflight: Preflight) -> Finding:
     validation, dataset = preflight.prepared.statistics["validation"], preflight.config.dataset
-    if validation.first_leak is None:
-        return passed("no validation row is a training row, by text or but for spaces and case")
-    first, other = validation.first_leak
-    where = f"line {first} of {dataset.train_file} is line {other} of "
-    where += preflight.prepared.files.get("validation", preflight.prepared.files["train"])["path"]
-    found = f"{validation.normalised_leaks:,} validation rows are training rows but for spaces and case; {where}"
-    return warned(found, "take them out of one of the two: eval_loss looks better than it is")
+    file = preflight.prepared.files.get("validation", preflight.prepared.files["train"])["path"]
+    found = []
+    if validation.first_leak is not None:
+        first, other = validation.first_leak
+        where = f"line {first} of {dataset.train_file} is line {other} of {file}"
+        found.append(
+            f"{validation.normalised_leaks:,} validation rows are training rows but for spaces and case; {where}"
+        )
+    if validation.first_opening is not None:
+        first, other = validation.first_opening
+        where = f"line {first} of {dataset.train_file} and line {other} of {file}"
+        found.append(
+            f"{validation.opening_leaks:,} validation rows have a training row's system and first user message, as "
+            f"{where}"
+        )
+    if not found:
+        return passed("no validation row has the system and first user message of a training row")
+    return warned("; ".join(found), "take them out of one of the two: eval_loss looks better than it is")
 
 
 def _control_tokens(preflight: Preflight) -> Finding:
@@ -140,7 +151,7 @@ CHECKS = (
     Check("data.duplicates", "no row stands twice", _duplicates, needs=_ROWS, level="warn"),
     Check(
         "data.leakage",
-        "no validation row is a training row but for spaces and case",
+        "no validation row is a training row but for spaces and case, or begins like one",
         _leakage,
         needs=_ROWS,
         level="warn",

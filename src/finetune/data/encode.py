@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+import unicodedata
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ CHUNK_LINES = 256
 SAMPLED_ONE_IN = 20  # of the rows without anything unusual, where the certificate does not compare every row
 ROW_HASH_BYTES = 16
 FOLDED = bytes(ord(" ") if chr(byte).isspace() else ord(chr(byte).lower()) for byte in range(128)) + bytes(128)
+ANSWER = " \0assistant\0"  # where the first answer of a folded conversation begins
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -53,7 +55,8 @@ class Statistics:
     before. Of the `encoded` rows, those too long to keep included, `certified` were compared with mistral-common and
     with the saved tokenizer. `control_tokens` rows hold one of the chat format's control tokens as literal text, the
     first on line `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for
-    whitespace and case, the first with lines (train, validation) `first_leak`. `duplicates` rows are copies of others,
+    whitespace and case, the first with lines (train, validation) `first_leak`; `opening_leaks` others have a training
+    row's opening, the first with lines `first_opening`. `duplicates` rows are copies of others,
     the first on line `first_copy`; `dropped_duplicates` were left out instead. `bad` lists (line, what was wrong),
     `histogram` is as in store.py, `other_keys` counts the rows with a key besides "messages", by its name.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
@@ -77,6 +80,8 @@ class Statistics:
     first_control_token: int | None = None
     normalised_leaks: int = 0
     first_leak: tuple[int, int] | None = None
+    opening_leaks: int = 0
+    first_opening: tuple[int, int] | None = None
     histogram: dict[str, list[int]] = field(default_factory=dict)
     bad: list[tuple[int, str]] = field(default_factory=list)
     other_keys: dict[str, int] = field(default_factory=dict)
@@ -86,8 +91,9 @@ class Statistics:
 class Chunk:
     """The good rows of some lines, whole.
 
-    [rows]: `lines`, `digests` of the content, `normalised` digests, `literal` (holds a control token as text),
-    `compared` (by the certificate), `lengths` and `turns` (assistant turns). [rows, ROW_HASH_BYTES]: `line_hashes` of
+    [rows]: `lines`, `digests` of the content, `normalised` digests, those of the `openings` (system and first user
+    message), `literal` (holds a control token as text), `compared` (by the certificate), `lengths` and `turns`
+    (assistant turns). [rows, ROW_HASH_BYTES]: `line_hashes` of
     the line's bytes, `ids_hashes` and `labels_hashes`. [turns], flat: `turn_ends`, the length of the row up to the end
     of each assistant turn. [tokens], flat: `input_ids` and `labels`. `other_keys` are those of each row beside
     "messages".
@@ -97,6 +103,7 @@ class Chunk:
     line_hashes: np.ndarray
     digests: np.ndarray
     normalised: np.ndarray
+    openings: np.ndarray
     literal: np.ndarray
     compared: np.ndarray
     lengths: np.ndarray
@@ -132,6 +139,7 @@ class Facts(NamedTuple):
 
     digest: int
     normalised: int
+    opening: int
     literal: bool
 
 
@@ -175,13 +183,13 @@ class Encoder:
 
     def _facts(self, messages: Messages) -> Facts:
         literal = any(token in message["content"] for message in messages for token in self.control_tokens)
-        return Facts(_digest(messages), _normalised_digest(messages), literal)
+        return Facts(_digest(messages), *_folded_digests(messages), literal)
 
     def _compares(self, row: Row) -> bool:
         """Whether the certificate compares a row: all, or what is unusual for a tokenizer and a sample of the rest.
 
         The sample is chosen by content, so it is the same in every file and on every machine. It takes the digest's
-        last bits, because its first choose the split.
+        last bits, because its first choose the rows that a file's weight takes.
         """
         if self.reference is None or self.recipe.certificate == "every_row":
             return self.reference is not None
@@ -239,6 +247,7 @@ def _chunk(rows: list[Row], encoded: list[Encoded], compared: list[bool]) -> Chu
         line_hashes=_hash_rows([row.line_hash for row in rows]),
         digests=np.array([row.facts.digest for row in rows], np.uint64),
         normalised=np.array([row.facts.normalised for row in rows], np.uint64),
+        openings=np.array([row.facts.opening for row in rows], np.uint64),
         literal=np.array([row.facts.literal for row in rows], bool),
         compared=np.array(compared, bool),
         lengths=np.array(lengths, np.int32),
@@ -282,15 +291,23 @@ def _digest(messages: Messages) -> int:
     return _hash64(as_json(messages).encode())
 
 
-def _normalised_digest(messages: Messages) -> int:
-    """The same for all conversations that differ only in runs of whitespace, at the ends of messages, or in case."""
+def _folded_digests(messages: Messages) -> tuple[int, int]:
+    """Of a conversation, and of its opening: up to the first answer.
+
+    The first is the same for all conversations that differ only in runs of whitespace, at the ends of messages, or in
+    case; the second also where openings differ in the form of characters (NFKC). Rows with the same first have the same
+    second.
+    """
     text = "".join(f" \0{message['role']}\0 {message['content']}" for message in messages)
     if not text.isascii():
-        return _hash64(" ".join(text.split()).casefold().encode())
+        whole = " ".join(text.split()).casefold()
+        opening = unicodedata.normalize("NFKC", whole.partition(ANSWER)[0]).casefold()
+        return _hash64(whole.encode()), _hash64(" ".join(opening.split()).encode())
     folded = text.encode().translate(FOLDED)  # comes to the same, faster
     while b"  " in folded:
         folded = folded.replace(b"  ", b" ")
-    return _hash64(folded.strip())
+    folded = folded.strip()
+    return _hash64(folded), _hash64(folded.partition(ANSWER.encode())[0])
 
 
 def _hash64(text: bytes) -> int:

@@ -22,6 +22,7 @@ from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines
 from finetune.data.packing import pack
+from finetune.data.selection import first_copies, held_out
 from finetune.data.store import EncodedFile, Rows, Split, first_pair, from_arrow
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError, DataError
@@ -71,15 +72,15 @@ def prepare(
     if recipe.certificate is True and sum(path.stat().st_size for path in paths.values()) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
     key = recipe_key(recipe, chat)
-    held_out = 0 if "validation" in paths else round(dataset.validation_split * 2**64)
+    share = None if "validation" in paths else dataset.validation_split
     entries = {}
     for name, path in paths.items():
         source = Source(name, path, files[name]["sha256"], dataset.max_rows if name == "train" else None)
         encoding = Encoding(source, recipe, workers, cache, key)
         folder, facts = cache.entry(encoding.key(), encoding.fill)
-        entries[name] = _Entry(EncodedFile(folder / ROWS), facts, held_out)
+        entries[name] = _Entry(EncodedFile(folder / ROWS), facts)
     splits = {"train": Split(), "validation": Split()}
-    rows = {name: _divide(name, entry, splits, recipe, dataset) for name, entry in entries.items()}
+    rows = {name: _divide(name, entry, splits, recipe, dataset, share) for name, entry in entries.items()}
     _refuse_bad_rows(paths, splits, dataset)
     tokens = {name: split.close() for name, split in splits.items()}
     _check_splits(splits, paths, dataset.max_rows)
@@ -119,15 +120,25 @@ class _Entry(NamedTuple):
 
     rows: EncodedFile
     facts: dict[str, Any]
-    held_out: int  # rows whose digest is below it are for validation
 
 
-def _divide(name: str, entry: _Entry, splits: dict[str, Split], recipe: Recipe, dataset: DatasetConfig) -> int:
+def _divide(
+    name: str,
+    entry: _Entry,
+    splits: dict[str, Split],
+    recipe: Recipe,
+    dataset: DatasetConfig,
+    share: float | None,
+) -> int:
     """Cut the rows of a file and add each to its split; returns of how many something is kept."""
+    digests = entry.rows.column("digests")
+    wanted_rows = first_copies(digests) if dataset.on_duplicate == "drop" else np.ones(len(digests), bool)
+    held = np.full(len(digests), name == "validation")
+    if name == "train" and share is not None:
+        held[wanted_rows] = held_out(entry.rows.column("openings")[wanted_rows], share)
     statistics = splits[name].statistics
     statistics.bad += [(line, text) for line, text in entry.facts["bad"]]
     statistics.other_keys = entry.facts["other_keys"]
-    seen: set[int] = set()
     rows = 0
     for first, batch in zip(entry.rows.starts, entry.rows.batches, strict=False):
         chunk = from_arrow(batch)
@@ -139,11 +150,9 @@ def _divide(name: str, entry: _Entry, splits: dict[str, Split], recipe: Recipe, 
             statistics.dropped_long += int((kept == 0).sum())
         statistics.encoded += len(kept)
         statistics.certified += int(chunk.compared.sum())
-        in_validation = chunk.digests < entry.held_out if name == "train" else np.ones(len(kept), bool)
-        wanted = np.ones(len(kept), bool)
-        if dataset.on_duplicate == "drop":
-            wanted = _not_seen(chunk.digests, seen)
-            statistics.dropped_duplicates += int((~wanted).sum())
+        here = slice(int(first), int(first) + len(kept))
+        wanted, in_validation = wanted_rows[here], held[here]
+        statistics.dropped_duplicates += int((~wanted).sum())
         splits["train"].add(int(first), chunk, kept, wanted & ~in_validation)
         splits["validation"].add(int(first), chunk, kept, wanted & in_validation)
         rows += int((wanted & (kept > 0)).sum())
@@ -157,15 +166,6 @@ def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
     found = zip(chunk.lines[long].tolist(), chunk.lengths[long].tolist(), strict=True)
     why = f"model.max_seq_length is {limit}, and dataset.truncation is false"
     return [(line, f"{length} tokens, {why}") for line, length in found]
-
-
-def _not_seen(digests: np.ndarray, seen: set[int]) -> np.ndarray:
-    """Which rows [rows] are the first with their content; `seen` gets the digests of these. Some 80 bytes a row."""
-    first = []
-    for digest in digests.tolist():
-        first.append(digest not in seen)
-        seen.add(digest)
-    return np.array(first, bool)
 
 
 def _refuse_bad_rows(paths: dict[str, Path], splits: dict[str, Split], dataset: DatasetConfig) -> None:
@@ -216,6 +216,8 @@ def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: in
         where = paths.get("validation", paths["train"])
         more = "add rows" if max_rows is None else f"raise dataset.max_rows above {max_rows}"
         advice = f"name a dataset.validation_file, {more}, or raise dataset.validation_split"
+        if len(np.unique(train.kept("openings"))) == 1:
+            advice = "all have the same system and first user message and stay together: name a dataset.validation_file"
         raise DataError(f"data: {where} leaves no row for validation ({train.statistics.rows} to train on)", advice)
     pair = first_pair(train, validation, "digests")
     if pair:
@@ -226,3 +228,6 @@ def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: in
     leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
     validation.statistics.normalised_leaks = int(leaks.sum())
     validation.statistics.first_leak = first_pair(train, validation, "normalised")
+    others = np.isin(validation.kept("openings"), train.kept("openings")) & ~leaks
+    validation.statistics.opening_leaks = int(others.sum())
+    validation.statistics.first_opening = first_pair(train, validation, "openings", others)

@@ -20,6 +20,7 @@ NO_ROWS: dict[str, np.ndarray] = {
     "lines": np.empty(0, np.int32),
     "digests": np.empty(0, np.uint64),
     "normalised": np.empty(0, np.uint64),
+    "openings": np.empty(0, np.uint64),
     "full_lengths": np.empty(0, np.int32),
     "indices": np.empty(0, np.int64),
     "kept_lengths": np.empty(0, np.int32),
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         ("line_hashes", _HASH),
         ("digests", pa.uint64()),
         ("normalised", pa.uint64()),
+        ("openings", pa.uint64()),
         ("literal", pa.bool_()),
         ("compared", pa.bool_()),
         ("ids_hashes", _HASH),
@@ -90,6 +92,10 @@ class EncodedFile:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+
+    def column(self, name: str) -> np.ndarray:
+        """One of the numbers that NO_ROWS names and SCHEMA has, of all rows, [rows]."""
+        return np.concatenate([NO_ROWS[name], *(batch.column(name).to_numpy() for batch in self.batches)])
 
     def place(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The batch of a row, and its place in there."""
@@ -238,14 +244,19 @@ def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
     return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
 
 
-def first_pair(train: Split, validation: Split, name: str) -> tuple[int, int] | None:
-    """Lines (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too."""
-    ours, theirs = train.kept(name), validation.kept(name)
+def first_pair(
+    train: Split, validation: Split, name: str, of: np.ndarray | slice = slice(None)
+) -> tuple[int, int] | None:
+    """Lines (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too.
+
+    `of` says which validation rows are looked at, [rows].
+    """
+    ours, theirs = train.kept(name), validation.kept(name)[of]
     shared = np.flatnonzero(np.isin(ours, theirs))
     if not len(shared):
         return None
     place = np.flatnonzero(theirs == ours[shared[0]])[0]
-    return int(train.kept("lines")[shared[0]]), int(validation.kept("lines")[place])
+    return int(train.kept("lines")[shared[0]]), int(validation.kept("lines")[of][place])
 
 
 class Rows:

@@ -93,7 +93,7 @@ def test_an_adapter_whose_self_test_warns_is_safe_with_what_it_found(tmp_path: P
 
 
 def test_what_was_left_out_or_flatters_stands_in_the_verdict(tmp_path: Path) -> None:
-    found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalised_leaks=2)}
+    found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalised_leaks=2, opening_leaks=1)}
     run = of(tmp_path, manifest(rows=found, skipped_checks=["host.memory", "rehearsal"]))
     assert told(verdicts.safe(run)) == (
         "Yes, with these notes",
@@ -102,6 +102,8 @@ def test_what_was_left_out_or_flatters_stands_in_the_verdict(tmp_path: Path) -> 
             "Its self-test passed: 1 check, listed below.",
             "Checks left out by --skip: host.memory, rehearsal.",
             "2 held-out conversations also in the training data but for case and spaces: the held-out loss flatters.",
+            "The training data has the system and first user message of 1 held-out conversation: the held-out loss "
+            "flatters.",
             "Tokens were not compared with mistral-common's: the base is not Mistral's, or the check is off.",
             NOT_LEFT_TO_TEST,
         ],

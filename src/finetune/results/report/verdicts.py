@@ -115,6 +115,10 @@ def cautions(run: Evidence) -> list[str]:
     if leaks:
         rows = counted(int(leaks), "held-out conversation")
         notes.append(f"{rows} also in the training data but for case and spaces: the held-out loss flatters.")
+    openings = run.number("rows", "validation", "opening_leaks")
+    if openings:
+        rows = counted(int(openings), "held-out conversation")
+        notes.append(f"The training data has the system and first user message of {rows}: the held-out loss flatters.")
     rows_all = sum(run.number("tokens", name, "rows") or 0 for name in ("train", "validation"))
     certified = sum(run.number("rows", name, "certified") or 0 for name in ("train", "validation"))
     if rows_all and not certified:
