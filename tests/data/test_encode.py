@@ -65,6 +65,8 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "first_control_token": None,
         "normalised_leaks": 0,
         "first_leak": None,
+        "opening_leaks": 0,
+        "first_opening": None,
         "first_copy": 6,
         "histogram": {"edges": list(range(11, 23)), "counts": [3, *[0] * 9, 1]},
         "bad": [
