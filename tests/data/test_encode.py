@@ -76,7 +76,12 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "other_keys": {},
     }
     assert prepared.statistics["validation"] == Statistics(
-        1, 11, 2, 11, 11, 11, encoded=1, certified=1, histogram={"edges": [11, 12], "counts": [1]}
+        *(1, 11, 2, 11, 11, 11),
+        encoded=1,
+        certified=1,
+        opening_leaks=1,
+        first_opening=(1, 1),
+        histogram={"edges": [11, 12], "counts": [1]},
     )
     assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
     assert lines(prepared.train) == [1, 3, 6, 7]
