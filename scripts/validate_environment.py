@@ -124,7 +124,7 @@ def list_checks(terminal: Terminal, as_json: bool) -> None:
         terminal.say(f"{check.id:<24} {check.looks_at} ({'; '.join(marks)})")
 
 
-def describe(check: Check[Preflight]) -> dict[str, Any]:
+def describe(check: Check) -> dict[str, Any]:
     """A row of the registry as JSON has it."""
     names = ("id", "looks_at", "platforms", "needs", "level", "network", "deep")
     return {name: getattr(check, name) for name in names}

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from finetune import checks
-from finetune.checks.docker import host
 from finetune.config.load import ROOT, load_config
 from finetune.plan.fit import EFFECTS
 from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
+from support.commands import load_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,7 +41,7 @@ def test_every_fault_names_a_test_file_and_each_one_named_is_there() -> None:
 def test_the_tables_of_checks_are_the_registries() -> None:
     text = section("One H100") + section("Before an hour is paid")
     named = re.findall(r"^\| `([a-z0-9_]+\.[a-z0-9_]+|receipt|rehearsal)` \|", text, re.MULTILINE)
-    assert named == [check.id for check in (*host.CHECKS, *checks.CHECKS)]
+    assert named == [*load_script("check_docker").CHECKS, *(check.id for check in checks.CHECKS)]
 
 
 def test_the_nights_line_is_that_of_its_result_file() -> None:

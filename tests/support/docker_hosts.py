@@ -1,24 +1,57 @@
-"""Docker hosts that lack something, a project for one, and the engine of this machine."""
+"""Docker hosts as they were recorded, with what may be wrong with them; and the engine of this machine.
+
+The answers to /info are shortened. Those of an H100's host were put together from the fields that Docker names.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from finetune.checks.docker.host import CHECKS
-from finetune.checks.runner import run
-from finetune.config.load import ROOT
-from finetune.machine import docker_host
-from finetune.machine.docker_host import Disk, DockerHost, Engine, Place, Service, Unreachable
-from support.recorded_docker import FOLDERS, READY
+from support.commands import load_script
 
-IDS = [check.id for check in CHECKS]
+check_docker = load_script("check_docker")
+Place, Image = check_docker.Place, check_docker.Image
+Host = Any  # check_docker.Host, which is not known before the script is loaded
+
+FOLDERS = tuple(
+    Place(name, name.startswith("adapters"), 0o040755, 1000, 1000)
+    for name in ("configs", "data", "models", "adapters", "adapters/mistral-7b-qlora-h100")
+)
+ENGINE = {
+    "ServerVersion": "28.2.2",
+    "OperatingSystem": "Ubuntu 22.04.5 LTS",
+    "DockerRootDir": "/var/lib/docker",
+    "DriverStatus": [["Backing Filesystem", "extfs"], ["Supports d_type", "true"]],
+    "Runtimes": {"nvidia": {"path": "nvidia-container-runtime"}, "runc": {"path": "runc"}},
+    "SecurityOptions": ["name=apparmor", "name=seccomp,profile=builtin", "name=cgroupns"],
+    "Api": "1.50",
+    "Address": "",
+}
+CDI = [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}, {"Source": "cdi", "ID": "nvidia.com/gpu=all"}]
+SERVICE = {
+    "image": "mistral-7b-qlora:h100",
+    "user": "1000:1000",
+    "build": {"args": {"CUDA": None, "FLASH_ATTN": "build", "LOCK": "h100", "MAX_JOBS": ""}},
+    "volumes": [],
+}
+READY = check_docker.Host(
+    machine={
+        "system": "Linux", "release": "5.15.0-119-generic", "architecture": "x86_64", "container": False,
+        "driver": "550.90.07", "gpus": ["NVIDIA H100 80GB HBM3"],
+    },
+    engine=ENGINE,
+    project={"services": {"train-h100": SERVICE}},
+    compose="2.36.2",
+    buildx="0.24.0",
+    hook=True,
+    folders=FOLDERS,
+    image=Image(14.2, "h100", "build"),
+    disk=("/var/lib/docker", 412.3),
+)  # fmt: skip
+MAC = READY.machine | {"system": "Darwin", "release": "15.1", "architecture": "arm64", "driver": None, "gpus": []}
 
 
 class Found(NamedTuple):
@@ -27,93 +60,46 @@ class Found(NamedTuple):
     id: str
     status: str
     detail: str
-    fix: str
+    fix: str = ""
 
 
-def warn(name: str, detail: str, fix: str) -> Found:
-    return Found(f"docker.{name}", "warn", detail, fix)
+def found(host: Host) -> list[Found]:
+    return [Found(it["id"], it["status"], it["detail"], it["fix"]) for it in check_docker.results(host)]
 
 
-def fail(name: str, detail: str, fix: str) -> Found:
-    return Found(f"docker.{name}", "fail", detail, fix)
+def host(**changes: Any) -> Host:
+    return READY._replace(**changes)
 
 
-def skip(name: str, detail: str) -> Found:
-    return Found(f"docker.{name}", "skip", detail, "")
+def engine(more: dict[str, Any], **changes: Any) -> Host:
+    return host(engine=ENGINE | more, **changes)
 
 
-def found(host: DockerHost) -> list[Found]:
-    return [Found(it.id, it.status, it.detail, it.fix) for it in run(CHECKS, host)]
+def machine(**changes: Any) -> Host:
+    return host(machine=READY.machine | changes)
 
 
-def engine(**changes: Any) -> DockerHost:
-    assert isinstance(READY.engine, Engine)
-    return replace(READY, engine=replace(READY.engine, **changes))
+def service(user: str = "1000:1000", lock: str = "h100", **changes: Any) -> Host:
+    changed = SERVICE | {"user": user, "build": {"args": {"LOCK": lock}}}
+    return host(project={"services": {"train-h100": changed}}, **changes)
 
 
-def machine(**changes: Any) -> DockerHost:
-    return replace(READY, machine=replace(READY.machine, **changes))
+def image(**changes: Any) -> Host:
+    return host(image=READY.image._replace(**changes))
 
 
-def service(**changes: Any) -> DockerHost:
-    assert isinstance(READY.service, Service)
-    return replace(READY, service=replace(READY.service, **changes))
+def folder(name: str, mode: int, uid: int = 1000, gid: int = 1000, user: str = "1000:1000") -> Host:
+    changed = [it._replace(mode=mode, uid=uid, gid=gid) if it.name == name else it for it in FOLDERS]
+    return service(user, folders=tuple(changed))
 
 
-def image(**changes: Any) -> DockerHost:
-    assert READY.image is not None
-    return replace(READY, image=replace(READY.image, **changes))
+def token(mode: int, uid: int = 1000) -> Host:
+    return host(tokens={"HF_TOKEN_FILE": Place("/home/trainer/token", False, mode, uid, uid)})
 
 
-def folder(name: str, mode: int | None, uid: int = 1000, gid: int = 1000) -> DockerHost:
-    changes = {"mode": mode, "uid": uid, "gid": gid}
-    return service(folders=tuple(replace(it, **changes) if it.name == name else it for it in FOLDERS))
-
-
-def token(mode: int | None, uid: int = 1000) -> DockerHost:
-    return service(tokens={"HF_TOKEN_FILE": Place("/home/trainer/token", mode, uid, uid)})
-
-
-def unreachable(why: str, **changes: Any) -> DockerHost:
-    silence = Unreachable(why, "Read timed out") if why == "other" else Unreachable(why)  # type: ignore[arg-type]
-    return replace(READY, engine=silence, image=None, disk=None, **changes)
-
-
-def disk(free_gib: float, **changes: Any) -> DockerHost:
-    return replace(READY, disk=Disk("/var/lib/docker", free_gib), **changes)
-
-
-BUILD = "docker compose build"
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project's folder with lock, program, .env and bound folders, in a shell that names none of it."""
-    for name in ("UID", "GID", "LOCK", "HF_TOKEN_FILE", "WANDB_API_KEY_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("data", "configs", "models", "adapters/run", "requirements", "src/finetune/__pycache__", "scripts"):
-        (tmp_path / name).mkdir(parents=True)
-    for name, content in PROGRAM.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "src/finetune/__pycache__/a.pyc").write_bytes(b"compiled")
-    (tmp_path / ".env").write_text(f"UID={os.getuid()}\nGID={os.getgid()}\n")
-    return tmp_path
-
-
-PROGRAM = {
-    "requirements/h100.lock": b"torch==2.10.0\n",
-    "src/train.py": b"print()\n",
-    "src/finetune/a.py": b"A = 1\n",
-    "scripts/b.sh": b"true\n",
-}
-
-
-def answers() -> bool:
-    """Whether an engine of this machine answers, with Compose."""
-    return all(docker_host._ask("docker", *it)[0] for it in (("info",), ("compose", "version")))
-
-
-needs_engine = pytest.mark.skipif(not answers(), reason="no Docker engine with Compose answers here")
+def silent(why: str, **changes: Any) -> Host:
+    """A host whose engine does not answer."""
+    return host(engine=why, image=None, disk=None, **changes)
 
 
 def docker(*arguments: str, **options: Any) -> str:
@@ -122,19 +108,9 @@ def docker(*arguments: str, **options: Any) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
-def real(project: Path) -> Iterator[Path]:
-    """A project's folder with compose.yaml, and an image of its own: nothing but the program."""
-    # The stand-in's name is not that of the real image, which is left alone.
-    name = f"check-docker-test-{os.getpid()}"
-    compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
-    (project / "compose.yaml").write_text(compose.replace("image: mistral-7b-qlora:", f"image: {name}:"))
-    dockerfile = (
-        "FROM scratch\nLABEL lock=h100 flash-attn=build\nVOLUME /cache\n"
-        "COPY requirements /app/requirements\nCOPY src /app/src\nCOPY scripts /app/scripts\n"
-    )
-    (project / "Dockerfile").write_text(dockerfile)
-    tag = f"{name}:h100"
-    docker("build", "--quiet", "--tag", tag, str(project))
-    yield project
-    docker("image", "rm", "--force", tag)
+def answers() -> bool:
+    """Whether an engine of this machine answers, with Compose."""
+    return not any(check_docker.ask("docker", *it).returncode for it in (("info",), ("compose", "version")))
+
+
+needs_engine = pytest.mark.skipif(not answers(), reason="no Docker engine with Compose answers here")

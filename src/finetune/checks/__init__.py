@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from finetune.checks import base_model, data, device, gpu, host, libraries, mac, paths, plan, resume
-from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check
 from finetune.cli import command
 from finetune.config.suggest import did_you_mean
 from finetune.errors import ConfigError
 
-CHECKS: tuple[Check[Preflight], ...] = (
+CHECKS: tuple[Check, ...] = (
     *host.CHECKS,
     *libraries.CHECKS,
     *base_model.CHECKS,  # before what computes with the model's shape
@@ -31,9 +30,7 @@ LIST = f"{command('scripts/validate_environment.py')} --list names them all"
 TRAINING_DOES = ("state.run", "receipt", "rehearsal")
 
 
-def select(
-    platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False
-) -> tuple[Check[Preflight], ...]:
+def select(platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False) -> tuple[Check, ...]:
     """The checks of `platform`, or of those the ones named by id or group (`gpu` means each `gpu.*`).
 
     Raises ConfigError for a name that is neither, and where none is left.

@@ -23,7 +23,7 @@ def _driver(preflight: Preflight) -> Finding:
     absent = f"{DRIVER}; or --config cpu for the demo"
     if preflight.machine.container:
         validate = "docker compose run --rm validate, which asks for the GPU"
-        absent = advice(validate, "on the host: .venv/bin/python scripts/check_docker.py")
+        absent = advice(validate, "on the host: ./scripts/check_docker.py")
     return nvidia_driver(preflight.machine, absent, f"{DRIVER} (on the host, not in a container)")
 
 

@@ -18,16 +18,6 @@ MADE = datetime(2026, 11, 1, tzinfo=UTC)  # before this program was: a clock tha
 SHM_GIB = 0.25  # Docker gives 0.0625 unless told otherwise
 
 
-def on_linux(machine: Machine, who: str, otherwise: str) -> Finding:
-    """Whether `machine` runs Linux on x86_64, which `who` needs; `otherwise` is what to do on another system."""
-    if machine.system != "Linux":
-        return failed(f"{machine.described}; {who} needs Linux", otherwise)
-    if machine.architecture != "x86_64":
-        lock = "requirements/h100.lock was resolved for x86_64"
-        return warned(f"{machine.described}; {lock}", "rent an x86_64 machine")
-    return passed(machine.described)
-
-
 def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
     """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are what to type where it does not."""
     if machine.driver is None:
@@ -39,10 +29,19 @@ def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
 
 def _system(preflight: Preflight) -> Finding:
     if preflight.platform.nvidia:
-        return on_linux(preflight.machine, "the h100 config", "--config m4 on a Mac, or rent a Linux machine")
+        return _linux(preflight.machine)
     if preflight.platform.unified_memory:
         return _mac(preflight.machine)
     return passed(preflight.machine.described)
+
+
+def _linux(machine: Machine) -> Finding:
+    found = machine.described
+    if machine.system != "Linux":
+        return failed(f"{found}; the h100 config needs Linux", "--config m4 on a Mac, or rent a Linux machine")
+    if machine.architecture != "x86_64":
+        return warned(f"{found}; requirements/h100.lock was resolved for x86_64", "rent an x86_64 machine")
+    return passed(found)
 
 
 def _mac(machine: Machine) -> Finding:

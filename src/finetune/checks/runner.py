@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import CheckFailed, DataError, UserError
 from finetune.machine.platforms import PLATFORMS
 
-Facts = TypeVar("Facts")  # what a check looks at: a Preflight, or a Docker host
+if TYPE_CHECKING:
+    from finetune.checks.preflight import Preflight
+
 NO_FIX = "mend that, or set another value with --set"
 CRASHED = "report it; --skip {id} goes on without it"
 
@@ -46,7 +48,7 @@ def skipped(why: str) -> Finding:
 
 
 @dataclass(frozen=True)
-class Check(Generic[Facts]):
+class Check:
     """One row of the registry.
 
     `looks_at` is what `--list` and the README say of it; `level` is the worst it may find; `needs` are checks before it
@@ -56,7 +58,7 @@ class Check(Generic[Facts]):
 
     id: str
     looks_at: str
-    look: Callable[[Facts], Finding]
+    look: Callable[[Preflight], Finding]
     platforms: tuple[str, ...] = tuple(PLATFORMS)
     needs: tuple[str, ...] = ()
     level: Literal["warn", "fail"] = "fail"
@@ -82,16 +84,13 @@ class Result:
         return values
 
 
-def run(checks: Iterable[Check[Facts]], facts: Facts, crashed: str = CRASHED) -> Iterator[Result]:
-    """Each check's result, in the registry's order; a check that crashes is one finding, not the end.
-
-    `crashed` is what to type then.
-    """
+def run(checks: Iterable[Check], preflight: Preflight) -> Iterator[Result]:
+    """Each check's result, in the registry's order; a check that crashes is one finding, not the end."""
     checks = tuple(checks)
     probes = [check for check in checks if check.network]
     results: dict[str, Result] = {}
     with ThreadPoolExecutor(max(1, len(probes))) as pool:
-        running: dict[str, Future[Result]] = {check.id: pool.submit(_result, check, facts, crashed) for check in probes}
+        running: dict[str, Future[Result]] = {check.id: pool.submit(_result, check, preflight) for check in probes}
         for check in checks:
             missing = [name for name in check.needs if name in results and results[name].status in ("fail", "skip")]
             if check.id in running:
@@ -99,21 +98,21 @@ def run(checks: Iterable[Check[Facts]], facts: Facts, crashed: str = CRASHED) ->
             elif missing:
                 result = Result(check.id, "skip", f"needs {missing[0]}", "", 0.0)
             else:
-                result = _result(check, facts, crashed)
+                result = _result(check, preflight)
             results[check.id] = result
             yield result
 
 
-def _result(check: Check[Facts], facts: Facts, crashed: str) -> Result:
+def _result(check: Check, preflight: Preflight) -> Result:
     started, own_code = time.perf_counter(), None
     try:
-        finding = check.look(facts)
+        finding = check.look(preflight)
     except UserError as error:
         fix = "\n".join(map(str.strip, (error.fix or NO_FIX).splitlines()))
         finding, own_code = Finding(check.level, error.found, fix), error.exit_code
     except Exception as error:  # noqa: BLE001  # a bug in one check must not hide what the others find
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
-        finding = Finding(check.level, f"this check crashed: {text}", crashed.format(id=check.id))
+        finding = Finding(check.level, f"this check crashed: {text}", CRASHED.format(id=check.id))
     if finding.status == "fail" and check.level == "warn":
         raise AssertionError(f"{check.id} has level warn and found a failure: {finding.detail}")
     seconds = round(time.perf_counter() - started, 3)
