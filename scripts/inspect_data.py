@@ -21,6 +21,7 @@ from finetune.terminal import Terminal
 
 if TYPE_CHECKING:
     from finetune.config.schema import Config
+    from finetune.data.template import Encoded
 
 
 def parse() -> argparse.Namespace:
@@ -40,7 +41,7 @@ def line_range(text: str) -> range:
 
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
     """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
-    from finetune.data.encode import truncate, with_system_prompt
+    from finetune.data.encode import as_trained, truncate
     from finetune.data.formats import foreign
     from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
     from finetune.data.preview import segments
@@ -56,7 +57,7 @@ def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, 
             if number not in rows:
                 continue
             try:
-                messages = with_system_prompt(parse_row(line), config.system_prompt)
+                messages = as_trained(parse_row(line), config.system_prompt, config.dataset.train_on)
             except BadRow as bad:
                 raise DataError(f"{path}:{number}: {bad}") from None
             encoded = chat.encode([messages])[0]
@@ -68,16 +69,19 @@ def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, 
                 "labels": labels,
                 "text": "".join(text for text, _ in segments(chat, input_ids, labels)),
                 "tokens": [chat.tokenizer.id_to_token(token) for token in input_ids],
-                "note": _note(len(encoded.input_ids), cut and len(cut.input_ids), config),
+                "note": _note(encoded, cut, config),
             }
 
 
-def _note(full: int, kept: int | None, config: Config) -> str:
-    limit = config.model.max_seq_length
-    if kept != full and not config.dataset.truncation:
+def _note(encoded: Encoded, cut: Encoded | None, config: Config) -> str:
+    full, limit = len(encoded.input_ids), config.model.max_seq_length
+    if not encoded.turn_ends:
+        return f"{full} tokens, DROPPED: no assistant turn carries loss"
+    if full > limit and not config.dataset.truncation:
         return f"{full} tokens, BAD: over model.max_seq_length {limit}, and dataset.truncation is false"
-    if kept is None:
-        return f"{full} tokens, DROPPED: no assistant turn ends within model.max_seq_length {limit}"
+    if cut is None:
+        return f"{full} tokens, DROPPED: no assistant turn with loss ends within model.max_seq_length {limit}"
+    kept = len(cut.input_ids)
     return f"{full} tokens" if kept == full else f"{full} tokens, CUT to {kept} at the end of an assistant turn"
 
 

@@ -21,6 +21,8 @@ from finetune.model.lora import add_lora
 from finetune.runs.folder import Run
 from finetune.training.arguments import training_arguments
 from finetune.training.trainer import Examples, Trainer, make_trainer
+from support.conversations import conversation, weighted
+from support.prepared import write
 
 TOLERANCE = 1e-5  # relative; sums in another order
 
@@ -124,6 +126,32 @@ def test_a_packed_batch_has_the_loss_of_the_same_rows_padded(case: Case) -> None
     assert packed_tokens == tokens
     assert float(abs(packed_loss - loss) / loss) < TOLERANCE
     assert distance(packed_gradients, gradients) < TOLERANCE
+
+
+def test_a_turn_of_weight_0_has_no_labels_in_a_batch_and_gives_no_gradient(tiny_mistral: Path, tmp_path: Path) -> None:
+    two = conversation("Why?", "Because.", "And then?", "So long.")
+    rows = write(tmp_path / "rows.jsonl", weighted(two, 0, 1), weighted(two, 1, 0), conversation("Hi", "Hello"))
+    held_out = write(tmp_path / "val.jsonl", conversation("Bye", "Yes"))
+    files = [f"dataset.train_file={rows}", f"dataset.validation_file={held_out}"]
+    config, _ = load_config("cpu", [f"model.name={tiny_mistral}", *files, "lora.lora_dropout=0"])
+    case = Case(config, rows, tmp_path)
+    hidden: list[torch.Tensor] = []  # the last, of which logits are made chunk by chunk
+
+    def keep(*of_call: Any) -> None:
+        of_call[2].retain_grad()
+        hidden.append(of_call[2])
+
+    case.model.get_base_model().model.norm.register_forward_hook(keep)
+    batch = case.batch([0, 1, 2])
+    labels = batch["labels"][0]
+    learnt = labels[labels != -100].tolist()
+    said = load_chat(None).tokenizer.decode(learnt, skip_special_tokens=False)
+    assert said == "So long.</s> Because.</s> Hello</s>"
+    case.loss_and_gradients(batch)
+    (found,) = hidden
+    assert found.grad is not None
+    of_places = found.grad[0].abs().sum(-1) > 0
+    assert of_places.tolist() == [*(labels[1:] != -100).tolist(), False]
 
 
 def test_the_logits_of_a_row_do_not_depend_on_its_neighbours(case: Case) -> None:

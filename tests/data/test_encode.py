@@ -19,7 +19,7 @@ from finetune.data.encode import Certificate, Encoder, Statistics, control_token
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference
 from finetune.errors import CheckFailed, DataError, OutOfResource
-from support.conversations import conversation
+from support.conversations import conversation, weighted
 from support.prepared import (
     NO_TURN_FITS,
     RECIPE,
@@ -56,6 +56,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "p95": 21,
         "truncated": 1,
         "dropped_long": 1,
+        "dropped_without_loss": 0,
         "dropped_bad": 2,
         "duplicates": 1,
         "dropped_duplicates": 0,
@@ -100,6 +101,63 @@ def test_a_row_in_which_no_turn_fits_is_dropped_and_counted(case: Case) -> None:
     write(case.validation, conversation("Hi", "No"))
     prepared = case.prepare(replace(RECIPE, max_seq_length=16))
     assert (prepared.statistics["train"].dropped_long, lines(prepared.train)) == (1, [1])
+
+
+THREE = conversation("Hi", "Hello", "Hi", "Yes", "Hi", "No")  # 31 tokens, its turns end at 11, 21 and 31
+
+
+@pytest.mark.parametrize(
+    ("weights", "limit", "kept"),
+    [
+        ((1, 1, 0), 31, 31), ((0, 0, 1), 31, 31), ((1, 0, 1), 30, 11), ((0, 1, 1), 30, 21), ((1, 1, 0), 20, 11),
+        ((0, 1, 1), 20, None), ((0, 0, 1), 30, None),
+    ],
+)  # fmt: skip
+def test_a_row_is_cut_after_the_last_turn_with_loss_that_fits(
+    case: Case, weights: tuple[int, ...], limit: int, kept: int | None
+) -> None:
+    write(case.train, SHORT, weighted(THREE, *weights))
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=limit))
+    assert prepared.train.lengths.tolist()[1:] == ([] if kept is None else [kept])
+    counts = prepared.statistics["train"]
+    assert (counts.truncated, counts.dropped_long) == (kept not in (None, 31), kept is None)
+    assert counts.dropped_without_loss == 0
+
+
+@pytest.mark.parametrize("truncation", [True, False])
+def test_a_row_in_which_no_turn_carries_loss_is_dropped_and_counted_by_itself(case: Case, truncation: bool) -> None:
+    write(case.train, weighted(SHORT, 0), SHORT, weighted(NO_TURN_FITS, 0), weighted(THREE, 0, 0, 0))
+    write(case.validation, conversation("Hi", "No"), weighted(conversation("Hi", "Yes"), 0))
+    prepared = case.prepare(replace(RECIPE, max_seq_length=16, truncation=truncation))
+    train, validation = (prepared.statistics[name] for name in ("train", "validation"))
+    assert (train.rows, train.dropped_without_loss, train.dropped_long, train.bad) == (1, 3, 0, [])
+    assert (validation.rows, validation.dropped_without_loss) == (1, 1)
+    assert (train.encoded, lines(prepared.train), prepared.whole["train"]["rows"]) == (4, [2], 1)
+
+
+def test_with_train_on_last_only_the_last_answer_carries_loss(case: Case) -> None:
+    write(case.train, THREE, SHORT, weighted(THREE, 1, 1, 0))
+    write(case.validation, conversation("Hi", "No"))
+    prepared = case.prepare(replace(RECIPE, train_on="last", certificate=True, system_prompt=SYSTEM_PROMPT))
+    led = with_system_prompt(THREE, SYSTEM_PROMPT)
+    row = the_chat(None).encode([weighted(led, 0, 0, 1)])[0]
+    assert contents(prepared.train)[0] == (1, row.input_ids, row.labels)
+    counts = prepared.statistics["train"]
+    assert (counts.rows, counts.dropped_without_loss, counts.supervised_tokens, counts.certified) == (2, 1, 4, 3)
+    cut = case.prepare(replace(RECIPE, train_on="last", max_seq_length=30)).statistics["train"]
+    assert (cut.rows, cut.dropped_long, cut.dropped_without_loss) == (1, 1, 1)
+
+
+def test_rows_that_differ_in_weights_only_are_copies_of_which_the_first_with_loss_may_be_kept(case: Case) -> None:
+    write(case.train, weighted(TWO_TURNS, 0, 0), weighted(TWO_TURNS, 0, 1), TWO_TURNS, SHORT)
+    write(case.validation, conversation("Hi", "No"))
+    assert case.prepare().statistics["train"].duplicates == 1
+    prepared = case.prepare(on_duplicate="drop")
+    counts = prepared.statistics["train"]
+    assert (lines(prepared.train), counts.dropped_duplicates, counts.dropped_without_loss) == ([2, 4], 1, 1)
+    write(case.validation, weighted(TWO_TURNS, 1, 0))
+    assert case.failure(DataError).startswith("data: 1 row stands in train and validation both, the first: ")
 
 
 def test_without_truncation_a_long_row_is_a_bad_row(case: Case) -> None:
@@ -475,10 +533,16 @@ def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(rows=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), max_size=6), limit=st.integers(1, 30))
-def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[int]], limit: int) -> None:
-    ends = [np.cumsum(turns).tolist() for turns in rows]
-    encoded = [Encoded(list(range(of_row[-1])), list(range(of_row[-1])), of_row) for of_row in ends]
+@given(
+    rows=st.lists(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=4), max_size=6),
+    limit=st.integers(1, 30),
+)
+def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[tuple[int, bool]]], limit: int) -> None:
+    encoded = []
+    for turns in rows:
+        ends = np.cumsum([length for length, _ in turns]).tolist()
+        ids = list(range(ends[-1]))
+        encoded.append(Encoded(ids, ids, [end for end, (_, with_loss) in zip(ends, turns, strict=True) if with_loss]))
     facts = encode.Facts(0, 0, 0, False)
     chunk = encode._chunk([encode.Row(1, bytes(16), [], facts, [])] * len(rows), encoded, [False] * len(rows))
     cut = [truncate(row, limit) for row in encoded]

@@ -23,7 +23,7 @@ from finetune.data import encode, encoded_file
 from finetune.data import prepare as prepare_module
 from finetune.data.tokenizer import Chat
 from finetune.errors import DataError
-from support.conversations import conversation
+from support.conversations import conversation, weighted
 from support.prepared import (
     NO_TURN_FITS,
     RECIPE,
@@ -91,6 +91,7 @@ def test_another_length_or_split_encodes_no_row_again(
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "system prompt": ({"system_prompt": SYSTEM_PROMPT}, {}),
     "certificate": ({"certificate": True}, {}),
+    "which turns are learnt": ({"train_on": "last"}, {}),
     "rows read": ({}, {"max_rows": 10}),
 }  # fmt: skip
 
@@ -102,7 +103,7 @@ def test_a_change_of_what_decides_a_row_makes_a_new_entry(
     write(two_files.train, *numbered(20))
     two_files.prepare()
     two_files.prepare(replace(RECIPE, **of_recipe), **of_dataset)
-    assert len(two_files.caches()) == 3 if of_dataset else 4
+    assert len(two_files.caches()) == (3 if of_dataset else 4)
 
 
 @pytest.mark.parametrize("name", ["train", "validation"])
@@ -146,6 +147,19 @@ def encoded_lines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(encode.Encoder, "encode", watched)
     return seen
+
+
+def test_of_a_file_with_other_weights_only_the_rows_that_have_them_are_encoded(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(case.train, *numbered(20), TWO_TURNS, weighted(SHORT, 0))
+    case.prepare()
+    write(case.train, *numbered(20), weighted(TWO_TURNS, 0, 1), weighted(SHORT, 0))
+    seen = encoded_lines(monkeypatch)
+    found = case.prepare()
+    assert seen == [21]
+    case.cache = case.folder / "another-cache"
+    assert same(found, case.prepare())
 
 
 def test_of_a_file_with_a_few_more_rows_only_these_are_encoded(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ ACCEPTED = {
     "messages need not be the first key": b'{"id": 1, ' + line(USER, ASSISTANT)[1:],
     "null keys of a message": line(USER | {"name": None}, ASSISTANT | {"tool_calls": None, "weight": None}),
     "a weight of 1": line(USER, ASSISTANT | {"weight": 1}),
+    "weights of those who carry no loss": line(USER | {"weight": 0}, ASSISTANT | {"weight": 1.0}),
     "no tools": line(USER, ASSISTANT | {"tool_calls": []}, tools=[], label=None, system="", images=[]),
     "an empty system message": line({"role": "system", "content": ""}, USER, ASSISTANT),
     "a system message of white space": line({"role": "system", "content": " \n"}, USER, ASSISTANT),
@@ -76,6 +77,12 @@ ACCEPTED = {
 @pytest.mark.parametrize("row", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_what_does_not_change_the_conversation_is_accepted(row: bytes) -> None:
     assert parse_row(row) == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, False])
+def test_a_weight_of_0_stays_with_the_assistants_message(weight: Any) -> None:
+    messages = [message | {"weight": weight} for message in (SYSTEM, USER, ASSISTANT)]
+    assert parse_row(line(*messages, USER, ASSISTANT)) == [SYSTEM, USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT]
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
@@ -185,8 +192,9 @@ REFUSED = {
     "another key of a message": (line(USER, ASSISTANT | {"prefix": True}),
         "message 2 has a key 'prefix', wanted only role and content"),
     "a name": (line(USER | {"name": "Ann"}, ASSISTANT), "message 1 has a key 'name', wanted only role and content"),
-    "a weight of 0": (line(USER, ASSISTANT | {"weight": 0}), "message 2 has weight 0, wanted 1 or no weight"),
-    "a weight between": (line(USER, ASSISTANT | {"weight": 0.5}), "message 2 has weight 0.5, wanted 1 or no weight"),
+    "a weight between": (line(USER, ASSISTANT | {"weight": 0.5}), "message 2 has weight 0.5, wanted 0, 1 or no weight"),
+    "a weight as text": (line(USER, ASSISTANT | {"weight": "0"}), "message 2 has weight '0', wanted 0, 1 or no weight"),
+    "a user's weight": (line(USER | {"weight": [0]}, ASSISTANT), "message 1 has weight [0], wanted 0, 1 or no weight"),
     "a tool call": (line(USER, {"role": "assistant", "name": None, "tool_calls": [1]}),
         f"message 2 has a key 'tool_calls': {NO_TOOLS}"),
     "a tool's answer": (line(USER, {"role": "tool", "tool_call_id": "a", "content": "4"}),
@@ -386,7 +394,7 @@ def test_any_bytes_either_parse_or_are_a_bad_row_told_in_printable_text(row: byt
         return
     assert parsed
     for message in parsed:
-        assert message.keys() == {"role", "content"}
+        assert message.keys() - {"weight"} == {"role", "content"}
         assert message["content"].encode("utf-8").strip()
 
 

@@ -14,7 +14,7 @@ from finetune.cli import command
 from finetune.data.formats import foreign
 from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
-from support.conversations import conversation
+from support.conversations import conversation, weighted
 from support.prepared import (
     NO_TURN_FITS,
     RECIPE,
@@ -342,6 +342,15 @@ def test_an_empty_train_file_is_a_data_error(case: Case) -> None:
 def test_a_train_file_of_blank_lines_is_a_data_error(case: Case) -> None:
     case.train.write_text("\n \n\r\n\t\n")
     assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
+
+
+def test_rows_without_loss_are_a_data_error_that_says_so(case: Case) -> None:
+    write(case.train, weighted(SHORT, 0), weighted(numbered(1)[0], 0))
+    write(case.validation, SHORT)
+    assert case.failure(DataError) == (
+        f"data: {case.train} leaves no row to train on (in 2 no turn carries loss); "
+        "take weight 0 off the answers to be learnt"
+    )
 
 
 def test_rows_that_are_all_too_long_are_a_data_error_that_says_so(case: Case) -> None:

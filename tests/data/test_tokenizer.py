@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -154,6 +156,25 @@ def test_loss_lies_on_the_assistants_text_and_its_end_token_only(mistral: Chat) 
     ]
 
 
+@settings(max_examples=100, deadline=None)
+@given(messages=conversations(), learnt=st.lists(st.booleans(), min_size=3, max_size=3))
+def test_without_weight_an_answer_has_the_same_ids_and_no_labels_as_mistral_finetune_masks_it(
+    mistral: Chat, reference: Reference, messages: Messages, learnt: list[bool]
+) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    plain = mistral.encode([messages])[0]
+    for message, it_is in zip(answers, learnt, strict=False):
+        message |= {} if it_is else {"weight": 0}
+    row = mistral.encode([messages])[0]
+    assert row == mistral.encode_as_saved([messages])[0]
+    assert (row.input_ids, row.labels) == reference.encode(messages)
+    assert row.input_ids == plain.input_ids
+    turn = np.searchsorted(plain.turn_ends, np.arange(len(row.labels)), side="right")
+    masked = [label if learnt[place] else IGNORED for label, place in zip(plain.labels, turn, strict=True)]
+    assert row.labels == masked
+    assert row.turn_ends == [end for end, it_is in zip(plain.turn_ends, learnt, strict=False) if it_is]
+
+
 def test_the_ids_of_a_short_conversation_are_these(mistral: Chat) -> None:
     assert mistral.encode([conversation("Hi", "Hello", system="Be nice")])[0] == Encoded(
         input_ids=[BOS, 733, 16289, 28793, 1739, 5171, 13, 13, 23809, 733, 28748, 16289, 28793, 22557, EOS],
@@ -174,6 +195,15 @@ def test_chatml_text_is_never_a_control_token(chatml: Chat) -> None:
     start, end = chatml.token_id("<|im_start|>"), chatml.token_id("<|im_end|>")
     assert [token for token in input_ids if token < 3] == [start, end] * 3
     assert [label for label in labels if 0 <= label < 3] == [end]
+
+
+def test_chatml_loss_does_not_lie_on_an_answer_of_weight_0(chatml: Chat) -> None:
+    messages = conversation("Why?", "Because.", "And?", "So.")
+    messages[1]["weight"] = 0
+    input_ids, labels = encoded(chatml, messages)
+    supervised = [label for label in labels if label != IGNORED]
+    assert chatml.tokenizer.decode(supervised, skip_special_tokens=False) == "So.<|im_end|>"
+    assert input_ids == encoded(chatml, conversation("Why?", "Because.", "And?", "So."))[0]
 
 
 def test_chatml_loss_lies_on_the_assistants_text_and_its_end_token_only(chatml: Chat) -> None:

@@ -34,6 +34,7 @@ TRAIN = Statistics(
     supervised_tokens=90_000,
     truncated=3,
     dropped_long=2,
+    dropped_without_loss=7,
     dropped_bad=1,
     certified=902,
     encoded=903,
@@ -153,7 +154,7 @@ def test_the_plan_adds_up_what_was_counted() -> None:
         tokens_train=180_000,
         supervised_tokens_train=90_000,
         rows_truncated=7,
-        rows_dropped=14,
+        rows_dropped=21,
         sequences_train=50,
         packing_efficiency=0.8789,  # 180,000 of 50 x 4096
         effective_batch_size=16,

@@ -79,6 +79,7 @@ SHARED = {
     "dataset.validation_split": 0.1,
     "dataset.max_rows": None,
     "dataset.max_validation_rows": None,
+    "dataset.train_on": "all",
     "dataset.truncation": True,
     "dataset.padding_side": "right",
     "dataset.on_bad_row": "fail",

@@ -62,9 +62,9 @@ class Machine:
     def prepared(self, platform: str, *settings: str) -> tuple[Config, Prepared]:
         files = f"dataset.train_file={self.train}", f"dataset.validation_file={self.validation}"
         config, _ = load_config(platform, [*files, *settings])
-        recipe = Recipe(
-            None, config.system_prompt, config.model.max_seq_length, config.dataset.truncation, certificate=False
-        )
+        dataset = config.dataset
+        length = config.model.max_seq_length
+        recipe = Recipe(None, config.system_prompt, length, dataset.truncation, False, dataset.train_on)
         return config, prepare(config.dataset, recipe, config.training.packing, Cache(self.folder / "cache"), 0)
 
     def receipt(self, platform: str, *settings: str) -> Receipt:
@@ -200,6 +200,20 @@ def test_another_system_prompt_changes_the_tokens_of_both_splits_but_not_the_con
     changed = of_split("train", "ids", "labels") + of_split("validation", "ids", "labels")
     wanted = [*hashes(ours, theirs, *changed), 'system_prompt: null -> "Be kind."']
     assert differences(ours, theirs)[0] == wanted
+
+
+def test_other_turns_to_learn_change_the_labels_but_not_the_tokens(machine: Machine) -> None:
+    theirs, ours = machine.receipt("h100"), machine.receipt("h100", "dataset.train_on=last")
+    wanted = [*hashes(ours, theirs, *of_split("train", "labels")), 'dataset.train_on: "all" -> "last"']
+    assert differences(ours, theirs)[0] == wanted
+    masked = [*CUT[:1], CUT[1] | {"weight": 0}, *CUT[2:]]
+    write(machine.train, [masked if messages is CUT else messages for messages in TRAIN])
+    weighted = machine.receipt("h100")
+    assert differences(weighted, theirs)[0] == hashes(weighted, theirs, *of_split("train", "labels"))
+    assert (
+        weighted["must_agree"]["train: labels before truncation, in file order"]
+        == (ours["must_agree"]["train: labels before truncation, in file order"])
+    )
 
 
 def test_a_local_try_on_the_first_rows_is_not_the_whole_run_and_is_the_same_try_elsewhere(machine: Machine) -> None:

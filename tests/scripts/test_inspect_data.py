@@ -250,8 +250,22 @@ def test_a_row_of_which_no_turn_fits_says_that_it_is_dropped(run: Run, tmp_path:
     path = written(tmp_path, ("Hello there, how are you today?", "Fine, and how is everything where you are?"))
     full = tokens("Hello there, how are you today?", "Fine, and how is everything where you are?")
     out = run(path, "--set", "model.max_seq_length=16")[1]
-    wanted = f"line 1: {full} tokens, DROPPED: no assistant turn ends within model.max_seq_length 16"
+    wanted = f"line 1: {full} tokens, DROPPED: no assistant turn with loss ends within model.max_seq_length 16"
     assert out.splitlines()[1] == wanted
+
+
+def test_turns_of_weight_0_and_all_but_the_last_of_train_on_last_carry_no_caret(run: Run, tmp_path: Path) -> None:
+    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye"), ("assistant", "So long")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    masked = {"messages": [*messages[:3], messages[3] | {"weight": 0}]}
+    path = written(tmp_path, json.dumps(masked).encode(), json.dumps({"messages": messages}).encode())
+    first, second = run(path)[1].splitlines()[2::3]
+    asked, bye = "<s> ▁[ INST ] ▁Hello ▁[ / INST ]", "▁[ INST ] ▁By e ▁[ / INST ]"
+    assert first == f"{asked} ^▁Hi ^</s> {bye} ▁So ▁long </s>"
+    assert second == f"{asked} ^▁Hi ^</s> {bye} ^▁So ^▁long ^</s>"
+    out = run(path, "--set", "dataset.train_on=last")[1].splitlines()
+    assert out[1] == f"line 1: {tokens(*(text for _, text in turns))} tokens, DROPPED: no assistant turn carries loss"
+    assert out[5] == f"{asked} ▁Hi </s> {bye} ^▁So ^▁long ^</s>"
 
 
 STEERING = "\033[31m \033]0;title\a \r \b \x7f \x9b31m \u202e \u2066 \u200b \u2028 \ufeff \x00 \x1b\\"

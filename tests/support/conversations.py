@@ -20,6 +20,16 @@ def conversation(*turns: str, system: str | None = None) -> Messages:
     return led + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
 
 
+def weighted(messages: Messages, *weights: int) -> Messages:
+    """`messages` with `weights` on the assistant's turns; 1 is written as no weight."""
+    left = iter(weights)
+    made = []
+    for message in messages:
+        masked = message["role"] == "assistant" and next(left) == 0
+        made.append(message | {"weight": 0} if masked else message)
+    return made
+
+
 def encoded(chat: Chat, messages: Messages) -> tuple[list[int], list[int]]:
     row = chat.encode([messages])[0]
     return row.input_ids, row.labels

@@ -57,6 +57,7 @@ class Case:
             "validation_split": 0.5,
             "max_rows": None,
             "max_validation_rows": None,
+            "train_on": "all",
             "truncation": True,
             "padding_side": "right",
             "on_bad_row": "fail",

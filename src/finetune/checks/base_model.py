@@ -99,6 +99,7 @@ def _access(preflight: Preflight) -> Finding:
 
 
 def _certificate(preflight: Preflight) -> Finding:
+    from finetune.data.template import Messages
     from finetune.data.tokenizer import Reference
 
     chat = preflight.chat
@@ -106,7 +107,8 @@ def _certificate(preflight: Preflight) -> Finding:
         return skipped("not Mistral's tokenizer: there is no reference to compare with")
     reference = Reference()
     for number, flat in enumerate(CONVERSATIONS, 1):
-        messages = [{"role": role, "content": text} for role, text in zip(flat[::2], flat[1::2], strict=True)]
+        turns = zip(flat[::2], flat[1::2], strict=True)
+        messages: Messages = [{"role": role, "content": text} for role, text in turns]
         encoded = chat.encode([messages])[0]
         if encoded != chat.encode_as_saved([messages])[0]:
             text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels in the saved tokenizer"

@@ -18,6 +18,10 @@ LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go 
 PREVIEW_WIDTH = 300
 LISTED_KEYS = 10
 LISTED_BAD = 5
+LEARNT = {
+    "all": "what the assistant says, and its end",
+    "last": "the assistant's last message of each row, and its end",
+}
 
 
 def _rows(preflight: Preflight) -> Finding:
@@ -72,11 +76,17 @@ def _round_up(tokens: int) -> int:
 
 
 def _labels(preflight: Preflight) -> Finding:
-    train = preflight.prepared.statistics["train"]
+    statistics, train_on = preflight.prepared.statistics, preflight.config.dataset.train_on
+    train = statistics["train"]
     share = train.supervised_tokens / train.tokens
-    found = f"{train.supervised_tokens:,} tokens carry loss ({share:.1%}): what the assistant says, and its end"
+    found = f"{train.supervised_tokens:,} tokens carry loss ({share:.1%}): {LEARNT[train_on]}"
+    without = sum(it.dropped_without_loss for it in statistics.values())
+    if without:
+        found += f"; {counted(without, 'row')} left out, in which no turn carries loss"
     if share < LEAST_SUPERVISED:
         return warned(found, "shorten the prompts, or put several questions on one document into one conversation")
+    if without:
+        return warned(found, "nothing, if that is meant; else take weight 0 off the answers to be learnt")
     return passed(found)
 
 

@@ -95,6 +95,7 @@ class Preflight:
             max_seq_length=config.model.max_seq_length,
             truncation=config.dataset.truncation,
             certificate=config.dataset.certificate,
+            train_on=config.dataset.train_on,
         )
         return prepare(
             config.dataset, recipe, config.training.packing, Cache(resolve(config.output.dir) / ".cache", self.report)

@@ -125,6 +125,7 @@ class DatasetConfig(Section):
     validation_split: Annotated[float, Gt(0), Le(0.5), Mark.NOT_COMPARED]
     max_rows: Annotated[int, Ge(2)] | None
     max_validation_rows: Annotated[int, Ge(1)] | None
+    train_on: Annotated[Literal["all", "last"], Mark.IN_CARD]
     truncation: Annotated[bool, Mark.BY_DESIGN]
     padding_side: Literal["right", "left"]
     on_bad_row: Literal["fail", "drop"]

@@ -22,11 +22,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from finetune.data.jsonl import BadRow, parse_row
-from finetune.data.template import IGNORED, ChatFormat, Encoded, Messages
+from finetune.data.template import IGNORED, ChatFormat, Encoded, Messages, carries_loss
 from finetune.data.tokenizer import Reference, load_chat
 from finetune.errors import OutOfResource
 
 Certificate = Literal["every_row"] | bool
+TrainOn = Literal["all", "last"]
 
 CHUNK_LINES = 256
 SAMPLED_ONE_IN = 20  # of the rows without anything unusual, where the certificate does not compare every row
@@ -45,6 +46,7 @@ class Recipe:
     max_seq_length: int
     truncation: bool
     certificate: Certificate
+    train_on: TrainOn = "all"
 
 
 @dataclass
@@ -52,12 +54,13 @@ class Statistics:
     """What became of the rows of one file or split; counted here and nowhere else.
 
     `tokens` and `supervised_tokens` are after truncation; `p50`, `p95` and `longest` are of the kept rows' tokens
-    before. Of the `encoded` rows, those too long to keep included, `certified` were compared with mistral-common and
-    with the saved tokenizer. `control_tokens` rows hold one of the chat format's control tokens as literal text, the
-    first on line `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for
-    whitespace and case, the first with lines (train, validation) `first_leak`; `opening_leaks` others have a training
-    row's opening, the first with lines `first_opening`. `duplicates` rows are copies of others,
-    the first on line `first_copy`; `dropped_duplicates` were left out instead. `bad` lists (line, what was wrong),
+    before. In `dropped_without_loss` rows no turn carries loss; in `dropped_long` ones none that does fits. Of the
+    `encoded` rows, both of these included, `certified` were compared with mistral-common and with the saved tokenizer.
+    `control_tokens` rows hold one of the chat format's control tokens as literal text, the first on line
+    `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for whitespace and case,
+    the first with lines (train, validation) `first_leak`; `opening_leaks` others have a training row's opening, the
+    first with lines `first_opening`. `duplicates` rows are copies of others, the first on line `first_copy`;
+    `dropped_duplicates` were left out instead. `bad` lists (line, what was wrong),
     `histogram` is as in store.py, `other_keys` counts the rows with a key besides "messages", by its name.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
     """
@@ -70,6 +73,7 @@ class Statistics:
     p95: int = 0
     truncated: int = 0
     dropped_long: int = 0
+    dropped_without_loss: int = 0
     dropped_bad: int = 0
     duplicates: int = 0
     first_copy: int | None = None
@@ -92,11 +96,10 @@ class Chunk:
     """The good rows of some lines, whole.
 
     [rows]: `lines`, `digests` of the content, `normalised` digests, those of the `openings` (system and first user
-    message), `literal` (holds a control token as text), `compared` (by the certificate), `lengths` and `turns`
-    (assistant turns). [rows, ROW_HASH_BYTES]: `line_hashes` of
-    the line's bytes, `ids_hashes` and `labels_hashes`. [turns], flat: `turn_ends`, the length of the row up to the end
-    of each assistant turn. [tokens], flat: `input_ids` and `labels`. `other_keys` are those of each row beside
-    "messages".
+    message), `literal` (holds a control token as text), `compared` (by the certificate), `lengths` and `turns` (those
+    that carry loss). [rows, ROW_HASH_BYTES]: `line_hashes` of the line's bytes, `ids_hashes` and `labels_hashes`.
+    [turns], flat: `turn_ends`, the length of the row up to the end of each turn that carries loss. [tokens], flat:
+    `input_ids` and `labels`. `other_keys` are those of each row beside "messages".
     """
 
     lines: np.ndarray
@@ -116,11 +119,11 @@ class Chunk:
     other_keys: list[list[str]]
 
     def kept(self, max_seq_length: int) -> np.ndarray:
-        """How many tokens of each row are kept, [rows]: as `truncate` does it, 0 where no turn fits."""
+        """How many tokens of each row are kept, [rows]: as `truncate` does it, 0 where no turn with loss fits."""
         ends = np.where(self.turn_ends <= max_seq_length, self.turn_ends, 0)
         last = np.zeros(len(self.lines), np.int32)
         np.maximum.at(last, np.repeat(np.arange(len(self.lines)), self.turns), ends)
-        return np.where(self.lengths <= max_seq_length, self.lengths, last)
+        return np.where((self.lengths <= max_seq_length) & (self.turns > 0), self.lengths, last)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class Encoder:
                 bad.append((number, str(wrong)))
             else:
                 rows.append(Row(number, row_hash(line), messages, self._facts(messages), list(keys)))
-        prompted = [with_system_prompt(row.messages, self.recipe.system_prompt) for row in rows]
+        prompted = [as_trained(row.messages, self.recipe.system_prompt, self.recipe.train_on) for row in rows]
         encoded = self.chat.encode(prompted)
         compared = [self._compares(row) for row in rows]
         chosen = [index for index, it_is in enumerate(compared) if it_is]
@@ -233,7 +236,7 @@ def control_tokens(chat_format: ChatFormat) -> tuple[str, ...]:
 
     They are found by writing a conversation without text: roles' names are words, the rest is in brackets.
     """
-    turns = [{"role": role, "content": ""} for role in ("user", "assistant")]
+    turns: Messages = [{"role": role, "content": ""} for role in ("user", "assistant")]
     written = {word for piece in chat_format.pieces(turns) for word in piece.text.split() if not word.isalpha()}
     named = {token for token in (chat_format.bos, chat_format.end, chat_format.pad) if token}
     return tuple(sorted(written | named))
@@ -287,8 +290,12 @@ def row_hash(data: bytes | memoryview) -> bytes:
 
 
 def _digest(messages: Messages) -> int:
-    """64 bits of the content's hash: the same conversation has the same digest in every file, on every machine."""
-    return _hash64(as_json(messages).encode())
+    """64 bits of the content's hash: the same conversation has the same digest in every file, on every machine.
+
+    Rows that differ in weights only are copies of each other, so that no answer is on both sides of a split.
+    """
+    content = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return _hash64(as_json(content).encode())
 
 
 def _folded_digests(messages: Messages) -> tuple[int, int]:
@@ -319,6 +326,14 @@ def with_system_prompt(messages: Messages, system_prompt: str | None) -> Message
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def as_trained(messages: Messages, system_prompt: str | None, train_on: TrainOn) -> Messages:
+    """`messages` with the config's system prompt; where `train_on` is last, all answers but the last get weight 0."""
+    if train_on == "last":
+        earlier = [message | {"weight": 0} if carries_loss(message) else message for message in messages[:-1]]
+        messages = [*earlier, messages[-1]]
+    return with_system_prompt(messages, system_prompt)
 
 
 NOTHING = Outcome(_chunk([], [], []), [], None)
@@ -378,8 +393,8 @@ def _work(lines: Lines) -> Outcome:
 
 
 def truncate(encoded: Encoded, max_seq_length: int) -> Encoded | None:
-    """The conversation up to the last whole assistant turn that fits; None where not even the first does."""
-    if len(encoded.input_ids) <= max_seq_length:
-        return encoded
+    """The conversation, a long one up to the last whole turn with loss that fits; None where there is no such turn."""
     ends = [end for end in encoded.turn_ends if end <= max_seq_length]
-    return Encoded(encoded.input_ids[: ends[-1]], encoded.labels[: ends[-1]], ends) if ends else None
+    if not ends or len(encoded.input_ids) <= max_seq_length:
+        return encoded if ends else None
+    return Encoded(encoded.input_ids[: ends[-1]], encoded.labels[: ends[-1]], ends)

@@ -113,7 +113,7 @@ def recipe_key(recipe: Recipe, chat: Chat) -> str:
     """Template, tokenizer, libraries and this code: whatever decides which tokens a line becomes."""
     here = Path(__file__).parent
     code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store")]
-    return _short_hash([chat.fingerprint, recipe.system_prompt, list(map(version, LIBRARIES)), code])
+    return _short_hash([chat.fingerprint, recipe.system_prompt, recipe.train_on, list(map(version, LIBRARIES)), code])
 
 
 def _short_hash(parts: list[Any]) -> str:

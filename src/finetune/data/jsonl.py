@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from finetune.data.template import Message, Messages
 from finetune.errors import ConfigError, DataError
 from finetune.files import shown
 
@@ -100,13 +101,14 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{stream.name}: {damage}", "copy the file again; gzip -t FILE tests it") from None
 
 
-def parse_row(line: bytes, keys: Counter[str] | None = None) -> list[dict[str, str]]:
+def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
     """The messages of one line, checked: {"messages": [{"role", "content"}, ...]}.
 
     Roles are system (first only), then user and assistant in turn, assistant last. Content is text, or a list of text
     parts, joined as mistral-common does. An empty system message is none. One of SYSTEM_KEYS beside "messages" becomes
-    the system message. Keys that would change what is learnt are refused unless they are null or empty; all other keys
-    beside "messages" are ignored. `keys` counts the keys that were ignored or became the system message. Raises BadRow.
+    the system message. A weight is 0, 1 or null; only 0 on an assistant message says anything, and is kept. Keys that
+    would change what is learnt are refused unless they are null or empty; all other keys beside "messages" are ignored.
+    `keys` counts the keys that were ignored or became the system message. Raises BadRow.
     """
     if len(line) > MAX_LINE_BYTES:
         raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
@@ -173,7 +175,7 @@ def _check_key(key: str) -> None:
         raise BadRow(f"has a key {_short(key)}: {reason}")
 
 
-def _system_beside(row: dict[str, Any], messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _system_beside(row: dict[str, Any], messages: Messages) -> Messages:
     """The system message that a key beside "messages" gives, in a list; an empty list where none does."""
     given = [key for key in SYSTEM_KEYS if says_something(row.get(key))]
     if not given:
@@ -188,8 +190,8 @@ def _system_beside(row: dict[str, Any], messages: list[dict[str, str]]) -> list[
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
-def _message(index: int, message: Any) -> dict[str, str]:
-    """One message as {"role", "content"}, its content as text; only a system message may be empty, and then is ""."""
+def _message(index: int, message: Any) -> Message:
+    """One message, its content as text; only a system message may be empty, and then is ""."""
     where = f"message {index}"
     if not isinstance(message, dict):
         raise BadRow(f"{where} is {_kind(message)}, wanted an object with role and content")
@@ -212,6 +214,8 @@ def _message(index: int, message: Any) -> dict[str, str]:
             raise BadRow(f"{where} ({role}) is empty")
         text = ""
     _check_text(where, text)
+    if role == "assistant" and message.get("weight") == 0:
+        return {"role": role, "content": text, "weight": 0}
     return {"role": role, "content": text}
 
 
@@ -219,8 +223,8 @@ def _check_message_key(where: str, key: str, value: Any) -> None:
     if key in ("role", "content") or not says_something(value):
         return
     if key == "weight":
-        if value != 1:
-            raise BadRow(f"{where} has weight {_short(value)}, wanted 1 or no weight")
+        if value not in (0, 1):  # as mistral-common's validator
+            raise BadRow(f"{where} has weight {_short(value)}, wanted 0, 1 or no weight")
     elif key in REFUSED_KEYS:
         raise BadRow(f"{where} has a key {_short(key)}: {REFUSED_KEYS[key]}")
     else:

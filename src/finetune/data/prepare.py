@@ -131,14 +131,18 @@ def _divide(
     share: float | None,
 ) -> int:
     """Cut the rows of a file and add each to its split; returns of how many something is kept."""
-    digests = entry.rows.column("digests")
-    wanted_rows = first_copies(digests) if dataset.on_duplicate == "drop" else np.ones(len(digests), bool)
-    held = np.full(len(digests), name == "validation")
+    learnt = entry.rows.turns() > 0
+    wanted_rows = learnt.copy()
+    if dataset.on_duplicate == "drop":
+        wanted_rows[learnt] = first_copies(entry.rows.column("digests")[learnt])
+    held = np.full(len(learnt), name == "validation")
     if name == "train" and share is not None:
         held[wanted_rows] = held_out(entry.rows.column("openings")[wanted_rows], share)
     statistics = splits[name].statistics
     statistics.bad += [(line, text) for line, text in entry.facts["bad"]]
     statistics.other_keys = entry.facts["other_keys"]
+    statistics.dropped_without_loss = int((~learnt).sum())
+    statistics.dropped_duplicates = int((learnt & ~wanted_rows).sum())
     rows = 0
     for first, batch in zip(entry.rows.starts, entry.rows.batches, strict=False):
         chunk = from_arrow(batch)
@@ -147,12 +151,11 @@ def _divide(
             kept = np.where(chunk.lengths <= recipe.max_seq_length, kept, 0)
             statistics.bad += _too_long(chunk, recipe.max_seq_length)
         else:
-            statistics.dropped_long += int((kept == 0).sum())
+            statistics.dropped_long += int(((chunk.turns > 0) & (kept == 0)).sum())
         statistics.encoded += len(kept)
         statistics.certified += int(chunk.compared.sum())
         here = slice(int(first), int(first) + len(kept))
         wanted, in_validation = wanted_rows[here], held[here]
-        statistics.dropped_duplicates += int((~wanted).sum())
         splits["train"].add(int(first), chunk, kept, wanted & ~in_validation)
         splits["validation"].add(int(first), chunk, kept, wanted & in_validation)
         rows += int((wanted & (kept > 0)).sum())
@@ -162,7 +165,7 @@ def _divide(
 
 
 def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
-    long = chunk.lengths > limit
+    long = (chunk.lengths > limit) & (chunk.turns > 0)
     found = zip(chunk.lines[long].tolist(), chunk.lengths[long].tolist(), strict=True)
     why = f"model.max_seq_length is {limit}, and dataset.truncation is false"
     return [(line, f"{length} tokens, {why}") for line, length in found]
@@ -176,7 +179,8 @@ def _refuse_bad_rows(paths: dict[str, Path], splits: dict[str, Split], dataset: 
     """
     statistics = {name: splits[name].statistics for name in paths}
     bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in statistics[name].bad]
-    rows = len(bad) + sum(writer.statistics.rows + writer.statistics.dropped_long for writer in splits.values())
+    counts = [split.statistics for split in splits.values()]
+    rows = len(bad) + sum(it.rows + it.dropped_long + it.dropped_without_loss for it in counts)
     if not bad or (dataset.on_bad_row == "drop" and len(bad) <= dataset.max_bad_share * rows):
         return
     name = next(name for name in paths if statistics[name].bad)
@@ -208,9 +212,12 @@ def _leaving_out(share: float, dataset: DatasetConfig) -> str:
 def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: int | None) -> None:
     train, validation = splits["train"], splits["validation"]
     if train.statistics.rows == 0:
-        dropped = train.statistics.dropped_long
-        why = f" ({dropped} were longer than model.max_seq_length)" if dropped else ""
-        advice = "raise model.max_seq_length" if dropped else "add rows"
+        too_long, without_loss = train.statistics.dropped_long, train.statistics.dropped_without_loss
+        why, advice = "", "add rows"
+        if too_long:
+            why, advice = f" ({too_long} were longer than model.max_seq_length)", "raise model.max_seq_length"
+        elif without_loss:
+            why, advice = f" (in {without_loss} no turn carries loss)", "take weight 0 off the answers to be learnt"
         raise DataError(f"data: {paths['train']} leaves no row to train on{why}", advice)
     if validation.statistics.rows == 0:
         where = paths.get("validation", paths["train"])

@@ -97,6 +97,11 @@ class EncodedFile:
         """One of the numbers that NO_ROWS names and SCHEMA has, of all rows, [rows]."""
         return np.concatenate([NO_ROWS[name], *(batch.column(name).to_numpy() for batch in self.batches)])
 
+    def turns(self) -> np.ndarray:
+        """How many turns of each row carry loss, [rows]."""
+        counts = [np.diff(batch.column("turn_ends").offsets.to_numpy()) for batch in self.batches]
+        return np.concatenate([np.empty(0, np.int32), *counts])
+
     def place(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The batch of a row, and its place in there."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1

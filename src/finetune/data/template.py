@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
-Messages = list[dict[str, str]]
+
+class Message(TypedDict):
+    """What one role says; no loss is computed on an assistant message of `weight` 0."""
+
+    role: str
+    content: str
+    weight: NotRequired[int]
+
+
+Messages = list[Message]
 
 
 class Piece(NamedTuple):
@@ -20,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """`input_ids` and `labels`: [tokens]; `turn_ends`: the length up to the end of each assistant turn."""
+    """`input_ids` and `labels`: [tokens]; `turn_ends`: the length up to the end of each turn that carries loss."""
 
     input_ids: list[int]
     labels: list[int]
@@ -43,6 +52,11 @@ class ChatFormat:
     opening: tuple[Piece, ...]  # what stands before a reply that the model is to write
 
 
+def carries_loss(message: Message) -> bool:
+    """Whether a message is one to learn: the assistant's, and not of weight 0, as mistral-finetune has it."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _mistral_pieces(messages: Messages) -> Iterator[Piece]:
     yield Piece("<s>", True, False)
     system = ""
@@ -53,18 +67,18 @@ def _mistral_pieces(messages: Messages) -> Iterator[Piece]:
             yield Piece(f"[INST] {system}{message['content']} [/INST]", False, False)
             system = ""
         else:
-            yield Piece(message["content"], False, True)
-            yield Piece("</s>", True, True)
+            yield Piece(message["content"], False, carries_loss(message))
+            yield Piece("</s>", True, carries_loss(message))
 
 
 def _chatml_pieces(messages: Messages) -> Iterator[Piece]:
     for message in messages:
-        reply = message["role"] == "assistant"
+        reply, loss = message["role"] == "assistant", carries_loss(message)
         yield Piece("<|im_start|>", True, False)
         yield Piece(f"{message['role']}\n" + ("" if reply else message["content"]), False, False)
         if reply:
-            yield Piece(message["content"], False, True)  # encoded apart, as the model will write it
-        yield Piece("<|im_end|>", True, reply)
+            yield Piece(message["content"], False, loss)  # encoded apart, as the model will write it
+        yield Piece("<|im_end|>", True, loss)
         yield Piece("\n", False, False)
 
 

@@ -2,7 +2,7 @@
 
 A conversation is first cut into pieces (plain text, or a control token by name), and each text piece is encoded by
 itself with control tokens switched off. So text in a message can never become a control token, there is exactly one
-`<s>`, and the loss lies on assistant text and its end token only.
+`<s>`, and the loss lies on assistant text and its end token only, where its weight is not 0.
 
 Mistral's ids come from SentencePiece and the file that mistral-common ships for Instruct v0.1 and v0.2: in batches, the
 call that mistral-common makes text by text. They must equal mistral-common's own, which `Reference` asks, and those of
@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
-from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages, Piece
+from finetune.data.template import (
+    CHATML_FORMAT,
+    IGNORED,
+    MISTRAL_FORMAT,
+    ChatFormat,
+    Encoded,
+    Messages,
+    Piece,
+    carries_loss,
+)
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -194,7 +203,7 @@ class Reference:
         self._tokenizer = MistralTokenizer.v1().instruct_tokenizer
 
     def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """Ids and labels, message by message through mistral-common's own encoders; loss on assistant messages."""
+        """Ids and labels, message by message through mistral-common's own encoders; loss as mistral-finetune has it."""
         from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -207,6 +216,6 @@ class Reference:
                 labels += [IGNORED] * len(ids)
             else:
                 ids = self._tokenizer.encode_assistant_message(AssistantMessage(content=message["content"]), False)
-                labels += ids
+                labels += ids if carries_loss(message) else [IGNORED] * len(ids)
             input_ids += ids
         return input_ids, labels

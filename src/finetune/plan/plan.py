@@ -35,6 +35,7 @@ class RowCounts(Protocol):
     supervised_tokens: int
     truncated: int
     dropped_long: int
+    dropped_without_loss: int
     dropped_bad: int
     encoded: int
     certified: int
@@ -147,7 +148,7 @@ def make_plan(
         tokens_train=train.tokens,
         supervised_tokens_train=train.supervised_tokens,
         rows_truncated=train.truncated + validation.truncated,
-        rows_dropped=sum(split.dropped_long + split.dropped_bad for split in (train, validation)),
+        rows_dropped=sum(it.dropped_long + it.dropped_without_loss + it.dropped_bad for it in (train, validation)),
         sequences_train=data.sequences,
         packing_efficiency=round(train.tokens / room, 4),
         effective_batch_size=config.effective_batch_size,

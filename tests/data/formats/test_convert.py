@@ -14,7 +14,7 @@ from finetune.data.formats.sources import open_source
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError, UserError
-from support.conversations import conversation, encoded
+from support.conversations import conversation, encoded, weighted
 from support.data_page import FILES, Row, example, rendered, table
 from support.prepared import the_reference
 
@@ -66,6 +66,10 @@ KEPT = {
             "What's the capital of France?", "Paris", system="Marv is a factual chatbot that is also sarcastic."
         ),
         conversation("Who wrote\n\nRomeo and Juliet?", "Shakespeare."),
+    ],
+    "weights.jsonl": [
+        weighted(conversation("Name a river in France.", "The Rhine, I think.", "A longer one?", "The Loire."), 0, 1),
+        conversation("Where does it end?", "Nantes.", system="Answer in one word."),
     ],
     "lists.jsonl": [conversation("Hello", "Hello! What can I do?"), conversation("Ping", "Pong.")],
     "conversations.jsonl": [
@@ -151,9 +155,9 @@ CANNOT_BE_KEPT = {
         {"prompt": "A", "completion": "B", "images": ["a.png"]},
         "has a key 'images': the model reads text only",
     ),
-    "an answer without weight": (
-        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "weight": 0}]},
-        "a message has weight 0, wanted 1 or no weight",
+    "a weight between": (
+        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "weight": 0.5}]},
+        "a message has weight 0.5, wanted 0, 1 or no weight",
     ),
     "messages marked bad": (
         {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], "label": False},
@@ -225,6 +229,20 @@ def test_merged_turns_have_the_ids_that_mistral_common_gives_the_turns_as_they_a
     request: Any = ChatCompletionRequest(messages=[*asked, UserMessage(content="x")])
     theirs = MistralTokenizer.v1().encode_chat_completion(request).tokens
     assert mistral.encode_prompt([*made[0], {"role": "user", "content": "x"}]) == theirs
+
+
+def test_answers_of_different_weights_are_not_merged(tmp_path: Path) -> None:
+    user, answer = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}
+    rows = [
+        [user, answer | {"weight": 0}, answer | {"weight": 0}],
+        [user | {"weight": 0}, user, answer, answer | {"weight": 1}],
+        [user, answer | {"weight": 0}, answer],
+    ]
+    made, account = converted(rows_file(tmp_path, *({"messages": row} for row in rows)), tmp_path, merge_turns=True)
+    assert made == [weighted(conversation("A", "B\n\nB"), 0), conversation("A\n\nA", "B\n\nB")]
+    assert {what: tally.first for what, tally in account.dropped.items()} == {
+        "two turns of one role in a row with different weights": [3]
+    }
 
 
 def test_a_system_message_is_added_where_a_row_has_none_or_an_empty_one(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 from finetune.data.formats.shapes import Notes, Turns, messages_of, shape_of
 from finetune.data.formats.sources import Source
 from finetune.data.jsonl import BadRow, parse_row, says_something
+from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
 from finetune.wording import listed
 
@@ -152,7 +153,7 @@ def _write(source: Source, streams: dict[str, TextIO], options: Options, held_ou
         account.written[name] += 1
 
 
-def convert_row(row: Any, options: Options, notes: Notes) -> list[dict[str, str]]:
+def convert_row(row: Any, options: Options, notes: Notes) -> Messages:
     """The messages of one row, as training accepts them. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
@@ -202,11 +203,18 @@ def _merged(messages: Turns, notes: Notes) -> Turns:
         before = merged[-1] if merged else {}
         texts = [before.get("content"), turn["content"]]
         if before.get("role") == turn["role"] and all(isinstance(text, str) for text in texts):
+            if turn["role"] == "assistant" and _weight(before) != _weight(turn):
+                raise BadRow("two turns of one role in a row with different weights")
             merged[-1] = {**before, **turn, "content": "\n\n".join(filter(None, texts))}
             notes.changes[MERGED] = 1
         else:
             merged.append(turn)
     return merged
+
+
+def _weight(turn: dict[str, Any]) -> Any:
+    weight = turn.get("weight")
+    return weight if says_something(weight) else 1
 
 
 def _value(row: Any, key: str) -> str:

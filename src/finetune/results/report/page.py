@@ -32,7 +32,8 @@ ENDS = {
 }
 COUNTS = (  # of manifest.rows, as the table of the data names them
     ("truncated", "cut at the length limit"),
-    ("dropped_long", "dropped: no turn fits"),
+    ("dropped_long", "dropped: no turn with loss fits"),
+    ("dropped_without_loss", "dropped: no turn carries loss"),
     ("dropped_bad", "dropped: bad rows"),
     ("duplicates", "copies of another row"),
     ("control_tokens", "with a control token as text"),
