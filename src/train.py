@@ -100,7 +100,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
         terminal.status("testing the adapter as it was saved")
         proof = export.write_adapter(job, untrained, record, outcome, answers)
     show.show_self_test(terminal, proof)
-    show.show_finished(terminal, run.folder, outcome)
+    show.show_finished(terminal, run.folder, outcome, job.platform.accelerated)
 
 
 if __name__ == "__main__":

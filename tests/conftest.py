@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from support.taught import Taught
     from support.training import Case
 
 Ending = tuple[int, str, str]  # exit code, stdout, stderr
@@ -78,6 +79,15 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.lm_head.weight[2, 0] = 0.5  # a logit of about 3, where others are within 1
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def taught(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    """A tiny base and an adapter on it, which answer differently; shared by all, so a test changes a copy."""
+    from finetune.data.tokenizer import load_chat
+    from support.taught import make_taught
+
+    return make_taught(tiny_mistral, load_chat(None), tmp_path_factory.mktemp("taught"))
 
 
 @pytest.fixture

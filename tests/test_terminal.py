@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 
+from finetune.cli import PYTHON
 from finetune.files import ROOT
+from finetune.results.show import HF, UPLOADED
 from finetune.terminal import COLOURS, Terminal
 from support.train_command import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
-from support.tty import Tty, screen
+from support.tty import Session, Tty, screen
 
 
 @pytest.fixture(autouse=True)
@@ -180,9 +176,10 @@ AFTER = """\
 self-test: # of # checks passed, on the adapter as it was read back from disk
 done: eval_loss # -> # (step #)
   adapter  RUN/adapter_model.safetensors
-  card     RUN/README.md, with the lines that load the adapter
-  report   RUN/report.html
-next: open RUN/report.html
+  look     open RUN/report.html
+  talk     PYTHON scripts/chat.py RUN
+  code     RUN/README.md, under "Use"
+  upload   HF upload YOU/NAME RUN . UPLOADED
 """
 STEP = "step #/#: loss #, # tokens/s, # left, ends about #, cost # of #, peak # GiB\n"
 EVALUATION = "step #/#: eval_loss #\n"
@@ -210,7 +207,9 @@ def masked(text: str, command: Command) -> str:
     """`text` with `#` for every number, length of time and time of day, and names for its paths."""
     text = text.replace(str(command.train_file), "DATA").replace(str(command.output / "run"), "RUN")
     text = text.replace(f"loading {command.base}", "loading BASE")
-    text = text.replace("next: xdg-open ", "next: open ")  # the Mac's name of it
+    text = text.replace("look     xdg-open ", "look     open ")  # the Mac's name of it
+    text = text.replace(f"{PYTHON} scripts/chat.py", "PYTHON scripts/chat.py").replace(f"{HF} upload", "HF upload")
+    text = text.replace(UPLOADED, "UPLOADED")
     text = re.sub(r"about (\w+ |\d\d \w+ )?\d\d:\d\d [\w+-]+", "about #", text)
     text = re.sub(r"\d+(,\d\d\d)*(\.\d+)?(e-\d+)?", "#", text)
     return re.sub(r"# (s|min|h)( left| for)", r"#\2", text)
@@ -218,23 +217,9 @@ def masked(text: str, command: Command) -> str:
 
 def on_a_terminal(line: list[str]) -> tuple[int, str]:
     """(exit status, all that was written) of a command whose streams are a terminal."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("COLUMNS", "NO_COLOR")}
-    with subprocess.Popen(line, env=environment, stdin=its, stdout=its, stderr=its) as process:
-        os.close(its)
-        written = b""
-        while chunk := read(ours):
-            written += chunk
-    os.close(ours)
-    return process.returncode, written.decode()
-
-
-def read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # what Linux answers when the last program has let go of a terminal
-        return b""
+    session = Session(line, environment, COLUMNS)
+    return session.end(300), session.written
 
 
 def test_a_pipe_gets_these_plain_lines_and_stderr_nothing(command: Command) -> None:

@@ -322,19 +322,21 @@ def test_what_is_printed_is_plain_lines(finished: Finished) -> None:
 
 def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     """Libraries' warnings and bars are silenced; what a person reads is what terminal.py wrote."""
-    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ", "next: ")
+    begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ")
     lines = finished.done.stderr.splitlines()
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
     losses = f"{manifest['eval_loss_before']:.4f} -> {manifest['eval_loss']:.4f}"
     opener = "open" if sys.platform == "darwin" else "xdg-open"
-    assert lines[-6:] == [
+    uploaded = '--include README.md --include "adapter_*" --include "*token*" --include chat_template.jinja'
+    assert lines[-7:] == [
         "self-test: 7 of 7 checks passed, on the adapter as it was read back from disk",
         f"done: eval_loss {losses} (step {manifest['best_step']})",
         f"  adapter  {folder}/adapter_model.safetensors",
-        f"  card     {folder}/README.md, with the lines that load the adapter",
-        f"  report   {folder}/report.html",
-        f"next: {opener} {folder}/report.html",
+        f"  look     {opener} {folder}/report.html",
+        f"  talk     {PYTHON} scripts/chat.py {folder}",
+        f'  code     {folder}/README.md, under "Use"',
+        f"  upload   {Path(PYTHON).with_name('hf')} upload YOU/NAME {folder} . {uploaded}",
     ]
 
 

@@ -88,6 +88,7 @@ SERVICES = {  # of compose.yaml, by the script that each starts
     "src/train.py": "train-h100",
     "scripts/validate_environment.py": "validate",
     "scripts/make_demo_model.py": "demo",
+    "scripts/chat.py": "chat",
 }
 
 
@@ -96,10 +97,10 @@ def advice(native: str, image: str) -> str:
     return native if IMAGE_LOCK is None else image
 
 
-def command(script: str) -> str:
-    """How `script` is started again, to be followed by its arguments."""
-    service = SERVICES.get(script, f"--entrypoint python plan {script}")
-    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
+def command(script: str, gpu: bool = True) -> str:
+    """How `script` is started again, to be followed by its arguments; without `gpu` by a service that asks for none."""
+    service = SERVICES.get(script) if gpu else None
+    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service or f'--entrypoint python plan {script}'}")
 
 
 def quiet_libraries() -> None:

@@ -34,6 +34,11 @@ class Terminal:
         self.clear()
         print(text, file=self.stream, flush=True)
 
+    def part(self, text: str) -> None:
+        """A part of a line that is still being written."""
+        self.clear()
+        print(text, end="", file=self.stream, flush=True)
+
     def status(self, text: str, *more: str) -> None:
         """On a terminal a line that lives until the next one: `text`, and what of `more` fits beside it."""
         self._logged = time.monotonic()

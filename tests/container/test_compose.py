@@ -15,6 +15,7 @@ from support.docker_project import ROOT
 TRAIN = ["python", "src/train.py", "--config", "h100"]
 VALIDATE = ["python", "scripts/validate_environment.py", "--config", "h100"]
 PROVE = ["python", "scripts/prove.py"]
+CHAT = ["python", "scripts/chat.py"]
 TENSORBOARD = ["tensorboard", "--logdir", "adapters", "--host", "0.0.0.0", "--port", "6006"]
 GPU = {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]}}}
 LIMITS = {"memlock": -1, "stack": 67108864}
@@ -79,8 +80,8 @@ def common(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_there_are_six_services_and_one_named_volume_and_keys_come_from_files(read: dict[str, Any]) -> None:
-    assert sorted(read["services"]) == ["demo", "plan", "prove", "tensorboard", "train-h100", "validate"]
+def test_there_are_seven_services_and_one_named_volume_and_keys_come_from_files(read: dict[str, Any]) -> None:
+    assert sorted(read["services"]) == ["chat", "demo", "plan", "prove", "tensorboard", "train-h100", "validate"]
     assert {name: volume["name"] for name, volume in read["volumes"].items()} == {"cache": "project_cache"}
     assert {name: secret["file"] for name, secret in read["secrets"].items()} == {
         "hf_token": "/keys/hf",
@@ -88,8 +89,10 @@ def test_there_are_six_services_and_one_named_volume_and_keys_come_from_files(re
     }
 
 
-@pytest.mark.parametrize(("name", "line"), [("train-h100", TRAIN), ("validate", VALIDATE), ("prove", PROVE)])
-def test_training_validation_and_proof_have_the_gpu_and_are_else_what_all_are(
+@pytest.mark.parametrize(
+    ("name", "line"), [("train-h100", TRAIN), ("validate", VALIDATE), ("prove", PROVE), ("chat", CHAT)]
+)
+def test_training_validation_proof_and_chat_have_the_gpu_and_are_else_what_all_are(
     name: str, line: list[str], read: dict[str, Any], folder: Path
 ) -> None:
     assert read["services"][name] == common(folder) | {

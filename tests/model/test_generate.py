@@ -1,4 +1,4 @@
-"""Greedy replies: one argmax after another, for several prompts at once, up to the end token or a signal."""
+"""Greedy replies: one argmax after another, of several prompts at once or as a stream, up to the end or a signal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from finetune.config.load import load_config
 from finetune.data.tokenizer import Chat, load_chat
-from finetune.model.generate import TOGETHER, Reply, reply_to
+from finetune.model.generate import TOGETHER, Listener, Reply, reply_to, stream_reply
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
 
@@ -90,6 +90,52 @@ def test_a_stop_comes_after_the_token_at_hand(model: Any, chat: Chat, prompts: l
 
     assert reply_to(model, chat, prompts, 10_000, stopped) is None
     assert len(asked) <= 6  # after each of four tokens, and after the batch
+
+
+def test_a_stream_is_the_reply_in_parts(model: Any, chat: Chat, prompts: list[list[int]]) -> None:
+    for prompt in prompts:
+        parts: list[str] = []
+        reply = stream_reply(model, chat, prompt, 12, Listener(parts.append))
+        assert [reply] == reply_to(model, chat, [prompt], 12)
+        assert reply is not None and "".join(parts) == reply.text
+        assert len(parts) > 6
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("lit é, 夜", ["lit", " é", ",", " 夜"]),  # the last is three tokens, each a byte
+        ("a\ufffd\ufffdb", ["a", "\ufffd\ufffdb"]),
+        ("é🏮é", ["é", "🏮", "é"]),
+        ("so \ufffd", ["so", " \ufffd"]),
+        (" a  b ", ["a", "  b"]),
+        ("", []),
+    ],
+)
+def test_a_part_has_whole_characters_and_no_space_at_an_end(
+    model: Any, chat: Chat, text: str, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [row] = chat.encode([[{"role": "assistant", "content": text}]])
+
+    def generate(input_ids: torch.Tensor, streamer: Any, **_: Any) -> torch.Tensor:
+        streamer.put(input_ids)
+        for token in row.input_ids[1:]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return torch.cat([input_ids, torch.tensor([row.input_ids[1:]])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    heard: list[str] = []
+    reply = stream_reply(model, chat, [1], 99, Listener(heard.append))
+    assert reply == Reply(text.strip(), len(row.input_ids) - 2, True)
+    assert heard == parts
+
+
+def test_a_stream_that_is_stopped_is_no_reply(model: Any, chat: Chat, prompts: list[list[int]]) -> None:
+    parts: list[str] = []
+    listener = Listener(parts.append, lambda: len(parts) > 2)
+    assert stream_reply(model, chat, prompts[0], 10_000, listener) is None
+    assert len(parts) <= 4
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
 from finetune.model import lora as lora_module
-from finetune.model.lora import add_lora
+from finetune.model.lora import add_lora, load_adapter
 from support.bases import base_model, same, trained_state
 
 
@@ -61,3 +64,72 @@ def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monk
         adapter(lora_config.changed("quantization", storage="expanded"), 42, 0)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"
+
+
+# A saved adapter ------------------------------------------------------------------------------------------------------
+
+TENSOR = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+
+
+@pytest.fixture
+def saved(lora_config: Config, tmp_path: Path) -> Path:
+    """The folder of an adapter that is off its start."""
+    model = add_lora(base_model(lora_config), lora_config.lora, 42)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewritten(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return rewrite
+
+
+def test_a_saved_adapter_is_loaded_as_it_was_saved(lora_config: Config, saved: Path) -> None:
+    model = load_adapter(base_model(lora_config), saved)
+    loaded = {name.replace(".default", ""): value for name, value in model.state_dict().items() if ".lora_" in name}
+    assert same(loaded, load_file(saved / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda path: path.unlink(), "PEFT cannot load this adapter: No such file or directory: {path}"),
+        (lambda path: path.write_bytes(b"abc"),
+            "PEFT cannot load this adapter: Error while deserializing header: header too small"),
+        (rewritten(lambda tensors: tensors.pop(TENSOR)), f"not an adapter of this base: {TENSOR} in one of them only"),
+        (rewritten(lambda tensors: tensors.update({"x": torch.ones(1), "y": torch.ones(1)})),
+            "not an adapter of this base: x and 1 more in one of them only"),
+        (rewritten(lambda tensors: tensors.update({TENSOR: torch.ones(2, 128)})),
+            "PEFT cannot load this adapter: Error(s) in loading state_dict for PeftModelForCausalLM: size mismatch for "
+            f"{TENSOR.replace('.weight', '.default.weight')}: copying a param with shape torch.Size([2, 128]) from "
+            "checkpoint, the shape in current model is torch.Size([4, 128])."),
+        (rewritten(lambda tensors: tensors[TENSOR][0, 0].fill_(float("nan"))), f"damaged: {TENSOR} not finite"),
+    ],
+    ids=["absent", "cut short", "less", "more", "of another rank", "not finite"],
+)  # fmt: skip
+def test_one_that_is_damaged_or_of_another_base_is_refused(
+    lora_config: Config, saved: Path, change: Callable[[Path], Any], fault: str
+) -> None:
+    path = saved / "adapter_model.safetensors"
+    change(path)
+    with pytest.raises(CheckFailed) as refused:
+        load_adapter(base_model(lora_config), saved)
+    assert str(refused.value) == f"{saved}: {fault.format(path=path)}"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [("{", "Expecting property name"), ("{}", "KeyError 'peft_type'"), ('{"peft_type": "NO"}', "KeyError 'NO'")],
+)
+def test_a_config_of_no_adapter_is_refused(lora_config: Config, saved: Path, content: str, fault: str) -> None:
+    (saved / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckFailed) as refused:
+        load_adapter(base_model(lora_config), saved)
+    assert str(refused.value).startswith(f"{saved}: PEFT cannot load this adapter: {fault}")

@@ -96,7 +96,10 @@ RULES: dict[str, Here | By | Needs] = {
         "test_the_script_makes_the_page_and_prints_where_it_lies"),
     ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(PAGE,
         "test_the_script_makes_the_page_and_prints_where_it_lies"),
-    'hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
+    ".venv/bin/python scripts/chat.py adapters/RUN": By("tests/scripts/test_chat.py",
+        "test_the_whole_screen_of_a_conversation"),
+    "docker compose run --rm chat adapters/RUN": By("tests/container/test_compose.py", '("chat", CHAT)'),
+    '.venv/bin/hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
     "--include chat_template.jinja": Needs("network"),
     "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2": Here(),
     "export HF_TOKEN=hf_...": Here(),

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from finetune import cli
+from finetune.cli import PYTHON
+from finetune.files import ROOT
 from finetune.results.self_test import SelfCheck, SelfTest
-from finetune.results.show import show_answers, show_finished, show_self_test
+from finetune.results.show import HF, UPLOADED, show_answers, show_finished, show_self_test
 from finetune.terminal import Terminal
 from support.tty import Tty
 
@@ -35,34 +37,48 @@ def test_the_end_says_what_came_of_it_and_where_it_lies(first: float | None, ear
         first_eval_loss=first, eval_loss=1.23456, best_step=15, steps=40, stopped_early=early
     )
     stream = io.StringIO()
-    show_finished(Terminal(stream=stream), Path("adapters/demo"), outcome)
+    show_finished(Terminal(stream=stream), Path("adapters/demo"), outcome, gpu=False)
     assert stream.getvalue() == (
         f"done: {result}\n"
         "  adapter  adapters/demo/adapter_model.safetensors\n"
-        "  card     adapters/demo/README.md, with the lines that load the adapter\n"
-        "next: less adapters/demo/README.md\n"
+        "  look     less adapters/demo/README.md\n"
+        f"  talk     {PYTHON} scripts/chat.py adapters/demo\n"
+        '  code     adapters/demo/README.md, under "Use"\n'
+        f"  upload   {HF} upload YOU/NAME adapters/demo . {UPLOADED}\n"
     )
 
 
+IN_IMAGE = "docker compose run --rm"
+
+
 @pytest.mark.parametrize(
-    ("system", "image", "next_line"),
+    ("system", "image", "gpu", "look", "talk"),
     [
-        ("linux", None, "next: xdg-open {page}"),
-        ("darwin", None, "next: open {page}"),
-        ("linux", "h100", "next: xdg-open {page} (on the Docker host)"),
+        ("linux", None, True, "xdg-open {page}", f"{PYTHON} scripts/chat.py"),
+        ("darwin", None, False, "open {page}", f"{PYTHON} scripts/chat.py"),
+        ("linux", "h100", True, "xdg-open {page} (on the Docker host)", f"{IN_IMAGE} chat"),
+        ("linux", "cpu", False, "xdg-open {page} (on the Docker host)",
+            f"{IN_IMAGE} --entrypoint python plan scripts/chat.py"),
     ],
-)
-def test_a_report_page_that_was_made_is_the_next_thing_to_look_at(
-    system: str, image: str | None, next_line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+)  # fmt: skip
+def test_a_report_page_that_was_made_is_what_to_look_at(
+    system: str, image: str | None, gpu: bool, look: str, talk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(cli, "IMAGE_LOCK", image)
     (tmp_path / "report.html").touch()
     outcome: Any = SimpleNamespace(first_eval_loss=None, eval_loss=1.0, best_step=1, steps=1, stopped_early=False)
     stream = io.StringIO()
-    show_finished(Terminal(stream=stream), tmp_path, outcome)
-    page = f"{tmp_path}/report.html"
-    assert stream.getvalue().splitlines()[-2:] == [f"  report   {page}", next_line.format(page=page)]
+    show_finished(Terminal(stream=stream), tmp_path, outcome, gpu)
+    assert stream.getvalue().splitlines()[2:4] == [
+        f"  look     {look.format(page=tmp_path / 'report.html')}",
+        f"  talk     {talk} {tmp_path}",
+    ]
+
+
+def test_what_is_uploaded_is_what_the_readme_says() -> None:
+    line = f"    {HF} upload YOU/NAME adapters/RUN . {UPLOADED}\n"
+    assert line.replace(HF, ".venv/bin/hf") in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 SAMPLES = [

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
+import pty
 import re
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Mapping, Sequence
 
 
 class Tty(io.StringIO):
@@ -14,11 +23,61 @@ class Tty(io.StringIO):
 
 
 def screen(written: str) -> list[str]:
-    """The lines that a terminal shows after `written`, without colours: what follows a carriage return overwrites."""
+    """The lines that a terminal shows after `written`, without colours: what follows a carriage return overwrites.
+
+    Readline's switching of what a paste is shows nothing.
+    """
     lines = []
-    for line in re.sub(r"\x1b\[\d+m", "", written).split("\n"):
+    for line in re.sub(r"\x1b\[(\d+m|\?2004[hl])", "", written).split("\n"):
         shown = ""
         for part in line.split("\r"):
             shown = part + shown[len(part) :]
         lines.append(shown.rstrip())
     return lines
+
+
+class Session:
+    """A command whose streams are a terminal of its own, which a test types on."""
+
+    def __init__(self, line: Sequence[str], environment: Mapping[str, str], columns: int = 200) -> None:
+        self._ours, its = pty.openpty()
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self._process = subprocess.Popen(
+            line, env=environment, stdin=its, stdout=its, stderr=its,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(its, termios.TIOCSCTTY, 0),
+        )  # fmt: skip  # its controlling terminal, so that Ctrl-C is a signal
+        os.close(its)
+        self._written, self._seen = b"", 0
+
+    @property
+    def written(self) -> str:
+        """All that the command has written so far."""
+        return self._written.decode(errors="replace")
+
+    def until(self, text: str, seconds: float = 120) -> None:
+        """Wait until the command has written `text` after what was waited for last."""
+        end = time.monotonic() + seconds
+        while text not in self.written[self._seen :]:
+            assert self._read(end - time.monotonic()), self.written[-2000:]
+        self._seen = self.written.index(text, self._seen) + len(text)
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self._ours, text.encode())
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for the command's end; its exit status."""
+        while self._read(seconds):
+            pass
+        os.close(self._ours)
+        return self._process.wait(seconds)
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self._ours], [], [], max(0.0, seconds))[0]:
+            return False
+        try:
+            chunk = os.read(self._ours, 65536)
+        except OSError:  # what Linux answers when the last program has let go of a terminal
+            chunk = b""
+        self._written += chunk
+        return bool(chunk)

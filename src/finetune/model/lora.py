@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     PreTrainedModel,
     set_seed,
@@ -12,6 +16,9 @@ from transformers import (
 
 from finetune.config.schema import LoraConfig, TrainingConfig
 from finetune.errors import CheckFailed
+from finetune.files import shown
+from finetune.machine.device import is_memory_error
+from finetune.wording import listed
 
 
 def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -29,6 +36,28 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, wanted float32 adapter weights")
+    return model
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A saved adapter on `base`. Raises CheckFailed where it is damaged, or not an adapter of a base like this one.
+
+    PEFT itself says nothing of a tensor that finds no layer, and loads what is not a finite number.
+    """
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        model = PeftModel.from_pretrained(base, folder, torch_device=base.device.type)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_memory_error(error):
+            raise
+        text = f"KeyError {error}" if isinstance(error, KeyError) else str(error)
+        why = " ".join(line.strip() for line in text.splitlines()[:2])  # of sizes, the second line says which
+        raise CheckFailed(f"{shown(folder)}: PEFT cannot load this adapter: {why}") from None
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if unmatched := sorted(tensors.keys() ^ loaded.keys()):
+        raise CheckFailed(f"{shown(folder)}: not an adapter of this base: {listed(unmatched, 1)} in one of them only")
+    if wrong := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise CheckFailed(f"{shown(folder)}: damaged: {listed(wrong, 1)} not finite")
     return model
 
 

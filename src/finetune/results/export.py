@@ -10,12 +10,10 @@ from finetune.files import sha256, share, shown
 from finetune.machine.device import peak_memory_gib
 from finetune.results.model_card import model_card
 from finetune.results.self_test import SelfTest, Untrained, self_test
-from finetune.runs.folder import Run
+from finetune.runs.folder import REJECTED, Run
 from finetune.runs.manifest import Manifest
 from finetune.runs.outcome import Outcome
 from finetune.training.job import Job
-
-REJECTED = "rejected"
 
 
 def write_adapter(

@@ -1,4 +1,4 @@
-"""The end of a run in the terminal: what it achieved, where its files are, and sample answers."""
+"""The end of a run in the terminal: what it achieved, where its files are, what to do with them, and sample answers."""
 
 from __future__ import annotations
 
@@ -7,28 +7,36 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune.cli import advice
+from finetune.cli import PYTHON, advice, command
 from finetune.files import shown
 from finetune.results.self_test import SelfTest
+from finetune.runs.adapter import CHAT
 from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.wording import clean
 
+HF = advice(str(Path(PYTHON).with_name("hf")), "docker compose run --rm --entrypoint hf demo")
+# Of a run's folder, what belongs to the adapter: manifest, metrics and samples hold paths and answers.
+UPLOADED = '--include README.md --include "adapter_*" --include "*token*" --include chat_template.jinja'
 
-def show_finished(terminal: Terminal, folder: Path, outcome: Outcome) -> None:
-    """The result, the run's files and how to look at them; a report page that could not be made is not named."""
+
+def show_finished(terminal: Terminal, folder: Path, outcome: Outcome, gpu: bool) -> None:
+    """The result of a run (`gpu`: that needed one), and what to do with it; a report that was not made is not named."""
     folder, drawn = shown(folder), (folder / "report.html").is_file()
     before = "" if outcome.first_eval_loss is None else f"{outcome.first_eval_loss:.4f} -> "
     early = f", stopped early at step {outcome.steps}" if outcome.stopped_early else ""
     result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
     terminal.say(f"{terminal.paint('done', 'green')}: {result}")
-    terminal.say(f"  adapter  {folder}/adapter_model.safetensors")
-    terminal.say(f"  card     {folder}/README.md, with the lines that load the adapter")
-    if drawn:
-        terminal.say(f"  report   {folder}/report.html")
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     look = f"{opener} {folder}/report.html" if drawn else f"less {folder}/README.md"
-    terminal.decision("next", advice(look, f"{look} (on the Docker host)"))
+    for name, text in (
+        ("adapter", f"{folder}/adapter_model.safetensors"),
+        ("look", advice(look, f"{look} (on the Docker host)")),
+        ("talk", f"{command(CHAT, gpu)} {folder}"),
+        ("code", f'{folder}/README.md, under "Use"'),
+        ("upload", f"{HF} upload YOU/NAME {folder} . {UPLOADED}"),
+    ):
+        terminal.say(f"  {name:<9}{text}")
 
 
 def show_self_test(terminal: Terminal, found: SelfTest) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import Config
 
 MANIFEST, METRICS = "manifest.json", "metrics.jsonl"
+REJECTED = "rejected"  # where an adapter lies that failed its self-test
 WAIT_FOR_NAME_SECONDS = 1.0
 
 
