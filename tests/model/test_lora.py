@@ -97,6 +97,7 @@ def test_a_saved_adapter_is_loaded_as_it_was_saved(lora_config: Config, saved: P
     assert same(loaded, load_file(saved / "adapter_model.safetensors"))
 
 
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("change", "fault"),
     [

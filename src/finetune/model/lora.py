@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,11 +43,13 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A saved adapter on `base`. Raises CheckFailed where it is damaged, or not an adapter of a base like this one.
 
-    PEFT itself says nothing of a tensor that finds no layer, and loads what is not a finite number.
+    PEFT itself says nothing of a tensor that finds no layer, only warns of a layer that finds no tensor, and loads what
+    is not a finite number.
     """
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
-        model = PeftModel.from_pretrained(base, folder, torch_device=base.device.type)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of missing tensors, found below
+            model = PeftModel.from_pretrained(base, folder, torch_device=base.device.type)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and is_memory_error(error):
             raise
