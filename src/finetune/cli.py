@@ -99,8 +99,8 @@ def advice(native: str, image: str) -> str:
 
 def command(script: str, gpu: bool = True) -> str:
     """How `script` is started again, to be followed by its arguments; without `gpu` by a service that asks for none."""
-    service = SERVICES.get(script) if gpu else None
-    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service or f'--entrypoint python plan {script}'}")
+    service = (SERVICES.get(script) if gpu else None) or f'--entrypoint "as-owner python" plan {script}'
+    return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
 
 
 def quiet_libraries() -> None:

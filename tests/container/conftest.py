@@ -1,8 +1,9 @@
 """A real Docker engine, and a copy of this project whose image it built: Dockerfile and compose.yaml unmodified.
 
-`.env` chooses the CPU's lock and leaves flash-attn out. So these tests show everything of the image but what only the
-H100's has: flash-attn's compile by nvcc 12.1 (benchmarks/results has files of it by 12.4), the hashed CUDA wheels, and
-Ubuntu's own packages where the base image is a stand-in. NO_GPU takes the GPU away from the two services that ask.
+`.env` chooses the CPU's lock, leaves flash-attn out and has no UID, so the programs run as the owner of `adapters`.
+These tests show everything of the image but what only the H100's has: flash-attn's compile by nvcc 12.1
+(benchmarks/results has files of it by 12.4), the hashed CUDA wheels, and Ubuntu's own packages where the base image is
+a stand-in. NO_GPU takes the GPU away from the three services that ask.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     settings = {
         "LOCK": "cpu", "FLASH_ATTN": "skip", "HF_TOKEN_FILE": f"{keys}/hf", "WANDB_API_KEY_FILE": f"{keys}/wandb",
     }  # fmt: skip
-    lines = "".join(f"{key}={value}\n" for key, value in {**settings, "UID": UID, "GID": UID}.items())
+    lines = "".join(f"{key}={value}\n" for key, value in settings.items())
     (folder / ".env").write_text((folder / ".env.example").read_text(encoding="utf-8") + lines, encoding="utf-8")
     row = {"messages": [{"role": "user", "content": PRIVATE}, {"role": "assistant", "content": "Yes."}]}
     (folder / "data" / "processed" / "private.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
@@ -50,3 +52,14 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     yield made
     made.compose("down", "--volumes", "--timeout", "1")
+
+
+@pytest.fixture
+def clone(project: Project, tiny_mistral: Path) -> Iterator[Project]:
+    """The same project as a clone has it, without `.env`, where every user can go; the image is there."""
+    with tempfile.TemporaryDirectory(prefix="clone-") as parent:
+        Path(parent).chmod(0o755)
+        made = Project(copied(Path(parent) / "project"), f"{project.name}-clone")
+        shutil.copytree(tiny_mistral, made.folder / "models" / "tiny")
+        yield made
+        made.compose("down", "--volumes", "--timeout", "1")

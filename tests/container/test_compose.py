@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,11 +13,11 @@ import pytest
 
 from support.docker_project import ROOT
 
-TRAIN = ["python", "src/train.py", "--config", "h100"]
-VALIDATE = ["python", "scripts/validate_environment.py", "--config", "h100"]
-PROVE = ["python", "scripts/prove.py"]
-CHAT = ["python", "scripts/chat.py"]
-TENSORBOARD = ["tensorboard", "--logdir", "adapters", "--host", "0.0.0.0", "--port", "6006"]
+TRAIN = ["as-owner", "python", "src/train.py", "--config", "h100"]
+VALIDATE = ["as-owner", "python", "scripts/validate_environment.py", "--config", "h100"]
+PROVE = ["as-owner", "python", "scripts/prove.py"]
+CHAT = ["as-owner", "python", "scripts/chat.py"]
+TENSORBOARD = ["as-owner", "tensorboard", "--logdir", "adapters", "--host", "0.0.0.0", "--port", "6006"]
 GPU = {"resources": {"reservations": {"devices": [{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]}}}
 LIMITS = {"memlock": -1, "stack": 67108864}
 
@@ -32,6 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(folder: Path) -> dict[str, Any]:
+    return read_by_compose(folder)
+
+
+def read_by_compose(folder: Path) -> dict[str, Any]:
     """All of compose.yaml as Compose understands it; needs no engine."""
     if (
         shutil.which("docker") is None
@@ -56,6 +61,7 @@ def common(folder: Path) -> dict[str, Any]:
             "dockerfile": "docker/Dockerfile",
             "args": {"LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": "", "GIT_COMMIT": ""},
         },
+        "cap_add": ["SETUID", "SETGID", "KILL"],
         "cap_drop": ["ALL"],
         "command": None,
         "environment": {"HF_TOKEN_PATH": "/run/secrets/hf_token", "WANDB_API_KEY_FILE": "/run/secrets/wandb_api_key"},
@@ -109,7 +115,7 @@ def test_the_plan_has_no_gpu_and_no_network(read: dict[str, Any], folder: Path) 
 
 
 def test_the_demo_may_make_its_base_model_and_has_no_gpu(read: dict[str, Any], folder: Path) -> None:
-    wanted = common(folder) | {"entrypoint": ["scripts/quickstart.sh"]}
+    wanted = common(folder) | {"entrypoint": ["as-owner", "scripts/quickstart.sh"]}
     wanted["volumes"][2] = bind(folder, "models", read_only=False)
     assert read["services"]["demo"] == wanted
 
@@ -124,3 +130,41 @@ def test_tensorboard_reads_adapters_only_listens_on_this_machine_only_and_is_wha
     }
     del wanted["profiles"], wanted["secrets"]
     assert read["services"]["tensorboard"] == wanted
+
+
+def test_without_env_every_service_begins_as_root_and_asks_for_nothing(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "compose.yaml", tmp_path)
+    services = read_by_compose(tmp_path)["services"]
+    assert {service["user"] for service in services.values()} == {"0:0"}
+
+
+def test_the_recipe_of_env_example_adds_to_env_and_changes_nothing_that_is_set(folder: Path, tmp_path: Path) -> None:
+    for name in ("compose.yaml", ".env"):
+        shutil.copy(folder / name, tmp_path)
+    before = read_by_compose(tmp_path)
+    recipe = "cat .env.example >> .env"
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in (".env.example", "README.md")]
+    assert all(recipe in text for text in texts)
+    shutil.copy(ROOT / ".env.example", tmp_path)
+    subprocess.run(["bash", "-c", recipe], cwd=tmp_path, check=True)
+    assert read_by_compose(tmp_path) == before
+
+
+def test_every_variable_of_compose_is_in_env_example_and_works_when_the_number_sign_is_gone(tmp_path: Path) -> None:
+    compose, example = ((ROOT / name).read_text(encoding="utf-8") for name in ("compose.yaml", ".env.example"))
+    offered = dict(re.findall(r"^#([A-Z_]+)=(.+)$", example, re.MULTILINE))
+    used = set(re.findall(r"\$\{([A-Z_]+)", compose)) | {"CUDA"}
+    assert set(offered) == used - {"GIT_COMMIT"}  # of one build, not of a folder
+    (tmp_path / "compose.yaml").write_text(compose, encoding="utf-8")
+    lines = "".join(f"{name}={text}\n" for name, text in offered.items())
+    (tmp_path / ".env").write_text(lines, encoding="utf-8")
+    read = read_by_compose(tmp_path)
+    train = read["services"]["train-h100"]
+    args = train["build"]["args"]
+    assert {name: args[name] for name in ("CUDA", "LOCK", "FLASH_ATTN", "MAX_JOBS")} == {
+        name: offered[name] for name in ("CUDA", "LOCK", "FLASH_ATTN", "MAX_JOBS")
+    }
+    assert train["user"] == f"{offered['UID']}:{offered['GID']}"
+    assert {f"{name.upper()}_FILE": secret["file"] for name, secret in read["secrets"].items()} == {
+        name: text for name, text in offered.items() if name.endswith("_FILE")
+    }

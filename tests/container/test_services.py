@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -43,29 +41,6 @@ def steps(folder: Path) -> int:
 
 def adapter(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
-
-
-# --- what is typed first
-
-
-def test_without_env_compose_says_what_to_type_and_that_is_enough(project: Project, tmp_path: Path) -> None:
-    for name in ("compose.yaml", ".env.example"):
-        shutil.copy(project.folder / name, tmp_path)
-    bare = Project(tmp_path, project.name)
-    done = bare.compose("config", "--quiet", no_gpu=False)
-    line = "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env"
-    assert done.returncode != 0
-    where = r"(services\.[a-z0-9-]+|x-program)"  # Compose meets them in no order
-    assert re.sub(where, "SERVICE", done.stderr.strip()) == (
-        "error while interpolating SERVICE.user: required variable UID is missing a value: "
-        f".env does not say who you are. Type this, in the project's folder -- {line}"
-    )
-    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
-    done = bare.compose("config", "--quiet", no_gpu=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert f"UID={os.getuid()}\nGID={os.getgid()}\n" in (tmp_path / ".env").read_text(encoding="utf-8")
-    assert line in (ROOT / ".env.example").read_text(encoding="utf-8")
-    assert line in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # --- plan and validate

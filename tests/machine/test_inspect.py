@@ -353,7 +353,7 @@ def in_an_image(expression: str) -> str:
         ("cli.command('scripts/make_demo_model.py')", "docker compose run --rm demo"),
         (
             "cli.command('scripts/inspect_data.py')",
-            "docker compose run --rm --entrypoint python plan scripts/inspect_data.py",
+            'docker compose run --rm --entrypoint "as-owner python" plan scripts/inspect_data.py',
         ),
         ("PLATFORMS['cpu'].install", "docker compose build"),
         ("PLATFORMS['h100'].repair", "docker compose build --no-cache"),

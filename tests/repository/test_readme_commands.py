@@ -112,11 +112,17 @@ RULES: dict[str, Here | By | Needs] = {
     ".venv/bin/python benchmarks/memory.py": By("tests/plan/test_memory.py", '"benchmarks" / "memory.py"'),
     ".venv/bin/python benchmarks/train_step --tiny": By("tests/benchmarks/test_train_step.py",
         "test_tiny_runs_everything_on_a_cpu_and_all_losses_agree"),
-    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
+    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 '
     "benchmarks/train_step --output benchmarks/results/NAME.json": Needs("H100"),
-    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 '
+    'docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 '
     "benchmarks/memory.py --platform h100 --output benchmarks/results/OTHER.json": Needs("H100"),
-    "(cat .env.example; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) > .env": Here(),
+    "cat .env.example >> .env": Here(),
+    "CUDA=nvcr.io/nvidia/cuda:12.1.1 docker compose build": By(IMAGE,
+        "test_another_registry_is_one_variable_of_compose"),
+    "CUDA=nvidia/cuda:12.2.2 docker compose build": By(IMAGE, "test_another_registry_is_one_variable_of_compose"),
+    "docker compose build --build-arg http_proxy=http://HOST:PORT --build-arg https_proxy=http://HOST:PORT":
+        Needs("network"),
+    "docker login": Needs("network"),
     "docker compose build": By("tests/container/conftest.py", '"build"'),
     "GIT_COMMIT=$(git rev-parse HEAD) docker compose build": By("tests/container/conftest.py", "GIT_COMMIT"),
     "docker compose run --rm prove": By("tests/container/test_compose.py", '("prove", PROVE)'),
@@ -184,7 +190,7 @@ def is_typed(span: str) -> bool:
 
 
 SERVICE_STARTS: dict[str, list[str]] = {
-    name: service["entrypoint"]
+    name: service["entrypoint"][1:]  # after as-owner
     for name, service in yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"].items()
 }
 COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})

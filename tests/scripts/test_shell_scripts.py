@@ -13,7 +13,7 @@ import pytest
 
 from finetune.config.load import ROOT
 
-SCRIPTS = [*sorted((ROOT / "scripts").rglob("*.sh")), ROOT / "docker" / "flash_attn.sh", ROOT / ".ci" / "run"]
+SCRIPTS = [*sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("docker/*.sh")), ROOT / ".ci" / "run"]
 CPU_TORCH = ["--no-deps", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "torch==2.13.0"]
 CPU_LOCK, DEV_LOCK = ["-r", "requirements/cpu.lock"], ["-r", "requirements/dev.lock"]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOCKET = Path("/var/run/docker.sock")
 NO_GPU = "tests/container/no-gpu.yaml"
-UID = 4711  # has no name in the image, and is nobody here
+UID = 4711  # the owner of adapters; has no name in the image, and is nobody here
 COMMIT = "c0ffee" * 6 + "c0ff"
 PRIVATE = "planted private words of a conversation"
 TOKEN, KEY = "hf_PlantedTokenNobodyHas", "planted0wandb0key0planted0wandb0key0plan"
@@ -47,13 +49,32 @@ class Project:
         """`docker compose run --rm SERVICE`, without a terminal."""
         return self.compose("run", "--rm", "-T", *ONE_THREAD, service, *words, no_gpu=no_gpu, minutes=minutes)
 
+    def typed(self, line: str, user: int, minutes: float = 10) -> subprocess.CompletedProcess[str]:
+        """`line` as `user` types it on this host; only the shell's variables choose the CPU's image and no GPU."""
+        environment = {"LOCK": "cpu", "FLASH_ATTN": "skip", "COMPOSE_FILE": f"compose.yaml:{NO_GPU}"}
+        return subprocess.run(
+            shlex.split(line),
+            cwd=self.folder,
+            env={**os.environ, **environment, "COMPOSE_PROJECT_NAME": self.name, "HOME": str(self.folder)},
+            user=user,
+            group=user,
+            extra_groups=[SOCKET.stat().st_gid],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=minutes * MINUTES,
+            check=False,
+        )
+
     def start(self, service: str, *words: str) -> str:
         """The same in the background: the container's id."""
         return self.compose("run", "--detach", "-T", *ONE_THREAD, service, *words).stdout.strip()
 
-    def python(self, code: str) -> subprocess.CompletedProcess[str]:
+    def python(self, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A piece of Python inside of the image, as the training's service is started."""
-        return self.compose("run", "--rm", "-T", "--entrypoint", "python", "train-h100", "-c", code)
+        return self.compose(
+            "run", "--rm", "-T", "--entrypoint", "as-owner python", "train-h100", "-c", code, **environment
+        )
 
     @property
     def adapters(self) -> Path:

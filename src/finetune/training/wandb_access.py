@@ -58,5 +58,5 @@ def wandb_sync(run: Path | str, online: str | None = None) -> str:
 
     On a Docker host there is no wandb but the image's.
     """
-    wandb = advice("wandb", "docker compose run --rm --env WANDB_API_KEY --entrypoint wandb demo")
+    wandb = advice("wandb", 'docker compose run --rm --env WANDB_API_KEY --entrypoint "as-owner wandb" demo')
     return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"

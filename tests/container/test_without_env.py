@@ -1,0 +1,94 @@
+"""A clone without `.env`: what users type, word for word, as three users; whose the files are, and what root keeps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from support.docker_project import UID, Project
+
+pytestmark = pytest.mark.slow
+NO_DATA = (
+    "  data/processed/train.jsonl: No such file or directory; put your JSONL there, or try with "
+    "--set dataset.train_file=data/sample/train.jsonl"
+)
+SHORT = (
+    "--config cpu --skip device,rehearsal --set model.name=models/tiny --set training.max_steps=2 "
+    "--set dataset.sample_prompts=[] --set tracking.run_name=short"
+)
+PRIVILEGES = """
+import os, re
+status = open("/proc/self/status").read()
+print(os.getuid(), os.getgid(), os.getgroups(), *re.findall(r"(?:Cap...|NoNewPrivs):\\s*(\\S+)", status))
+"""
+NONE = "0" * 16
+
+
+def given_to(clone: Project, user: int) -> None:
+    """The clone as `user` has made it."""
+    if os.getuid():
+        pytest.skip("only root may become another user")
+    subprocess.run(["chown", "-R", f"{user}:{user}", str(clone.folder)], check=True)
+
+
+@pytest.mark.parametrize("user", [0, 1000, 12345])
+def test_what_the_readme_says_works_as_it_is_typed(user: int, clone: Project) -> None:
+    given_to(clone, user)
+    for line in ("docker compose ps", "docker compose down"):
+        done = clone.typed(line, user)
+        assert (done.returncode, done.stdout.splitlines()[1:]) == (0, []), done.stderr
+    for service in ("plan", "train-h100"):
+        done = clone.typed(f"docker compose run {service}", user)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, NO_DATA)
+    done = clone.typed("docker compose run validate", user)
+    assert done.returncode == 3, done.stderr
+    assert "paths.output             adapters: written, synced, renamed" in done.stdout
+    done = clone.typed(f"docker compose run --rm train-h100 {SHORT}", user)
+    assert done.returncode == 0, done.stderr
+    made = list((clone.adapters / "short").rglob("*"))
+    assert len(made) > 5
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(user, user)}
+    left = clone.typed("docker compose ps --all --quiet", user).stdout.split()
+    assert len(left) == 3  # those without --rm, which `down` leaves alone
+    subprocess.run(["docker", "rm", *left], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("owner", [0, UID])
+def test_the_program_has_no_capability_and_no_way_to_get_one(owner: int, project: Project) -> None:
+    """Its bounding set, which only a gain of privileges could make use of, is what the container began with."""
+    os.chown(project.adapters, owner, owner)
+    found = project.python(PRIVILEGES).stdout
+    os.chown(project.adapters, UID, UID)
+    groups = "[0]" if owner == 0 else "[]"
+    inherited, permitted, effective, ambient = (NONE,) * 4
+    beginning = f"{1 << 5 | 1 << 6 | 1 << 7:016x}"  # KILL, SETGID, SETUID
+    assert found.strip() == f"{owner} {owner} {groups} {inherited} {permitted} {effective} {beginning} {ambient} 1"
+
+
+def test_a_uid_that_is_given_is_the_containers_from_the_start(project: Project) -> None:
+    code = "import os; print(os.getuid(), os.getgid(), os.stat('/proc/1').st_uid)"
+    assert project.python(code).stdout == f"{UID} {UID} 0\n"
+    assert project.python(code, UID="12345", GID="54321").stdout == "12345 54321 12345\n"
+    assert project.python(code, UID="12345").stdout == "12345 12345 12345\n"
+
+
+@pytest.mark.parametrize("owner", [0, 65534])
+def test_adapters_that_root_may_not_write_are_refused_with_what_to_type(owner: int, project: Project) -> None:
+    """As on a share with root_squash, where root has no more rights than its mode gives."""
+    os.chown(project.adapters, owner, owner)
+    project.adapters.chmod(0o555)
+    done, shown = project.run("plan"), project.run("tensorboard", "--version")
+    project.adapters.chmod(0o755)
+    os.chown(project.adapters, UID, UID)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"adapters belongs to user {owner} here, and this container's root may not write it: its mode, or a share that "
+        "takes root's rights away (root_squash)\n"
+        '  make it yours:                  sudo chown -R "$(id -u):$(id -g)" adapters\n'
+        "  or, if you can write it, type:  (echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env\n"
+    )
+    assert shown.returncode == 0  # it is given adapters to read
+    assert re.fullmatch(r"[\d.]+\n", shown.stdout)
