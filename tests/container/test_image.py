@@ -10,10 +10,9 @@ from uuid import uuid4
 
 import pytest
 
-from support.docker_project import COMMIT, KEY, PRIVATE, ROOT, TOKEN, UID, Project
+from support.docker_project import COMMIT, IMAGE, KEY, PRIVATE, ROOT, TOKEN, UID, Project
 
 pytestmark = pytest.mark.slow
-IMAGE = "mistral-7b-qlora:cpu"
 LARGEST_GIB = 3.0  # of the CPU's; what is above torch, transformers and the system would be a mistake
 
 
@@ -26,6 +25,13 @@ def build(folder: Path, stage: str, *words: str, **arguments: str) -> subprocess
     given = [word for name, text in arguments.items() for word in ("--build-arg", f"{name}={text}")]
     line = ["docker", "buildx", "build", "--target", stage, *given, *words, "--file", "docker/Dockerfile", "."]
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def make_base(cuda: str, instruction: str = "") -> None:
+    """What `CUDA=cuda` finds on this machine as its base image: the usual one, and after one more `instruction`."""
+    text = f"FROM nvidia/cuda:12.1.1-base-ubuntu22.04\n{instruction}\n"
+    line = ["docker", "build", "--quiet", "--tag", f"{cuda}-base-ubuntu22.04", "-"]
+    subprocess.run(line, input=text, capture_output=True, text=True, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +186,7 @@ def test_the_compilers_image_is_pulled_only_where_flash_attn_is_compiled(
 ) -> None:
     """Of the CUDA named here only the -base image is there."""
     cuda = f"{project.name}-cuda:1"
-    docker("tag", "nvidia/cuda:12.1.1-base-ubuntu22.04", f"{cuda}-base-ubuntu22.04")
+    make_base(cuda)
     done = build(project.folder, "flash-attn", CUDA=cuda, LOCK=lock, FLASH_ATTN=flash_attn)
     docker("rmi", f"{cuda}-base-ubuntu22.04")
     assert (done.returncode != 0) == bool(problem), done.stderr
@@ -193,12 +199,10 @@ def test_another_registry_is_one_variable_of_compose(project: Project) -> None:
     assert re.search(r"nowhere\.invalid/(cuda:|v2/cuda/manifests/)1-base-ubuntu22\.04", done.stderr), done.stderr
 
 
-def test_nvidias_package_lists_are_not_asked(project: Project, tmp_path: Path) -> None:
+def test_nvidias_package_lists_are_not_asked(project: Project) -> None:
     cuda = f"{project.name}-lists:1"
     lists = "/etc/apt/sources.list.d"
-    broken = f"RUN for name in cuda-ubuntu2204-x86_64 nvidia-ml; do echo broken >{lists}/$name.list; done"
-    (tmp_path / "Dockerfile").write_text(f"FROM nvidia/cuda:12.1.1-base-ubuntu22.04\n{broken}\n", encoding="utf-8")
-    docker("build", "--quiet", "--tag", f"{cuda}-base-ubuntu22.04", str(tmp_path))
+    make_base(cuda, f"RUN for name in cuda-ubuntu2204-x86_64 nvidia-ml; do echo broken >{lists}/$name.list; done")
     done = build(project.folder, "system", CUDA=cuda)
     docker("rmi", f"{cuda}-base-ubuntu22.04")
     assert done.returncode == 0, done.stderr

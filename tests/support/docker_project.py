@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOCKET = Path("/var/run/docker.sock")
+IMAGE = "mistral-7b-qlora:cpu"
 NO_GPU = "tests/container/no-gpu.yaml"
 UID = 4711  # the owner of adapters; has no name in the image, and is nobody here
 COMMIT = "c0ffee" * 6 + "c0ff"
