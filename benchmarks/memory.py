@@ -6,7 +6,7 @@ Each case is a process of its own that takes two optimizer steps and evaluates. 
 allocation and release of torch's allocator, so that the running sum is known at every moment; weights, adapter and
 optimizer state are the sizes of their tensors.
 
-    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 \\
+    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 \\
         benchmarks/memory.py --platform h100 --output benchmarks/results/NAME.json
 
 does the same on an NVIDIA GPU, in the image, with random weights of Mistral-7B's shape and the settings of

@@ -1,6 +1,6 @@
 """Tokens a second of one optimizer step, ours beside the trainers that a user would pick instead, on the same rows.
 
-    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint python train-h100 \\
+    docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 \\
         benchmarks/train_step --output benchmarks/results/NAME.json
 
 on an H100, in the image, with random weights of Mistral-7B's shape that are made on the GPU; without Docker,

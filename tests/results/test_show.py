@@ -58,7 +58,7 @@ IN_IMAGE = "docker compose run --rm"
         ("darwin", None, False, "open {page}", f"{PYTHON} scripts/chat.py"),
         ("linux", "h100", True, "xdg-open {page} (on the Docker host)", f"{IN_IMAGE} chat"),
         ("linux", "cpu", False, "xdg-open {page} (on the Docker host)",
-            f"{IN_IMAGE} --entrypoint python plan scripts/chat.py"),
+            f'{IN_IMAGE} --entrypoint "as-owner python" plan scripts/chat.py'),
     ],
 )  # fmt: skip
 def test_a_report_page_that_was_made_is_what_to_look_at(
