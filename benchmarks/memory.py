@@ -185,7 +185,7 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     train_rows = examples(2 * config.effective_batch_size, case.length, vocab, case.packing)
     eval_rows = examples(training.per_device_eval_batch_size, case.length, vocab, False)
     checkpointed = checkpointed_layers(config, case.geometry)
-    rows = trainer.Examples(train_rows, eval_rows, "train.jsonl")
+    rows = trainer.Examples(train_rows, eval_rows)
     return trainer.make_trainer(peft_model, tokenizer, rows, arguments, checkpointed)
 
 

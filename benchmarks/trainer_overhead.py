@@ -138,7 +138,7 @@ def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     run.checkpoints.mkdir(parents=True)
     sft = training_arguments(config.training, run, PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
-    examples = trainer.Examples(rows(case), evaluated, "train.jsonl")
+    examples = trainer.Examples(rows(case), evaluated)
     made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), examples, sft, 0)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper

@@ -53,8 +53,8 @@ def main() -> None:
             terminal.warn(
                 f"the start before this one ({run.died}) ended without a word: killed, perhaps for its memory"
             )
-        terminal.status(f"reading {config.dataset.train_file}")
-        terminal.decision("data", f"{config.dataset.train_file}; {preflight.prepared.split_reason}")
+        terminal.status(f"reading {config.dataset.train_files_named}")
+        terminal.decision("data", f"{config.dataset.train_files_named}; {preflight.prepared.split_reason}")
         terminal.table("plan", plan_lines(preflight.plan), preflight.plan.problems)
         results = require_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:

@@ -231,7 +231,7 @@ def our_trainer(work: Work) -> Any:
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
     arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
     rows = packed_by_us(work.steps)
-    examples = trainer.Examples(rows, rows, "rows")
+    examples = trainer.Examples(rows, rows)
     return trainer.make_trainer(peft_model, tokenizer(), examples, arguments, choice.layers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from finetune.plan import model_shape, schedule
 from finetune.plan.model_shape import Geometry
 from finetune.training import rehearsal
 from support.bench import Bench, found
-from support.check_faults import FAULTS, Fault
+from support.check_faults import FAULTS, Fault, conversations
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -79,6 +80,25 @@ def test_a_fault_is_found_with_what_to_type(planted: Fault, bench: Callable[[str
     assert found(results) == (wanted, planted.exit_code)
     waiting = {it.id: it.detail.removeprefix("needs ") for it in results if it.detail.startswith("needs ")}
     assert set(waiting.values()) <= {id_ for id_, *_ in wanted} | set(waiting)
+
+
+def test_rows_that_are_there_again_or_left_out_for_the_weight_of_their_file_are_counted(
+    bench: Callable[[str], Bench],
+) -> None:
+    planted = bench("cpu")
+    rows = [[("user", f"Is it {number}?"), ("assistant", "Yes.")] for number in range(20)]
+    files = planted.train_file, planted.folder / "more.jsonl", planted.folder / "less.jsonl"
+    for file, first in ((files[1], 0), (files[2], 10)):
+        planted.write_rows(*rows[first : first + 10])
+        shutil.move(files[0], file)
+    planted.write_rows(*conversations())
+    planted.set(f"dataset.train_file=[{files[0]}, {{path: {files[1]}, weight: 2}}, {{path: {files[2]}, weight: 0.2}}]")
+    found = next(result.detail for result in planted.results() if result.id == "data.rows")
+    assert found == (
+        "48 to train on, 13 held out (no validation file: 25% of the rows, chosen by content, are held out); "
+        "9 of those to train on are repeats, for the weight of their file; 8 rows left out, for the weight of their "
+        "file; 60 of 60 compared with mistral-common"
+    )
 
 
 def test_at_least_fifty_faults_have_one_finding_each() -> None:

@@ -6,8 +6,8 @@ import math
 from typing import Annotated, Any, Literal
 
 import pytest
-from annotated_types import Ge, Gt, Le
-from pydantic import ValidationError
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import Strict, ValidationError
 
 from finetune import wording
 from finetune.config import problems, schema
@@ -30,6 +30,10 @@ class Section(schema.Section):
     mode: Literal["packed", "expanded"]
     layers: Literal["all", "auto"] | Annotated[int, Ge(0)]
     names: Texts
+    files: Annotated[
+        Text | Annotated[tuple[Text | schema.TrainFile, ...], Strict(False), MinLen(1)],
+        schema.Wanted("a path or a list"),
+    ]
 
 
 class Lora(schema.Section):
@@ -48,7 +52,8 @@ class Tree(schema.Section):
 
 GOOD: dict[str, Any] = {
     "section": {"count": 1, "share": 0.5, "rate": 1, "size": 16, "any_number": -3, "flag": False, "name": "x",
-        "note": None, "patience": None, "mode": "packed", "layers": "all", "names": ["a", "b"]},
+        "note": None, "patience": None, "mode": "packed", "layers": "all", "names": ["a", "b"],
+        "files": "a"},
     "lora": {"r": 8},
     "seed": 42,
 }  # fmt: skip
@@ -115,6 +120,20 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
         ("layers", "a whole number", "found 'a whole number' (text), wanted all | auto | a whole number"),
         ("layers", -1, "found -1 (whole number), wanted at least 0"),
         ("name", "", "found '' (text), wanted text that is not empty"),
+        ("files", 3, "found 3 (whole number), wanted a path or a list"),
+        ("files", "", "found '' (text), wanted a path or a list"),
+        ("files", [], "found [] (list), wanted a path or a list"),
+        ("files", ["a", 3], "found 3 (whole number), wanted a path or a list"),
+        ("files", {"path": "a"}, "found {'path': 'a'} (section), wanted a path or a list"),
+        ("files", ["a", {"weight": 2}], "found {'weight': 2} (section), wanted a path or a list"),
+        *(
+            (
+                "files",
+                ["a", {"path": "b", key: value}],
+                f"found {{'path': 'b', {key!r}: {value!r}}} (section), wanted a path or a list",
+            )
+            for key, value in (("weight", 0), ("weight", -1), ("weight", 101), ("weight", "2"), ("wieght", 2))
+        ),
     ],
 )
 def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, value: Any, message: str) -> None:

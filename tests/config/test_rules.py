@@ -185,6 +185,14 @@ def test_a_base_model_that_is_no_folder_is_a_config_error_whatever_its_form(name
     assert line.startswith(f"--set model.name={name}  model.name: found ")
 
 
+def test_a_training_file_is_named_once(local_model: str) -> None:
+    setting = "dataset.train_file=[data/a.jsonl, b.jsonl, {path: ./data/x/../a.jsonl, weight: 2}]"
+    assert problems("cpu", local_model, setting) == (
+        f"--set {setting}  dataset.train_file: data/a.jsonl is there twice; name it once, or to repeat its rows type "
+        "{path: data/a.jsonl, weight: 2}",
+    )
+
+
 def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
     assert problems("cpu", local_model, "training.lr_scheduler_type=constant")[0].endswith(
         "training.warmup_ratio: 0.03 beside lr_scheduler_type constant, which has no warm-up; set it to 0, "

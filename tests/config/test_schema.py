@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from finetune.config.load import BASE_FILE
 from finetune.config.schema import Mark, keys, marked
+from finetune.config.yaml_file import dump
 from support.configs import leaves, load, written
 
 
@@ -104,6 +105,30 @@ def test_what_may_change_on_resume_decides_no_token_and_no_weight() -> None:
 
 def test_a_key_is_compared_by_a_receipt_or_differs_by_design_or_is_left_out() -> None:
     assert set(marked(Mark.BY_DESIGN)) & set(marked(Mark.NOT_COMPARED)) == set()
+
+
+@pytest.mark.parametrize(
+    ("setting", "files", "named"),
+    [
+        ("a.jsonl", [("a.jsonl", 1)], "a.jsonl"),
+        ("[a.jsonl]", [("a.jsonl", 1)], "a.jsonl"),
+        (
+            "[a.jsonl, {path: b.jsonl, weight: 2}, {path: c.jsonl}, {path: d.jsonl, weight: 0.5}]",
+            [("a.jsonl", 1), ("b.jsonl", 2), ("c.jsonl", 1), ("d.jsonl", 0.5)],
+            "a.jsonl, b.jsonl (weight 2), c.jsonl, d.jsonl (weight 0.5)",
+        ),
+    ],
+    ids=["a path", "one", "several"],
+)
+def test_training_files_are_one_or_several_each_with_a_weight(
+    setting: str, files: list[tuple[str, float]], named: str, local_model: str, tmp_path: Path
+) -> None:
+    config = load(str(BASE_FILE), local_model, f"dataset.train_file={setting}")
+    assert [(file.path, file.weight) for file in config.dataset.train_files] == files
+    assert config.dataset.train_files_named == named
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(dump(config.as_dict()))
+    assert load(str(resolved)) == config
 
 
 def test_a_section_has_no_marks_of_its_own() -> None:

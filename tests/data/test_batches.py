@@ -44,7 +44,7 @@ class Case:
         self.collator = Collator(tokenizer, flat=False)
         sft = training_arguments(config.training, Run(folder / "run", False, None), PLATFORMS["cpu"], True)
         rows = self.prepared.train.dataset(None)
-        self.trainer: Trainer = make_trainer(self.model, tokenizer, Examples(rows, rows, str(train_file)), sft, 0)
+        self.trainer: Trainer = make_trainer(self.model, tokenizer, Examples(rows, rows), sft, 0)
         self.model.train()
 
     def batch(self, *sequences: list[int]) -> dict[str, Any]:

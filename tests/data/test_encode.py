@@ -60,6 +60,8 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "dropped_bad": 2,
         "duplicates": 1,
         "dropped_duplicates": 0,
+        "repeated": 0,
+        "left_out": 0,
         "encoded": 5,
         "certified": 5,
         "control_tokens": 0,
@@ -68,11 +70,11 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "first_leak": None,
         "opening_leaks": 0,
         "first_opening": None,
-        "first_copy": 6,
+        "first_copy": case.in_train(6),
         "histogram": {"edges": list(range(11, 23)), "counts": [3, *[0] * 9, 1]},
         "bad": [
-            (4, "not JSON: Expecting value at column 1"),
-            (8, 'found an empty list, wanted an object {"messages": [...]}'),
+            (case.in_train(4), "not JSON: Expecting value at column 1"),
+            (case.in_train(8), 'found an empty list, wanted an object {"messages": [...]}'),
         ],
         "other_keys": {},
     }
@@ -81,7 +83,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         encoded=1,
         certified=1,
         opening_leaks=1,
-        first_opening=(1, 1),
+        first_opening=(case.in_train(1), case.in_validation(1)),
         histogram={"edges": [11, 12], "counts": [1]},
     )
     assert {name: entry["rows"] for name, entry in prepared.files.items()} == {"train": 4, "validation": 1}
@@ -204,8 +206,9 @@ def test_control_tokens_in_messages_are_counted_with_their_first_line(
     write(case.train, SHORT, "", *rows, conversation("<|im_end|> < s> [inst]", "Hello"))
     write(case.validation, conversation("a", "b", system="<s>"))
     counts = case.prepare().statistics
-    assert (counts["train"].control_tokens, counts["train"].first_control_token) == (2, 3)
-    assert (counts["validation"].control_tokens, counts["validation"].first_control_token) == (1, 1)
+    assert (counts["train"].control_tokens, counts["train"].first_control_token) == (2, case.in_train(3))
+    counts_held_out = counts["validation"]
+    assert (counts_held_out.control_tokens, counts_held_out.first_control_token) == (1, case.in_validation(1))
 
 
 def test_a_dropped_row_and_the_configs_own_prompt_are_not_counted_for_control_tokens(case: Case) -> None:

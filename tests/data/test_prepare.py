@@ -6,11 +6,14 @@ import gzip
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune import files
 from finetune.cli import command
+from finetune.data import encode
 from finetune.data.formats import foreign
 from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
@@ -24,6 +27,8 @@ from support.prepared import (
     contents,
     lines,
     numbered,
+    places,
+    same,
     write,
 )
 
@@ -108,7 +113,7 @@ def test_dropped_rows_are_counted_and_listed_all(case: Case) -> None:
     write(case.validation, conversation("Hi", "No"), "{}")
     statistics = case.prepare(on_bad_row="drop").statistics
     assert (statistics["train"].dropped_bad, statistics["validation"].dropped_bad) == (30, 1)
-    assert [number for number, _ in statistics["train"].bad] == list(range(2, 32))
+    assert [place for place, _ in statistics["train"].bad] == [case.in_train(line) for line in range(2, 32)]
     assert statistics["train"].rows == 1
 
 
@@ -284,11 +289,12 @@ def test_rows_that_begin_as_a_training_row_does_are_counted_for_what_they_are(tw
     rows = numbered(5)
     write(two_files.train, *rows)
     others = [conversation(rows[index][0]["content"].lower(), "Another answer") for index in (3, 1)]
-    copy = conversation(rows[2][0]["content"].upper(), rows[2][1]["content"].upper())
-    write(two_files.validation, *numbered(1, start=50), "", *others, copy)
+    copies = [conversation(*(message["content"].upper() for message in rows[index])) for index in (1, 2)]
+    write(two_files.validation, *numbered(1, start=50), "", copies[0], *others, copies[1])
     counts = two_files.prepare().statistics["validation"]
-    assert (counts.normalised_leaks, counts.first_leak) == (1, (3, 5))
-    assert (counts.opening_leaks, counts.first_opening) == (2, (2, 4))
+    assert (counts.normalised_leaks, counts.opening_leaks) == (2, 2)
+    assert counts.first_leak == (two_files.in_train(2), two_files.in_validation(3))
+    assert counts.first_opening == (two_files.in_train(2), two_files.in_validation(5))
 
 
 @pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (5, 1), (20, 2), (37, 4), (99, 10)])
@@ -344,15 +350,6 @@ def test_a_train_file_of_blank_lines_is_a_data_error(case: Case) -> None:
     assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
 
 
-def test_rows_without_loss_are_good_rows_of_which_the_bad_ones_are_a_share(case: Case) -> None:
-    write(case.train, SHORT, *(weighted(row, 0) for row in numbered(7)), "{}")
-    write(case.validation, conversation("Hi", "No"))
-    assert case.prepare(on_bad_row="drop", max_bad_share=0.1).statistics["train"].dropped_bad == 1
-    assert case.failure(DataError, on_bad_row="drop", max_bad_share=0.09).startswith(
-        "data: 1 bad row of 10 (10%), above dataset.max_bad_share (9%)\n"
-    )
-
-
 def test_rows_without_loss_are_a_data_error_that_says_so(case: Case) -> None:
     write(case.train, weighted(SHORT, 0), weighted(numbered(1)[0], 0))
     write(case.validation, SHORT)
@@ -402,6 +399,175 @@ def test_a_row_in_both_files_is_found_whatever_the_system_prompt(two_files: Case
     assert f"{two_files.train}:1 is {two_files.validation}:1" in two_files.failure(
         DataError, replace(RECIPE, system_prompt=SYSTEM_PROMPT)
     )
+
+
+# --- several training files
+
+
+@pytest.fixture
+def several(case: Case) -> Case:
+    """a.jsonl has questions 0 to 199, b.jsonl 200 to 399."""
+    write(case.folder / "a.jsonl", *numbered(200))
+    write(case.folder / "b.jsonl", *numbered(200, start=200))
+    return case
+
+
+def named(case: Case, *files: str | tuple[str, float]) -> dict[str, Any]:
+    """The setting for training files of the case's folder, some with a weight."""
+    found: list[Any] = []
+    for file in files:
+        name, weight = (file, None) if isinstance(file, str) else file
+        path = str(case.folder / name)
+        found.append(path if weight is None else {"path": path, "weight": weight})
+    return {"train_file": found}
+
+
+def test_several_files_are_one_after_the_other_and_a_share_of_all_rows_is_held_out(several: Case) -> None:
+    prepared = several.prepare(**named(several, "b.jsonl", "a.jsonl"), validation_split=0.25)
+    every = [f"{name}.jsonl:{line}" for name in "ba" for line in range(1, 201)]
+    held_out = set(places(prepared.validation))
+    assert places(prepared.train) == [place for place in every if place not in held_out]
+    assert {place[0] for place in held_out} == {"a", "b"}
+    assert prepared.split_reason == "no validation file: 25% of the rows, chosen by content, are held out"
+    assert [
+        (name, Path(entry["path"]).name, entry["sha256"], entry["rows"]) for name, entry in prepared.files.items()
+    ] == [
+        ("train", "b.jsonl", files.sha256(several.folder / "b.jsonl"), 200),
+        ("train 2", "a.jsonl", files.sha256(several.folder / "a.jsonl"), 200),
+    ]
+
+
+def test_the_rows_of_several_files_are_those_of_one_file_that_holds_them_all(several: Case) -> None:
+    joined = "".join((several.folder / name).read_text() for name in ("a.jsonl", "b.jsonl"))
+    several.train.write_text(joined)
+    one = several.prepare(packing=True)
+    both = several.prepare(packing=True, **named(several, "a.jsonl", "b.jsonl"))
+    assert [row[1:] for row in contents(both.train)] == [row[1:] for row in contents(one.train)]
+    assert [row[1:] for row in contents(both.validation)] == [row[1:] for row in contents(one.validation)]
+    assert (both.tokens, both.whole, both.sequences) == (one.tokens, one.whole, one.sequences)
+    assert both.statistics == one.statistics
+
+
+def test_a_list_of_one_file_is_that_file(several: Case) -> None:
+    path = str(several.folder / "a.jsonl")
+    assert same(several.prepare(train_file=[path]), several.prepare(train_file=path))
+
+
+def test_a_weight_of_two_trains_on_each_row_twice_and_holds_out_the_same_rows_once(several: Case) -> None:
+    once = several.prepare(**named(several, "a.jsonl", "b.jsonl"), validation_split=0.25)
+    twice = several.prepare(**named(several, "a.jsonl", ("b.jsonl", 2)), validation_split=0.25)
+    of_a = [place for place in places(once.train) if place.startswith("a")]
+    of_b = [place for place in places(once.train) if place.startswith("b")]
+    assert places(twice.train) == [*of_a, *of_b, *of_b]  # a second time when all have been there
+    assert places(twice.validation) == places(once.validation)
+    assert [twice.files[name]["rows"] for name in ("train", "train 2")] == [200, 200]
+    assert [entry.get("weight") for entry in twice.files.values()] == [None, 2]
+    counts, before = twice.statistics["train"], once.statistics["train"]
+    assert (counts.rows, counts.repeated, counts.duplicates) == (before.rows + len(of_b), len(of_b), 0)
+    assert counts.tokens == int(twice.train.lengths.sum())
+    assert twice.tokens["train"] != once.tokens["train"]
+    assert twice.tokens["validation"] == once.tokens["validation"]
+
+
+def test_a_weight_below_one_takes_as_large_a_part_of_the_rows_wherever_they_stand(several: Case) -> None:
+    half = several.prepare(**named(several, "a.jsonl", ("b.jsonl", 0.5)))
+    chosen = {place for place in places(half.train) + places(half.validation) if place.startswith("b")}
+    assert len(chosen) in range(75, 126)
+    assert half.statistics["train"].left_out == 200 - len(chosen) == 200 - half.files["train 2"]["rows"]
+    rows = numbered(200, start=200)
+    write(several.folder / "b.jsonl", *reversed(rows), *numbered(50, start=400))
+    moved = several.prepare(**named(several, ("b.jsonl", 0.5)))
+    found = {place for place in places(moved.train) + places(moved.validation) if int(place.split(":")[1]) <= 200}
+    assert found == {f"b.jsonl:{201 - int(place.split(':')[1])}" for place in chosen}
+
+
+def test_a_weight_of_one_and_a_half_repeats_the_rows_that_a_half_would_take(several: Case) -> None:
+    write(several.validation, *numbered(2, start=900))
+    half = several.prepare(**named(several, ("a.jsonl", 0.5)))
+    more = several.prepare(**named(several, ("a.jsonl", 1.5)))
+    assert places(more.train) == [*(f"a.jsonl:{line}" for line in range(1, 201)), *places(half.train)]
+    assert (more.statistics["train"].left_out, more.statistics["train"].repeated) == (0, len(half.train.lengths))
+
+
+@pytest.mark.parametrize(("weight", "rows"), [(0.01, 1), (0.3, 3), (0.5, 5), (2.2, 22)])
+def test_of_few_rows_exactly_the_part_is_taken_and_at_least_one(case: Case, weight: float, rows: int) -> None:
+    write(case.train, *numbered(10))
+    write(case.validation, *numbered(2, start=900))
+    assert case.prepare(**named(case, ("train.jsonl", weight))).statistics["train"].rows == rows
+
+
+def test_copies_in_two_files_are_counted_and_the_first_named(several: Case) -> None:
+    write(several.folder / "b.jsonl", "", *numbered(3, start=500), *numbered(2))
+    write(several.validation, *numbered(2, start=900))
+    kept = several.prepare(**named(several, "a.jsonl", "b.jsonl")).statistics["train"]
+    assert (kept.duplicates, str(kept.first_copy)) == (2, f"{several.folder}/b.jsonl:5")
+    dropped = several.prepare(**named(several, "a.jsonl", ("b.jsonl", 2)), on_duplicate="drop")
+    counts = dropped.statistics["train"]
+    assert (counts.rows, counts.duplicates, counts.dropped_duplicates) == (206, 0, 2)
+    assert (counts.repeated, counts.left_out) == (3, 0)
+    assert dropped.files["train 2"]["rows"] == 3
+
+
+def test_bad_rows_of_all_files_are_listed_with_their_file(several: Case) -> None:
+    write(several.folder / "a.jsonl", SHORT, "{}")
+    write(several.folder / "b.jsonl", conversation("Hi", "No"), "[]", *numbered(3))
+    write(several.validation, *numbered(2, start=900), "{")
+    assert several.failure(DataError, **named(several, "a.jsonl", "b.jsonl")) == (
+        "data: 3 bad rows\n"
+        f'  {several.folder}/a.jsonl:2: no "messages" key (found no key)\n'
+        f'  {several.folder}/b.jsonl:2: found an empty list, wanted an object {{"messages": [...]}}\n'
+        f"  {several.validation}:3: not JSON: Expecting property name enclosed in double quotes at column 2\n"
+        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
+    )
+
+
+def test_a_row_of_a_second_file_that_is_held_out_is_refused_with_both_places(several: Case) -> None:
+    write(several.validation, numbered(1, start=203)[0])
+    assert several.failure(DataError, **named(several, "a.jsonl", "b.jsonl")) == (
+        f"data: 1 row stands in train and validation both, the first: {several.folder}/b.jsonl:4 is "
+        f"{several.validation}:1; remove them from one"
+    )
+
+
+def test_of_each_training_file_only_so_many_rows_are_read(several: Case) -> None:
+    prepared = several.prepare(**named(several, "a.jsonl", ("b.jsonl", 3)), max_rows=5)
+    assert len(set(places(prepared.train) + places(prepared.validation))) == 10
+    assert prepared.split_reason == (
+        "no validation file: 50% of the rows, chosen by content, are held out; "
+        "of each training file only the first 5 rows are read (dataset.max_rows)"
+    )
+
+
+def test_each_file_is_encoded_once_whatever_its_weight_and_company(
+    several: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several.prepare(**named(several, "a.jsonl", "b.jsonl"))
+    monkeypatch.setattr(encode, "Encoder", None)
+    several.prepare(**named(several, ("b.jsonl", 1.5)))
+    several.prepare(**named(several, ("b.jsonl", 2), ("a.jsonl", 0.1)))
+    assert len(several.caches()) == 2
+
+
+def test_the_rows_of_more_files_than_are_kept_otherwise_are_all_kept(case: Case) -> None:
+    names = [f"{number}.jsonl" for number in range(7)]
+    for number, name in enumerate(names):
+        write(case.folder / name, *numbered(3, start=10 * number))
+    case.prepare(**named(case, *names))
+    assert len(case.caches()) == 7
+
+
+def test_an_absent_file_of_several_is_a_config_error(several: Case) -> None:
+    assert several.failure(ConfigError, **named(several, "a.jsonl", "absent.jsonl")) == (
+        f"config: 1 problem\n  {several.folder}/absent.jsonl: No such file or directory; put your JSONL there, "
+        "or try with --set dataset.train_file=data/sample/train.jsonl"
+    )
+
+
+def test_files_that_leave_no_row_are_a_data_error(case: Case) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (case.folder / name).write_text("\n")
+    message = case.failure(DataError, **named(case, "a.jsonl", "b.jsonl"))
+    assert message == "data: dataset.train_file leaves no row to train on; add rows"
 
 
 def test_bad_rows_of_both_files_are_listed_at_once(case: Case) -> None:

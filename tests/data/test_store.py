@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode
-from finetune.data.store import SCHEMA, EncodedFile, Rows, Split, from_arrow, histogram, to_arrow
+from finetune.data.store import SCHEMA, EncodedFile, EncodedFiles, Rows, Split, from_arrow, histogram, to_arrow
 from finetune.data.template import IGNORED, Encoded, Messages
 from support.conversations import conversation
 from support.prepared import Case, contents, numbered, write
@@ -43,7 +43,8 @@ def test_a_validation_row_that_is_a_training_row_but_for_whitespace_and_case_is_
 ) -> None:
     write(two_files.validation, *numbered(2, start=100), "", copy, copy)
     counts = two_files.prepare().statistics
-    assert (counts["validation"].normalised_leaks, counts["validation"].first_leak) == (2, (3, 4))
+    assert counts["validation"].normalised_leaks == 2
+    assert counts["validation"].first_leak == (two_files.in_train(3), two_files.in_validation(4))
     assert (counts["train"].normalised_leaks, counts["train"].first_leak) == (0, None)
 
 
@@ -66,7 +67,10 @@ def test_whatever_else_differs_is_no_copy(two_files: Case, other: Messages) -> N
 def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
     write(two_files.train, conversation("Straße", "Ça"), *numbered(3))
     write(two_files.validation, conversation("STRASSE", "ça"))
-    assert two_files.prepare().statistics["validation"].first_leak == (1, 1)
+    assert two_files.prepare().statistics["validation"].first_leak == (
+        two_files.in_train(1),
+        two_files.in_validation(1),
+    )
 
 
 def test_copies_within_one_split_are_no_leak(case: Case) -> None:
@@ -93,12 +97,13 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
             ]
             encoded = [Encoded(ids, labelled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
             writer.write_batch(to_arrow(encode._chunk(part, encoded, [True] * len(part))))
-    file, split = EncodedFile(path), Split()
+    file = EncodedFile(path, "rows.jsonl")
+    split = Split(EncodedFiles([file]))
     for first, batch in zip(file.starts, file.batches, strict=False):
         chunk = from_arrow(batch)
         split.add(int(first), chunk, chunk.lengths, np.ones(len(chunk.lines), bool))
         split.add(int(first), chunk, chunk.lengths, np.zeros(len(chunk.lines), bool))
-    return split.rows(file), split.close()
+    return split.rows(), split.close()
 
 
 def labelled(row: list[int]) -> list[int]:
@@ -123,15 +128,20 @@ ROWS = [(3, [1, 10, 11]), (5, [1, 12, 13, 15]), (9, [1, 17])]
 def test_a_dataset_has_one_example_a_row(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset(None)
     assert [dataset[index] for index in range(len(dataset))] == [
-        {"input_ids": row, "labels": labelled(row), "lines": [line]} for line, row in ROWS
+        {"input_ids": row, "labels": labelled(row), "lines": [f"rows.jsonl:{line}"]} for line, row in ROWS
     ]
 
 
 def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset([[1], [0, 2]])
     assert [dataset[index] for index in range(len(dataset))] == [
-        {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": [5], "seq_lengths": [4]},
-        {"input_ids": [1, 10, 11, 1, 17], "labels": [1, IGNORED, 11, 1, 17], "lines": [3, 9], "seq_lengths": [3, 2]},
+        {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": ["rows.jsonl:5"], "seq_lengths": [4]},
+        {
+            "input_ids": [1, 10, 11, 1, 17],
+            "labels": [1, IGNORED, 11, 1, 17],
+            "lines": ["rows.jsonl:3", "rows.jsonl:9"],
+            "seq_lengths": [3, 2],
+        },
     ]
 
 

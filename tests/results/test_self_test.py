@@ -226,7 +226,7 @@ def endless(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> tuple[PeftMode
     turns = sorted(
         (self_test_module._first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda turn: turn[2]
     )
-    lines = ", ".join(str(line) for line, _, _ in turns[:4])
+    lines = ", ".join(str(place.line) for place, _, _ in turns[:4])
     return model, f"have no </s> within {4 * turns[3][2]} tokens (rows of lines {lines})"
 
 
@@ -288,7 +288,7 @@ def test_the_end_tokens_loss_is_the_mean_over_the_rows_ends(trained: Trained) ->
 
 def test_the_first_turn_of_a_row_is_its_prompt_and_the_length_of_its_answer(trained: Trained) -> None:
     rows, chat = trained.prepared.validation, trained.prepared.chat
-    line, prompt, answer = self_test_module._first_turn(rows, 0)
-    number = line - 1
+    place, prompt, answer = self_test_module._first_turn(rows, 0)
+    number = place.line - 1
     assert prompt == chat.encode_prompt([{"role": "user", "content": f"What is {number} plus one?"}])
     assert len(prompt) + answer == rows.lengths[0]

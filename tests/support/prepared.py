@@ -11,7 +11,7 @@ import pytest
 
 from finetune.config.schema import DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import Recipe
+from finetune.data.encode import Place, Recipe
 from finetune.data.prepare import Prepared, prepare
 from finetune.data.store import Rows
 from finetune.data.template import Messages
@@ -73,6 +73,12 @@ class Case:
     ) -> Prepared:
         return prepare(self.dataset(**of_dataset), recipe, packing, Cache(self.cache, self.report), workers)
 
+    def in_train(self, line: int) -> Place:
+        return Place(str(self.train), line)
+
+    def in_validation(self, line: int) -> Place:
+        return Place(str(self.validation), line)
+
     def caches(self) -> list[str]:
         return sorted(path.name for path in self.cache.iterdir() if path.is_dir()) if self.cache.exists() else []
 
@@ -85,13 +91,19 @@ class Case:
 
 def contents(rows: Rows) -> list[tuple[int, list[int], list[int]]]:
     return [
-        (line, input_ids.tolist(), labels.tolist())
-        for line, input_ids, labels in (rows.row(index) for index in range(len(rows.lengths)))
+        (place.line, input_ids.tolist(), labels.tolist())
+        for place, input_ids, labels in (rows.row(index) for index in range(len(rows.lengths)))
     ]
 
 
 def lines(rows: Rows) -> list[int]:
-    return [rows.row(index)[0] for index in range(len(rows.lengths))]
+    return [rows.row(index)[0].line for index in range(len(rows.lengths))]
+
+
+def places(rows: Rows) -> list[str]:
+    """The same with the names of the files, as `a.jsonl:3`."""
+    found = [rows.row(index)[0] for index in range(len(rows.lengths))]
+    return [f"{Path(place.file).name}:{place.line}" for place in found]
 
 
 # Each answer is one id and </s>.

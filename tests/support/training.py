@@ -73,7 +73,7 @@ class Case:
         rows, validation = data.train.dataset(data.sequences), data.validation.dataset(None)
         sft = training_arguments(config.training, self.run, PLATFORMS["cpu"], first)
         layers = checkpointed_layers(config, read_geometry(config))
-        examples = Examples(rows, validation, self.train_file)
+        examples = Examples(rows, validation)
         return make_trainer(model, self.tokenizer, examples, sft, layers)
 
     def train(self, *settings: str, checkpoint: Path | None = None) -> tuple[Outcome, Any, str]:

@@ -89,9 +89,9 @@ def test_the_real_trainer_gets_the_worst_batches_of_the_run(
     data = case.data(config)
     order = np.argsort(-example_lengths(data), kind="stable")[:5].tolist()
     groups = data.sequences if data.sequences is not None else [[row] for row in range(len(data.train.lengths))]
-    worst = [data.train.row(row)[0] for index in order for row in groups[index]]
+    worst = [str(data.train.row(row)[0]) for index in order for row in groups[index]]
     held_out = np.argsort(-data.validation.lengths, kind="stable")[:3].tolist()
-    longest = [data.validation.row(row)[0] for row in held_out]
+    longest = [str(data.validation.row(row)[0]) for row in held_out]
     # Gradients of earlier micro-batches lie in memory, as they do in the run itself.
     assert seen == [(True, worst, True), (True, worst, True), (False, longest, False)]
 
@@ -169,7 +169,7 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     sft = training_arguments(config.training, case.run, CPU, evaluate_first=checkpoint is None)
     rows, held_out = data.train.dataset(data.sequences), data.validation.dataset(None)
     layers = checkpointed_layers(config, read_geometry(config))
-    made = make_trainer(model, case.tokenizer, Examples(rows, held_out, case.train_file), sft, layers)
+    made = make_trainer(model, case.tokenizer, Examples(rows, held_out), sft, layers)
     keeper = Keeper(case.run, FACTS, config.training.save_total_limit)
     watchers = Watchers(keeper, Stopper(case.run), Progress(Terminal(stream=StringIO())))
     train(made, config.training, watchers, 4, checkpoint)

@@ -115,6 +115,23 @@ def test_without_any_the_first_questions_of_the_first_short_validation_rows_are_
     ]
 
 
+def test_held_out_rows_of_several_files_are_asked_in_their_order(case: Case) -> None:
+    paths = []
+    for name in ("a", "b"):
+        rows = [
+            [{"role": "user", "content": f"What is {name}{number}?"}, {"role": "assistant", "content": "So it is."}]
+            for number in range(4)
+        ]
+        paths.append(case.folder / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    config = case.config("dataset.sample_prompts=null", f"dataset.train_file=[{paths[1]}, {paths[0]}]")
+    prepared = case.data(config)
+    held_out = [prepared.validation.row(index)[0] for index in range(len(prepared.validation.lengths))]
+    assert [question.prompt for question in make_questions(config, prepared).asked] == [
+        f"What is {Path(place.file).stem}{place.line - 1}?" for place in held_out
+    ]
+
+
 def test_none_are_asked_where_the_list_is_empty(case: Case) -> None:
     start = Start(case, "dataset.sample_prompts=[]")
     outcome, model = start()

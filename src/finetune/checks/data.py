@@ -28,11 +28,11 @@ def _rows(preflight: Preflight) -> Finding:
     prepared, dataset = preflight.prepared, preflight.config.dataset
     train, validation = prepared.statistics["train"], prepared.statistics["validation"]
     found = f"{train.rows:,} to train on, {validation.rows:,} held out ({prepared.split_reason})"
-    bad = [
-        f"{shown(Path(entry['path']))}:{line}: {text}"
-        for name, entry in prepared.files.items()
-        for line, text in prepared.statistics[name].bad
-    ]
+    if train.repeated:
+        found += f"; {train.repeated:,} of those to train on are repeats, for the weight of their file"
+    if train.left_out:
+        found += f"; {counted(train.left_out, 'row')} left out, for the weight of their file"
+    bad = [f"{place.shown}: {text}" for it in (train, validation) for place, text in it.bad]
     if bad:
         left_out = f"{found}; {counted(len(bad), 'bad row')} left out:\n{lines(bad, LISTED_BAD)}"
         return warned(left_out, "--set dataset.on_bad_row=fail lists them")
@@ -83,8 +83,6 @@ def _labels(preflight: Preflight) -> Finding:
     without = sum(it.dropped_without_loss for it in statistics.values())
     if without:
         found += f"; {counted(without, 'row')} left out, in which no turn carries loss"
-    if share < LEAST_SUPERVISED and train_on == "last":
-        return warned(found, "--set dataset.train_on=all, to learn from what the assistant says before as well")
     if share < LEAST_SUPERVISED:
         return warned(found, "shorten the prompts, or put several questions on one document into one conversation")
     if without:
@@ -93,7 +91,7 @@ def _labels(preflight: Preflight) -> Finding:
 
 
 def _duplicates(preflight: Preflight) -> Finding:
-    prepared = preflight.prepared
+    prepared, dataset = preflight.prepared, preflight.config.dataset
     dropped = sum(it.dropped_duplicates for it in prepared.statistics.values())
     if dropped:
         return passed(f"no row is there twice; copies that were left out: {dropped:,}")
@@ -102,23 +100,24 @@ def _duplicates(preflight: Preflight) -> Finding:
         return passed("no row is there twice")
     first = next(it.first_copy for it in prepared.statistics.values() if it.duplicates)
     counts = ", ".join(f"{count:,} in {name}" for name, count in copies.items())
-    found = f"copies of other rows: {counts}, the first on line {first}"
+    assert first is not None
+    where = f"on line {first.line}" if len(dataset.train_files) == 1 else first.shown
+    found = f"copies of other rows: {counts}, the first {where}"
     return warned(found, "where they are not meant: --set dataset.on_duplicate=drop")
 
 
 def _leakage(preflight: Preflight) -> Finding:
-    validation, dataset = preflight.prepared.statistics["validation"], preflight.config.dataset
-    file = preflight.prepared.files.get("validation", preflight.prepared.files["train"])["path"]
+    validation = preflight.prepared.statistics["validation"]
     found = []
     if validation.first_leak is not None:
         first, other = validation.first_leak
-        where = f"line {first} of {dataset.train_file} is line {other} of {file}"
+        where = f"line {first.line} of {shown(Path(first.file))} is line {other.line} of {other.file}"
         found.append(
             f"{validation.normalised_leaks:,} validation rows are training rows but for spaces and case; {where}"
         )
     if validation.first_opening is not None:
         first, other = validation.first_opening
-        where = f"line {first} of {dataset.train_file} and line {other} of {file}"
+        where = f"line {first.line} of {shown(Path(first.file))} and line {other.line} of {other.file}"
         found.append(
             f"{validation.opening_leaks:,} validation rows have a training row's system and first user message, as "
             f"{where}"
@@ -129,17 +128,14 @@ def _leakage(preflight: Preflight) -> Finding:
 
 
 def _control_tokens(preflight: Preflight) -> Finding:
-    counts, dataset = preflight.prepared.statistics, preflight.config.dataset
+    counts = preflight.prepared.statistics
     rows = sum(it.control_tokens for it in counts.values())
     if rows:
-        name, line = next((name, it.first_control_token) for name, it in counts.items() if it.first_control_token)
-        in_validation_file = name == "validation" and "validation" in preflight.prepared.files
-        file = str((in_validation_file and dataset.validation_file) or dataset.train_file)
-        found = f"{rows:,} rows hold the template's own marks as literal text, the first {file}:{line}"
-        return warned(
-            found,
-            f"{command('scripts/inspect_data.py')} {shlex.quote(file)} --rows {line}-{line} shows how they are read",
-        )
+        first = next(it.first_control_token for it in counts.values() if it.first_control_token)
+        found = f"{rows:,} rows hold the template's own marks as literal text, the first {first.shown}"
+        file, line = shlex.quote(str(shown(Path(first.file)))), first.line
+        fix = f"{command('scripts/inspect_data.py')} {file} --rows {line}-{line} shows how they are read"
+        return warned(found, fix)
     return passed("no row holds one of the template's own marks as text")
 
 

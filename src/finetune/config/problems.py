@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finetune.config.schema import keys
+from finetune.config.schema import Wanted, keys
 from finetune.config.suggest import unknown
 from finetune.config.yaml_file import get_config_value
 from finetune.wording import show
@@ -62,10 +62,18 @@ def validated(model: type[Model], value: Any, problems: Problems, prefix: str = 
         return None
 
 
-def _names(fault: ErrorDetails, known: Iterable[str]) -> tuple[str, ...]:
-    """Section and key at fault; below a known key pydantic adds a list's index or a union's member."""
+def _names(fault: ErrorDetails, known: dict[str, FieldInfo]) -> tuple[str, ...]:
+    """Section and key at fault; below a known key pydantic adds a union's member, a list's index, what is in there."""
     names = tuple(str(part) for part in fault["loc"])
-    return names if ".".join(names) in known or fault["type"] == "extra_forbidden" else names[:-1]
+    paths = (names[: length + 1] for length in range(len(names)))
+    return next((path for path in paths if _is_leaf(known.get(".".join(path)))), names)
+
+
+def _is_leaf(field: FieldInfo | None) -> bool:
+    """Whether it is a key that is no section."""
+    if field is None:
+        return False
+    return not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
 
 
 def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo], value: Any) -> str:
@@ -74,6 +82,10 @@ def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo]
         return unknown(path, known)
     if kinds[0] == "missing":
         return "missing; every key must be there"
+    described = next((part for part in known[path].metadata if isinstance(part, Wanted)), None)
+    if described is not None:
+        index = next((name for fault in faults for name in fault["loc"] if isinstance(name, int)), None)
+        return f"found {show(value if index is None else value[index])}, wanted {described}"
     if kinds[-1].startswith(("greater_than", "less_than")):
         wanted = _bounds(known[path])
     elif kinds[0] == "literal_error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 
@@ -121,6 +122,14 @@ def _fused(config: Config, problems: Problems) -> None:
             problems.add(f"training.{key}", f"true {why}; set it to false")
 
 
+def _train_files(config: Config, problems: Problems) -> None:
+    paths = [os.path.normpath(resolve(file.path)) for file in config.dataset.train_files]
+    twice = [file.path for file, path in zip(config.dataset.train_files, paths, strict=True) if paths.count(path) > 1]
+    if twice:
+        text = f"{twice[0]} is there twice; name it once, or to repeat its rows type {{path: {twice[0]}, weight: 2}}"
+        problems.add("dataset.train_file", text)
+
+
 def _system_prompt(config: Config, problems: Problems) -> None:
     if config.system_prompt is not None and not config.system_prompt.strip():
         problems.add("system_prompt", "empty; set it to null for none")
@@ -143,6 +152,7 @@ RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _time_budget,
     _checkpointed_layers,
     _fused,
+    _train_files,
     _system_prompt,
     _run_name,
 )

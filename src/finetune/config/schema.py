@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel, ConfigDict, Strict, StringConstraints
 from pydantic.fields import FieldInfo
 
@@ -27,6 +27,10 @@ Share = Annotated[float, Ge(0), Le(1)]
 Hours = Annotated[float, Gt(0), Le(10000)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Strict(False)]  # YAML has lists only
+
+
+class Wanted(str):
+    """In words, what a key may hold, where its type is no sentence."""
 
 
 class Mark(Enum):
@@ -117,10 +121,23 @@ class TrainingConfig(Section):
     seed: Annotated[int, Ge(0), Le(2**32 - 1), Mark.IN_CARD]
 
 
+class TrainFile(Section):
+    """One of several training files, and how often its rows are trained on: 2 is twice, 0.5 is half of them."""
+
+    path: Text
+    weight: Annotated[float, Gt(0), Le(100)] = 1.0
+
+
+TRAIN_FILES = Wanted("a path, or a list of paths and {path: FILE, weight: N}, N above 0 and at most 100")
+
+
 class DatasetConfig(Section):
     """Where the conversations are and what happens to a row that is too long or bad."""
 
-    train_file: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    train_file: Annotated[
+        Text | Annotated[tuple[Text | TrainFile, ...], Strict(False), MinLen(1)],
+        *(TRAIN_FILES, Mark.MAY_CHANGE, Mark.NOT_COMPARED),
+    ]
     validation_file: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     validation_split: Annotated[float, Gt(0), Le(0.5), Mark.NOT_COMPARED]
     max_rows: Annotated[int, Ge(2)] | None
@@ -133,6 +150,26 @@ class DatasetConfig(Section):
     on_duplicate: Literal["keep", "drop"]
     certificate: Annotated[Literal["every_row"] | bool, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     sample_prompts: Annotated[Texts | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+
+    @property
+    def train_files(self) -> tuple[TrainFile, ...]:
+        """`train_file` as a list, each file with its weight."""
+        files = (self.train_file,) if isinstance(self.train_file, str) else self.train_file
+        return tuple(TrainFile(path=file) if isinstance(file, str) else file for file in files)
+
+    @property
+    def train_files_named(self) -> str:
+        """`train_file` in a sentence."""
+        weights = (f" (weight {file.weight:g})" if file.weight != 1 else "" for file in self.train_files)
+        return ", ".join(f"{file.path}{weight}" for file, weight in zip(self.train_files, weights, strict=True))
+
+    @property
+    def rows_read(self) -> str | None:
+        """A sentence on `max_rows`, where it leaves rows unread."""
+        if self.max_rows is None:
+            return None
+        of = self.train_file if isinstance(self.train_file, str) else "each training file"
+        return f"of {of} only the first {self.max_rows} rows are read"
 
 
 class TrackingConfig(Section):

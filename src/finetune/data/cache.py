@@ -24,10 +24,11 @@ PARTIAL, DAMAGED = ".partial", ".damaged"
 
 @dataclass(frozen=True)
 class Cache:
-    """The entries below `folder`, and where to say what becomes of them."""
+    """The entries below `folder`, of which so many are `kept`, and where to say what becomes of them."""
 
     folder: Path
     report: Report = SILENT
+    kept: int = KEPT
 
     def entry(self, key: str, fill: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder of `key` and its facts. Where it is not there, or not as it was sealed, `fill` makes both.
@@ -92,7 +93,7 @@ class Cache:
             raise self._disk_full() from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for old in self._entries()[KEPT:]:
+        for old in self._entries()[self.kept :]:
             shutil.rmtree(old, ignore_errors=True)
         return seal_facts(folder)
 

@@ -25,6 +25,7 @@ from finetune.data.jsonl import BadRow, parse_row
 from finetune.data.template import IGNORED, ChatFormat, Encoded, Messages, carries_loss
 from finetune.data.tokenizer import Reference, load_chat
 from finetune.errors import OutOfResource
+from finetune.files import shown
 
 Certificate = Literal["every_row"] | bool
 TrainOn = Literal["all", "last"]
@@ -49,6 +50,21 @@ class Recipe:
     train_on: TrainOn = "all"
 
 
+class Place(NamedTuple):
+    """Where a row is read: a file's path, and a line."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def shown(self) -> str:
+        """As it is typed in the project's root."""
+        return f"{shown(Path(self.file))}:{self.line}"
+
+
 @dataclass
 class Statistics:
     """What became of the rows of one file or split; counted here and nowhere else.
@@ -56,12 +72,13 @@ class Statistics:
     `tokens` and `supervised_tokens` are after truncation; `p50`, `p95` and `longest` are of the kept rows' tokens
     before. In `dropped_without_loss` rows no turn carries loss; in `dropped_long` ones none that does fits. Of the
     `encoded` rows, both of these included, `certified` were compared with mistral-common and with the saved tokenizer.
-    `control_tokens` rows hold one of the chat format's control tokens as literal text, the first on line
+    `control_tokens` rows hold one of the chat format's control tokens as literal text, the first at
     `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for whitespace and case,
-    the first with lines (train, validation) `first_leak`; `opening_leaks` others have a training row's opening, the
-    first with lines `first_opening`. `duplicates` rows are copies of others, the first on line `first_copy`;
-    `dropped_duplicates` were left out instead. `bad` lists (line, what was wrong),
-    `histogram` is as in store.py, `other_keys` counts the rows with a key besides "messages", by its name.
+    the first with places (train, validation) `first_leak`; `opening_leaks` others have a training row's opening, the
+    first with places `first_opening`. `duplicates` rows are copies of others, the first at `first_copy`;
+    `dropped_duplicates` were left out instead. Of several files' rows `repeated` are there again, and `left_out` are
+    not, for the weight of their file. `bad` lists (place, what was wrong), `histogram` is as in store.py, `other_keys`
+    counts the rows with a key besides "messages", by its name.
     Rows that belong to no split (dropped, bad) count where their file is read: without a validation file, at train.
     """
 
@@ -76,18 +93,20 @@ class Statistics:
     dropped_without_loss: int = 0
     dropped_bad: int = 0
     duplicates: int = 0
-    first_copy: int | None = None
+    first_copy: Place | None = None
     dropped_duplicates: int = 0
+    repeated: int = 0
+    left_out: int = 0
     encoded: int = 0
     certified: int = 0
     control_tokens: int = 0
-    first_control_token: int | None = None
+    first_control_token: Place | None = None
     normalised_leaks: int = 0
-    first_leak: tuple[int, int] | None = None
+    first_leak: tuple[Place, Place] | None = None
     opening_leaks: int = 0
-    first_opening: tuple[int, int] | None = None
+    first_opening: tuple[Place, Place] | None = None
     histogram: dict[str, list[int]] = field(default_factory=dict)
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[tuple[Place, str]] = field(default_factory=list)
     other_keys: dict[str, int] = field(default_factory=dict)
 
 

@@ -36,9 +36,9 @@ MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process ha
 
 
 class Source(NamedTuple):
-    """A data file, the sum of its content, and of how many rows it is read."""
+    """A data file of a split, train or validation; the sum of its content, and how many of its rows are read."""
 
-    name: str
+    split: str
     path: Path
     sha256: str
     max_rows: int | None
@@ -61,13 +61,13 @@ class Encoding:
 
     def fill(self, folder: Path) -> dict[str, Any]:
         """Write the rows into `folder`, in file order; returns what is known of the file beside them."""
-        foreign.refuse(self.source.path, self.source.name)
+        foreign.refuse(self.source.path, self.source.split)
         bad: list[tuple[int, str]] = []
         keys: dict[str, int] = {}
         with (folder / ROWS).open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for batch in self._batches(bad):
                 writer.write_batch(batch)
-                _count_keys(keys, Counter(key for row in batch.column("other_keys").to_pylist() for key in row))
+                count_keys(keys, Counter(key for row in batch.column("other_keys").to_pylist() for key in row))
         return {"certificate": self.recipe.certificate, "bad": bad, "other_keys": keys}
 
     def _known(self) -> Known:
@@ -141,7 +141,8 @@ class _Pace:
         self._report.progress(f"encoding {shown(self._path)}: {rate}")
 
 
-def _count_keys(counts: dict[str, int], more: dict[str, int]) -> None:
+def count_keys(counts: dict[str, int], more: dict[str, int]) -> None:
+    """Add `more` to `counts`, which gets no more keys than MOST_KEYS."""
     for key, count in more.items():
         if key in counts or len(counts) < MOST_KEYS:
             counts[key] = counts.get(key, 0) + count

@@ -43,7 +43,7 @@ class Collator:
     example, [sequences, tokens], padded to the longest. Their position ids start again at each row, and there is no
     attention mask: that is how transformers and flash-attn know where a row ends. A padding token is a row of its own.
     Other examples are padded to the longest, [rows, tokens], on the tokenizer's `padding_side`. `lines` of the batch
-    names its rows in the file, `tokens` counts them without padding.
+    names its rows as file:line, `tokens` counts them without padding.
     """
 
     def __init__(self, tokenizer: Any, flat: bool) -> None:

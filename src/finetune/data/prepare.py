@@ -8,6 +8,7 @@ split encodes nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ import numpy as np
 
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import Chunk, Recipe, Statistics
-from finetune.data.encoded_file import ROWS, Encoding, Source, recipe_key
+from finetune.data.encode import Chunk, Place, Recipe, Statistics
+from finetune.data.encoded_file import ROWS, Encoding, Source, count_keys, recipe_key
 from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines
 from finetune.data.packing import pack
-from finetune.data.selection import first_copies, held_out
-from finetune.data.store import EncodedFile, Rows, Split, first_pair, from_arrow
+from finetune.data.selection import Selection, select
+from finetune.data.store import EncodedFile, EncodedFiles, Rows, Split, first_pair, from_arrow
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve, sha256
@@ -54,6 +55,24 @@ class Prepared:
     chat: Chat
 
 
+class DataFile(NamedTuple):
+    """A file of the data: its name in the manifest, its split, and how often its rows are trained on."""
+
+    name: str
+    split: str
+    path: Path
+    weight: float = 1
+
+
+class _Entry(NamedTuple):
+    """What the cache has of a data file."""
+
+    file: DataFile
+    sha256: str
+    rows: EncodedFile
+    facts: dict[str, Any]
+
+
 def prepare(
     dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Cache, workers: int | None = None
 ) -> Prepared:
@@ -63,34 +82,31 @@ def prepare(
     split, a row in train and validation both, a file that changes meanwhile), OutOfResource (disk, memory) and
     CheckFailed (a row's tokens are not mistral-common's, or not the saved tokenizer's).
     """
-    train_path, validation_path, split_reason = _files(dataset)
-    if dataset.max_rows is not None:
-        split_reason += f"; of {dataset.train_file} only the first {dataset.max_rows} rows are read (dataset.max_rows)"
-    paths = {"train": train_path} | ({"validation": validation_path} if validation_path else {})
-    files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in paths.items()}
+    files, split_reason = _files(dataset)
+    if dataset.rows_read:
+        split_reason += f"; {dataset.rows_read} (dataset.max_rows)"
     chat = load_chat(Path(recipe.tokenizer_folder) if recipe.tokenizer_folder else None)
-    if recipe.certificate is True and sum(path.stat().st_size for path in paths.values()) < SAMPLED_FROM_BYTES:
+    if recipe.certificate is True and sum(file.path.stat().st_size for file in files) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
+    keeping_all = replace(cache, kept=max(cache.kept, len(files)))
     key = recipe_key(recipe, chat)
-    share = None if "validation" in paths else dataset.validation_split
-    entries = {}
-    for name, path in paths.items():
-        source = Source(name, path, files[name]["sha256"], dataset.max_rows if name == "train" else None)
-        encoding = Encoding(source, recipe, workers, cache, key)
-        folder, facts = cache.entry(encoding.key(), encoding.fill)
-        entries[name] = _Entry(EncodedFile(folder / ROWS), facts)
-    splits = {"train": Split(), "validation": Split()}
-    rows = {name: _divide(name, entry, splits, recipe, dataset, share) for name, entry in entries.items()}
-    _refuse_bad_rows(paths, splits, dataset)
+    entries = []
+    for file in files:
+        digest, max_rows = sha256(file.path), dataset.max_rows if file.split == "train" else None
+        encoding = Encoding(Source(file.split, file.path, digest, max_rows), recipe, workers, keeping_all, key)
+        folder, facts = keeping_all.entry(encoding.key(), encoding.fill)
+        entries.append(_Entry(file, digest, EncodedFile(folder / ROWS, str(file.path)), facts))
+    splits, rows = _divided(entries, recipe, dataset)
+    _refuse_bad_rows(entries, splits, dataset)
     tokens = {name: split.close() for name, split in splits.items()}
-    _check_splits(splits, paths, dataset.max_rows)
-    train = splits["train"].rows(entries["train"].rows)
+    _check_splits(splits, entries, dataset.max_rows)
+    train = splits["train"].rows()
     return Prepared(
         train,
-        splits["validation"].rows(entries.get("validation", entries["train"]).rows, dataset.max_validation_rows),
+        splits["validation"].rows(dataset.max_validation_rows),
         {name: split.statistics for name, split in splits.items()},
         pack(train.lengths.tolist(), recipe.max_seq_length) if packing else None,
-        {name: {**entry, "rows": rows[name]} for name, entry in files.items()},
+        {entry.file.name: _recorded(entry, count) for entry, count in zip(entries, rows, strict=True)},
         tokens,
         {name: split.whole() for name, split in splits.items()},
         split_reason,
@@ -98,70 +114,92 @@ def prepare(
     )
 
 
-def _files(dataset: DatasetConfig) -> tuple[Path, Path | None, str]:
-    train = resolve(dataset.train_file)
+def _files(dataset: DatasetConfig) -> tuple[list[DataFile], str]:
+    """The training files in their order, then the validation file if there is one; and why there is or is none."""
+    train = []
+    for number, file in enumerate(dataset.train_files, 1):
+        path = resolve(file.path)
+        open_lines(path, ", or try with --set dataset.train_file=data/sample/train.jsonl").close()
+        train.append(DataFile("train" if number == 1 else f"train {number}", "train", path, file.weight))
     share = f"{dataset.validation_split:.0%} of the rows, chosen by content, are held out"
-    open_lines(train, ", or try with --set dataset.train_file=data/sample/train.jsonl").close()
     if dataset.validation_file is None:
-        return train, None, f"no validation file: {share}"
+        return train, f"no validation file: {share}"
     validation = resolve(dataset.validation_file)
     if validation.exists():
         open_lines(validation).close()
-        return train, validation, f"validation rows are those of {dataset.validation_file}"
+        reason = f"validation rows are those of {dataset.validation_file}"
+        return [*train, DataFile("validation", "validation", validation)], reason
     if dataset.validation_file == DEFAULT_VALIDATION_FILE:
-        return train, None, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
+        return train, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
     raise ConfigError(
         f"dataset.validation_file: {validation}: not there", fix="set a file that is, or null for a split"
     )
 
 
-class _Entry(NamedTuple):
-    """What the cache has of one data file."""
+def _recorded(entry: _Entry, rows: int) -> dict[str, Any]:
+    """What the manifest records of a file, of which so many rows are used."""
+    weight = {} if entry.file.weight == 1 else {"weight": entry.file.weight}
+    return {"path": str(entry.file.path), "sha256": entry.sha256, **weight, "rows": rows}
 
-    rows: EncodedFile
-    facts: dict[str, Any]
+
+def _divided(entries: list[_Entry], recipe: Recipe, dataset: DatasetConfig) -> tuple[dict[str, Split], list[int]]:
+    """The splits, and of how many rows of each file something is kept."""
+    train = [entry for entry in entries if entry.file.split == "train"]
+    given = entries[len(train) :]  # the validation file, or none
+    files, drop = EncodedFiles([entry.rows for entry in train]), dataset.on_duplicate == "drop"
+    held_out = EncodedFiles([entry.rows for entry in given]) if given else files
+    splits = {"train": Split(files), "validation": Split(held_out)}
+    weights = [entry.file.weight for entry in train]
+    chosen = select(files, weights, 0 if given else dataset.validation_split, drop)
+    starts = files.starts.tolist()
+    rows = [
+        _divide(entry, start, chosen.of(slice(start, end)), splits, recipe)
+        for entry, start, end in zip(train, starts, starts[1:], strict=False)
+    ]
+    for entry in given:
+        of_given = select(held_out, [1], 0, drop)
+        rows.append(_divide(entry, 0, of_given._replace(held_out=of_given.times > 0), splits, recipe))
+    return splits, rows
 
 
-def _divide(
-    name: str,
-    entry: _Entry,
-    splits: dict[str, Split],
-    recipe: Recipe,
-    dataset: DatasetConfig,
-    share: float | None,
-) -> int:
-    """Cut the rows of a file and add each to its split; returns of how many something is kept."""
-    learnt = entry.rows.turns() > 0
-    wanted_rows = learnt.copy()
-    if dataset.on_duplicate == "drop":
-        wanted_rows[learnt] = first_copies(entry.rows.column("digests")[learnt])
-    held = np.full(len(learnt), name == "validation")
-    if name == "train" and share is not None:
-        held[wanted_rows] = held_out(entry.rows.column("openings")[wanted_rows], share)
-    statistics = splits[name].statistics
-    statistics.bad += [(line, text) for line, text in entry.facts["bad"]]
-    statistics.other_keys = entry.facts["other_keys"]
-    statistics.dropped_without_loss = int((~learnt).sum())
-    statistics.dropped_duplicates = int((learnt & ~wanted_rows).sum())
-    rows = 0
-    for first, batch in zip(entry.rows.starts, entry.rows.batches, strict=False):
+def _divide(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Split], recipe: Recipe) -> int:
+    """Cut the rows of a file and add them to the splits, as `chosen` says; returns of how many something is kept.
+
+    `first` is the number of its first row among those of all its split's files. Rows that are there again come when
+    all have been there.
+    """
+    statistics, rows = splits[entry.file.split].statistics, 0
+    bad = [(line, text) for line, text in entry.facts["bad"]]
+    for start, chunk, kept in _cut(entry.rows, recipe):
+        here = chosen.of(slice(start, start + len(kept)))
+        if recipe.truncation:
+            statistics.dropped_long += int(((chunk.turns > 0) & (kept == 0)).sum())
+        else:
+            bad += _too_long(chunk, recipe.max_seq_length)
+        statistics.certified += int(chunk.compared.sum())
+        splits["train"].add(first + start, chunk, kept, (here.times > 0) & ~here.held_out)
+        splits["validation"].add(first + start, chunk, kept, here.held_out)
+        rows += int(((here.times > 0) & (kept > 0)).sum())
+    for turn in range(1, int(chosen.times.max(initial=0))):
+        for start, chunk, kept in _cut(entry.rows, recipe):
+            here = chosen.of(slice(start, start + len(kept)))
+            splits["train"].add(first + start, chunk, kept, (here.times > turn) & ~here.held_out)
+    statistics.encoded += len(chosen.times)
+    statistics.dropped_without_loss += int((~chosen.learnt).sum())
+    statistics.dropped_duplicates += int(chosen.copies.sum())
+    statistics.left_out += int((chosen.learnt & ~chosen.copies & (chosen.times == 0)).sum())
+    statistics.bad += [(Place(entry.rows.source, line), text) for line, text in sorted(bad)]
+    statistics.dropped_bad = len(statistics.bad)
+    count_keys(statistics.other_keys, entry.facts["other_keys"])
+    return rows
+
+
+def _cut(rows: EncodedFile, recipe: Recipe) -> Iterator[tuple[int, Chunk, np.ndarray]]:
+    """(number of its first row, rows, how many tokens of each are kept) of each chunk of a file."""
+    for start, batch in zip(rows.starts.tolist(), rows.batches, strict=False):
         chunk = from_arrow(batch)
         kept = chunk.kept(recipe.max_seq_length)
-        if not recipe.truncation:
-            kept = np.where(chunk.lengths <= recipe.max_seq_length, kept, 0)
-            statistics.bad += _too_long(chunk, recipe.max_seq_length)
-        else:
-            statistics.dropped_long += int(((chunk.turns > 0) & (kept == 0)).sum())
-        statistics.encoded += len(kept)
-        statistics.certified += int(chunk.compared.sum())
-        here = slice(int(first), int(first) + len(kept))
-        wanted, in_validation = wanted_rows[here], held[here]
-        splits["train"].add(int(first), chunk, kept, wanted & ~in_validation)
-        splits["validation"].add(int(first), chunk, kept, wanted & in_validation)
-        rows += int((wanted & (kept > 0)).sum())
-    statistics.bad.sort()
-    statistics.dropped_bad = len(statistics.bad)
-    return rows
+        yield start, chunk, kept if recipe.truncation else np.where(chunk.lengths <= recipe.max_seq_length, kept, 0)
 
 
 def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
@@ -171,29 +209,28 @@ def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
     return [(line, f"{length} tokens, {why}") for line, length in found]
 
 
-def _refuse_bad_rows(paths: dict[str, Path], splits: dict[str, Split], dataset: DatasetConfig) -> None:
+def _refuse_bad_rows(entries: list[_Entry], splits: dict[str, Split], dataset: DatasetConfig) -> None:
     """Raise DataError where no bad row is allowed, or fewer are.
 
     It lists every bad row as file:line and what was found, up to LISTED_PROBLEMS, and counts the others; the name of a
     known format takes the list's place.
     """
-    statistics = {name: splits[name].statistics for name in paths}
-    bad = [f"{paths[name]}:{line}: {text}" for name in paths for line, text in statistics[name].bad]
-    counts = [split.statistics for split in splits.values()]
-    rows = len(bad) + sum(it.rows + it.dropped_long + it.dropped_without_loss for it in counts)
+    found_bad = [row for split in splits.values() for row in split.statistics.bad]
+    bad = [f"{place}: {text}" for place, text in found_bad]
+    rows = sum(len(entry.facts["bad"]) for entry in entries) + sum(it.statistics.encoded for it in splits.values())
     if not bad or (dataset.on_bad_row == "drop" and len(bad) <= dataset.max_bad_share * rows):
         return
-    name = next(name for name in paths if statistics[name].bad)
-    line, text = statistics[name].bad[0]
+    place, text = found_bad[0]
+    file = next(entry.file for entry in entries if entry.rows.source == place.file)
     found = f"data: {counted(len(bad), 'bad row')}"
-    named = foreign.named_line(paths[name], name, line)
+    named = foreign.named_line(file.path, file.split, place.line)
     if named:
-        raise DataError(f"{found}, the first {paths[name]}:{line}: {named[0]}", named[1], between="\n")
+        raise DataError(f"{found}, the first {place}: {named[0]}", named[1], between="\n")
     if dataset.on_bad_row == "drop":
         found += f" of {rows:,} ({len(bad) / rows:.0%}), above dataset.max_bad_share ({dataset.max_bad_share:.0%})"
     listing = lines(bad, LISTED_DROPPED if dataset.on_bad_row == "drop" else LISTED_PROBLEMS)
     if text.startswith("not UTF-8"):
-        fix = f"Make it UTF-8, {iconv('WINDOWS-1252', paths[name])}"
+        fix = f"Make it UTF-8, {iconv('WINDOWS-1252', file.path)}"
     elif 2 * len(bad) > rows:
         fix = "Fix them: more than half of the rows are bad. docs/data.md has the formats that can be converted"
     else:
@@ -209,8 +246,10 @@ def _leaving_out(share: float, dataset: DatasetConfig) -> str:
     return " ".join(settings)
 
 
-def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: int | None) -> None:
+def _check_splits(splits: dict[str, Split], entries: list[_Entry], max_rows: int | None) -> None:
     train, validation = splits["train"], splits["validation"]
+    paths = [str(entry.file.path) for entry in entries if entry.file.split == "train"]
+    where = paths[0] if len(paths) == 1 else "dataset.train_file"
     if train.statistics.rows == 0:
         too_long, without_loss = train.statistics.dropped_long, train.statistics.dropped_without_loss
         why, advice = "", "add rows"
@@ -218,9 +257,9 @@ def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: in
             why, advice = f" ({too_long} were longer than model.max_seq_length)", "raise model.max_seq_length"
         elif without_loss:
             why, advice = f" (in {without_loss} no turn carries loss)", "take weight 0 off the answers to be learnt"
-        raise DataError(f"data: {paths['train']} leaves no row to train on{why}", advice)
+        raise DataError(f"data: {where} leaves no row to train on{why}", advice)
     if validation.statistics.rows == 0:
-        where = paths.get("validation", paths["train"])
+        where = str(entries[-1].file.path) if entries[-1].file.split == "validation" else where
         more = "add rows" if max_rows is None else f"raise dataset.max_rows above {max_rows}"
         advice = f"name a dataset.validation_file, {more}, or raise dataset.validation_split"
         if len(np.unique(train.kept("openings"))) == 1:
@@ -230,7 +269,7 @@ def _check_splits(splits: dict[str, Split], paths: dict[str, Path], max_rows: in
     if pair:
         shared = len(np.intersect1d(train.kept("digests"), validation.kept("digests")))
         count = "1 row stands" if shared == 1 else f"{shared:,} rows stand"
-        first = f"{paths['train']}:{pair[0]} is {paths['validation']}:{pair[1]}"
+        first = f"{pair[0]} is {pair[1]}"
         raise DataError(f"data: {count} in train and validation both, the first: {first}", "remove them from one")
     leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
     validation.statistics.normalised_leaks = int(leaks.sum())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.data.encode import ROW_HASH_BYTES, Chunk, Statistics
+from finetune.data.encode import ROW_HASH_BYTES, Chunk, Place, Statistics
 from finetune.data.template import IGNORED
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # What `Split` keeps of each row; most by its name in `Chunk`.
 NO_ROWS: dict[str, np.ndarray] = {
-    "lines": np.empty(0, np.int32),
     "digests": np.empty(0, np.uint64),
     "normalised": np.empty(0, np.uint64),
     "openings": np.empty(0, np.uint64),
@@ -86,21 +85,13 @@ def _hashes(column: pa.Array) -> np.ndarray:
 
 
 class EncodedFile:
-    """The rows of one data file, whole, in a memory-mapped Arrow file of SCHEMA."""
+    """The rows of the data file `source`, whole, in a memory-mapped Arrow file of SCHEMA."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: str = "") -> None:
+        self.source = source
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self.batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
-
-    def column(self, name: str) -> np.ndarray:
-        """One of the numbers that NO_ROWS names and SCHEMA has, of all rows, [rows]."""
-        return np.concatenate([NO_ROWS[name], *(batch.column(name).to_numpy() for batch in self.batches)])
-
-    def turns(self) -> np.ndarray:
-        """How many turns of each row carry loss, [rows]."""
-        counts = [np.diff(batch.column("turn_ends").offsets.to_numpy()) for batch in self.batches]
-        return np.concatenate([np.empty(0, np.int32), *counts])
 
     def place(self, index: int) -> tuple[pa.RecordBatch, int]:
         """The batch of a row, and its place in there."""
@@ -108,12 +99,41 @@ class EncodedFile:
         return self.batches[number], index - int(self.starts[number])
 
 
+class EncodedFiles:
+    """The rows of some encoded files, one file after the other: `starts` are the numbers of their first rows."""
+
+    def __init__(self, files: list[EncodedFile]) -> None:
+        self.files = files
+        self.starts = np.cumsum([0, *(file.starts[-1] for file in files)])
+
+    def column(self, name: str) -> np.ndarray:
+        """One of the numbers that NO_ROWS names and SCHEMA has, of all rows, [rows]."""
+        batches = (batch for file in self.files for batch in file.batches)
+        return np.concatenate([NO_ROWS[name], *(batch.column(name).to_numpy() for batch in batches)])
+
+    def turns(self) -> np.ndarray:
+        """How many turns of each row carry loss, [rows]."""
+        batches = (batch for file in self.files for batch in file.batches)
+        counts = [np.diff(batch.column("turn_ends").offsets.to_numpy()) for batch in batches]
+        return np.concatenate([np.empty(0, np.int32), *counts])
+
+    def find(self, index: int) -> tuple[EncodedFile, pa.RecordBatch, int]:
+        """The file of a row, its batch, and its place in there."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file = self.files[number]
+        return file, *file.place(index - int(self.starts[number]))
+
+    def place(self, index: int) -> Place:
+        """Where a row was read."""
+        file, batch, inside = self.find(index)
+        return Place(file.source, batch.column("lines")[inside].as_py())
+
+
 class Known:
     """Rows of earlier encoded files, found by the hash of their line."""
 
     def __init__(self, files: list[EncodedFile]) -> None:
-        self._files = files
-        self._starts = np.cumsum([0, *(file.starts[-1] for file in files)])
+        self._rows = EncodedFiles(files)
         hashes = [_hashes(batch.column("line_hashes")) for file in files for batch in file.batches]
         whole = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
         self._order = np.argsort(whole)
@@ -131,8 +151,7 @@ class Known:
         """The rows with these `numbers`, as on these `lines` of another file and in their order; both [rows]."""
         parts: dict[int, tuple[pa.RecordBatch, list[int], list[int]]] = {}
         for number, line in zip(numbers.tolist(), lines.tolist(), strict=True):
-            file = int(np.searchsorted(self._starts, number, side="right")) - 1
-            batch, inside = self._files[file].place(number - int(self._starts[file]))
+            _, batch, inside = self._rows.find(number)
             _, rows, of_lines = parts.setdefault(id(batch), (batch, [], []))
             rows.append(inside)
             of_lines.append(line)
@@ -155,10 +174,12 @@ def merged(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
 class Split:
     """The rows of one split: which, how many tokens of each, their statistics, and hashes of token stream and labels.
 
-    Of each row it keeps a few numbers, by which rows are compared when all are there.
+    They are rows of `encoded`; one that was added twice is there twice. Of each it keeps a few numbers, by which rows
+    are compared when all are there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, encoded: EncodedFiles) -> None:
+        self._encoded = encoded
         self.statistics = Statistics()
         self._kept: dict[str, list[np.ndarray]] = {name: [array] for name, array in NO_ROWS.items()}
         self._dropped_digests = [NO_ROWS["digests"]]
@@ -168,20 +189,21 @@ class Split:
     def add(self, first: int, chunk: Chunk, kept: np.ndarray, split: np.ndarray) -> None:
         """Add the rows of `chunk` that the mask `split` [rows] selects, but for those of which nothing is kept.
 
-        `kept` is how many tokens of each row are, [rows]; `first` is the number of the chunk's first row in its file.
+        `kept` is how many tokens of each row are, [rows]; `first` is the number of the chunk's first row in `encoded`.
         """
         self._whole_hashes["input_ids"].update(chunk.ids_hashes[split].tobytes())
         self._whole_hashes["labels"].update(chunk.labels_hashes[split].tobytes())
         mine = split & (kept > 0)
         self._dropped_digests.append(chunk.digests[split & ~mine])
-        facts = {"indices": np.arange(first, first + len(kept)), "kept_lengths": kept, "full_lengths": chunk.lengths}
+        indices = np.arange(first, first + len(kept))
+        facts = {"indices": indices, "kept_lengths": kept, "full_lengths": chunk.lengths}
         for name, arrays in self._kept.items():
             arrays.append((facts[name] if name in facts else getattr(chunk, name))[mine])
         tokens = _kept_tokens(chunk.lengths, np.where(mine, kept, 0))
         labels = chunk.labels[tokens]
         self._hashes["input_ids"].update(chunk.input_ids[tokens].tobytes())
         self._hashes["labels"].update(labels.tobytes())
-        self._count_control_tokens(chunk.lines[mine & chunk.literal])
+        self._count_control_tokens(indices[mine & chunk.literal])
         self.statistics.truncated += int((chunk.lengths[mine] > kept[mine]).sum())
         self.statistics.rows += int(mine.sum())
         self.statistics.tokens += len(labels)
@@ -189,10 +211,12 @@ class Split:
 
     def close(self) -> dict[str, str]:
         """Count what needs all rows; returns the sha256 of the token stream and of the labels, int32 in file order."""
-        digests, lengths = self.kept("digests"), self.kept("full_lengths")
-        firsts = np.unique(digests, return_index=True)[1]
-        copies = np.delete(self.kept("lines"), firsts)
-        self.statistics.duplicates, self.statistics.first_copy = len(copies), int(copies[0]) if len(copies) else None
+        lengths = self.kept("full_lengths")
+        indices, once = np.unique(self.kept("indices"), return_index=True)
+        copies = np.delete(indices, np.unique(self.kept("digests")[once], return_index=True)[1])
+        self.statistics.duplicates = len(copies)
+        self.statistics.first_copy = self._encoded.place(int(copies[0])) if len(copies) else None
+        self.statistics.repeated = len(lengths) - len(indices)
         if len(lengths):
             quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
             self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)
@@ -214,17 +238,21 @@ class Split:
         """One of the numbers that NO_ROWS names, of each row added, [rows]."""
         return np.concatenate(self._kept[name])
 
-    def rows(self, encoded: EncodedFile, most: int | None = None) -> Rows:
-        """The rows, all or `most` of them at even distances, from the file that all were added from."""
+    def place(self, number: int) -> Place:
+        """Where the row was read that was added as the `number`th."""
+        return self._encoded.place(int(self.kept("indices")[number]))
+
+    def rows(self, most: int | None = None) -> Rows:
+        """The rows, all or `most` of them at even distances."""
         indices = self.kept("indices")
         count = min(len(indices), len(indices) if most is None else most)
         places = np.arange(count) * len(indices) // max(1, count)
-        return Rows(encoded, indices[places], self.kept("kept_lengths")[places])
+        return Rows(self._encoded, indices[places], self.kept("kept_lengths")[places])
 
-    def _count_control_tokens(self, lines: np.ndarray) -> None:
-        self.statistics.control_tokens += len(lines)
-        if len(lines) and self.statistics.first_control_token is None:
-            self.statistics.first_control_token = int(lines[0])
+    def _count_control_tokens(self, indices: np.ndarray) -> None:
+        self.statistics.control_tokens += len(indices)
+        if len(indices) and self.statistics.first_control_token is None:
+            self.statistics.first_control_token = self._encoded.place(int(indices[0]))
 
 
 def _kept_tokens(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray | slice:
@@ -251,34 +279,43 @@ def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
 
 def first_pair(
     train: Split, validation: Split, name: str, of: np.ndarray | slice = slice(None)
-) -> tuple[int, int] | None:
-    """Lines (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too.
+) -> tuple[Place, Place] | None:
+    """Places (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too.
 
     `of` says which validation rows are looked at, [rows].
     """
-    ours, theirs = train.kept(name), validation.kept(name)[of]
-    shared = np.flatnonzero(np.isin(ours, theirs))
+    ours, theirs = train.kept(name), validation.kept(name)
+    looked_at = np.arange(len(theirs))[of]
+    shared = np.flatnonzero(np.isin(ours, theirs[looked_at]))
     if not len(shared):
         return None
-    place = np.flatnonzero(theirs == ours[shared[0]])[0]
-    return int(train.kept("lines")[shared[0]]), int(validation.kept("lines")[of][place])
+    other = looked_at[theirs[looked_at] == ours[shared[0]]][0]
+    return train.place(int(shared[0])), validation.place(int(other))
 
 
 class Rows:
-    """Some rows of an encoded file, each cut. `indices` are theirs in the file, `lengths` their tokens, [rows]."""
+    """Some rows of encoded files, each cut. `indices` are theirs in `encoded`, `lengths` their tokens, [rows]."""
 
-    def __init__(self, encoded: EncodedFile, indices: np.ndarray, lengths: np.ndarray) -> None:
+    def __init__(self, encoded: EncodedFiles, indices: np.ndarray, lengths: np.ndarray) -> None:
         self._encoded, self._indices, self.lengths = encoded, indices, lengths
 
-    def row(self, index: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(line, input_ids [tokens], labels [tokens]) of one row, read from the map."""
-        batch, inside = self._encoded.place(int(self._indices[index]))
+    @property
+    def files(self) -> int:
+        """From how many files they may be."""
+        return len(self._encoded.files)
+
+    def row(self, index: int) -> tuple[Place, np.ndarray, np.ndarray]:
+        """(place, input_ids [tokens], labels [tokens]) of one row, read from the map."""
+        file, batch, inside = self._encoded.find(int(self._indices[index]))
         length = int(self.lengths[index])
         columns = (batch.column(name)[inside].values.to_numpy()[:length] for name in ("input_ids", "labels"))
-        return (batch.column("lines")[inside].as_py(), *columns)
+        return (Place(file.source, batch.column("lines")[inside].as_py()), *columns)
 
     def dataset(self, sequences: list[list[int]] | None) -> datasets.Dataset:
-        """A dataset for the trainer: one example a row, or one a packed sequence of rows (then with `seq_lengths`)."""
+        """A dataset for the trainer: one example a row, or one a packed sequence of rows (then with `seq_lengths`).
+
+        Its `lines` are file:line of each row.
+        """
         import datasets
 
         groups = sequences if sequences is not None else [[index] for index in range(len(self.lengths))]
@@ -289,10 +326,10 @@ class Rows:
             if packed:
                 examples["seq_lengths"] = []
             for group in batch["rows"]:
-                lines, input_ids, labels = zip(*(self.row(index) for index in group), strict=True)
+                places, input_ids, labels = zip(*(self.row(index) for index in group), strict=True)
                 examples["input_ids"].append(np.concatenate(input_ids).tolist())
                 examples["labels"].append(np.concatenate(labels).tolist())
-                examples["lines"].append(list(lines))
+                examples["lines"].append([place.shown for place in places])
                 if packed:
                     examples["seq_lengths"].append([len(ids) for ids in input_ids])
             return examples

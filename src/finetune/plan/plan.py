@@ -282,9 +282,8 @@ def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
 
 def _problems(plan: Plan, config: Config, fitting: Fitting) -> list[str]:
     problems = []
-    rows = config.dataset.max_rows
-    if rows is not None:
-        found = f"dataset.max_rows is {rows}: of {config.dataset.train_file} only the first {rows} rows are read"
+    if config.dataset.rows_read:
+        found = f"dataset.max_rows is {config.dataset.max_rows}: {config.dataset.rows_read}"
         problems.append(f"{found}; --set dataset.max_rows=null reads all")
     problems += filter(None, (_padding_problem(plan, config), _evaluation_problem(plan, config)))
     pairs = plan.schedule_problem(config.training.eval_steps), hours_problem(plan, config)

@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from finetune.data.encode import Place
 from finetune.data.prepare import Prepared
 from finetune.data.store import Rows
 from finetune.data.template import IGNORED
@@ -209,14 +210,15 @@ def _answers_end(tuned: PeftModel, prepared: Prepared, end_loss: float | None) -
     turns = sorted((_first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda turn: turn[2])[:ANSWERS]
     limit = max(LEAST_NEW_TOKENS, 4 * max(answer for _, _, answer in turns))
     replies = reply_to(tuned, chat, [prompt for _, prompt, _ in turns], limit) or []
-    ran_on = [line for (line, _, _), reply in zip(turns, replies, strict=True) if not reply.ended]
+    ran_on = [place for (place, _, _), reply in zip(turns, replies, strict=True) if not reply.ended]
     end = chat.format.end
     if not ran_on:
         most, empty = max(reply.tokens for reply in replies), sum(reply.tokens == 0 for reply in replies)
         found = f"{len(replies)} of {len(replies)} answers end in {end}, within {most} tokens"
         return _check("answers_end", True, f"{found}; {empty} of them are empty" if empty else found)
-    lines = ", ".join(map(str, ran_on))
-    found = f"{len(ran_on)} of {len(replies)} answers have no {end} within {limit} tokens (rows of lines {lines})"
+    lines = f"of lines {', '.join(str(place.line) for place in ran_on)}"
+    where = lines if rows.files == 1 else ", ".join(place.shown for place in ran_on)
+    found = f"{len(ran_on)} of {len(replies)} answers have no {end} within {limit} tokens (rows {where})"
     if len(ran_on) < len(replies):
         return SelfCheck("answers_end", "warn", found)
     if end_loss is None:
@@ -226,13 +228,13 @@ def _answers_end(tuned: PeftModel, prepared: Prepared, end_loss: float | None) -
     return SelfCheck("answers_end", "fail" if learnt else "warn", f"{found}; {loss}: {'' if learnt else 'not '}learnt")
 
 
-def _first_turn(rows: Rows, index: int) -> tuple[int, list[int], int]:
-    """(line, ids up to where the first answer begins, tokens of that answer with its end) of a row."""
-    line, input_ids, labels = rows.row(index)
+def _first_turn(rows: Rows, index: int) -> tuple[Place, list[int], int]:
+    """(place, ids up to where the first answer begins, tokens of that answer with its end) of a row."""
+    place, input_ids, labels = rows.row(index)
     supervised = labels != IGNORED
     begin = int(np.argmax(supervised))
     after = np.flatnonzero(~supervised[begin:])
-    return line, input_ids[:begin].tolist(), int(after[0]) if len(after) else len(labels) - begin
+    return place, input_ids[:begin].tolist(), int(after[0]) if len(after) else len(labels) - begin
 
 
 def loss_rows(rows: Rows) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 from finetune.config import yaml_file
 from finetune.config.base_model import is_local
 from finetune.config.schema import Config, Mark, marked
-from finetune.data.encode import Statistics
+from finetune.data.encode import Place, Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
@@ -87,7 +87,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "config_sha256": config.sha256(),
         "data": prepared.files,
         "tokens": {name: prepared.tokens[name] | _totals(counts) for name, counts in statistics.items()},
-        "rows": {name: _rows(counts) for name, counts in statistics.items()},
+        "rows": {name: _rows(counts, len(config.dataset.train_files) > 1) for name, counts in statistics.items()},
         "base_model": base_model(config),
         "versions": versions(),
         "environment": PLATFORMS[config.platform].environment,
@@ -100,11 +100,21 @@ def _totals(counts: Statistics) -> dict[str, int]:
     return {"rows": counts.rows, "total": counts.tokens, "supervised": counts.supervised_tokens}
 
 
-def _rows(counts: Statistics) -> dict[str, Any]:
-    """All other counts; of the bad rows each with its line."""
-    bad = [{"line": line, "found": text} for line, text in counts.bad]
-    others = asdict(counts) | {"dropped_bad": bad}
+def _rows(counts: Statistics, several_files: bool) -> dict[str, Any]:
+    """All other counts; of the bad rows each with its line, and its file where there are several."""
+    bad = [
+        ({"file": place.file} if several_files else {}) | {"line": place.line, "found": text}
+        for place, text in counts.bad
+    ]
+    others = {name: _recorded(value, several_files) for name, value in asdict(counts).items()} | {"dropped_bad": bad}
     return {name: value for name, value in others.items() if name not in COUNTED_ELSEWHERE}
+
+
+def _recorded(value: Any, several_files: bool) -> Any:
+    """A place, or a pair of places, as its line, and its file where there are several."""
+    if isinstance(value, Place):
+        return str(value) if several_files else value.line
+    return [_recorded(place, several_files) for place in value] if isinstance(value, tuple) else value
 
 
 def write_config(run: Run, config: Config, prepared: Prepared) -> None:

@@ -58,7 +58,7 @@ class Job:
         """All rows, the training's as they are packed."""
         prepared = self.prepared
         rows, held_out = prepared.train.dataset(prepared.sequences), prepared.validation.dataset(None)
-        return Examples(rows, held_out, self.config.dataset.train_file)
+        return Examples(rows, held_out)
 
     def memory_explained(self) -> AbstractContextManager[None]:
         """Raise OutOfResource with the smallest change that fits where memory ends in the block.

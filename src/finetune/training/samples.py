@@ -80,13 +80,14 @@ def make_questions(config: Config, prepared: Prepared) -> Questions:
 def _held_out(prepared: Prepared) -> Iterator[Messages]:
     """Validation rows in file order, each up to its first question."""
     rows = prepared.validation
-    lines = {rows.row(index)[0] for index in range(len(rows.lengths))}
-    path = Path(prepared.files.get("validation", prepared.files["train"])["path"])
-    with open_lines(path) as stream:
-        for number, line in read_lines(stream):
-            if number in lines:
-                messages = parse_row(line)
-                yield messages[: 2 if messages[0]["role"] == "system" else 1]
+    places = [rows.row(index)[0] for index in range(len(rows.lengths))]
+    wanted = set(places)
+    for path in dict.fromkeys(place.file for place in places):
+        with open_lines(Path(path)) as stream:
+            for number, line in read_lines(stream):
+                if (path, number) in wanted:
+                    messages = parse_row(line)
+                    yield messages[: 2 if messages[0]["role"] == "system" else 1]
 
 
 @dataclass(eq=False)

@@ -195,7 +195,7 @@ class Stage:
         rows = self.job.examples()
         worst = rows.train.select(self.load.worst * steps), rows.validation.select(self.held_out.worst)
         install_fused(self.job.model, self.config.training)
-        examples = Examples(*worst, rows.train_file)
+        examples = Examples(*worst)
         return make_trainer(self.job.model, self.job.tokenizer, examples, self._arguments(steps), self.layers)
 
     def _arguments(self, steps: int) -> SFTConfig:

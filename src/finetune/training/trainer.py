@@ -47,7 +47,6 @@ DEVICE_RANDOM_STATE = "device_rng.safetensors"
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer on rows that are ready; see the methods for what differs."""
 
-    train_file = ""
     progress: Progress | None = None
     checkpointing: Checkpointing
     recovery: Recovery | None = None  # a run's; in a rehearsal, memory that runs out is what is to be found
@@ -56,7 +55,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     _globalstep_last_logged = 0
     _flos_a_token = 0
     _total_train_tokens: int
-    step_lines: tuple[int, ...] = ()  # lines and losses of the current step
+    step_lines: tuple[str, ...] = ()  # file:line of the rows, and losses of the current step
     step_losses: tuple[float, ...] = ()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -94,7 +93,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
             raise self._diverged("loss and gradient are 0, so nothing is learnt,", lines)
         return norm
 
-    def _diverged(self, what: str, lines: tuple[int, ...]) -> Diverged:
+    def _diverged(self, what: str, lines: tuple[str, ...]) -> Diverged:
         """With the step, the rows of `lines` and the newest checkpoint: all before this step is good."""
         found = f"step {self.state.global_step + self.model.training}: {what} on {self._rows(lines)}"
         advice = "look at them with scripts/inspect_data.py, lower training.learning_rate"
@@ -102,10 +101,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         goes_on = f"; --resume-changed then goes on from {good[-1].name}, the last good checkpoint" if good else ""
         return Diverged(found, f"{advice}{goes_on}")
 
-    def _rows(self, lines: tuple[int, ...]) -> str:
+    def _rows(self, lines: tuple[str, ...]) -> str:
         if not self.model.training:
             return "the validation rows"
-        return f"rows {listed([f'{self.train_file}:{line}' for line in lines], 8)}"
+        return f"rows {listed(lines, 8)}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', which for each micro-batch counts all parameters anew."""
@@ -199,11 +198,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Examples:
-    """Datasets of encoded rows; `train_file` is what messages name the training's by."""
+    """Datasets of encoded rows."""
 
     train: Any
     validation: Any
-    train_file: str
 
 
 def make_trainer(
@@ -228,7 +226,6 @@ def make_trainer(
         eval_dataset=examples.validation,
         processing_class=tokenizer,
     )
-    trainer.train_file = examples.train_file
     trainer.remove_callback(PrinterCallback)
     trainer.checkpointing = Checkpointing(checkpointed, trainer.platform)
     trainer.add_callback(trainer.checkpointing)
