@@ -59,6 +59,20 @@ def test_the_page_of_a_complete_run_begins_with_the_verdict_and_shows_all_parts(
     assert page.order("abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
 
 
+def test_each_of_several_files_has_its_weight_and_a_bad_row_its_file(tmp_path: Path) -> None:
+    entry = {"path": "/data/a.jsonl", "sha256": "0123456789abcdef" * 4, "rows": 90}
+    files = {"train": entry, "train 2": {**entry, "path": "/data/b.jsonl", "weight": 1.5, "rows": 1200}}
+    bad = [{"file": "/data/b.jsonl", "line": 7, "found": "not JSON"}]
+    counts = {"train": rows(100, left_out=4, repeated=50, dropped_bad=bad), "validation": rows(10, opening_leaks=3)}
+    page = Reader(report_page.write(make_run(tmp_path / "run", manifest(data=files, rows=counts))))
+    assert page.order(
+        "dropped: bad rows 1 0", "left out for the weight of a file 4 0", "repeats for the weight of a file 50 0"
+    )
+    assert "begin like one to train on 0 3" in page.text
+    assert page.order("train /data/a.jsonl 90 rows, sha256 0123456789abcdef", "train 2 /data/b.jsonl")
+    assert page.order("/data/b.jsonl 1,200 rows, weight 1.5, sha256", "/data/b.jsonl, line 7: not JSON")
+
+
 def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) -> None:
     page = Reader(report_page.write(complete))
     assert page.links == [f"https://huggingface.co/{MISTRAL}"]
