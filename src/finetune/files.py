@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def shown(path: Path) -> Path:
     """`path` as it is typed in the project's root, where that is the working directory; an image has another root."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
+
+
+def quoted(path: Path) -> str:
+    """`path` as a command to paste takes it, whatever is in its name."""
+    return shlex.quote(str(shown(path)))
 
 
 def write_text(path: Path, text: str) -> None:

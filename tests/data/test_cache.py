@@ -45,7 +45,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path / "cache")
+    return Folder(tmp_path / "my cache")
 
 
 def test_an_entry_is_made_once(folder: Folder) -> None:
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_with_the_folder_its_size_and_what_to_remove(folder:
     where = folder.cache.folder
     assert str(failure.value) == (
         f"no space left for encoded rows in {where}, where 0.0 GiB of them are kept; "
-        f"free some, or rm -r {where}/rows-*: they are made again when needed"
+        f"free some, or rm -r '{where}'/rows-*: they are made again when needed"
     )
     assert folder.names() == ["rows-before"]
 

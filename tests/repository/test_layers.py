@@ -36,6 +36,8 @@ NEVER = ("wording", "errors", "files", "cli", "config", "plan")
 KNOWS_DEVICES = ("machine.platforms", "machine.device")
 DEVICE_WORDS = re.compile(r"\b(cuda|mps)\b")
 DEVICES = {row.device for row in PLATFORMS.values()}
+# A path in a command to paste: behind a script of this program, or a command of the shell.
+PASTED = re.compile(r"(?:\bcommand\([^{}]*\)\}|\b(?:rm -r|chown -R \$\(id -u\)|chmod u\+r|cat)) \{(\w+)")
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -252,3 +254,13 @@ def test_importing_a_room_brings_nothing_that_it_refuses(room: str) -> None:
 
 def test_a_report_is_made_without_torch() -> None:
     assert brought_by("results.report.page", "results.report.refresh") & (TORCH | DATA) <= {"numpy"}
+
+
+def test_a_path_in_a_command_to_paste_is_quoted() -> None:
+    found = {
+        (path.relative_to(ROOT).as_posix(), call)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for call in PASTED.findall(path.read_text(encoding="utf-8"))
+    }
+    assert len(found) >= 8
+    assert {(path, call) for path, call in found if call not in ("quoted", "shlex")} == set()

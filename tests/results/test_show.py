@@ -76,6 +76,21 @@ def test_a_report_page_that_was_made_is_what_to_look_at(
     ]
 
 
+def test_a_folder_with_a_space_is_quoted_in_what_is_to_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    outcome: Any = SimpleNamespace(first_eval_loss=None, eval_loss=1.0, best_step=1, steps=1, stopped_early=False)
+    stream = io.StringIO()
+    show_finished(Terminal(stream=stream), folder, outcome, gpu=False)
+    lines = dict(line.split(maxsplit=1) for line in stream.getvalue().splitlines()[1:])
+    assert lines == {
+        "adapter": f"{folder}/adapter_model.safetensors",
+        "look": f"less '{folder}/README.md'",
+        "talk": f"{PYTHON} scripts/chat.py '{folder}'",
+        "code": f'{folder}/README.md, under "Use"',
+        "upload": f"{HF} upload YOU/NAME '{folder}' . {UPLOADED}",
+    }
+
+
 def test_what_is_uploaded_is_what_the_readme_says() -> None:
     line = f"    {HF} upload YOU/NAME adapters/RUN . {UPLOADED}\n"
     assert line.replace(HF, ".venv/bin/hf") in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, passed, warned
 from finetune.cli import command
 from finetune.data.jsonl import SYSTEM_KEYS
-from finetune.files import shown
+from finetune.files import quoted, shown
 from finetune.wording import counted, lines, listed
 
 MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
@@ -133,9 +132,8 @@ def _control_tokens(preflight: Preflight) -> Finding:
     if rows:
         first = next(it.first_control_token for it in counts.values() if it.first_control_token)
         found = f"{rows:,} rows hold the template's own marks as literal text, the first {first.shown}"
-        file, line = shlex.quote(str(shown(Path(first.file)))), first.line
-        fix = f"{command('scripts/inspect_data.py')} {file} --rows {line}-{line} shows how they are read"
-        return warned(found, fix)
+        shows = f"{command('scripts/inspect_data.py')} {quoted(Path(first.file))} --rows {first.line}-{first.line}"
+        return warned(found, f"{shows} shows how they are read")
     return passed("no row holds one of the template's own marks as text")
 
 

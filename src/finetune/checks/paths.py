@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
-from finetune.files import GIB, make_folder, resolve, shown
+from finetune.files import GIB, make_folder, quoted, resolve, shown
 from finetune.machine.platforms import quantised_on
 from finetune.model import hub, packed_base
 from finetune.plan.memory import memory_parts
@@ -39,7 +39,7 @@ def _output(preflight: Preflight) -> Finding:
     folder = resolve(preflight.config.output.dir)
     reason = _write(folder)
     if reason:
-        fix = f"sudo chown -R $(id -u) {shown(folder)}, or --set output.dir=FOLDER"
+        fix = f"sudo chown -R $(id -u) {quoted(folder)}, or --set output.dir=FOLDER"
         return failed(f"{shown(folder)} cannot be written: {reason}", fix)
     return passed(f"{shown(folder)}: written, synced, renamed")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import OutOfResource
-from finetune.files import GIB, make_folder, read_seal, seal, seal_facts, shown
+from finetune.files import GIB, make_folder, quoted, read_seal, seal, seal_facts, shown
 from finetune.wording import SILENT, Report
 
 KEPT = 5  # entries, those just used included
@@ -106,7 +106,7 @@ class Cache:
         size = sum(file.stat().st_size for entry in self._entries() for file in entry.iterdir()) / GIB
         kept = f"no space left for encoded rows in {shown(self.folder)}, where {size:.1f} GiB of them are kept"
         return OutOfResource(
-            kept, f"free some, or rm -r {shown(self.folder)}/{PREFIX}*: they are made again when needed"
+            kept, f"free some, or rm -r {quoted(self.folder)}/{PREFIX}*: they are made again when needed"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import shlex
 import stat
 import zlib
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from finetune.data.template import Message, Messages
 from finetune.errors import ConfigError, DataError
-from finetune.files import shown
+from finetune.files import quoted, shown
 
 MAX_LINE_BYTES = 2**20  # a quarter of a million tokens; tokenising 16 MiB took 24 s and 1.3 GiB
 BOM = b"\xef\xbb\xbf"
@@ -47,7 +46,7 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
             is_gzip = stream.read(len(GZIP)) == GZIP
         return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
     except PermissionError as error:
-        fix = f"make it readable: chmod u+r {shlex.quote(str(path))}, with sudo where it is another user's"
+        fix = f"make it readable: chmod u+r {quoted(path)}, with sudo where it is another user's"
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=fix) from None
     except OSError as error:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
@@ -64,7 +63,7 @@ def _no_file(path: Path, mode: int) -> tuple[str, str]:
     copied = "data/processed/train.jsonl"
     if stat.S_ISFIFO(mode):
         found = "is a pipe, which can be read only once, and data is read more than once"
-        return found, f"write it to a file first: cat {shlex.quote(str(path))} > {copied}"
+        return found, f"write it to a file first: cat {quoted(path)} > {copied}"
     return "is a device or a socket, wanted a file", f"write it to a file first, for example {copied}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.cli import PYTHON, advice, command
-from finetune.files import shown
+from finetune.files import quoted, shown
 from finetune.results.self_test import SelfTest
 from finetune.runs.adapter import CHAT
 from finetune.runs.outcome import Outcome
@@ -28,13 +28,13 @@ def show_finished(terminal: Terminal, folder: Path, outcome: Outcome, gpu: bool)
     result = f"eval_loss {before}{outcome.eval_loss:.4f} (step {outcome.best_step}{early})"
     terminal.say(f"{terminal.paint('done', 'green')}: {result}")
     opener = "open" if sys.platform == "darwin" else "xdg-open"
-    look = f"{opener} {folder}/report.html" if drawn else f"less {folder}/README.md"
+    look = f"{opener} {quoted(folder / 'report.html')}" if drawn else f"less {quoted(folder / 'README.md')}"
     for name, text in (
         ("adapter", f"{folder}/adapter_model.safetensors"),
         ("look", advice(look, f"{look} (on the Docker host)")),
-        ("talk", f"{command(CHAT, gpu)} {folder}"),
+        ("talk", f"{command(CHAT, gpu)} {quoted(folder)}"),
         ("code", f'{folder}/README.md, under "Use"'),
-        ("upload", f"{HF} upload YOU/NAME {folder} . {UPLOADED}"),
+        ("upload", f"{HF} upload YOU/NAME {quoted(folder)} . {UPLOADED}"),
     ):
         terminal.say(f"  {name:<9}{text}")
 

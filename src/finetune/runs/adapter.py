@@ -18,7 +18,7 @@ from finetune.config.base_model import MISTRAL, is_local
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed, ConfigError
-from finetune.files import read_json, resolve, seal_facts, sha256, shown
+from finetune.files import quoted, read_json, resolve, seal_facts, sha256, shown
 from finetune.machine.device import memory_errors_explained, prepare_device
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import PLATFORMS, choose
@@ -106,12 +106,12 @@ def _of_run(run: Path, terminal: Terminal) -> tuple[Path, str]:
         weights = run / WEIGHTS
         if not weights.is_file() or sha256(weights) != manifest["adapter_sha256"]:
             found = f"{shown(weights)} is not what the run saved"
-            fix = f"copy it again, or talk to the best checkpoint: {command(CHAT)} {shown(run / 'checkpoints' / BEST)}"
+            fix = f"copy it again, or talk to the best checkpoint: {command(CHAT)} {quoted(run / 'checkpoints' / BEST)}"
             raise CheckFailed(found, fix)
         return run, f"{shown(run)}, eval_loss {manifest['eval_loss']:.4f} (step {manifest['best_step']})"
     if (run / REJECTED).is_dir():
         found = f"{shown(run)} has no adapter: it failed its self-test"
-        raise CheckFailed(found, f"this talks to it all the same: {command(CHAT)} {shown(run / REJECTED)}")
+        raise CheckFailed(found, f"this talks to it all the same: {command(CHAT)} {quoted(run / REJECTED)}")
     for folder in [run / "checkpoints" / BEST, *reversed(saved(run / "checkpoints"))]:
         wrong = damage(folder) if folder.is_dir() else None
         if wrong:

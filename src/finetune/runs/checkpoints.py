@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.errors import CheckFailed, DiskFull
-from finetune.files import SEAL, read_seal, seal_facts, shown
+from finetune.files import SEAL, quoted, read_seal, seal_facts, shown
 
 BEST = "best"
 ASIDE = "damaged-"
@@ -79,7 +79,7 @@ def damage(folder: Path) -> str | None:
     except PermissionError as error:
         found = f"{shown(Path(error.filename))} cannot be read: {error.strerror}"
         raise CheckFailed(
-            found, f"sudo chown -R $(id -u) {shown(folder)} makes it yours; --fresh starts a new run"
+            found, f"sudo chown -R $(id -u) {quoted(folder)} makes it yours; --fresh starts a new run"
         ) from None
     except (ValueError, OSError) as error:
         return str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from finetune.data.formats.containers import iconv, recognise
 from finetune.data.formats.shapes import PLAIN_TEXT, UNSPOKEN, message_keys, shape_of
 from finetune.data.jsonl import BadRow, open_lines, parse_json, read_lines
 from finetune.errors import DataError
-from finetune.files import resolve, shown
+from finetune.files import quoted, resolve
 
 PROCESSED = "data/processed"
 
@@ -63,7 +62,7 @@ def named_line(path: Path, name: str, line: int) -> tuple[str, str] | None:
 def converting(path: Path, name: str) -> str:
     """The command that converts a file into one that is not there yet."""
     script = command("scripts/convert_data.py")
-    return f"Convert it: {script} {shlex.quote(str(shown(path)))} {shlex.quote(str(converted(path, name)))}"
+    return f"Convert it: {script} {quoted(path)} {quoted(converted(path, name))}"
 
 
 def converted(path: Path, name: str) -> Path:

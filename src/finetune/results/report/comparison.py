@@ -9,7 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from finetune.cli import command
-from finetune.files import shown
+from finetune.files import quoted
 from finetune.results.report import charts
 from finetune.results.report.charts import Line
 from finetune.results.report.run_summary import SCRIPT, Evidence
@@ -54,7 +54,7 @@ def compare(first: Evidence, second: Evidence) -> dict[str, Any]:
             for sample in first.answers
             if sample["prompt"] in prompts
         ],
-        "again": f"{command(SCRIPT)} {shown(first.folder)} {shown(second.folder)}",
+        "again": f"{command(SCRIPT)} {quoted(first.folder)} {quoted(second.folder)}",
     }
 
 

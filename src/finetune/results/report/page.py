@@ -14,7 +14,7 @@ from finetune.cli import command
 from finetune.config import yaml_file
 from finetune.config.base_model import MISTRAL
 from finetune.errors import ConfigError
-from finetune.files import shown
+from finetune.files import quoted
 from finetune.plan.automatic import in_words
 from finetune.results.report import charts, run_summary, verdicts
 from finetune.results.report.charts import Line
@@ -101,7 +101,7 @@ def _report(run: Evidence) -> dict[str, Any]:
         "checks": (run.get("self_test") or {}).get("checks", []),
         "config": run.config,
         "facts": list(_facts(run)),
-        "again": f"{command(run_summary.SCRIPT)} {shown(run.folder)}",
+        "again": f"{command(run_summary.SCRIPT)} {quoted(run.folder)}",
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from finetune.cli import command
-from finetune.files import shown
+from finetune.files import quoted
 from finetune.results.report.run_summary import PAGE, SCRIPT
 from finetune.runs.folder import MANIFEST, Run
 from finetune.terminal import Terminal
@@ -36,5 +36,5 @@ def make(run: Run, terminal: Terminal) -> None:
         report_page.write(run.folder)
     except Exception as error:  # noqa: BLE001  # whatever breaks in a page, the run is worth more
         why = (str(error) or type(error).__name__).splitlines()[-1].strip()
-        again = f"{command(SCRIPT)} {shown(run.folder)}"
+        again = f"{command(SCRIPT)} {quoted(run.folder)}"
         terminal.warn(f"the report page was not made ({why}); this makes it again: {again}")

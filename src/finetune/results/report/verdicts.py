@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune.cli import command
-from finetune.files import shown
+from finetune.files import quoted
 from finetune.results.report.run_summary import Evidence
 from finetune.wording import counted
 
@@ -26,7 +26,7 @@ def unfinished(run: Evidence) -> Verdict | None:
     """What a reader must know first of a run that is not complete: how it ended, and how to go on; else None."""
     if run.status == "complete":
         return None
-    again = f"{command('src/train.py')} --config {shown(run.folder)}/config.yaml"
+    again = f"{command('src/train.py')} --config {quoted(run.folder / 'config.yaml')}"
     steps = run.number("plan", "steps")
     place = f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
     if run.status == "failed":
