@@ -15,7 +15,7 @@ from finetune.runs.outcome import Outcome
 from finetune.terminal import Terminal
 from finetune.wording import clean
 
-HF = advice(str(Path(PYTHON).with_name("hf")), "docker compose run --rm --entrypoint hf demo")
+HF = advice(str(Path(PYTHON).with_name("hf")), 'docker compose run --rm --entrypoint "as-owner hf" demo')
 # Of a run's folder, what belongs to the adapter: manifest, metrics and samples hold paths and answers.
 UPLOADED = '--include README.md --include "adapter_*" --include "*token*" --include chat_template.jinja'
 
