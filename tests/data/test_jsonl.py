@@ -202,6 +202,8 @@ REFUSED = {
     "an image of a message": (line(USER | {"images": ["a.png"]}, ASSISTANT),
         "message 1 has a key 'images': the model reads text only"),
     "tools": (line(USER, ASSISTANT, tools=[{"type": "function"}]), f"has a key 'tools': {NO_TOOLS}"),
+    "tools as mistral-finetune names them": (line(USER, ASSISTANT, available_tools=[{"type": "function"}]),
+        f"has a key 'available_tools': {NO_TOOLS}"),
     "functions": (line(USER, ASSISTANT, functions=[{"name": "f"}]), f"has a key 'functions': {NO_TOOLS}"),
     "images": (line(USER, ASSISTANT, images=["a.png"]), "has a key 'images': the model reads text only"),
     "an answer marked bad": (line(USER, ASSISTANT, label=False),

@@ -25,7 +25,7 @@ NO_TOOLS = "the chat template of Mistral-7B-Instruct-v0.2 has no tools"
 ONLY_TEXT = "the model reads text only"
 # Keys that would change what is learnt, of a row or of a message; and all that begin with "rejected".
 REFUSED_KEYS = {
-    **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), NO_TOOLS),
+    **dict.fromkeys(("tools", "available_tools", "functions", "tool_calls", "tool_call_id", "function_call"), NO_TOOLS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), ONLY_TEXT),
     "label": "it marks answers as good or bad, and bad ones would be learnt",
 }

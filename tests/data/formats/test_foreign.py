@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.data.cache import Cache
 from finetune.data.formats import foreign
+from finetune.data.jsonl import NO_TOOLS
 from finetune.data.prepare import prepare
-from finetune.errors import ConfigError, UserError
+from finetune.data.preview import marked, segments
+from finetune.errors import ConfigError, DataError, UserError
 from support.as_nobody import as_nobody
 from support.data_page import Row, cells_below, example, rendered, table
-from support.prepared import RECIPE, Case, numbered, write
+from support.prepared import RECIPE, SHORT, Case, contents, numbered, write
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +60,52 @@ def test_training_says_of_what_is_no_file_what_the_page_says(case: Case, kind: s
     with user, pytest.raises(ConfigError) as caught:
         prepare(dataset, RECIPE, False, Cache(case.cache))
     assert f"`{caught.value.problems[0].replace(str(path), 'FILE')}`" == message
+
+
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
+ONE, LAST = "[INST] Why? [/INST] Because.</s>", "[INST] Why? [/INST]>> Because.</s><<"
+PARTS = [{"type": "text", "text": text} for text in ("Why", "now?")]
+
+
+def row(*messages: dict[str, Any], **keys: Any) -> str:
+    return json.dumps({"messages": messages, **keys})
+
+
+# What the page lists: rows and settings of the dataset, and what is trained on, or why nothing is.
+HELD: dict[str, tuple[list[str], dict[str, str], list[str] | str]] = {
+    "content as a list of text parts": (
+        [row(USER | {"content": PARTS}, ANSWER)], {}, ["<s> [INST] Why\n\nnow? [/INST]>> Because.</s><<"]),
+    "`weight: 0` of an assistant message": (
+        [row(USER | {"weight": 0}, ANSWER | {"weight": 0}, USER, ANSWER)], {}, [f"<s> {ONE} {LAST}"]),
+    "`dataset.train_on=last`": (
+        [row(USER, ANSWER, USER, ANSWER)], {"train_on": "last"}, [f"<s> {ONE} {LAST}"]),
+    "no message that carries loss": ([row(USER, ANSWER | {"weight": 0})], {}, []),
+    "`weight: 1`; keys that are null or empty; an empty system message": (
+        [row({"role": "system", "content": ""}, USER | {"name": None}, ANSWER | {"weight": 1}, tools=[])], {},
+        [f"<s> {LAST}"]),
+    "`system` or `system_prompt` besides `messages`": (
+        [row(USER, ANSWER, system="Be short.")], {}, ["<s> [INST] Be short.\n\nWhy? [/INST]>> Because.</s><<"]),
+    "`tools`, `available_tools`, `functions`, tool calls, the role `tool`, `images`": (
+        [row(USER, ANSWER, available_tools=[{}])], {}, f"has a key 'available_tools': {NO_TOOLS}"),
+    "`label`, `rejected...`": (
+        [row(USER, ANSWER, rejected="No.")], {}, "has a key 'rejected': an answer that is not to be learnt"),
+    "another key besides `messages`": ([row(USER, ANSWER, id=7)], {}, [f"<s> {LAST}"]),
+    "bad rows": (["{}"], {"on_bad_row": "drop"}, []),
+    "a copy of another row": (
+        [row(USER, ANSWER | {"weight": 0}), row(USER, ANSWER), row(USER, ANSWER)], {"on_duplicate": "drop"},
+        [f"<s> {LAST}"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [cells[0] for cells in cells_below("What a row may hold")])
+def test_of_rows_that_the_page_lists_this_is_learnt_with_loss_between_marks(case: Case, what: str) -> None:
+    rows, settings, wanted = HELD[what]
+    write(case.train, *rows, SHORT)
+    write(case.validation, *numbered(1))
+    recipe = replace(RECIPE, train_on=settings.get("train_on", "all"))
+    if isinstance(wanted, str):
+        assert case.failure(DataError, recipe).splitlines()[1] == f"  {case.train}:1: {wanted}"
+        return
+    prepared = case.prepare(recipe, **settings)
+    learnt = [marked(segments(prepared.chat, ids, labels)) for _, ids, labels in contents(prepared.train)]
+    assert learnt == [*wanted, "<s> [INST] Hi [/INST]>> Hello</s><<"]
