@@ -51,7 +51,7 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     done = made.compose("build", minutes=40, GIT_COMMIT=COMMIT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     yield made
-    made.compose("down", "--volumes", "--timeout", "1")
+    made.compose("--profile", "program", "down", "--volumes", "--timeout", "1")
 
 
 @pytest.fixture
@@ -62,4 +62,4 @@ def clone(project: Project, tiny_mistral: Path) -> Iterator[Project]:
         made = Project(copied(Path(parent) / "project"), f"{project.name}-clone")
         shutil.copytree(tiny_mistral, made.folder / "models" / "tiny")
         yield made
-        made.compose("down", "--volumes", "--timeout", "1")
+        made.compose("--profile", "program", "down", "--volumes", "--timeout", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ status = open("/proc/self/status").read()
 print(os.getuid(), os.getgid(), os.getgroups(), *re.findall(r"(?:Cap...|NoNewPrivs):\\s*(\\S+)", status))
 """
 NONE = "0" * 16
+REMOVE = "docker compose --profile program down --volumes"  # without the profile Compose leaves the volume
 
 
 def given_to(clone: Project, user: int) -> None:
@@ -54,6 +56,14 @@ def test_what_the_readme_says_works_as_it_is_typed(user: int, clone: Project) ->
     left = clone.typed("docker compose ps --all --quiet", user).stdout.split()
     assert len(left) == 3  # those without --rm, which `down` leaves alone
     subprocess.run(["docker", "rm", *left], check=True, capture_output=True)
+    done = clone.typed("docker compose run --rm --env HF_HOME=/app/nowhere validate --only paths.caches --json", user)
+    assert json.loads(done.stdout)["checks"][0]["fix"] == (
+        f"adapters back to the user who filled it, or {REMOVE}, which removes it with the base that it holds"
+    )
+    line = ["docker", "volume", "ls", "--quiet", "--filter", f"name={clone.name}_cache"]
+    assert subprocess.run(line, check=True, capture_output=True).stdout
+    assert clone.typed(REMOVE, user).returncode == 0
+    assert not subprocess.run(line, check=True, capture_output=True).stdout
 
 
 @pytest.mark.parametrize("owner", [0, UID])

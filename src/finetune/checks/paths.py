@@ -66,7 +66,8 @@ def _caches(preflight: Preflight) -> Finding:
     wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
     if wrong:
         each = "; ".join(f"{folders[name]} cannot be written: {reason}" for name, reason in wrong.items())
-        fresh = "the UID that filled it back into .env, or docker compose down --volumes, which empties it"
+        removed = "docker compose --profile program down --volumes, which removes it with the base that it holds"
+        fresh = f"adapters back to the user who filled it, or {removed}"
         return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in wrong)}", fresh))
     return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
 
