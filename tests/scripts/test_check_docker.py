@@ -418,10 +418,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.slow
 @needs_engine
 def test_the_whole_table_on_the_engine_of_this_machine(project: Path) -> None:
-    (project / ".env").write_text("UID=4711\nGID=4711\n")
-    for path in (project / "adapters", project / "adapters/run"):
-        path.chmod(0o777)
-    read = check_docker.read_host(project)
+    read, uid = check_docker.read_host(project), os.getuid()  # without .env, so as the owner of adapters
     tag = read.service["image"]
     assert run_docker("ps", "--all", "--quiet", "--filter", f"ancestor={tag}") == ""  # none is left
     info = json.loads(run_docker("info", "--format", "{{json .}}"))
@@ -434,9 +431,9 @@ def test_the_whole_table_on_the_engine_of_this_machine(project: Path) -> None:
         "engine": f"Docker {server['Version']} (API {server['ApiVersion']}) on {info['OperatingSystem']}",
         "compose": f"Compose {compose}",
         "buildx": f"Buildx {buildx}",
-        "config": f"user 4711:4711, image {tag}",
+        "config": f"user {uid}:{os.getgid()}, image {tag}",
         "secrets": "no token file is named",
-        "binds": f"UID 4711 reads {mounted} and writes adapters",
+        "binds": f"UID {uid} reads {mounted} and writes adapters",
         "image": f"{tag}, {read.image.gib:.1f} GiB, made from requirements/h100.lock",
         "source": "a container has the src and scripts that are here",
         "flash_attention": "flash-attn is in the image",
@@ -453,7 +450,6 @@ def test_the_whole_table_on_the_engine_of_this_machine(project: Path) -> None:
 def test_on_a_real_engine_files_that_are_others_in_the_image_are_named_but_for_folders_that_are_mounted(
     project: Path,
 ) -> None:
-    (project / ".env").write_text("UID=1\nGID=1\n")
     (project / "src/train.py").unlink()
     (project / "scripts/new.py").write_text("")
     (project / "scripts/b.sh").write_text("another")
@@ -473,8 +469,8 @@ def test_on_a_real_engine_files_that_are_others_in_the_image_are_named_but_for_f
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("UID=1\nGID=1\nHF_TOKEN='hf_secret\n", ".env cannot be read, line 4"),
-        ("UID=1\nGID=1\nmy token: hf_secret\n", ".env cannot be read, line 3"),
+        ("LOCK=h100\nHF_TOKEN='hf_secret\n", ".env cannot be read, line 3"),
+        ("LOCK=h100\nmy token: hf_secret\n", ".env cannot be read, line 2"),
     ],
 )
 def test_what_real_compose_has_against_an_env_file_is_told_without_its_tokens(
