@@ -13,7 +13,11 @@ case $system in
   Linux)
     if gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && [[ -n $gpu ]]; then
       echo "found ${gpu%%$'\n'*}: this machine is for --config h100"
-      echo "README.md, Run it, has its lines; nothing is installed here by itself, for CUDA and flash-attn are a choice"
+      if command -v docker >/dev/null; then
+        echo "README.md, One H100, has its lines; nothing is installed here by itself"
+      else
+        echo "Docker is not here: docs/h100.md has three lines for a rented pod, which is a container itself"
+      fi
       exit 0
     fi
     echo "found Linux on $machine without an NVIDIA driver: the demo on its CPU"

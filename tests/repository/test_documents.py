@@ -21,8 +21,8 @@ ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ("docs/architecture.md", "AGENTS.md")
 CHANGES = (
-    *("a config key", "the template", "a check", "the report", "retention", "a platform fact", "packing"),
-    *("the memory formula", "a CLI flag", "resume rules", "a tracker", "the LoRA layer"),
+    *("a config key", "the template", "a check", "a check of the Docker host", "the report", "retention"),
+    *("a platform fact", "packing", "the memory formula", "a CLI flag", "resume rules", "a tracker", "the LoRA layer"),
 )
 ELSEWHERE = ("trl/trainer/utils.py", "setup.py")  # files of libraries that our comments name
 

@@ -1,4 +1,4 @@
-"""Every command of README.md and CONTRIBUTING.md is run: here, by a test, by .ci/run; or it is named why it is not."""
+"""Every command of these documents is run: here, by a test, by .ci/run; or it is named why it is not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 from finetune.runs import receipt
 
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")}
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/h100.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 # Indented or fenced blocks that are no commands, by how they begin.
 SHOWN = ("src/train.py  ", "step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
 FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
@@ -150,6 +151,16 @@ RULES: dict[str, Here | By | Needs] = {
     ".venv/bin/python -m pytest tests/data/test_tokenizer.py -k short_conversation": Here(says="1 passed"),
     "pip install uv": By("requirements/dev.in", "uv "),
     "uv sync --extra cpu": Needs("network"),
+    "uv venv --python 3.11": Needs("network"),
+    "uv pip install --require-hashes --requirement requirements/h100.lock": By("docker/Dockerfile", "--require-hashes"),
+    ".venv/bin/python src/train.py --config h100 --set model.attn_implementation=auto": Needs("H100"),
+    f"{CHECK} --config h100 --set model.attn_implementation=auto": Here((0, 3)),
+    "docker save mistral-7b-qlora:h100 | ssh h100 docker load": Needs("another machine"),
+    "docker pull REGISTRY/mistral-7b-qlora:TAG": Needs("network"),
+    "docker tag REGISTRY/mistral-7b-qlora:TAG mistral-7b-qlora:h100": Needs("network"),
+    "ssh -N -L 6006:127.0.0.1:6006 h100": Needs("another machine"),
+    "docker compose ps --all": By("tests/container/test_without_env.py", "docker compose ps --all"),
+    "docker compose down": By("tests/container/test_without_env.py", "docker compose down"),
     "requirements/lock.sh": Needs("network"),
 }  # fmt: skip
 

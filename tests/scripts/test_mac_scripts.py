@@ -496,16 +496,33 @@ def test_on_a_mac_it_is_the_macs_setup(mac: Place) -> None:
     assert mac.run("setup_local", CHECKS="3")[0] == 3
 
 
-def test_on_a_machine_with_an_nvidia_gpu_it_says_where_the_lines_stand(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("has_docker", "advice", "page", "heading"),
+    [
+        (
+            True,
+            "README.md, One H100, has its lines; nothing is installed here by itself",
+            *("README.md", "\n## One H100\n"),
+        ),
+        (
+            False,
+            "Docker is not here: docs/h100.md has three lines for a rented pod, which is a container itself",
+            *("docs/h100.md", "\n## A rented pod\n"),
+        ),
+    ],
+    ids=["with Docker", "a rented pod"],
+)
+def test_on_a_machine_with_an_nvidia_gpu_it_says_where_the_lines_stand(
+    has_docker: bool, advice: str, page: str, heading: str, tmp_path: Path
+) -> None:
     place = Place(tmp_path, LINUX)
     place.program("nvidia-smi", "echo 'NVIDIA H100 80GB HBM3'; echo 'NVIDIA H100 80GB HBM3'")
-    wanted = (
-        "found NVIDIA H100 80GB HBM3: this machine is for --config h100\n"
-        "README.md, Run it, has its lines; nothing is installed here by itself, for CUDA and flash-attn are a choice\n"
-    )
+    if has_docker:
+        place.program("docker", "exit 0")
+    wanted = f"found NVIDIA H100 80GB HBM3: this machine is for --config h100\n{advice}\n"
     assert place.run("setup_local") == (0, wanted, "")
     assert not (place.folder / ".venv").exists()
-    assert "\n## Run it\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert heading in (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("nvidia", ["absent", "broken"])
