@@ -350,6 +350,15 @@ def test_a_train_file_of_blank_lines_is_a_data_error(case: Case) -> None:
     assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
 
 
+def test_rows_without_loss_are_good_rows_of_which_the_bad_ones_are_a_share(case: Case) -> None:
+    write(case.train, SHORT, *(weighted(row, 0) for row in numbered(7)), "{}")
+    write(case.validation, conversation("Hi", "No"))
+    assert case.prepare(on_bad_row="drop", max_bad_share=0.1).statistics["train"].dropped_bad == 1
+    assert case.failure(DataError, on_bad_row="drop", max_bad_share=0.09).startswith(
+        "data: 1 bad row of 10 (10%), above dataset.max_bad_share (9%)\n"
+    )
+
+
 def test_rows_without_loss_are_a_data_error_that_says_so(case: Case) -> None:
     write(case.train, weighted(SHORT, 0), weighted(numbered(1)[0], 0))
     write(case.validation, SHORT)

@@ -218,6 +218,11 @@ def long_prompts(bench: Bench) -> None:
     bench.write_rows(*([("user", f"{number}" + " word" * 150), ("assistant", "Yes.")] for number in range(40)))
 
 
+def long_answers(bench: Bench) -> None:
+    last = [("user", "And?"), ("assistant", "Yes.")]
+    bench.write_rows(*([("user", f"{number}"), ("assistant", "word " * 150), *last] for number in range(40)))
+
+
 def shouted(rows: list[list[tuple[str, str]]]) -> list[list[tuple[str, str]]]:
     return [[(role, f" {text.upper()}") for role, text in row] for row in rows]
 
@@ -715,6 +720,10 @@ FAULTS = (
     fault("little of it carries loss", "cpu", long_prompts,
           warn("data.labels", "90 tokens carry loss (1.8%): what the assistant says, and its end",
                "shorten the prompts, or put several questions on one document into one conversation")),
+    fault("little of it carries loss, since only last messages do", "cpu",
+          lambda b: (long_answers(b), b.set("dataset.train_on=last")),
+          warn("data.labels", "90 tokens carry loss (1.7%): the assistant's last message of each row, and its end",
+               "--set dataset.train_on=all, to learn from what the assistant says before as well")),
     fault("a row of weight 0", "cpu",
           lambda b: b.write_rows(*conversations(), more=ROW.replace('"assistant"', '"assistant", "weight": 0')),
           warn("data.labels",

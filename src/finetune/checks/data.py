@@ -82,6 +82,8 @@ def _labels(preflight: Preflight) -> Finding:
     without = sum(it.dropped_without_loss for it in statistics.values())
     if without:
         found += f"; {counted(without, 'row')} left out, in which no turn carries loss"
+    if share < LEAST_SUPERVISED and train_on == "last":
+        return warned(found, "--set dataset.train_on=all, to learn from what the assistant says before as well")
     if share < LEAST_SUPERVISED:
         return warned(found, "shorten the prompts, or put several questions on one document into one conversation")
     if without:
