@@ -14,8 +14,8 @@ from finetune.cli import PYTHON
 from finetune.files import ROOT
 from finetune.results.show import HF, UPLOADED
 from finetune.terminal import COLOURS, Terminal
+from support.pseudo_terminal import Session, Tty, screen
 from support.train_command import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
-from support.tty import Session, Tty, screen
 
 
 @pytest.fixture(autouse=True)

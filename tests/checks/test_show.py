@@ -9,7 +9,7 @@ import pytest
 from finetune.checks.runner import Result
 from finetune.checks.show import show_result, tally
 from finetune.terminal import Terminal
-from support.tty import Tty
+from support.pseudo_terminal import Tty
 
 
 @pytest.fixture(autouse=True)

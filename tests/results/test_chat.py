@@ -19,8 +19,8 @@ from finetune.results.chat import Conversation, Talk, begin, until_ctrl_c
 from finetune.runs.adapter import Adapter
 from finetune.terminal import Terminal
 from finetune.wording import SILENT
+from support.pseudo_terminal import Tty
 from support.taught import BRIEF, KEEPER, ME, NOBODY, SHIPS, SO, WHO, WHY, Taught, turns
-from support.tty import Tty
 
 HELP = """\
 chat

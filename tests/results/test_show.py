@@ -16,7 +16,7 @@ from finetune.files import ROOT
 from finetune.results.self_test import SelfCheck, SelfTest
 from finetune.results.show import HF, UPLOADED, show_answers, show_finished, show_self_test
 from finetune.terminal import Terminal
-from support.tty import Tty
+from support.pseudo_terminal import Tty
 
 
 @pytest.fixture(autouse=True)

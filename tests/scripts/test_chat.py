@@ -18,8 +18,8 @@ from transformers import MistralForCausalLM
 from finetune.files import ROOT
 from finetune.model.generate import reply_to
 from support.commands import load_script
+from support.pseudo_terminal import Session, screen
 from support.taught import BRIEF, KEEPER, ME, NOBODY, SHIPS, WHO, WHY, Taught, turns
-from support.tty import Session, screen
 
 SCRIPT = ROOT / "scripts" / "chat.py"
 ENVIRONMENT = {

@@ -20,7 +20,7 @@ from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
 from finetune.data.formats import foreign
 from support.commands import load_script
-from support.tty import Tty
+from support.pseudo_terminal import Tty
 
 SCRIPT = ROOT / "scripts" / "inspect_data.py"
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"

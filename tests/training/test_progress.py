@@ -14,7 +14,7 @@ from finetune.plan.schedule import Pace
 from finetune.terminal import Terminal
 from finetune.training import progress as progress_module
 from finetune.training.progress import Progress
-from support.tty import Tty
+from support.pseudo_terminal import Tty
 
 
 @pytest.fixture
