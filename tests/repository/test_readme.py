@@ -146,7 +146,6 @@ def checkpoints(found: Document) -> str:
 FIGURES: list[tuple[str, Callable[..., str]]] = [
     ("quickstart, fresh clone",
         lambda found: f"{found['first']['wall_seconds']} s; run again {found['again']['wall_seconds']} s"),
-    ("eval_loss of the demo", lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"])),
     (
         "training the demo",
         lambda found: (
@@ -154,6 +153,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
             f"{found['first']['run']['peak_memory_gib']} GiB resident with all libraries"
         ),
     ),
+    ("eval_loss of the demo", lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"])),
     ("preparing 100,000 rows", prepared("ours")),
     ("the same with every row compared", prepared("ours, every row compared")),
     ("TRL preparing the same rows", prepared_by_trl),
