@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny random model on the CPU: all of it in two minutes")
     parser.add_argument("--output", metavar="FILE", type=Path, help="the result file (default: one in adapters/)")
     parser.add_argument(
-        "--table", metavar="FILE", type=Path, help="print the README's rows of a result file, do nothing"
+        "--table", metavar="FILE", type=Path, help="print docs/measured.md's rows of a result file, do nothing"
     )
     return parser.parse_args()
 
@@ -56,7 +56,7 @@ def main() -> None:
     terminal.say("\n".join(["", *result.block(document)]))
     if options.json:
         cli.print_json(document)
-    terminal.say(f"result: {shown(output)}; for the plan and the README: cp {shown(output)} benchmarks/results/")
+    terminal.say(f"result: {shown(output)}; for the plan and docs/measured.md: cp {shown(output)} benchmarks/results/")
     failed = [name for name, part in document["parts"].items() if part["status"] == "failed"]
     if failed:
         raise CheckFailed(f"prove: {', '.join(failed)} failed")

@@ -14,7 +14,7 @@ case $system in
     if gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && [[ -n $gpu ]]; then
       echo "found ${gpu%%$'\n'*}: this machine is for --config h100"
       if command -v docker >/dev/null; then
-        echo "README.md, One H100, has its lines; nothing is installed here by itself"
+        echo "docs/h100.md has its lines; nothing is installed here by itself"
       else
         echo "Docker is not here: docs/h100.md has three lines for a rented pod, which is a container itself"
       fi

@@ -138,8 +138,10 @@ def test_every_id_is_there_once_and_needs_only_what_comes_before_it() -> None:
         assert set(check.needs) <= set(ids[:place]), check.id
 
 
-def test_every_check_stands_in_the_readme_with_what_it_looks_at() -> None:
-    table = re.findall(r"^\| `([a-z0-9_.]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+def test_every_check_stands_in_its_page_with_what_it_looks_at() -> None:
+    table = re.findall(
+        r"^\| `([a-z0-9_.]+)` \|", (ROOT / "docs" / "checks.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     ids = [check.id for check in checks.CHECKS]
     assert [name for name in ids if name not in table] == []
 

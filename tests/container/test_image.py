@@ -161,9 +161,9 @@ def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
     wheel = project.folder / "docker" / "wheels" / name
     kept = f"kept {uuid4()}"  # else an engine that has run this test before takes its own layer instead
     wheel.write_text(kept, encoding="utf-8")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "h100.md").read_text(encoding="utf-8")
     line = "docker buildx build --target flash-attn-wheel --output docker/wheels --file docker/Dockerfile ."
-    assert f"    {line}\n" in readme
+    assert f"    {line}\n" in page
     words = line.replace("--output docker/wheels", f"--output {tmp_path}").split()
     done = subprocess.run(words, cwd=project.folder, capture_output=True, text=True, check=False)
     wheel.unlink()

@@ -77,14 +77,14 @@ def test_data_that_is_not_there_is_told_with_how_to_try(project: Project) -> Non
     ]
 
 
-def test_without_a_gpu_runtime_docker_gives_the_message_that_the_readme_explains(project: Project) -> None:
+def test_without_a_gpu_runtime_docker_gives_the_message_that_its_page_explains(project: Project) -> None:
     if "nvidia" in subprocess.run(["docker", "info"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("this engine has the NVIDIA runtime")
     done = project.run("validate", no_gpu=False)
     assert done.returncode not in (0, 3)
     message = 'could not select device driver "nvidia" with capabilities: [[gpu]]'
     assert message in done.stderr
-    assert message in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert message in (ROOT / "docs" / "h100.md").read_text(encoding="utf-8")
 
 
 def test_validate_without_a_gpu_finds_that_and_says_where_to_look(project: Project) -> None:

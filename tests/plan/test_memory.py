@@ -19,7 +19,7 @@ from support.plans import load
 
 EMBEDDING = 32_000 * 4096
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
-BOUND = 0.02  # of what is measured; the README says so
+BOUND = 0.02  # of what is measured; docs/measured.md says so
 
 
 def at(moment: str, *settings: str, platform: str = "h100") -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a result file becomes: a line a part, a block without names, and the README's rows."""
+"""What a result file becomes: a line a part, a block without names, and rows for docs/measured.md."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_block_names_machine_versions_parts_and_checks_but_no_person() -> No
     ]
 
 
-def test_the_readmes_rows_are_of_parts_that_were_made() -> None:
+def test_the_rows_for_the_page_of_what_was_measured_are_of_parts_that_were_made() -> None:
     gpu = "NVIDIA H100 80GB HBM3"
     assert table(DOCUMENT, "x-prove-h100.json") == [
         f"| {gpu}, Mistral-7B: training, 3 steps | 7,912 tokens/s, MFU 31.2% | `x-prove-h100.json` |",

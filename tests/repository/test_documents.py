@@ -129,16 +129,16 @@ ADDED = {
             '    fault("an Intel Mac", "m4", ',
         )
     ],
-    "README.md": [("| `host.swap` | little swap is used | all |\n", "| `container.shm` | ")],
+    "docs/checks.md": [("| `host.swap` | little swap is used | all |\n", "| `container.shm` | ")],
 }
-CHECKING = "-k swaps or every_check_has_a_fault or stands_in_the_readme or needs_only_what_comes_before"
+CHECKING = "-k swaps or every_check_has_a_fault or stands_in_its_page or needs_only_what_comes_before"
 
 
 @pytest.fixture(scope="module")
 def with_a_new_check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project to which the steps were done."""
     folder = tmp_path_factory.mktemp("added") / "project"
-    for name in ("src", "scripts", "configs", "tests", "data", "requirements", "benchmarks"):
+    for name in ("src", "scripts", "configs", "tests", "data", "requirements", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
@@ -160,7 +160,7 @@ def tried(folder: Path, *command: str) -> str:
 
 def test_the_steps_name_the_files_that_a_new_check_needs() -> None:
     steps = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("**Add a check.**")[1].split("\n\n")[0]
-    for name in ("src/finetune/checks/", "tests/support/check_faults.py", "README"):
+    for name in ("src/finetune/checks/", "tests/support/check_faults.py", "docs/checks.md"):
         assert name in steps
 
 

@@ -1,4 +1,4 @@
-"""What the README says of tests, checks and results is what they are: names, figures and orders."""
+"""What README and docs say of tests, checks and results is what they are: names, figures and orders."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from finetune.plan.memory import peak_gib
 from finetune.plan.model_shape import read_geometry
 from support.commands import load_script
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 Document = dict[str, Any]
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_can_be_read_to_its_end_and_names_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert sorted(set(re.findall(r"docs/(\w+)\.md", text))) == sorted(
+        path.stem for path in (ROOT / "docs").glob("*.md")
+    )
 
 
 def test_every_fault_names_a_test_file_and_each_one_named_is_there() -> None:
-    rows = [line.split("|")[-2] for line in section("When something goes wrong").splitlines() if line.startswith("| ")][
-        1:
-    ]
+    rows = [line.split("|")[-2] for line in page("reliability").splitlines() if line.startswith("| ")][1:]
     named = [re.findall(r"`((?:tests/)?[\w/]+(?:\.py|/))`", held_by) for held_by in rows]
     assert len(rows) > 20
     assert all(named)
@@ -39,15 +44,15 @@ def test_every_fault_names_a_test_file_and_each_one_named_is_there() -> None:
 
 
 def test_the_tables_of_checks_are_the_registries() -> None:
-    text = section("One H100") + section("Before an hour is paid")
+    text = page("h100") + page("checks")
     named = re.findall(r"^\| `([a-z0-9_]+\.[a-z0-9_]+|receipt|rehearsal)` \|", text, re.MULTILINE)
     assert named == [*load_script("check_docker").CHECKS, *(check.id for check in checks.CHECKS)]
 
 
 def test_the_nights_line_is_that_of_its_result_file() -> None:
     newest = sorted(RESULTS.glob("*-nightly-*.json"))[-1]
-    assert f"(`benchmarks/results/{newest.name}`)" in README
-    assert f"    {json.loads(newest.read_text(encoding='utf-8'))['line']}\n" in README
+    assert f"(`benchmarks/results/{newest.name}`)" in page("reliability")
+    assert f"    {json.loads(newest.read_text(encoding='utf-8'))['line']}\n" in page("reliability")
 
 
 # The measured figures -------------------------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def checkpoints(found: Document) -> str:
     return "{save:.1f} s, {load:.1f} s; TRL, not hashed, ".format(**ours) + "{save:.1f} s, {load:.1f} s".format(**trl)
 
 
-# How a row of "Measured" begins, and what its figures are by its result files.
+# How a row of docs/measured.md begins, and what its figures are by its result files.
 FIGURES: list[tuple[str, Callable[..., str]]] = [
     ("quickstart, fresh clone",
         lambda found: f"{found['first']['wall_seconds']} s; run again {found['again']['wall_seconds']} s"),
@@ -177,7 +182,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
 
 def measured_rows() -> list[tuple[str, str, list[Path]]]:
     """What, its figures as they stand, and its result files; without the row of what is not measured."""
-    lines = [line for line in section("Measured").splitlines() if line.startswith("| ")][1:-1]
+    lines = [line for line in page("measured").splitlines() if line.startswith("| ")][1:-1]
     rows: list[tuple[str, str, list[Path]]] = []
     for line in lines:
         what, figures, where = (cell.strip() for cell in line.strip("|").split("|"))
@@ -209,7 +214,7 @@ def test_a_result_file_is_named_after_the_day_in_it() -> None:
 
 def against_full_memory() -> list[list[str]]:
     """The rows of the table "Out of memory": change, peak, cost."""
-    table = section("Troubleshooting").split("|---|---|---|\n")[1].split("\n\n")[0]
+    table = page("troubleshooting").split("|---|---|---|\n")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
@@ -237,7 +242,7 @@ def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() 
     rows = against_full_memory()
     assert len(rows) > 5
     assert [told for _, told, _ in rows] == [peak(settings(change)) for change, _, _ in rows]
-    assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in section("Troubleshooting")
+    assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in page("troubleshooting")
 
 
 def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
@@ -248,8 +253,8 @@ def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
     expanded, packed = peak("expanded"), peak("packed")
     environment = (ROOT / "environment-m4.yml").read_text(encoding="utf-8")
     config = (ROOT / "configs" / "training_config_m4.yaml").read_text(encoding="utf-8")
-    assert f"comes first: {packed} GiB in place of {expanded}." in section("Troubleshooting")
-    assert f"| the peak: {expanded} GiB expanded, {packed} packed; " in section("Not shown on hardware yet")
+    assert f"comes first: {packed} GiB in place of {expanded}." in page("troubleshooting")
+    assert f"| the peak: {expanded} GiB expanded, {packed} packed; " in page("hardware")
     assert f"this file takes {expanded} GiB, and {packed} with storage packed" in config
     assert f"storage expanded, {expanded} GiB of a working set" in environment
     assert f"storage=packed, {packed} GiB; " in environment

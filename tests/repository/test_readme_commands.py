@@ -20,10 +20,11 @@ from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 from finetune.runs import receipt
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "AGENTS.md", "docs/h100.md")
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "AGENTS.md", *PAGES)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 # Indented or fenced blocks that are no commands, by how they begin.
-SHOWN = ("src/train.py  ", "step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
+SHOWN = ("src/train.py  ", "dataset:", "step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
 FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
 PROGRAMS = rf"{FOLDERS}|(python|pip|uv|docker|rsync|export|hf|wandb|curl|conda) "
 
@@ -74,7 +75,7 @@ RULES: dict[str, Here | By | Needs] = {
     f"./scripts/run_m4.sh {TRIED} --set tracking.run_name=local-try "
     "--set training.eval_steps=1 --set training.save_steps=1": By(
         "tests/repository/test_shipped_configs.py",
-        "test_the_local_try_of_the_readme_is_accepted_and_its_check_on_the_h100",
+        "test_the_local_try_of_its_page_is_accepted_and_its_check_on_the_h100",
     ),
     "scripts/make_venv.sh --dev": By(SHELL, "test_dev_adds_its_lock_to_an_environment_that_is_there"),
     ".venv/bin/python src/train.py --config h100 --dry-run": Here(),

@@ -91,9 +91,9 @@ def test_a_folder_with_a_space_is_quoted_in_what_is_to_be_pasted(tmp_path: Path)
     }
 
 
-def test_what_is_uploaded_is_what_the_readme_says() -> None:
+def test_what_is_uploaded_is_what_its_page_says() -> None:
     line = f"    {HF} upload YOU/NAME adapters/RUN . {UPLOADED}\n"
-    assert line.replace(HF, ".venv/bin/hf") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert line.replace(HF, ".venv/bin/hf") in (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
 
 
 SAMPLES = [

@@ -501,8 +501,8 @@ def test_on_a_mac_it_is_the_macs_setup(mac: Place) -> None:
     [
         (
             True,
-            "README.md, One H100, has its lines; nothing is installed here by itself",
-            *("README.md", "\n## One H100\n"),
+            "docs/h100.md has its lines; nothing is installed here by itself",
+            *("docs/h100.md", "# One H100\n"),
         ),
         (
             False,

@@ -51,8 +51,8 @@ def skipped(why: str) -> Finding:
 class Check:
     """One row of the registry.
 
-    `looks_at` is what `--list` and the README say of it; `level` is the worst it may find; `needs` are checks before it
-    without whose success it means nothing. `network`: it may take the 5 s of a probe, so it runs beside the others.
+    `looks_at` is what `--list` and docs/checks.md say of it; `level` is the worst it may find; `needs` are checks
+    before it without whose success it means nothing. `network`: it may take a probe's 5 s, so it runs beside others.
     `deep`: it loads the model, so only `--deep` runs it.
     """
 

@@ -1,4 +1,4 @@
-"""What was measured, as a result file has it: its head, the block to paste, and the README's rows."""
+"""What was measured, as a result file has it: its head, the block to paste, and rows for docs/measured.md."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _row(row: Any) -> str:
 
 
 def table(document: dict[str, Any], file: str) -> list[str]:
-    """The README's rows of what was measured, and what the plan can take from `file` in benchmarks/results."""
+    """Rows of docs/measured.md for what was measured, and what the plan can take from `file` in benchmarks/results."""
     parts = {name: part for name, part in document["parts"].items() if part["status"] == "done"}
     where = document["machine"].get("gpu") or f"{document['machine']['cpu_cores']} cores"
     rows = []
