@@ -16,6 +16,7 @@ from finetune.machine.platforms import hardware
 from finetune.plan.describe import plan_lines
 from finetune.plan.model_shape import read_geometry
 from finetune.results.report import refresh
+from finetune.runs import warm_start
 from finetune.runs.folder import Run, open_run, read_manifest
 from finetune.terminal import Terminal
 
@@ -38,7 +39,8 @@ def main() -> None:
     config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
     preflight = Preflight(config, read_machine(), report=terminal.report())
-    read_geometry(config)  # a base of another shape is told before anything is written
+    geometry = read_geometry(config)  # a base of another shape is told before anything is written
+    warm_start.require(config, preflight.chat.format.template, geometry)
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:

@@ -108,6 +108,7 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "tokens": dict,
     "rows": dict,
     "base_model": dict,
+    "init_adapter": dict,
     "versions": dict,
     "environment": dict,
     "hardware": dict,
@@ -498,6 +499,36 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
         (start["from_step"], start["step"], start["end"]) for start in read_manifest(command.output / "run-2")["starts"]
     ]
     assert starts == [(0, interrupted.step, "stopped"), (interrupted.step, STEPS, "complete")]
+
+
+def test_a_run_that_begins_with_an_adapter_has_its_eval_loss_first_and_goes_on_from_there(
+    finished: Finished, tmp_path: Path
+) -> None:
+    command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
+    began = ("--set", f"lora.init_from={finished.folder}")
+    refused = command(*began, "--set", "lora.r=8")
+    assert refused.returncode == 2
+    first = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    assert refused.stderr == (
+        "config: 2 problems\n"
+        f"  lora.init_from: {finished.folder}: its r is 16, the run's is 8\n"
+        f"  lora.init_from: {finished.folder}: 28 tensors have another shape, the first {first}: (16, 128), wanted "
+        "(8, 128)\nname the folder of a finished run of this base with these settings, or null for a new adapter\n"
+    )
+    assert not command.output.exists()
+    done = command(*began)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(command.output / "run")
+    before = finished.manifest
+    assert manifest["eval_loss_before"] == pytest.approx(before["eval_loss"], abs=1e-6)
+    assert manifest["eval_loss"] < before["eval_loss"]
+    assert manifest["init_adapter"] == {"folder": str(finished.folder), "sha256": before["adapter_sha256"]}
+    assert f"whose weights have the sha256 `{before['adapter_sha256']}`" in (
+        command.output / "run" / "README.md"
+    ).read_text(encoding="utf-8")
+    receipt = json.loads((command.output / "run" / "receipt.json").read_text(encoding="utf-8"))
+    assert receipt["must_agree"]["adapter to begin with"] == before["adapter_sha256"]
+    assert manifest["self_test"]["status"] == "pass"
 
 
 def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(

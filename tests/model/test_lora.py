@@ -14,7 +14,7 @@ from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import CheckFailed
 from finetune.model import lora as lora_module
-from finetune.model.lora import add_lora, load_adapter
+from finetune.model.lora import add_lora, begin_with, load_adapter
 from support.bases import base_model, same, trained_state
 
 
@@ -134,3 +134,28 @@ def test_a_config_of_no_adapter_is_refused(lora_config: Config, saved: Path, con
     with pytest.raises(CheckFailed) as refused:
         load_adapter(base_model(lora_config), saved)
     assert str(refused.value).startswith(f"{saved}: PEFT cannot load this adapter: {fault}")
+
+
+def test_an_adapter_to_begin_with_is_taken_over_bit_for_bit(lora_config: Config, tmp_path: Path) -> None:
+    first = add_lora(base_model(lora_config), lora_config.lora, 1)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    first.save_pretrained(tmp_path)
+    second = add_lora(base_model(lora_config), lora_config.lora, 2)
+    begin_with(second, tmp_path)
+    assert same(trained_state(first), trained_state(second))
+
+
+def test_an_adapter_to_begin_with_that_is_not_finite_is_refused(lora_config: Config, tmp_path: Path) -> None:
+    model = add_lora(base_model(lora_config), lora_config.lora, 1)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(CheckFailed) as refused:
+        begin_with(model, tmp_path)
+    assert refused.value.found == f"{tmp_path}: damaged: {name} not finite"

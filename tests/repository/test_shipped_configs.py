@@ -55,6 +55,7 @@ SHARED = {
     "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "lora.bias": "none",
     "lora.task_type": "CAUSAL_LM",
+    "lora.init_from": None,
     "training.num_train_epochs": 3,
     "training.max_steps": -1,
     "training.learning_rate": 0.0002,

@@ -33,6 +33,7 @@ MANIFEST: dict[str, Any] = {
         "validation": {"input_ids": "3" * 64, "labels": "4" * 64, "rows": 120, "total": 50_000, "supervised": 20_000},
     },
     "base_model": {"name": MISTRAL, "revision": REVISION},
+    "init_adapter": {"folder": None, "sha256": None},
     "versions": {"torch": "2.10.0", "peft": "0.21.2"},
     "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
     "git_commit": "abc123",
@@ -162,6 +163,13 @@ def test_the_card_says_that_only_last_answers_were_learnt(h100: Config) -> None:
     text = body(model_card(h100.changed("dataset", train_on="last"), MANIFEST))
     assert "and only on what the assistant says last in each conversation.\n" in text
     assert "| dataset.train_on | `last` |" in text
+
+
+def test_the_card_says_with_which_adapter_the_training_began_and_not_where_that_lay(h100: Config) -> None:
+    text = body(model_card(h100, MANIFEST | {"init_adapter": {"folder": "/home/me/secret", "sha256": "0f0f"}}))
+    assert "It began with another adapter, whose weights have the sha256 `0f0f`.\n" in text
+    assert "/home/me/secret" not in text
+    assert "It began with" not in body(model_card(h100, MANIFEST))
 
 
 def test_the_card_says_what_the_manifest_says(h100: Config) -> None:

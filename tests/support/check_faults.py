@@ -394,6 +394,11 @@ FAULTS = (
                "model.name: /bench/base/tokenizer.json is not Mistral-7B-Instruct-v0.2's tokenizer: 1 tokens, "
                "wanted 32000",
                "mend that, or set another value with --set")),
+    fault("nothing where the adapter to begin with should be", "cpu", lambda b: b.set("lora.init_from=/bench/none"),
+          fail("model.adapter",
+               "lora.init_from: /bench/none holds no whole PEFT adapter: [Errno 2] No such file or directory: "
+               "'/bench/none/adapter_config.json'",
+               "name the folder of a finished run of this base with these settings, or null for a new adapter")),
     fault("weights that are not there", "cpu", lambda b: (b.own_base() / "model.safetensors").unlink(),
           fail("model.files", "/bench/base: model.safetensors is missing", COPY)),
     fault("a shard is missing", "cpu", lambda b: shards(b.own_base()).unlink(),

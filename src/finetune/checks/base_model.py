@@ -7,6 +7,7 @@ import os
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.config.base_model import MISTRAL
+from finetune.files import shown
 from finetune.model import hub
 
 PIN = "set model.revision to the commit in configs/training_config_h100.yaml"
@@ -119,11 +120,28 @@ def _certificate(preflight: Preflight) -> Finding:
     return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
 
 
+def _adapter(preflight: Preflight) -> Finding:
+    from finetune.runs import warm_start
+
+    config = preflight.config
+    folder = warm_start.folder_of(config)
+    if folder is None:
+        return passed("a new adapter: lora.init_from is null")
+    warm_start.require(config, preflight.chat.format.template, preflight.geometry)
+    return passed(f"{shown(folder)}: base, template, settings and all tensors fit")
+
+
 CERTIFICATE = "ids and labels of fixed conversations against mistral-common's and the saved tokenizer's"
 CHECKS = (
     Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
     Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),
     Check("model.files", "the weights are there, whole, and safetensors", _files),
     Check("model.access", "the Hub gives the base to this token, or its cache holds it", _access, network=True),
+    Check(
+        "model.adapter",
+        "the adapter of lora.init_from is one of this base, template and LoRA",
+        _adapter,
+        needs=("model.geometry",),
+    ),
     Check("tokens.certificate", CERTIFICATE, _certificate, needs=("model.geometry",)),
 )

@@ -79,6 +79,7 @@ class LoraConfig(Section):
     target_modules: Annotated[Texts, Mark.REQUIRED, Mark.IN_CARD]
     bias: Annotated[Literal["none"], Mark.REQUIRED]
     task_type: Annotated[Literal["CAUSAL_LM"], Mark.REQUIRED]
+    init_from: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]  # the weights there may not, and are
 
 
 class TrainingConfig(Section):

@@ -25,7 +25,7 @@ from finetune.machine.platforms import quantised_on
 from finetune.model import attention, packed_base
 from finetune.model.hub import GIVE_TOKEN, is_cached
 from finetune.model.load_progress import download_bar, layer_counter, layers_reported
-from finetune.model.lora import add_lora, install_fused
+from finetune.model.lora import add_lora, begin_with, install_fused
 from finetune.model.verify import verify_base, why_not_compiled
 from finetune.wording import SILENT, Report, duration, first_line
 
@@ -45,10 +45,13 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
 
 
 def load_model(config: Config, device: str, report: Report = SILENT) -> PeftModel:
-    """The base on `device` and a new adapter, nothing fused yet. Raises CheckFailed as both do."""
+    """The base on `device` and an adapter, new or lora.init_from's, nothing fused yet. Raises CheckFailed."""
     cache = resolve(config.output.dir) / ".cache"
     base = load_base(config.model, config.quantization, device, report, cache)
-    return add_lora(base, config.lora, config.training.seed)
+    model = add_lora(base, config.lora, config.training.seed)
+    if config.lora.init_from is not None:
+        begin_with(model, resolve(config.lora.init_from))
+    return model
 
 
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -62,6 +62,21 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     if wrong := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise CheckFailed(f"{shown(folder)}: damaged: {listed(wrong, 1)} not finite")
     return model
+
+
+def begin_with(model: PeftModel, folder: Path) -> None:
+    """Take over the weights of the saved adapter in `folder`, in float32.
+
+    Raises CheckFailed where one is not finite, or is not in the model afterwards as it was saved.
+    """
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if wrong := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
+        raise CheckFailed(f"{shown(folder)}: damaged: {listed(wrong, 1)} not finite")
+    set_peft_model_state_dict(model, tensors)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    equal = {name for name in tensors.keys() & loaded.keys() if torch.equal(tensors[name].float(), loaded[name].cpu())}
+    if lost := sorted((tensors.keys() | loaded.keys()) - equal):
+        raise CheckFailed(f"{shown(folder)}: PEFT has not loaded {listed(lost, 1)} as saved")
 
 
 def install_fused(model: PeftModel, training: TrainingConfig) -> None:

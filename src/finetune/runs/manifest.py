@@ -24,7 +24,7 @@ from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import hub
-from finetune.runs import receipt
+from finetune.runs import receipt, warm_start
 from finetune.runs.checkpoints import saved, step_of
 from finetune.runs.folder import MANIFEST, METRICS, Run, read_manifest
 from finetune.runs.receipt import base_model
@@ -77,6 +77,7 @@ def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
     name = config.model.name
     weights = hub.weights_digest(resolve(name)) if is_local(name) else config.model.revision
     known = {"config": tree, "tokens": tokens, "versions": versions(), "base_weights": weights}
+    known["init_adapter"] = warm_start.digest(config)
     return known | PLATFORMS[config.platform].environment
 
 
@@ -89,6 +90,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "tokens": {name: prepared.tokens[name] | _totals(counts) for name, counts in statistics.items()},
         "rows": {name: _rows(counts, len(config.dataset.train_files) > 1) for name, counts in statistics.items()},
         "base_model": base_model(config),
+        "init_adapter": {"folder": config.lora.init_from, "sha256": warm_start.digest(config)},
         "versions": versions(),
         "environment": PLATFORMS[config.platform].environment,
         "hardware": hardware,

@@ -18,6 +18,7 @@ from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import ConfigError
 from finetune.files import resolve
+from finetune.runs import warm_start
 from finetune.wording import leaves, one_line, show
 
 FILE = "receipt.json"
@@ -35,6 +36,7 @@ def make(config: Config, prepared: Prepared) -> dict[str, Any]:
     shared = {key: value for key, value in keys.items() if key not in left_out}
     base = {f"model.{name}": value for name, value in base_model(config).items()}
     derived = {
+        "adapter to begin with": warm_start.digest(config),
         "effective batch size": config.effective_batch_size,
         "dataset.validation_split": _split(config, prepared),
     }
