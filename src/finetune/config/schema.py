@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import BaseModel, ConfigDict, Strict, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints
 from pydantic.fields import FieldInfo
 
 from finetune.files import resolve
@@ -125,8 +125,10 @@ class TrainingConfig(Section):
 class TrainFile(Section):
     """One of several training files, and how often its rows are trained on: 2 is twice, 0.5 is half of them."""
 
-    path: Text
-    weight: Annotated[float, Gt(0), Le(100)] = 1.0
+    path: Annotated[Text, Field(description="a file of conversations")]
+    weight: Annotated[float, Gt(0), Le(100), Field(description="2: each row twice an epoch; 0.5: half of the rows")] = (
+        1.0
+    )
 
 
 TRAIN_FILES = Wanted("a path, or a list of paths and {path: FILE, weight: N}, N above 0 and at most 100")
