@@ -42,7 +42,7 @@ print(json.dumps([[*changes], receipt.differences(receipt.make(now, prepared), r
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy in which the steps were done, the command that they name included."""
     folder = tmp_path_factory.mktemp("key") / "project"
-    for name in ("src", "scripts", "configs", "tests", "data"):
+    for name in ("src", "scripts", "configs", "tests", "data", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
