@@ -16,7 +16,6 @@ from finetune.machine.platforms import hardware
 from finetune.plan.describe import plan_lines
 from finetune.plan.model_shape import read_geometry
 from finetune.results.report import refresh
-from finetune.runs import warm_start
 from finetune.runs.folder import Run, open_run, read_manifest
 from finetune.terminal import Terminal
 
@@ -33,6 +32,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     cli.quiet_libraries()
     options = parse()
+    from finetune.runs import warm_start  # reads the schema, which --help does without
+
     terminal = Terminal(options.json)
     skipped = checks.expand("--skip", options.skip)
 

@@ -245,6 +245,14 @@ def test_the_peak_of_each_change_against_full_memory_is_the_memory_models_own() 
     assert f"off there: {peak(['training.gradient_checkpointing=false'])}." in page("troubleshooting")
 
 
+def test_the_local_try_on_the_mac_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows() -> None:
+    before, here, there = map(settings, re.split(r"\*\*Try here, then pay|rsync -rR", page("mac")))
+    assert before == ["quantization.storage=packed"]
+    for platform, chosen in (("m4", before), ("m4", here), ("h100", there)):
+        load_config(platform, chosen)
+    assert set(here) & set(there) == set(there) == {"dataset.max_rows=40", "dataset.validation_file=null"}
+
+
 def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
     def peak(storage: str) -> str:
         config = load_config("m4", [f"quantization.storage={storage}"])[0]

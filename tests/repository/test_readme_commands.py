@@ -74,8 +74,8 @@ RULES: dict[str, Here | By | Needs] = {
     "./scripts/run_m4.sh": By(MAC, "test_it_trains_with_the_arguments_as_they_were_typed"),
     f"./scripts/run_m4.sh {TRIED} --set tracking.run_name=local-try "
     "--set training.eval_steps=1 --set training.save_steps=1": By(
-        "tests/repository/test_shipped_configs.py",
-        "test_the_local_try_of_its_page_is_accepted_and_its_check_on_the_h100",
+        "tests/repository/test_readme.py",
+        "test_the_local_try_on_the_mac_is_accepted_and_its_check_on_the_h100",
     ),
     "scripts/make_venv.sh --dev": By(SHELL, "test_dev_adds_its_lock_to_an_environment_that_is_there"),
     ".venv/bin/python src/train.py --config h100 --dry-run": Here(),

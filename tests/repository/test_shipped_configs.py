@@ -209,13 +209,6 @@ def test_what_the_notes_tell_a_person_to_type_is_accepted_and_fits_the_machine(n
         assert peak_gib(config, MISTRAL_7B) < {"h100": 80, "m4": 32}[name]
 
 
-def test_the_local_try_of_its_page_is_accepted_and_its_check_on_the_h100_is_of_the_same_rows(tmp_path: Path) -> None:
-    packed, here, there = quoted_settings((ROOT / "docs" / "mac.md").read_text(encoding="utf-8"))
-    for name, command in (("m4", packed), ("m4", here), ("h100", there)):
-        load(platform_file(name), tmp_path, tuple(command))
-    assert set(here) & set(there) == set(there) == {"dataset.max_rows=40", "dataset.validation_file=null"}
-
-
 @both_platforms
 def test_every_batch_size_in_the_notes_keeps_sixteen_sequences_a_step(name: str, tmp_path: Path) -> None:
     commands = quoted_settings(platform_file(name).read_text(encoding="utf-8"))
