@@ -32,8 +32,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     cli.quiet_libraries()
     options = parse()
-    from finetune.runs import warm_start  # reads the schema, which --help does without
-
     terminal = Terminal(options.json)
     skipped = checks.expand("--skip", options.skip)
 
@@ -41,7 +39,10 @@ def main() -> None:
     terminal.decision("config", source)
     preflight = Preflight(config, read_machine(), report=terminal.report())
     geometry = read_geometry(config)  # a base of another shape is told before anything is written
-    warm_start.require(config, preflight.chat.format.template, geometry)
+    if config.lora.init_from is not None:
+        from finetune.runs import warm_start
+
+        warm_start.require(config, preflight.chat.format.template, geometry)
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:

@@ -59,9 +59,13 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if unmatched := sorted(tensors.keys() ^ loaded.keys()):
         raise CheckFailed(f"{shown(folder)}: not an adapter of this base: {listed(unmatched, 1)} in one of them only")
+    _require_finite(tensors, folder)
+    return model
+
+
+def _require_finite(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     if wrong := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
         raise CheckFailed(f"{shown(folder)}: damaged: {listed(wrong, 1)} not finite")
-    return model
 
 
 def begin_with(model: PeftModel, folder: Path) -> None:
@@ -70,8 +74,7 @@ def begin_with(model: PeftModel, folder: Path) -> None:
     Raises CheckFailed where one is not finite, or is not in the model afterwards as it was saved.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
-    if wrong := sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()):
-        raise CheckFailed(f"{shown(folder)}: damaged: {listed(wrong, 1)} not finite")
+    _require_finite(tensors, folder)
     set_peft_model_state_dict(model, tensors)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     equal = {name for name in tensors.keys() & loaded.keys() if torch.equal(tensors[name].float(), loaded[name].cpu())}
