@@ -55,6 +55,7 @@ def test_the_whole_screen_of_a_conversation(taught: Taught, tmp_path: Path) -> N
     session.until("> ")
     session.type("half a quest")
     session.until("half a quest")
+    session.until_it_waits()
     session.type("\x03")
     session.until("> ")
     session.type("\x04")

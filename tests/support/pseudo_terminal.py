@@ -13,6 +13,7 @@ import subprocess
 import termios
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 class Tty(io.StringIO):
@@ -64,6 +65,15 @@ class Session:
     def type(self, text: str) -> None:
         """Press these keys."""
         os.write(self._ours, text.encode())
+
+    def until_it_waits(self, seconds: float = 30) -> None:
+        """Wait until the command sleeps: while readline shows a key, Python notices Ctrl-C only at the next key."""
+        end, asleep = time.monotonic() + seconds, 0
+        stat = Path("/proc", str(self._process.pid), "stat")
+        while asleep < 5:
+            assert time.monotonic() < end, self.written[-2000:]
+            asleep = asleep + 1 if stat.read_text().rpartition(") ")[2].startswith("S") else 0
+            time.sleep(0.02)
 
     def end(self, seconds: float = 60) -> int:
         """Wait for the command's end; its exit status."""
