@@ -173,7 +173,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
     ("`trl sft --help`; `accelerate launch --help`", cpu_seconds("trl sft --help", "accelerate launch --help")),
     ("compiling files of flash-attn", compiled),
     ("one step, 135M shape on a CPU", beside_others("mixed", " times their tokens/s")),
-    ("the same on rows that are all full", beside_others("full", "")),
+    ("the same with only full rows", beside_others("full", "")),
     ("loss over 200 steps", furthest),
     ("a step against a bare loop", against_a_bare_loop),
     ("a checkpoint of the 7B's adapter (480 MiB)", checkpoints),

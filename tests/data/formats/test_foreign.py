@@ -51,7 +51,7 @@ NO_FILE: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "message"), cells_below("What is no file"))
+@pytest.mark.parametrize(("kind", "message"), cells_below("Paths that are not regular files"))
 def test_training_says_of_what_is_no_file_what_the_page_says(case: Case, kind: str, message: str) -> None:
     path = case.folder / "rows"
     NO_FILE[kind](path)
