@@ -75,30 +75,30 @@ def row(*messages: dict[str, Any], **keys: Any) -> str:
 HELD: dict[str, tuple[list[str], dict[str, str], list[str] | str]] = {
     "content as a list of text parts": (
         [row(USER | {"content": PARTS}, ANSWER)], {}, ["<s> [INST] Why\n\nnow? [/INST]>> Because.</s><<"]),
-    "`weight: 0` of an assistant message": (
+    "`weight: 0` on an assistant message": (
         [row(USER | {"weight": 0}, ANSWER | {"weight": 0}, USER, ANSWER)], {}, [f"<s> {ONE} {LAST}"]),
     "`dataset.train_on=last`": (
         [row(USER, ANSWER, USER, ANSWER)], {"train_on": "last"}, [f"<s> {ONE} {LAST}"]),
-    "no message that carries loss": ([row(USER, ANSWER | {"weight": 0})], {}, []),
+    "no message with loss": ([row(USER, ANSWER | {"weight": 0})], {}, []),
     "`weight: 1`; keys that are null or empty; an empty system message": (
         [row({"role": "system", "content": ""}, USER | {"name": None}, ANSWER | {"weight": 1}, tools=[])], {},
         [f"<s> {LAST}"]),
-    "`system` or `system_prompt` besides `messages`": (
+    "`system` or `system_prompt` next to `messages`": (
         [row(USER, ANSWER, system="Be short.")], {}, ["<s> [INST] Be short.\n\nWhy? [/INST]>> Because.</s><<"]),
     "`tools`, `available_tools`, `functions`, tool calls, the role `tool`, `images`": (
         [row(USER, ANSWER, available_tools=[{}])], {}, f"has a key 'available_tools': {NO_TOOLS}"),
     "`label`, `rejected...`": (
         [row(USER, ANSWER, rejected="No.")], {}, "has a key 'rejected': an answer that is not to be learnt"),
-    "another key besides `messages`": ([row(USER, ANSWER, id=7)], {}, [f"<s> {LAST}"]),
+    "another key next to `messages`": ([row(USER, ANSWER, id=7)], {}, [f"<s> {LAST}"]),
     "bad rows": (["{}"], {"on_bad_row": "drop"}, []),
-    "a copy of another row": (
+    "a duplicate of another row": (
         [row(USER, ANSWER | {"weight": 0}), row(USER, ANSWER), row(USER, ANSWER)], {"on_duplicate": "drop"},
         [f"<s> {LAST}"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", [cells[0] for cells in cells_below("What a row may hold")])
-def test_of_rows_that_the_page_lists_this_is_learnt_with_loss_between_marks(case: Case, what: str) -> None:
+@pytest.mark.parametrize("what", [cells[0] for cells in cells_below("What a row may contain")])
+def test_the_rows_listed_on_the_page_are_learned_with_loss_between_the_marks(case: Case, what: str) -> None:
     rows, settings, wanted = HELD[what]
     write(case.train, *rows, SHORT)
     write(case.validation, *numbered(1))
