@@ -187,11 +187,11 @@ def test_a_limit_evaluates_on_rows_at_even_distances_and_trains_on_no_other_row(
     assert lines(two_files.prepare(max_validation_rows=11).validation) == lines(whole.validation)
 
 
-def test_too_few_rows_for_a_split_are_told_with_the_limit_to_raise(case: Case) -> None:
-    write(case.train, *numbered(140))
-    assert case.failure(DataError, validation_split=1e-9, max_rows=130) == (
-        f"data: {case.train} leaves no row for validation (130 to train on); name a dataset.validation_file, "
-        "raise dataset.max_rows above 130, or raise dataset.validation_split"
+def test_too_few_rows_for_a_split_fail_with_the_limit_to_raise(case: Case) -> None:
+    write(case.train, *numbered(1010))
+    assert case.failure(DataError, validation_split=1e-9, max_rows=1005) == (
+        f"data: {case.train} leaves no row for validation (1005 to train on); name a dataset.validation_file, "
+        "raise dataset.max_rows above 1005, or raise dataset.validation_split"
     )
 
 
@@ -231,9 +231,9 @@ def test_an_absent_train_file_is_a_config_error(case: Case) -> None:
 
 
 def test_adding_rows_never_moves_old_rows(case: Case) -> None:
-    rows = numbered(300)
+    rows = numbered(1100)
     held_out: dict[str, bool] = {}
-    for present in (rows[:100], rows[:200], rows[250:] + rows[:200], list(reversed(rows))):
+    for present in (rows[:1000], rows[100:] + rows[:50], list(reversed(rows))):
         write(case.train, *present)
         prepared = case.prepare(validation_split=0.3)
         for split, is_held_out in ((prepared.train, False), (prepared.validation, True)):
@@ -241,7 +241,7 @@ def test_adding_rows_never_moves_old_rows(case: Case) -> None:
                 question = present[line - 1][0]["content"]
                 assert held_out.setdefault(question, is_held_out) == is_held_out
     assert set(held_out.values()) == {True, False}
-    assert len(held_out) == 300
+    assert len(held_out) == 1100
 
 
 def test_neither_length_nor_system_prompt_moves_a_row(case: Case) -> None:
@@ -378,9 +378,9 @@ def test_rows_that_are_all_too_long_are_a_data_error_that_says_so(case: Case) ->
 
 
 def test_a_split_that_leaves_no_validation_row_is_a_data_error(case: Case) -> None:
-    write(case.train, *numbered(100))
+    write(case.train, *numbered(1000))
     assert case.failure(DataError, validation_split=1e-9) == (
-        f"data: {case.train} leaves no row for validation (100 to train on); "
+        f"data: {case.train} leaves no row for validation (1000 to train on); "
         "name a dataset.validation_file, add rows, or raise dataset.validation_split"
     )
 
@@ -478,19 +478,20 @@ def test_a_weight_of_two_trains_on_each_row_twice_and_holds_out_the_same_rows_on
     assert twice.tokens["validation"] == once.tokens["validation"]
 
 
-def test_a_weight_below_one_takes_as_large_a_part_of_the_rows_wherever_they_stand(several: Case) -> None:
+def test_a_weight_below_one_selects_that_share_of_the_rows_in_any_order(several: Case) -> None:
+    rows = numbered(1000, start=200)
+    write(several.folder / "b.jsonl", *rows)
     half = several.prepare(**named(several, "a.jsonl", ("b.jsonl", 0.5)))
     chosen = {place for place in places(half.train) + places(half.validation) if place.startswith("b")}
-    assert len(chosen) in range(75, 126)
-    assert half.statistics["train"].left_out == 200 - len(chosen) == 200 - half.files["train 2"]["rows"]
-    rows = numbered(200, start=200)
-    write(several.folder / "b.jsonl", *reversed(rows), *numbered(50, start=400))
+    assert len(chosen) in range(450, 551)
+    assert half.statistics["train"].left_out == 1000 - len(chosen) == 1000 - half.files["train 2"]["rows"]
+    write(several.folder / "b.jsonl", *reversed(rows), *numbered(50, start=1200))
     moved = several.prepare(**named(several, ("b.jsonl", 0.5)))
-    found = {place for place in places(moved.train) + places(moved.validation) if int(place.split(":")[1]) <= 200}
-    assert found == {f"b.jsonl:{201 - int(place.split(':')[1])}" for place in chosen}
+    found = {place for place in places(moved.train) + places(moved.validation) if int(place.split(":")[1]) <= 1000}
+    assert found == {f"b.jsonl:{1001 - int(place.split(':')[1])}" for place in chosen}
 
 
-def test_a_weight_of_one_and_a_half_repeats_the_rows_that_a_half_would_take(several: Case) -> None:
+def test_a_weight_of_one_and_a_half_repeats_the_rows_that_a_half_selects(several: Case) -> None:
     write(several.validation, *numbered(2, start=900))
     half = several.prepare(**named(several, ("a.jsonl", 0.5)))
     more = several.prepare(**named(several, ("a.jsonl", 1.5)))
@@ -499,7 +500,7 @@ def test_a_weight_of_one_and_a_half_repeats_the_rows_that_a_half_would_take(seve
 
 
 @pytest.mark.parametrize(("weight", "rows"), [(0.01, 1), (0.3, 3), (0.5, 5), (2.2, 22)])
-def test_of_few_rows_exactly_the_part_is_taken_and_at_least_one(case: Case, weight: float, rows: int) -> None:
+def test_a_small_file_uses_exactly_its_share_and_at_least_one_row(case: Case, weight: float, rows: int) -> None:
     write(case.train, *numbered(10))
     write(case.validation, *numbered(2, start=900))
     assert case.prepare(**named(case, ("train.jsonl", weight))).statistics["train"].rows == rows
