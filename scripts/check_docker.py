@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -36,7 +34,6 @@ LOCK = "requirements/h100.lock"
 # docker-py and what it needs, whose versions and hashes are in the lock; and the folder that they are fetched into.
 DOCKER_PY = ("docker", "requests", "urllib3", "certifi", "idna", "charset-normalizer")
 FETCHED = ".venv-docker"
-PROGRAM = ("src", "scripts")  # in the image, unless compose.yaml mounts them over it
 ANSWER_SECONDS = 20
 GIB = 2**30
 
@@ -87,16 +84,11 @@ class Place(NamedTuple):
 
 
 class Image(NamedTuple):
-    """The image of train-h100: its labels, and the files of lock and program that are others here.
-
-    `problem` is why they could not be compared.
-    """
+    """The image of train-h100 and its labels."""
 
     gib: float
     lock: str
     flash_attn: str
-    changed: tuple[str, ...] = ()
-    problem: str = ""
 
 
 class Host(NamedTuple):
@@ -141,7 +133,7 @@ def read_host(root: Path) -> Host:
         files = {name: Path(secret["file"]) for name, secret in host.project["secrets"].items()}
         tokens = {f"{name.upper()}_FILE": place(path, root) for name, path in files.items() if str(path) != os.devnull}
         host = host._replace(folders=tuple(read_folders(host.service, root)), tokens=tokens)
-    return host._replace(**ask_engine(host, root))
+    return host._replace(**ask_engine(host))
 
 
 def read_machine() -> dict[str, Any]:
@@ -208,7 +200,7 @@ def place(path: Path, root: Path, writable: bool = False) -> Place:
     return Place(name, writable, found.st_mode, found.st_uid, found.st_gid)
 
 
-def ask_engine(host: Host, root: Path) -> dict[str, Any]:
+def ask_engine(host: Host) -> dict[str, Any]:
     """The fields of Host that an engine gives."""
     import docker
     from docker.errors import DockerException
@@ -220,7 +212,7 @@ def ask_engine(host: Host, root: Path) -> dict[str, Any]:
             url = client.api.base_url
             address = "" if url == "http+docker://localhost" else url  # docker-py's name for every socket
             engine = {**client.info(), "Api": client.api.api_version, "Address": address}
-            image = read_image(client, host.service, root) if isinstance(host.project, dict) else None
+            image = read_image(client, host.service["image"]) if isinstance(host.project, dict) else None
             return {"engine": engine, "image": image, "disk": fullest(engine)}
     except (DockerException, RequestException) as error:
         return {"engine": silence(error)}
@@ -250,49 +242,16 @@ def fullest(engine: dict[str, Any]) -> tuple[str, float] | None:
     return (min(free)[1], min(free)[0]) if free else None
 
 
-def read_image(client: Any, service: dict[str, Any], root: Path) -> Image | None:
-    """The image of `service` beside the lock and the program in `root`; None where there is none.
-
-    Files are read from a container that is made, never started, and removed with the volumes that the image declares.
-    """
-    from docker.errors import DockerException, ImageNotFound
-    from requests.exceptions import RequestException
+def read_image(client: Any, name: str) -> Image | None:
+    """The image called `name`; None if there is none."""
+    from docker.errors import ImageNotFound
 
     try:
-        image = client.images.get(service["image"])
+        image = client.images.get(name)
     except ImageNotFound:
         return None
     labels = image.attrs["Config"].get("Labels") or {}
-    found = Image(image.attrs["Size"] / GIB, labels.get("lock", ""), labels.get("flash-attn", ""))
-    mounted = {volume["target"] for volume in service["volumes"]}
-    names = (LOCK, *(f"{name}/" for name in PROGRAM if f"/app/{name}" not in mounted))
-    try:
-        container = client.containers.create(image.id, command=["true"], network_disabled=True)
-        try:
-            there = files_in(container)
-        finally:
-            container.remove(v=True, force=True)
-    except (DockerException, RequestException, tarfile.TarError) as error:
-        return found._replace(problem=str(error).splitlines()[0])
-    here = {str(path.relative_to(root)): path.read_bytes() for path in files_below(root, names)}
-    differing = (path for path in {*here, *there} if here.get(path) != there.get(path))
-    return found._replace(changed=tuple(sorted(path for path in differing if path.startswith(names))))
-
-
-def files_in(container: Any) -> dict[str, bytes]:
-    """Path and content of what the container has in /app, without what Python compiles."""
-    stream, _ = container.get_archive("/app")
-    with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as archive:
-        files = {member.name[len("app/") :]: archive.extractfile(member) for member in archive if member.isfile()}
-        return {path: file.read() for path, file in files.items() if file and "__pycache__" not in path}
-
-
-def files_below(root: Path, names: Iterable[str]) -> Iterator[Path]:
-    """The same of `names` in `root`."""
-    for name in names:
-        for path in (root / name, *(root / name).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield path
+    return Image(image.attrs["Size"] / GIB, labels.get("lock", ""), labels.get("flash-attn", ""))
 
 
 # Checks: each returns its status, what it found, and where something is wrong what to type ---------------------------
@@ -494,20 +453,9 @@ def check_image(host: Host) -> Finding:
     if image is None:
         return "fail", f"no image {name}", BUILD
     found = f"{name}, {image.gib:.1f} GiB"
-    if image.problem:
-        return "fail", f"{found}, cannot be looked into: {image.problem}", BUILD
-    if image.lock != lock or LOCK in image.changed:
-        return "fail", f"{found}, was made from another {LOCK} than the one here", BUILD
-    return passed(f"{found}, made from {LOCK}")
-
-
-def check_source(host: Host) -> Finding:
-    assert host.image is not None  # needs docker.image
-    other = [path for path in host.image.changed if path != LOCK]
-    if other:
-        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
-        return "warn", f"other in the image than here: {', '.join(other[:3])}{more}", BUILD
-    return passed(f"a container has the {' and '.join(PROGRAM)} that are here")
+    if image.lock != lock:
+        return "fail", f"{found}, has the libraries of lock {image.lock or 'none'}", BUILD
+    return passed(f"{found}, with the libraries of {LOCK}")
 
 
 def check_flash_attention(host: Host) -> Finding:
@@ -544,7 +492,6 @@ CHECKS = {  # id: what looks, and the checks without whose success it means noth
     "docker.secrets": (check_secrets, ("docker.config",)),
     "docker.binds": (check_binds, ("docker.config",)),
     "docker.image": (check_image, ("docker.engine", "docker.config")),
-    "docker.source": (check_source, ("docker.image",)),
     "docker.flash_attention": (check_flash_attention, ("docker.image",)),
     "docker.disk": (check_disk, ("docker.engine",)),
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from support.docker_project import COMMIT, KEY, PRIVATE, TOKEN, UID, Project, copied
+from support.docker_project import KEY, PRIVATE, TOKEN, UID, Project, copied
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def project(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         path.chmod(0o644)
     for path in (*keys.iterdir(), folder / "adapters", folder / "models"):
         os.chown(path, UID, UID)
-    done = made.compose("build", minutes=40, GIT_COMMIT=COMMIT)
+    done = made.compose("build", minutes=40)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     yield made
     made.compose("--profile", "program", "down", "--volumes", "--timeout", "1")

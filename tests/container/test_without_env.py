@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from support.docker_project import IMAGE, UID, Project
+from support.docker_project import IMAGE, UID, Project, copied
 
 pytestmark = pytest.mark.slow
 NO_DATA = (
@@ -58,12 +61,48 @@ def test_what_the_readme_says_works_as_it_is_typed(user: int, clone: Project) ->
     subprocess.run(["docker", "rm", *left], check=True, capture_output=True)
     done = clone.typed("docker compose run --rm --env HF_HOME=/app/nowhere validate --only paths.caches --json", user)
     assert json.loads(done.stdout)["checks"][0]["fix"] == (
-        f"adapters back to the user who filled it, or {REMOVE}, which removes it with the base that it holds"
+        f"give adapters back to the user who filled it, or {REMOVE}, which also removes the downloaded base model"
     )
-    line = ["docker", "volume", "ls", "--quiet", "--filter", f"name={clone.name}_cache"]
+    line = ["docker", "volume", "ls", "--quiet", "--filter", f"name={clone.name}_"]
     assert subprocess.run(line, check=True, capture_output=True).stdout
     assert clone.typed(REMOVE, user).returncode == 0
     assert not subprocess.run(line, check=True, capture_output=True).stdout
+
+
+def test_an_edited_source_runs_without_a_new_build(clone: Project) -> None:
+    for name in ("src/train.py", "scripts/validate_environment.py"):
+        (clone.folder / name).write_text(f"print('{name}, edited')\n", encoding="utf-8")
+    assert clone.typed("docker compose run --rm plan", 0).stdout == "src/train.py, edited\n"
+    assert clone.typed("docker compose run --rm validate", 0).stdout == "scripts/validate_environment.py, edited\n"
+
+
+def test_a_download_begun_by_another_user_is_found_before_the_run(clone: Project) -> None:
+    given_to(clone, 1000)
+    blobs = "/cache/huggingface/hub/models--mistralai--Mistral-7B-Instruct-v0.2/blobs"
+    assert clone.typed(f"docker compose run --rm --user 1234 --entrypoint mkdir plan -p {blobs}", 1000).returncode == 0
+    done = clone.typed("docker compose run --rm validate --only paths.caches --json", 1000)
+    [check] = json.loads(done.stdout)["checks"]
+    assert (done.returncode, check["detail"]) == (
+        3, "/cache/huggingface/hub cannot be written: it belongs to another user (uid 1234)",
+    )  # fmt: skip
+
+
+def test_two_clones_on_a_host_share_the_cache_and_leave_each_others_runs_alone(clone: Project) -> None:
+    with tempfile.TemporaryDirectory(prefix="clone-") as parent:
+        Path(parent).chmod(0o755)
+        other = Project(copied(Path(parent) / clone.folder.name), clone.name)
+        shutil.copytree(clone.folder / "models" / "tiny", other.folder / "models" / "tiny")
+        running = clone.compose("run", "--detach", "-T", "--entrypoint", "as-owner sleep", "plan", "300").stdout.strip()
+        touched = clone.typed("docker compose run --rm --entrypoint touch plan /cache/huggingface/shared", 0)
+        assert touched.returncode == 0, touched.stderr
+        assert other.typed("docker compose run --rm --entrypoint ls plan /cache/huggingface", 0).stdout == "shared\n"
+        done = other.typed(f"docker compose run --rm train-h100 {SHORT}", 0)
+        assert done.returncode == 0, done.stderr
+        other.typed("docker compose down", 0)
+        state = subprocess.run(["docker", "rm", "--force", running], capture_output=True, text=True, check=True)
+        assert state.stdout.strip() == running  # still there; it would have ended by itself after 300 s
+        assert [path.name for path in clone.adapters.iterdir()] == [".gitkeep"]
+        assert (other.adapters / "short" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("owner", [0, UID])

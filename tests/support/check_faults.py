@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -193,6 +194,15 @@ def torch_varlen_across_documents(bench: Bench) -> None:
 
 def disk(bench: Bench, free_gib: float) -> None:
     bench.free_gib = free_gib
+
+
+def another_users_download(bench: Bench) -> None:
+    """Of which only `blobs` cannot be written; a download of another base does not matter."""
+    for name in ("models--mistralai--Mistral-7B-Instruct-v0.2", "models--other--base"):
+        (paths.caches()["HF_HOME"] / "hub" / name / "blobs").mkdir(parents=True)
+    bench.patch.setattr(
+        paths.os, "access", lambda path, *_, **__: Path(path).name not in ("blobs", "models--other--base")
+    )
 
 
 def small_disk_for_the_base(bench: Bench) -> None:
@@ -648,6 +658,11 @@ FAULTS = (
                "/bench/train.jsonl/it cannot be written: Not a directory; /bench/train.jsonl/it cannot be written: "
                "Not a directory",
                "export HF_HOME=FOLDER TRITON_CACHE_DIR=FOLDER")),
+    fault("a download of the base was begun by another user", "h100", another_users_download,
+          fail("paths.caches",
+               "/bench/hf/hub/models--mistralai--Mistral-7B-Instruct-v0.2/blobs cannot be written: it belongs to "
+               f"another user (uid {os.getuid()})",
+               "export HF_HOME=FOLDER")),
     fault("the disk is too small for base and checkpoints", "h100", lambda b: disk(b, 10.0),
           fail("paths.disk",
                "10.0 GiB free in /bench/adapters, 16.16 needed (2.66 for checkpoints, adapter and data, 13.5 for "

@@ -37,7 +37,7 @@ class Project:
         return subprocess.run(
             ["docker", "compose", *files, *words],
             cwd=self.folder,
-            env={**os.environ, "COMPOSE_PROJECT_NAME": self.name, **environment},
+            env={**os.environ, "COMPOSE_PROJECT_NAME": self.name, "GIT_COMMIT": COMMIT, **environment},
             capture_output=True,
             text=True,
             timeout=minutes * MINUTES,

@@ -52,23 +52,41 @@ def caches() -> dict[str, Path]:
             os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"
         ),
         "TRITON_CACHE_DIR": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        **{name: Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR",) if name in os.environ},
         "TMPDIR": Path(tempfile.gettempdir()),
     }
 
 
+def _closed(folder: Path, base: str) -> Path | None:
+    """A folder in a cache, made by another user, that this one cannot write; other bases than `base` do not matter."""
+    for parent, names, _ in os.walk(folder):
+        names[:] = [name for name in names if "--" not in name or name == base]  # the Hub's: models--OWNER--NAME
+        for path in (Path(parent, name) for name in names):
+            if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+                return path
+    return None
+
+
 def _caches(preflight: Preflight) -> Finding:
-    """Only those that this run will write: a base that is here already may lie where nobody can write."""
+    """Checks only caches that this run will write: a base that is cached already may be in a read-only place."""
     model, folders = preflight.config.model, caches()
     if preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
         del folders["HF_HOME"]
     if not preflight.platform.nvidia:
-        del folders["TRITON_CACHE_DIR"]
-    wrong = {name: reason for name, folder in folders.items() if (reason := _write(folder))}
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            folders.pop(name, None)
+    base = f"models--{model.name.replace('/', '--')}"
+    wrong = {
+        name: f"{folder} cannot be written: {reason}" for name, folder in folders.items() if (reason := _write(folder))
+    }
+    for name in folders.keys() - wrong.keys() - {"TMPDIR"}:
+        if closed := _closed(folders[name], base):
+            wrong[name] = f"{closed} cannot be written: it belongs to another user (uid {closed.stat().st_uid})"
     if wrong:
-        each = "; ".join(f"{folders[name]} cannot be written: {reason}" for name, reason in wrong.items())
-        removed = "docker compose --profile program down --volumes, which removes it with the base that it holds"
-        fresh = f"adapters back to the user who filled it, or {removed}"
-        return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in wrong)}", fresh))
+        removed = "docker compose --profile program down --volumes, which also removes the downloaded base model"
+        fresh = f"give adapters back to the user who filled it, or {removed}"
+        each = "; ".join(wrong[name] for name in folders if name in wrong)
+        return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in folders if name in wrong)}", fresh))
     return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
 
 
