@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 from finetune import checks, cli
@@ -94,10 +95,12 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     record.started(decision, set_aside, outlook.used, outlook.measured)
 
     job, seal = outlook.job, {"fingerprint": fingerprint, "used": outlook.used}
-    with tracking.closed(), refresh.reported(run, terminal), record.recorded(), job.memory_explained():
+    copies = job.copies(terminal)
+    copied = nullcontext() if copies is None else copies.finished()
+    with copied, tracking.closed(), refresh.reported(run, terminal), record.recorded(), job.memory_explained():
         made = job.trainer(decision.checkpoint, tracking)
         made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out, seal["used"])
-        watchers = job.watchers(seal, outlook.pace, tracking.all(), terminal)
+        watchers = job.watchers(seal, outlook.pace, tracking.all(), copies, terminal)
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)
         show.show_answers(terminal, answers)

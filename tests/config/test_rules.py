@@ -199,3 +199,26 @@ def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
         "or lr_scheduler_type: constant_with_warmup"
     )
     load("cpu", local_model, "training.lr_scheduler_type=constant", "training.warmup_ratio=0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (("output.copy_to=hf://me",), "output.copy_to: found 'hf://me' (text), wanted hf://OWNER/NAME or a folder"),
+        (
+            ("output.copy_to=hf://a/b/c",),
+            "output.copy_to: found 'hf://a/b/c' (text), wanted hf://OWNER/NAME or a folder",
+        ),
+        (("output.copy_to=adapters",), "output.copy_to: is output.dir itself; name a folder on another disk"),
+        (
+            ("output.copy_checkpoints=true",),
+            "output.copy_checkpoints: true has no effect without output.copy_to; set that, or this to false",
+        ),
+    ],
+)
+def test_a_run_is_copied_to_another_folder_or_a_repository(
+    settings: tuple[str, ...], found: str, local_model: str
+) -> None:
+    assert problems("cpu", local_model, *settings) == (f"--set {settings[0]}  {found}",)
+    for name in ("/mnt/disk", "hf://me/copies"):
+        assert load("cpu", local_model, f"output.copy_to={name}").output.copy_to == name

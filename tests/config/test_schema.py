@@ -99,7 +99,7 @@ def test_what_may_change_on_resume_decides_no_token_and_no_weight() -> None:
             for key in ("sample_prompts", "train_file", "validation_file", "certificate", "max_bad_share")
         ),
         *(f"tracking.{key}" for key in ("report_to", "project", "run_name", "cost_per_hour")),
-        *("output.dir", "lora.init_from"),
+        *("output.dir", "output.copy_to", "output.copy_checkpoints", "lora.init_from"),
     }
 
 

@@ -83,7 +83,7 @@ def test_a_download_begun_by_another_user_is_found_before_the_run(clone: Project
     done = clone.typed("docker compose run --rm validate --only paths.caches --json", 1000)
     [check] = json.loads(done.stdout)["checks"]
     assert (done.returncode, check["detail"]) == (
-        3, "/cache/huggingface/hub cannot be written: it belongs to another user (uid 1234)",
+        3, "/cache/huggingface/hub cannot be written: it belongs to uid 1234",
     )  # fmt: skip
 
 
@@ -99,8 +99,9 @@ def test_two_clones_on_a_host_share_the_cache_and_leave_each_others_runs_alone(c
         done = other.typed(f"docker compose run --rm train-h100 {SHORT}", 0)
         assert done.returncode == 0, done.stderr
         other.typed("docker compose down", 0)
-        state = subprocess.run(["docker", "rm", "--force", running], capture_output=True, text=True, check=True)
-        assert state.stdout.strip() == running  # still there; it would have ended by itself after 300 s
+        state = ["docker", "inspect", "--format", "{{.State.Running}}", running]
+        assert subprocess.run(state, capture_output=True, text=True, check=True).stdout == "true\n"
+        subprocess.run(["docker", "rm", "--force", running], capture_output=True, check=True)
         assert [path.name for path in clone.adapters.iterdir()] == [".gitkeep"]
         assert (other.adapters / "short" / "report.html").is_file()
 

@@ -250,3 +250,84 @@ def test_a_token_that_may_not_be_read_is_not_taken_for_a_dead_network(
     assert caught.value.problems == (
         f"the Hub's token cannot be read: {tmp_path}/absent: No such file or directory; export HF_TOKEN=hf_...",
     )
+
+
+# A repository for copies ----------------------------------------------------------------------------------------------
+
+COPIES = "me/copies"
+
+
+class Repositories(BaseHTTPRequestHandler):
+    """A Hub with me/copies, private or not, which the token may write or not; with no other repository."""
+
+    private, writable = True, True
+
+    def do_GET(self) -> None:
+        asked = self.path.split("?")[0]
+        if not asked.startswith(f"/api/models/{COPIES}"):
+            self._answer(404, {"error": "Repository not found"}, "RepoNotFound")
+        elif "auth-check" in asked:
+            self._answer(200, {}) if self.writable else self._answer(403, {"error": "Forbidden: this token only reads"})
+        else:
+            self._answer(200, {"id": COPIES, "private": self.private})
+
+    def _answer(self, status: int, content: dict[str, object], code: str = "") -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+ABSENT = (
+    "me/absent does not exist on the Hub, or this token cannot see it",
+    f"hf repos create me/absent --private, or {hub.GIVE_TOKEN}",
+)
+PUBLIC = (
+    "me/copies is public, and a run contains paths, sample answers and hashes of your data",
+    "hf repos settings me/copies --private",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "private", "writable", "wrong"),
+    [
+        (COPIES, True, True, None),
+        (COPIES, False, True, PUBLIC),
+        (COPIES, True, False, ("me/copies cannot be written: ", f"{hub.GIVE_TOKEN}, of a token that may write")),
+        ("me/absent", True, True, ABSENT),
+    ],
+)
+def test_a_repository_for_copies_is_private_and_this_token_may_write_it(
+    name: str, private: bool, writable: bool, wrong: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(Repositories, "private", private)
+    monkeypatch.setattr(Repositories, "writable", writable)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Repositories) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        found = hub.unusable_for_copies(name)
+        server.shutdown()
+    if wrong is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0].startswith(wrong[0])
+        assert found[1] == wrong[1]
+
+
+def test_a_hub_that_does_not_answer_is_no_place_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    found = hub.unusable_for_copies(COPIES)
+    assert found is not None
+    assert found[0].startswith("me/copies cannot be written: ")
+    assert "refused" in found[0]

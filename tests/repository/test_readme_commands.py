@@ -26,7 +26,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 # Indented or fenced blocks that are no commands, by how they begin.
 SHOWN = ("src/train.py  ", "dataset:", "step 0/", '{"messages"', "nightly: ", "from peft import PeftModel", "done: ")
 FOLDERS = r"\./|\.venv/|\.ci/|(scripts|src|requirements|benchmarks)/"
-PROGRAMS = rf"{FOLDERS}|(python|pip|uv|docker|rsync|export|hf|wandb|curl|conda) "
+PROGRAMS = rf"{FOLDERS}|(python|pip|uv|docker|cp|rsync|export|hf|wandb|curl|conda) "
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ RULES: dict[str, Here | By | Needs] = {
     "docker compose run --rm chat adapters/RUN": By("tests/container/test_compose.py", '("chat", CHAT)'),
     '.venv/bin/hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
     "--include chat_template.jinja": Needs("network"),
+    "cp -r /mnt/disk/RUN adapters/": By("tests/faults/test_copies.py", "shutil.copytree(copy, command.folder)"),
+    '.venv/bin/hf download NAME/REPO --include "RUN/*" --local-dir adapters': Needs("network"),
+    "docker compose run --rm --volume /mnt/disk:/copy train-h100 --set output.copy_to=/copy": Needs("H100"),
     "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2": Here(),
     "export HF_TOKEN=hf_...": Here(),
     ".venv/bin/python scripts/nightly.py": By("tests/faults/test_nightly.py",

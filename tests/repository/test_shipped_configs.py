@@ -93,6 +93,8 @@ SHARED = {
     "tracking.project": "mistral-7b-qlora",
     "tracking.cost_per_hour": None,
     "output.dir": "adapters",
+    "output.copy_to": None,
+    "output.copy_checkpoints": False,
 }
 
 

@@ -127,7 +127,7 @@ def test_a_folder_without_a_whole_adapter_is_refused(
 ) -> None:
     (folder / name).write_bytes(content)
     assert refusal(config_of(tiny_mistral, folder)) == [
-        f"lora.init_from: {folder} holds no whole PEFT adapter: {found}"
+        f"lora.init_from: {folder} is not a complete PEFT adapter: {found}"
     ]
 
 

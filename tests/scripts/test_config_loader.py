@@ -88,7 +88,11 @@ def test_text_that_looks_like_something_else_is_still_text_when_read_back(run: R
         ("system_prompt", "null\n", "null\n"),
         ("tracking.run_name", "mistral-7b-qlora-h100\n", '"mistral-7b-qlora-h100"\n'),
         ("dataset.sample_prompts", "null\n", "null\n"),
-        ("output", "dir: adapters\n", '{\n  "dir": "adapters"\n}\n'),
+        (
+            "output",
+            "dir: adapters\ncopy_to: null\ncopy_checkpoints: false\n",
+            '{\n  "dir": "adapters",\n  "copy_to": null,\n  "copy_checkpoints": false\n}\n',
+        ),
         ("output.dir", "adapters\n", '"adapters"\n'),
     ],
 )

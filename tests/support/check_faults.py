@@ -205,6 +205,13 @@ def another_users_download(bench: Bench) -> None:
     )
 
 
+def copy_of_another_run(bench: Bench) -> None:
+    run = bench.folder / "copies" / "demo-cpu"
+    run.mkdir(parents=True)
+    write_json(run / "manifest.json", {"starts": [{"started": "yesterday"}]})
+    bench.set(f"output.copy_to={bench.folder}/copies")
+
+
 def small_disk_for_the_base(bench: Bench) -> None:
     """The Hub's cache on a disk of its own, with 5 GiB free."""
 
@@ -406,8 +413,8 @@ FAULTS = (
                "mend that, or set another value with --set")),
     fault("nothing where the adapter to begin with should be", "cpu", lambda b: b.set("lora.init_from=/bench/none"),
           fail("model.adapter",
-               "lora.init_from: /bench/none holds no whole PEFT adapter: [Errno 2] No such file or directory: "
-               "'/bench/none/adapter_config.json'",
+               "lora.init_from: /bench/none is not a complete PEFT adapter: /bench/none/adapter_config.json: "
+               "No such file or directory",
                "name the folder of a finished run of this base with these settings, or null for a new adapter")),
     fault("weights that are not there", "cpu", lambda b: (b.own_base() / "model.safetensors").unlink(),
           fail("model.files", "/bench/base: model.safetensors is missing", COPY)),
@@ -661,8 +668,17 @@ FAULTS = (
     fault("a download of the base was begun by another user", "h100", another_users_download,
           fail("paths.caches",
                "/bench/hf/hub/models--mistralai--Mistral-7B-Instruct-v0.2/blobs cannot be written: it belongs to "
-               f"another user (uid {os.getuid()})",
+               f"uid {os.getuid()}",
                "export HF_HOME=FOLDER")),
+    fault("the disk for copies is not mounted", "cpu", lambda b: b.set(f"output.copy_to={b.folder}/absent"),
+          fail("paths.copy", "/bench/absent does not exist", "mount the disk, or mkdir -p /bench/absent")),
+    fault("copies would be on the same disk", "cpu", lambda b: b.set(f"output.copy_to={b.folder}"),
+          warn("paths.copy", "/bench is on the same disk as output.dir, so the copy is lost with it",
+               "--set output.copy_to=FOLDER on another disk, or hf://OWNER/NAME")),
+    fault("another run was copied there", "cpu", copy_of_another_run,
+          fail("paths.copy", "/bench/copies/demo-cpu contains another run",
+               "cp -r /bench/copies/demo-cpu /bench/adapters, which resumes that one, "
+               "or --set tracking.run_name=NAME")),
     fault("the disk is too small for base and checkpoints", "h100", lambda b: disk(b, 10.0),
           fail("paths.disk",
                "10.0 GiB free in /bench/adapters, 16.16 needed (2.66 for checkpoints, adapter and data, 13.5 for "

@@ -257,7 +257,7 @@ def started(case: Case, config: Config) -> tuple[str, Any]:
     outlook = look_ahead(job, decision, 4, False, terminal)
     made = outlook.job.trainer(decision.checkpoint, SimpleNamespace(all=lambda: []))
     facts = {"fingerprint": FINGERPRINT, "used": outlook.used}
-    watchers = outlook.job.watchers(facts, outlook.pace, [], terminal)
+    watchers = outlook.job.watchers(facts, outlook.pace, [], None, terminal)
     train(made, config.training, watchers, 4, decision.checkpoint)
     return said.getvalue(), outlook
 

@@ -19,7 +19,7 @@ def test_the_callbacks_take_what_the_config_says_and_come_in_their_order(case: C
     settings = ("training.save_total_limit=7", "training.time_budget_hours=2", "dataset.sample_prompts=['Why?']")
     config = case.config(*settings)
     job = Job(case.run, config, case.data(config), loaded(config), case.tokenizer)
-    watchers = job.watchers(FACTS, Pace(), [], Terminal(stream=StringIO()))
+    watchers = job.watchers(FACTS, Pace(), [], None, Terminal(stream=StringIO()))
     order = [type(callback) for callback in watchers.in_order()]
     assert order == [Keeper, Sampler, TimeBudget, Stopper, Progress]
     assert watchers.stopper.budget is not None and watchers.sampler is not None

@@ -14,6 +14,7 @@ from finetune.files import GIB, make_folder, quoted, resolve, shown
 from finetune.machine.platforms import quantised_on
 from finetune.model import hub, packed_base
 from finetune.plan.memory import memory_parts
+from finetune.runs.folder import find_run
 from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason, wandb_sync
 
 BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
@@ -57,13 +58,17 @@ def caches() -> dict[str, Path]:
     }
 
 
-def _closed(folder: Path, base: str) -> Path | None:
-    """A folder in a cache, made by another user, that this one cannot write; other bases than `base` do not matter."""
-    for parent, names, _ in os.walk(folder):
-        names[:] = [name for name in names if "--" not in name or name == base]  # the Hub's: models--OWNER--NAME
-        for path in (Path(parent, name) for name in names):
-            if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-                return path
+GROWING = {"HF_HOME": ("hub", "xet"), "TORCHINDUCTOR_CACHE_DIR": ("",)}  # caches that add to folders they have
+
+
+def _closed(name: str, folder: Path, base: str) -> Path | None:
+    """A folder inside of a cache that this user cannot write; other bases than `base` do not matter."""
+    for top in (folder / inside for inside in GROWING.get(name, ()) if (folder / inside).is_dir()):
+        for parent, names, _ in os.walk(top):
+            names[:] = [name for name in names if "--" not in name or name == base]  # the Hub's: models--OWNER--NAME
+            for path in (Path(parent), *(Path(parent, name) for name in names)):
+                if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+                    return path
     return None
 
 
@@ -79,9 +84,9 @@ def _caches(preflight: Preflight) -> Finding:
     wrong = {
         name: f"{folder} cannot be written: {reason}" for name, folder in folders.items() if (reason := _write(folder))
     }
-    for name in folders.keys() - wrong.keys() - {"TMPDIR"}:
-        if closed := _closed(folders[name], base):
-            wrong[name] = f"{closed} cannot be written: it belongs to another user (uid {closed.stat().st_uid})"
+    for name in folders.keys() - wrong.keys():
+        if closed := _closed(name, folders[name], base):
+            wrong[name] = f"{closed} cannot be written: it belongs to uid {closed.stat().st_uid}"
     if wrong:
         removed = "docker compose --profile program down --volumes, which also removes the downloaded base model"
         fresh = f"give adapters back to the user who filled it, or {removed}"
@@ -138,6 +143,35 @@ def _wandb(preflight: Preflight) -> Finding:
     )
 
 
+def _copy(preflight: Preflight) -> Finding:
+    from finetune.runs import copies
+
+    output = preflight.config.output
+    target = copies.target_of(output)
+    if target is None:
+        return skipped("output.copy_to is null")
+    if isinstance(target, copies.Repository):
+        problem = hub.unusable_for_copies(target.id)
+        if problem:
+            return failed(problem[0], problem[1])
+        return passed(f"{target.id} is private, and this token can write to it")
+    folder = target.path
+    if not folder.is_dir():
+        return failed(f"{shown(folder)} does not exist", f"mount the disk, or mkdir -p {quoted(folder)}")
+    reason = _write(folder)
+    if reason:
+        fix = f"sudo chown $(id -u) {quoted(folder)}, or --set output.copy_to=FOLDER"
+        return failed(f"{shown(folder)} cannot be written: {reason}", fix)
+    run = find_run(preflight.config, fresh=False)[0]
+    if not copies.same_run(run, folder / run.name):
+        resume = f"cp -r {quoted(folder / run.name)} {quoted(run.parent)}, which resumes that one"
+        return failed(f"{shown(folder / run.name)} contains another run", f"{resume}, or --set tracking.run_name=NAME")
+    if not target.other_disk:
+        found = f"{shown(folder)} is on the same disk as output.dir, so the copy is lost with it"
+        return warned(found, "--set output.copy_to=FOLDER on another disk, or hf://OWNER/NAME")
+    return passed(f"{shown(folder)}: written, synced, renamed")
+
+
 _ROWS = ("data.rows",)
 BEFORE_DATA = (  # which is cached below output.dir
     Check("paths.output", "output.dir can be written, by doing", _output),
@@ -145,5 +179,6 @@ BEFORE_DATA = (  # which is cached below output.dir
 )
 CHECKS = (
     Check("paths.disk", "free disk against base, checkpoints and adapter", _disk, needs=_ROWS),
+    Check("paths.copy", "output.copy_to can be written", _copy, network=True),
     Check("tracking.wandb", "wandb has a key and answers, or will be offline", _wandb, level="warn", network=True),
 )

@@ -10,7 +10,7 @@ from finetune import wording
 from finetune.cli import command
 from finetune.config.base_model import MISTRAL, is_local
 from finetune.config.problems import Problems
-from finetune.config.schema import Config
+from finetune.config.schema import HUB, Config
 from finetune.files import ROOT, resolve
 from finetune.machine.platforms import PLATFORMS
 
@@ -141,6 +141,19 @@ def _run_name(config: Config, problems: Problems) -> None:
         problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, wanted {wanted}")
 
 
+def _copy_to(config: Config, problems: Problems) -> None:
+    output = config.output
+    if output.copy_to is None:
+        if output.copy_checkpoints:
+            text = "true has no effect without output.copy_to; set that, or this to false"
+            problems.add("output.copy_checkpoints", text)
+    elif output.copy_to.startswith(HUB):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", output.copy_to.removeprefix(HUB)):
+            problems.add("output.copy_to", f"found {wording.show(output.copy_to)}, wanted hf://OWNER/NAME or a folder")
+    elif resolve(output.copy_to).resolve() == resolve(output.dir).resolve():
+        problems.add("output.copy_to", "is output.dir itself; name a folder on another disk")
+
+
 RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _base_model,
     _platform_values,
@@ -155,4 +168,5 @@ RULES: tuple[Callable[[Config, Problems], None], ...] = (
     _train_files,
     _system_prompt,
     _run_name,
+    _copy_to,
 )

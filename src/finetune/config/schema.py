@@ -188,8 +188,11 @@ class OutputConfig(Section):
     """Where runs are written."""
 
     dir: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    copy_to: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
+    copy_checkpoints: Annotated[bool, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
 
 
+HUB = "hf://"  # of output.copy_to
 DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
 
 

@@ -126,3 +126,25 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
         return error.code, error.headers.get("X-Error-Code") or error.reason
     except (URLError, OSError, ValueError) as error:
         return None, str(getattr(error, "reason", error))
+
+
+def unusable_for_copies(repository: str) -> tuple[str, str] | None:
+    """What is wrong with a repository that a run is to be copied to, and what to type; None if nothing is."""
+    from httpx2 import HTTPError  # of which HfHubHTTPError is one, as is a connection that fails
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi(endpoint())
+    try:
+        private = api.model_info(repository, timeout=PROBE_SECONDS).private
+        api.auth_check(repository, write=True)
+    except RepositoryNotFoundError:
+        found = f"{repository} does not exist on the Hub, or this token cannot see it"
+        return found, f"hf repos create {repository} --private, or {GIVE_TOKEN}"
+    except (HTTPError, OSError) as error:
+        found = f"{repository} cannot be written: {str(error).strip().splitlines()[0]}"
+        return found, f"{GIVE_TOKEN}, of a token that may write"
+    if not private:
+        found = f"{repository} is public, and a run contains paths, sample answers and hashes of your data"
+        return found, f"hf repos settings {repository} --private"
+    return None

@@ -95,6 +95,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "environment": PLATFORMS[config.platform].environment,
         "hardware": hardware,
         "git_commit": git_commit(),
+        "copy_to": config.output.copy_to,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,16 @@ def digest(config: Config) -> str | None:
     if folder is None:
         return None
     try:
-        return sha256(folder / WEIGHTS)
+        return _digest_of(folder / WEIGHTS, (folder / WEIGHTS).stat().st_mtime_ns)
     except OSError as error:
         raise _refused(f"{shown(folder / WEIGHTS)}: {error.strerror}") from None
+
+
+@lru_cache(maxsize=1)
+def _digest_of(path: Path, mtime_ns: int) -> str:
+    """Manifest, fingerprint and receipt ask; the file is hashed once unless it changes."""
+    del mtime_ns
+    return sha256(path)
 
 
 def require(config: Config, template: str, geometry: Geometry) -> None:
@@ -60,7 +68,10 @@ def require(config: Config, template: str, geometry: Geometry) -> None:
         with safe_open(folder / WEIGHTS, framework="np") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise _refused(f"{shown(folder)} holds no whole PEFT adapter: {first_line(error)}") from None
+        why = first_line(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            why = f"{shown(Path(error.filename))}: {error.strerror}"
+        raise _refused(f"{shown(folder)} is not a complete PEFT adapter: {why}") from None
     problems = [*_settings(found, config), *_template(folder, template), *_tensors(shapes, config.lora, geometry)]
     if problems:
         raise _refused(*(f"{shown(folder)}: {problem}" for problem in problems))

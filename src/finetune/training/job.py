@@ -22,10 +22,11 @@ from finetune.plan.fit import what_would_fit
 from finetune.plan.memory import checkpointed_layers
 from finetune.plan.model_shape import Geometry, read_geometry
 from finetune.plan.schedule import Pace, seconds_since_start
+from finetune.runs.copies import Copies, target_of
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.training.arguments import training_arguments
-from finetune.training.keeper import Keeper
+from finetune.training.keeper import Copier, Keeper
 from finetune.training.progress import Progress
 from finetune.training.samples import Sampler, make_questions
 from finetune.training.stopper import Stopper, TimeBudget
@@ -80,7 +81,14 @@ class Job:
             made.add_callback(tracker)
         return made
 
-    def watchers(self, facts: dict[str, Any], pace: Pace, trackers: Sequence[Any], terminal: Terminal) -> Watchers:
+    def copies(self, terminal: Terminal) -> Copies | None:
+        """What copies the run off this machine; None where the config wants no copy."""
+        target, output = target_of(self.config.output), self.config.output
+        return None if target is None else Copies(self.run, target, output.copy_checkpoints, terminal.report())
+
+    def watchers(
+        self, facts: dict[str, Any], pace: Pace, trackers: Sequence[Any], copies: Copies | None, terminal: Terminal
+    ) -> Watchers:
         """The callbacks, with the time budget, prompts and prices of the config.
 
         `facts` are for each seal, `pace` is as rehearsed.
@@ -92,8 +100,8 @@ class Job:
         stopper = Stopper(self.run, budget)
         questions = make_questions(self.config, self.prepared)
         sampler = Sampler(questions, keeper, stopper.signalled, terminal, trackers)
-        peak = partial(peak_memory_gib, self.platform)
-        return Watchers(keeper, stopper, Progress(terminal, pace, tracking.cost_per_hour, peak), sampler)
+        progress = Progress(terminal, pace, tracking.cost_per_hour, partial(peak_memory_gib, self.platform))
+        return Watchers(keeper, stopper, progress, sampler, None if copies is None else Copier(copies, keeper))
 
 
 def load_job(run: Run, config: Config, prepared: Prepared, terminal: Terminal | None = None) -> Job:

@@ -1,4 +1,4 @@
-"""The callback that keeps a run: checkpoints sealed, the best adapter, metrics.jsonl."""
+"""The callbacks that keep a run: sealed checkpoints, the best adapter, metrics.jsonl; and its copy off this machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from finetune.files import read_json_lines, read_seal, seal, write_json_lines
 from finetune.runs.checkpoints import BEST, replace_best, room_for, thin_out
+from finetune.runs.copies import Copies
 from finetune.runs.folder import METRICS, Run
 
 
@@ -84,3 +85,21 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         entry = {"step": state.global_step, "time": round(time.time(), 3), **logs}
         with (self.run.folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
+
+
+class Copier(TrainerCallback):  # type: ignore[misc]
+    """Begins a copy at each new best, and at each save if checkpoints are copied too; comes after `keeper`."""
+
+    def __init__(self, copies: Copies, keeper: Keeper) -> None:
+        self.copies, self.keeper = copies, keeper
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.keeper.best is not None and self.keeper.best["step"] == state.global_step:
+            self.copies.begin()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.copies.checkpoints:
+            self.copies.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.copies.poll()

@@ -32,7 +32,7 @@ from finetune.machine.device import peak_memory_gib, random_state, set_random_st
 from finetune.machine.platforms import PLATFORMS, Platform, lays_flat
 from finetune.runs.checkpoints import BEST, room_for, saved
 from finetune.runs.outcome import Outcome
-from finetune.training.keeper import Keeper, adapter_bytes
+from finetune.training.keeper import Copier, Keeper, adapter_bytes
 from finetune.training.progress import Progress
 from finetune.training.recompute import Checkpointing
 from finetune.training.recovery import Recovery
@@ -243,10 +243,11 @@ class Watchers:
     stopper: Stopper
     progress: Progress
     sampler: Sampler | None = None
+    copier: Copier | None = None
 
     def in_order(self) -> list[TrainerCallback]:
         """The sampler comes after the best adapter is kept, and its time counts as that of the evaluation."""
-        callbacks = (self.keeper, self.sampler, self.stopper.budget, self.stopper, self.progress)
+        callbacks = (self.keeper, self.copier, self.sampler, self.stopper.budget, self.stopper, self.progress)
         return [callback for callback in callbacks if callback is not None]
 
     def final_samples(self, model: PeftModel, outcome: Outcome) -> Samples:
