@@ -92,7 +92,7 @@ def test_two_clones_on_a_host_share_the_cache_and_leave_each_others_runs_alone(c
         Path(parent).chmod(0o755)
         other = Project(copied(Path(parent) / clone.folder.name), clone.name)
         shutil.copytree(clone.folder / "models" / "tiny", other.folder / "models" / "tiny")
-        running = clone.compose("run", "--detach", "-T", "--entrypoint", "as-owner sleep", "plan", "300").stdout.strip()
+        running = clone.typed("docker compose run --detach --entrypoint 'as-owner sleep' plan 300", 0).stdout.strip()
         touched = clone.typed("docker compose run --rm --entrypoint touch plan /cache/huggingface/shared", 0)
         assert touched.returncode == 0, touched.stderr
         assert other.typed("docker compose run --rm --entrypoint ls plan /cache/huggingface", 0).stdout == "shared\n"
