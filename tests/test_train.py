@@ -20,13 +20,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from finetune.cli import PYTHON
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.data.tokenizer import load_chat
 from finetune.files import read_seal
+from finetune.model.load import load_base
 from finetune.results.model_card import model_card
 from support.train_command import ENVIRONMENT, FILES, STEPS, Command
 
@@ -276,7 +276,8 @@ def test_the_model_cards_code_loads_the_adapter_and_answers(finished: Finished, 
     line = [sys.executable, "-W", "error::UserWarning", "-c", code]
     done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    base = AutoModelForCausalLM.from_pretrained(finished.command.base)
+    config = load_config("cpu", finished.command.settings())[0]
+    base = load_base(config.model, config.quantization, "cpu")
     model, chat = PeftModel.from_pretrained(base, finished.folder), load_chat(finished.command.base)
     prompt = torch.tensor([chat.encode_prompt([{"role": "user", "content": "Your question"}])])
     ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, min_new_tokens=20)

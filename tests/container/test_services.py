@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ from urllib.error import URLError
 
 import pytest
 
+from finetune.files import share
 from support.docker_project import COMMIT, KEY, ROOT, TOKEN, UID, Project
+from support.taught import KEEPER, WHO, Taught
 
 pytestmark = pytest.mark.slow
 SETTINGS = (
@@ -157,6 +160,23 @@ def test_docker_stop_saves_a_second_start_is_refused_and_the_same_command_ends_a
     assert adapter(stopped) == adapter(project.adapters / "whole")
     written = [path for path in project.adapters.rglob("*") if path.is_file()]
     assert not any(mark.encode() in path.read_bytes() for path in written for mark in (TOKEN, KEY))
+
+
+# --- the chat
+
+
+def test_the_chat_answers_in_the_image_with_an_adapter_that_was_trained_elsewhere(
+    project: Project, taught: Taught
+) -> None:
+    run, base = project.adapters / "taught", project.folder / "models" / "taught"
+    for folder, target in ((taught.run, run), (taught.base, base)):
+        shutil.copytree(folder, target)
+        share(target)
+    asked = ("adapters/taught", "--set", "model.name=models/taught", "--ask", WHO)
+    done = project.run("chat", *asked)
+    assert (done.returncode, done.stdout) == (0, f"{KEEPER}\n"), done.stderr
+    done = project.run("chat", *asked, "--json")
+    assert json.loads(done.stdout)["answer"] == KEEPER
 
 
 # --- what is missing

@@ -100,7 +100,8 @@ RULES: dict[str, Here | By | Needs] = {
         "test_the_script_makes_the_page_and_prints_where_it_lies"),
     ".venv/bin/python scripts/chat.py adapters/RUN": By("tests/scripts/test_chat.py",
         "test_the_whole_screen_of_a_conversation"),
-    "docker compose run --rm chat adapters/RUN": By("tests/container/test_compose.py", '("chat", CHAT)'),
+    "docker compose run --rm chat adapters/RUN": By(SERVICES,
+        "test_the_chat_answers_in_the_image_with_an_adapter_that_was_trained_elsewhere"),
     '.venv/bin/hf upload YOU/NAME adapters/RUN . --include README.md --include "adapter_*" --include "*token*" '
     "--include chat_template.jinja": Needs("network"),
     "cp -r /mnt/disk/RUN adapters/": By("tests/faults/test_copies.py", "shutil.copytree(copy, command.folder)"),

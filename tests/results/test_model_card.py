@@ -34,7 +34,13 @@ MANIFEST: dict[str, Any] = {
     },
     "base_model": {"name": MISTRAL, "revision": REVISION},
     "init_adapter": {"folder": None, "sha256": None},
-    "versions": {"torch": "2.10.0", "peft": "0.21.2"},
+    "versions": {
+        "torch": "2.10.0+cu128",
+        "transformers": "5.23.0",
+        "peft": "0.21.2",
+        "accelerate": "1.15.0",
+        "bitsandbytes": "0.50.2",
+    },
     "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
     "git_commit": "abc123",
     "same_bits": "sdpa over packed documents: other bits each time in attention's output",
@@ -193,7 +199,7 @@ def test_the_card_says_what_the_manifest_says(h100: Config) -> None:
         "- steps: fused kernels",
         "- repeated on that hardware before the run: "
         "`sdpa over packed documents: other bits each time in attention's output`",
-        "- versions: `torch 2.10.0, peft 0.21.2`",
+        "- versions: `torch 2.10.0+cu128, transformers 5.23.0, peft 0.21.2, accelerate 1.15.0, bitsandbytes 0.50.2`",
         f"- adapter sha256 `{'a' * 64}`",
     ):
         assert f"\n{line}\n" in text, line
@@ -230,14 +236,27 @@ def test_the_card_says_which_check_failed_or_warns(h100: Config, status: Any, ma
     assert f"{verdict}- `finite`: `448 tensors`\n- **{mark}**: `answers_end`: `2 of 4`\n\n" in text
 
 
-def test_the_code_names_base_commit_and_dtype(h100: Config, local: Config) -> None:
+def test_the_code_names_base_commit_dtype_and_how_the_base_was_quantized(h100: Config, local: Config) -> None:
+    text = model_card(h100, MANIFEST)
     assert (
-        f"model = AutoModelForCausalLM.from_pretrained(base, revision='{REVISION}', dtype=torch.bfloat16, "
-        'device_map="auto")\n'
-    ) in model_card(h100, MANIFEST)
+        f"    base, revision='{REVISION}', dtype=torch.bfloat16, quantization_config=nf4, device_map=\"auto\"\n" in text
+    )
+    nf4 = ("load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_use_double_quant=True")
+    nf4 += ("bnb_4bit_compute_dtype=torch.bfloat16",)
+    assert "nf4 = BitsAndBytesConfig(\n" + "".join(f"    {text},\n" for text in nf4) + ")\n" in text
     text = model_card(local, MANIFEST | {"base_model": {"name": "my-base", "revision": None}})
     assert "base = 'my-base'  # the folder of the base model\n" in text
-    assert "from_pretrained(base, dtype=torch.float32, " in text
+    assert "    base, dtype=torch.float32, quantization_config=nf4, " in text
+
+
+def test_pips_line_has_the_runs_versions_and_leaves_the_build_of_torch_to_pip(h100: Config) -> None:
+    line = "pip install torch==2.10.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 bitsandbytes==0.50.2\n"
+    assert f"\n```sh\n{line}```\n" in model_card(h100, MANIFEST)
+
+
+def test_the_card_names_the_clients_that_no_test_has_run(h100: Config) -> None:
+    named = "Not run by its tests: llama.cpp, vLLM, `transformers serve`, Ollama, text-generation-inference."
+    assert named in " ".join(model_card(h100, MANIFEST).split())
 
 
 # What a name may not do -----------------------------------------------------------------------------------------------

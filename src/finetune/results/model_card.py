@@ -21,6 +21,7 @@ from finetune.plan.automatic import in_words
 from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
+CLIENT = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # all that the card's code needs
 
 
 def model_card(config: Config, manifest: dict[str, Any]) -> str:
@@ -34,6 +35,7 @@ def model_card(config: Config, manifest: dict[str, Any]) -> str:
         "base": str(manifest["base_model"]["name"]),
         "revision": config.model.revision if hub else None,
         "config": config,
+        "installed": _requirements(manifest["versions"]),
         "computed": in_words(manifest),
         "settings": [(path, get_config_value(tree, path)) for path in marked(Mark.IN_CARD)],
     }
@@ -75,6 +77,11 @@ def hub_base(config: Config) -> str | None:
     note = resolve(config.model.name) / ".cache" / "huggingface" / "download" / "config.json.metadata"
     commit = note.read_text(encoding="utf-8").splitlines()[:1] if note.is_file() else []
     return MISTRAL if config.model.revision is not None and commit == [config.model.revision] else None
+
+
+def _requirements(versions: dict[str, str]) -> str:
+    """What pip installs to use the adapter, in the run's versions; which build of torch, as in +cpu, is left to pip."""
+    return " ".join(f"{name}=={versions[name].partition('+')[0]}" for name in CLIENT)
 
 
 def _cards() -> Environment:
