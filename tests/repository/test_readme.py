@@ -225,7 +225,7 @@ def settings(text: str) -> list[str]:
 def test_changes_against_full_memory_have_one_order_here_in_the_config_and_in_what_a_refusal_suggests() -> None:
     here = [settings(change) for change, _, _ in against_full_memory() if "--set" in change]
     notes = (ROOT / "configs" / "training_config_h100.yaml").read_text(encoding="utf-8")
-    listed = notes.split("# Out of memory: ")[1].split("#   Memory to spare instead?")[0]
+    listed = notes.split("# Out of memory: ")[1].split("#   If memory is left over")[0]
     assert here == [settings(line) for line in listed.splitlines() if "--set" in line]
     keys = list(dict.fromkeys(setting.split("=")[0] for change in here for setting in change))
     assert [key for key in keys if key in EFFECTS] == [key for key in EFFECTS if key in keys]
@@ -263,6 +263,6 @@ def test_the_macs_memory_is_the_memory_models_own_wherever_it_is_told() -> None:
     config = (ROOT / "configs" / "training_config_m4.yaml").read_text(encoding="utf-8")
     assert f"comes first: {packed} GiB in place of {expanded}." in page("troubleshooting")
     assert f"| the peak: {expanded} GiB expanded, {packed} packed; " in page("hardware")
-    assert f"this file takes {expanded} GiB, and {packed} with storage packed" in config
+    assert f"By the plan, this file takes {expanded} GiB, and {packed} with storage packed" in config
     assert f"storage expanded, {expanded} GiB of a working set" in environment
     assert f"storage=packed, {packed} GiB; " in environment

@@ -196,10 +196,16 @@ def test_every_key_of_a_shipped_config_has_a_comment_on_its_line(path: Path) -> 
     assert bare == []
 
 
-@both_platforms
-def test_a_platform_file_has_no_line_over_140_characters(name: str) -> None:
-    lines = platform_file(name).read_text(encoding="utf-8").splitlines()
-    assert [number for number, line in enumerate(lines, 1) if len(line) > 140] == []
+@every_file
+def test_a_key_has_the_same_comment_in_every_file(path: Path) -> None:
+    base = yaml_file.comments(BASE_FILE)
+    assert {key: (text, base[key]) for key, text in yaml_file.comments(path).items() if text != base[key]} == {}
+
+
+@every_file
+def test_a_shipped_config_has_no_line_over_120_characters(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
 
 
 @both_platforms
