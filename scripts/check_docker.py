@@ -299,7 +299,7 @@ def check_device(host: Host) -> Finding:
         return passed(found)
     other = "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for"
     fix = f"{other}; if not: {BUILD} --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0"
-    return "warn", f"{found}, an NVIDIA GPU, but no H100: hours and memory differ", fix
+    return "warn", f"{found}, an NVIDIA GPU but not an H100: hours and memory differ", fix
 
 
 def check_engine(host: Host) -> Finding:

@@ -1,4 +1,4 @@
-"""Which accelerator this machine has, with how much memory, and which config fits it."""
+"""Print this machine's accelerator, its memory, and the config that fits it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from finetune.terminal import Terminal
 
 
 def bytes_to_gb(size: float) -> float:
-    """Bytes to GiB (2**30 bytes), which every label here calls GiB."""
+    """Bytes to GiB (2**30 bytes); all labels say GiB."""
     return size / GIB
 
 
 def check_pytorch_import() -> Torch:
-    """What the installed PyTorch reaches: CUDA, MPS, or neither. Raises CheckFailed where it cannot be imported."""
+    """Whether the installed PyTorch can use CUDA or MPS. Raises CheckFailed if it cannot be imported."""
     return read_torch()
 
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def memory_lines(machine: Machine) -> list[str]:
-    """What memory there is, in GiB: the GPU's own, or the machine's."""
+    """The memory in GiB: the GPU's own, or the machine's."""
     if machine.gpu_memory_gib is not None and machine.gpu_free_gib is not None:
         return [f"{machine.gpu_memory_gib:.1f} GiB on it, {machine.gpu_free_gib:.1f} free"]
     kind = "unified memory" if machine.apple_silicon else "memory"
@@ -54,17 +54,17 @@ def memory_lines(machine: Machine) -> list[str]:
 
 
 def torch_line(torch: Torch) -> str:
-    """What PyTorch reaches, in words."""
+    """What PyTorch can use, in words."""
     if torch.sees_mps:
         return f"{torch.version} sees the Mac's GPU"
     if torch.mps_built:
-        return f"{torch.version} is built with MPS and cannot use it"
+        return f"{torch.version} is built with MPS but cannot use it"
     built = "without CUDA" if torch.built_for is None else f"for CUDA {torch.built_for}"
     return f"{torch.version} {built} sees {'the GPU' if torch.sees_nvidia else 'no GPU'}"
 
 
 def document(machine: Machine, platform: str, torch: Torch) -> dict[str, Any]:
-    """`--json`."""
+    """The document of `--json`."""
     return {
         "schema_version": 1,
         "accelerator": accelerator(machine),

@@ -18,7 +18,7 @@ __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fie
 
 
 def wanted(tree: dict[str, Any], key: str) -> Any:
-    """The value at the dotted `key`. Raises ConfigError where the config has no such key."""
+    """The value at the dotted `key`. Raises ConfigError if there is none."""
     from finetune.config.schema import keys
 
     absent = object()
@@ -29,9 +29,9 @@ def wanted(tree: dict[str, Any], key: str) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """What an editor knows of a config file: each key's type and bounds, and what the base's comment says of it.
+    """The JSON Schema of a config file, for editors: type and bounds of each key, and its comment in the base file.
 
-    No key is required, since a file need not hold all.
+    No key is required, since a file may leave keys out.
     """
     from finetune.config.schema import Config
 
@@ -47,7 +47,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def readable(value: Any) -> str:
-    """Sections and lists as YAML, text bare, so that a shell can use it."""
+    """Sections and lists as YAML; text without quotes, for shells."""
     if isinstance(value, dict | list):
         return yaml_file.dump(value).rstrip()
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Show every token of a row with its label: what carries loss is green (or underlined by ^ without colour)."""
+"""Show every token of a row with its label: what carries loss is green (or underlined by ^ without color)."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def show(terminal: Terminal, row: dict[str, object]) -> None:
         if label == IGNORED:
             parts.append(terminal.paint(text, "dim"))
         else:
-            parts.append(terminal.paint(text, "green") if terminal.colour else f"^{text}")
+            parts.append(terminal.paint(text, "green") if terminal.color else f"^{text}")
     terminal.say(" ".join(parts))
     terminal.say()
 

@@ -20,8 +20,8 @@ from machine import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")
-H100_TORCH = ("scripts/test.sh", "--h100-torch")  # one more part, which says itself what failed
-MOST = 8  # processes, each of which holds torch and all libraries in memory
+H100_TORCH = ("scripts/test.sh", "--h100-torch")  # one more part, which reports its own failures
+MOST = 8  # processes, each with torch and all libraries in memory
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def run(folder: Path, parts: int) -> tuple[Counter[str], int]:
-    """What all parts counted, and how many of them failed; one process a core, since a run uses one core."""
+    """The sum of all parts' counts, and how many failed; one process per core, since a run uses one core."""
     counts: Counter[str] = Counter()
     failed = 0
     for number, process in enumerate([start(folder, part, parts) for part in range(parts)]):
@@ -53,7 +53,7 @@ def run(folder: Path, parts: int) -> tuple[Counter[str], int]:
 
 
 def start(folder: Path, part: int, parts: int) -> subprocess.Popen[bytes]:
-    """Begin one part of the night, which prints into its log."""
+    """Start one part, which prints to its log."""
     line = [sys.executable, "-m", "pytest", *files(part, parts), "-q", "-vv", f"--basetemp={folder}/runs-{part}"]
     named = {"NIGHTLY": str(counted(folder, part)), "NIGHTLY_PART": f"{part}/{parts}"}
     with log(folder, part).open("wb") as stream:
@@ -61,7 +61,7 @@ def start(folder: Path, part: int, parts: int) -> subprocess.Popen[bytes]:
 
 
 def files(part: int, parts: int) -> Iterator[str]:
-    """The test files of a part. The kills take longest and are in each, which takes its share of them."""
+    """The test files of a part. The kills take longest, so each part runs its share of them."""
     found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "faults").glob("test_*.py"))
     kills = "tests/faults/test_kills.py"
     yield kills
@@ -77,12 +77,12 @@ def counted(folder: Path, part: int) -> Path:
 
 
 def result(counts: Counter[str], failed: int, seconds: float) -> dict[str, Any]:
-    """The part of the JSON file that says what was tried, and the line that says it."""
+    """What was tried, for the JSON file, with the summary line."""
     return {"nightly": {**counts, "parts_failed": failed, "seconds": round(seconds)}, "line": summary(counts, seconds)}
 
 
 def summary(counts: Counter[str], seconds: float) -> str:
-    """The one line that says what was tried and what it cost."""
+    """One line with what was tried, what was lost and the time."""
     parts = [
         f"{counts['kills']:,} kills, {counts['stops']:,} stops, {counts['lost']:,} runs lost",
         f"{counts['damaged']:,} damaged files, {counts['used']:,} used",

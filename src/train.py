@@ -24,9 +24,9 @@ from finetune.terminal import Terminal
 def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: what this machine is")
     parser.add_argument("--dry-run", action="store_true", help="check config and data, print the plan, train nothing")
-    parser.add_argument("--fresh", action="store_true", help="start a new run folder instead of going on with the last")
-    cli.add_ids(parser, "--skip", "leave out these checks, by id or group")
-    parser.add_argument("--resume-changed", action="store_true", help="go on although config or data changed since")
+    parser.add_argument("--fresh", action="store_true", help="start a new run instead of resuming the last one")
+    cli.add_ids(parser, "--skip", "skip these checks, by id or group")
+    parser.add_argument("--resume-changed", action="store_true", help="resume even if config or data changed")
     return parser.parse_args()
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     config, source = load_config(options.config, options.set)
     terminal.decision("config", source)
     preflight = Preflight(config, read_machine(), report=terminal.report())
-    geometry = read_geometry(config)  # a base of another shape is told before anything is written
+    geometry = read_geometry(config)  # refuses a base of another shape before anything is written
     if config.lora.init_from is not None:
         from finetune.runs import warm_start
 
@@ -47,8 +47,8 @@ def main() -> None:
 
     run = None if options.dry_run else open_run(config, options.fresh)
     if run and run.finished:
-        terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run beside it")
-        refresh.make(run, terminal)  # a kill may have come between the manifest and the page
+        terminal.say(f"{shown(run.folder)} is finished; --fresh starts a new run next to it")
+        refresh.make(run, terminal)  # a kill may have hit between the manifest and the report
         if options.json:
             cli.print_json(read_manifest(run.folder))
         return
@@ -56,7 +56,8 @@ def main() -> None:
     try:
         if run and run.died:
             terminal.warn(
-                f"the start before this one ({run.died}) ended without a word: killed, perhaps for its memory"
+                f"the previous start ({run.died}) ended without a message; "
+                "it was probably killed, possibly out of memory"
             )
         terminal.status(f"reading {config.dataset.train_files_named}")
         terminal.decision("data", f"{config.dataset.train_files_named}; {preflight.prepared.split_reason}")

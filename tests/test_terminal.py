@@ -1,4 +1,4 @@
-"""The terminal: colour, streams and the status line; and all that a training prints, into a pipe and on a terminal."""
+"""The terminal: color, streams and the status line; and all that a training prints, into a pipe and on a terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 from finetune.cli import PYTHON
 from finetune.files import ROOT
 from finetune.results.show import HF, UPLOADED
-from finetune.terminal import COLOURS, Terminal
+from finetune.terminal import COLORS, Terminal
 from support.pseudo_terminal import Session, Tty, screen
 from support.train_command import ENVIRONMENT, STEPS, Command, train_file  # noqa: F401  # a fixture
 
 
 @pytest.fixture(autouse=True)
-def colour_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def color_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
-# Colour and streams ---------------------------------------------------------------------------------------------------
+# Color and streams ---------------------------------------------------------------------------------------------------
 
 
 def shown(stream: io.StringIO) -> str:
@@ -34,20 +34,20 @@ def shown(stream: io.StringIO) -> str:
     return stream.getvalue()
 
 
-def test_a_terminal_gets_colour() -> None:
+def test_a_terminal_gets_color() -> None:
     assert shown(Tty()) == ("\033[1mconfig\033[0m: because\n\033[33mwarning\033[0m: look out\n\033[31mtext\033[0m\n")
 
 
-@pytest.mark.parametrize("name", sorted(COLOURS))
-def test_every_colour_ends_where_its_text_ends(name: str) -> None:
-    assert Terminal(stream=Tty()).paint("text", name) == f"\033[{COLOURS[name]}mtext\033[0m"
+@pytest.mark.parametrize("name", sorted(COLORS))
+def test_every_color_ends_where_its_text_ends(name: str) -> None:
+    assert Terminal(stream=Tty()).paint("text", name) == f"\033[{COLORS[name]}mtext\033[0m"
 
 
-def test_a_file_or_pipe_gets_no_colour() -> None:
+def test_a_file_or_pipe_gets_no_color() -> None:
     assert shown(io.StringIO()) == "config: because\nwarning: look out\ntext\n"
 
 
-def test_no_color_takes_the_colour_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_takes_the_color_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert shown(Tty()) == "config: because\nwarning: look out\ntext\n"
 
@@ -69,10 +69,10 @@ def test_with_json_everything_goes_to_stderr(capsys: pytest.CaptureFixture[str])
     assert first.err == second.out != ""
 
 
-def test_colour_is_decided_by_the_stream_that_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_is_decided_by_the_stream_that_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Tty())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert (Terminal().colour, Terminal(json=True).colour) == (True, False)
+    assert (Terminal().color, Terminal(json=True).color) == (True, False)
 
 
 def test_a_long_name_moves_the_column_of_all_sentences() -> None:
@@ -160,8 +160,8 @@ plan
   rows        # to train on, # held out
   tokens      # (#% with loss)
   certificate # rows equal mistral-common's
-  sequences   #, #% full, # a step
-  steps       # (# an epoch, # of warm-up)
+  sequences   #, #% full, # per step
+  steps       # (# per epoch, # of warmup)
               # evaluations (# tokens), # checkpoints
   memory      # GiB expected (program #, logits #), # GiB free
   disk        # GiB

@@ -419,7 +419,7 @@ def test_the_same_command_again_says_it_is_finished_and_changes_no_file(finished
     before = snapshot(finished.command.output)
     done = finished.command()
     assert (done.returncode, done.stderr) == (0, "")
-    said = f"{finished.folder} is finished; --fresh starts a new run beside it"
+    said = f"{finished.folder} is finished; --fresh starts a new run next to it"
     assert done.stdout.splitlines()[1:] == [said]
     assert snapshot(finished.command.output) == before
 

@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, how it ends, and how it is typed again."""
+"""What all commands share: arguments, exit codes, and the command to type again."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def parser(description: str, config_help: str | None = None) -> argparse.Argumen
 
 
 def add_ids(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
-    """A flag that takes ids of checks, comma between them."""
+    """Add a flag that takes comma-separated ids of checks."""
     parser.add_argument(flag, metavar="ID,...", type=lambda ids: ids.split(","), default=[], help=text)
 
 
 def print_json(document: Any) -> None:
-    """The one JSON document of `--json`."""
+    """Print the JSON document of `--json`."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -54,12 +54,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         try:
             main()
         finally:
-            sys.stdout.flush()  # here, where a reader that left or a full disk still gets its answer
+            sys.stdout.flush()  # here, so that a closed pipe or a full disk is handled below
     except UserError as error:
         _end(clean(str(error)), error.exit_code)
     except KeyboardInterrupt:
         _end("stopped by Ctrl-C", 130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MemoryError:
         _end("out of memory; lower training.per_device_train_batch_size or model.max_seq_length", 6)
@@ -80,11 +80,11 @@ def _leave(signal_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 _interpreter = Path(sys.executable)
-# This interpreter as it is typed in the project's root, for messages that say what to type.
+# This interpreter, relative to the project's root where possible, for messages that say what to type.
 PYTHON = str(_interpreter.relative_to(ROOT) if _interpreter.is_relative_to(ROOT) else _interpreter)
-# Which lock this program's container image was made from, as docker/Dockerfile sets it; None outside of an image.
+# The lock that this container image was built from, set by docker/Dockerfile; None outside a container.
 IMAGE_LOCK = os.environ.get("IMAGE_LOCK")
-SERVICES = {  # of compose.yaml, by the script that each starts
+SERVICES = {  # services of compose.yaml, by the script that each runs
     "src/train.py": "train-h100",
     "scripts/validate_environment.py": "validate",
     "scripts/make_demo_model.py": "demo",
@@ -93,20 +93,20 @@ SERVICES = {  # of compose.yaml, by the script that each starts
 
 
 def advice(native: str, image: str) -> str:
-    """What to type: `native`, or `image` where this runs in its container, which a person stands outside of."""
+    """What to type: `native`, or `image` in a container, since the user types outside of it."""
     return native if IMAGE_LOCK is None else image
 
 
 def command(script: str, gpu: bool = True) -> str:
-    """How `script` is started again, to be followed by its arguments; without `gpu` by a service that asks for none."""
+    """The command that runs `script` again, without its arguments; if not `gpu`, by a service that needs no GPU."""
     service = (SERVICES.get(script) if gpu else None) or f'--entrypoint "as-owner python" plan {script}'
     return advice(f"{PYTHON} {script}", f"docker compose run --rm {service}")
 
 
 def quiet_libraries() -> None:
-    """Silence what no user can act on: small progress bars, deprecations, advice, and what TRL tells the Hub of a run.
+    """Silence what no user can act on: small progress bars, deprecations, advice; and turn off TRL's telemetry.
 
-    Call before they are imported.
+    Call this before the libraries are imported.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -6,7 +6,7 @@ from finetune.wording import counted
 
 
 class UserError(Exception):
-    """A problem that a user can fix: `found` says what is wrong and where, `fix` what to type. The text is both."""
+    """A problem a user can fix: `found` says what is wrong and where, `fix` what to type; the error's text has both."""
 
     exit_code = 1
 
@@ -16,9 +16,9 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The command line or a config file is wrong. `problems` holds one line per problem, all of them at once.
+    """The command line or a config file is wrong. `problems` has one line for each problem.
 
-    `fix` is in the last of them, or, where `between` is a line's end, under all of them.
+    `fix` follows the last of them, or is on a line of its own if `between` is a newline.
     """
 
     exit_code = 2
@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
 
 class CheckFailed(UserError):
-    """Something on this machine is not what the run needs."""
+    """This machine lacks something that the run needs."""
 
     exit_code = 3
 
@@ -49,17 +49,17 @@ class Diverged(UserError):
 
 
 class OutOfResource(UserError):
-    """Memory, disk, the time budget or another run's lock stands in the way."""
+    """Memory, disk or the time budget is not enough, or another run holds the lock."""
 
     exit_code = 6
 
 
 class DiskFull(OutOfResource):
-    """A checkpoint cannot be written; those before it are whole."""
+    """A checkpoint cannot be written; earlier ones are intact."""
 
 
 class Stopped(UserError):
-    """The run ended before it was finished, and the same command goes on: after a signal, or at its budget's end."""
+    """The run stopped early, after a signal or at the end of its time budget; the same command resumes it."""
 
     def __init__(self, exit_code: int, found: str, fix: str = "") -> None:
         self.exit_code = exit_code
@@ -67,4 +67,4 @@ class Stopped(UserError):
 
 
 class SelfTestFailed(UserError):
-    """The trained adapter is not what it should be, so it is not called final."""
+    """The trained adapter failed its self-test, so it is not exported as final."""

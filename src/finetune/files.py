@@ -1,4 +1,4 @@
-"""Files as this program names, reads and writes them: whole or not at all, hashed, and sealed as folders."""
+"""Read and write files whole or not at all, hash them, and seal folders."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shown(path: Path) -> Path:
-    """`path` as it is typed in the project's root, where that is the working directory; an image has another root."""
+    """`path` relative to the project's root, if that is the working directory; otherwise unchanged."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) and Path.cwd() == ROOT else path
 
 
 def quoted(path: Path) -> str:
-    """`path` as a command to paste takes it, whatever is in its name."""
+    """`path` quoted for a shell command."""
     return shlex.quote(str(shown(path)))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: another name, fsync, rename."""
+    """Write `path` whole or not at all: to a temporary name, fsync, rename."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -40,12 +40,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`content` as readable JSON, written whole or not at all."""
+    """Write `content` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """The document in `path`. Raises OSError, and ValueError where it is not JSON."""
+    """The JSON document in `path`. Raises OSError, or ValueError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
@@ -53,7 +53,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in `path`, one per line; none where it is absent, and not a line that a kill cut short."""
+    """The JSON objects in `path`, one per line, without a line that a kill cut short; empty if there is no file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace") as lines:
@@ -61,7 +61,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """One line per entry, written whole or not at all."""
+    """Write one line per entry, whole or not at all."""
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -80,25 +80,25 @@ def sha256(path: Path) -> str:
 
 
 class HashedFile(io.RawIOBase):
-    """The bytes of a file, hashed and counted as they are read."""
+    """A file whose bytes are hashed and counted as they are read."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.bytes_read = str(path), 0
         self._file, self._digest = path.open("rb", buffering=0), hashlib.sha256()
 
     def readable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the file; how many bytes came."""
+        """Fill `buffer` from the file; returns the number of bytes read."""
         count = self._file.readinto(buffer) or 0
         self._digest.update(memoryview(buffer)[:count])
         self.bytes_read += count
         return count
 
     def sha256(self) -> str:
-        """Of the whole file: what nobody has read is read now."""
+        """Hex digest of the whole file; reads what has not been read yet."""
         rest = bytearray(2**20)
         while self.readinto(rest):
             pass
@@ -111,7 +111,7 @@ class HashedFile(io.RawIOBase):
 
 
 def share(folder: Path) -> None:
-    """Give the files in `folder` the mode that the umask gave the folder itself; safetensors writes each with 0600."""
+    """Give the files in `folder` the folder's own mode, which follows the umask; safetensors writes them with 0600."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mode & 0o666 != mode:
@@ -119,7 +119,7 @@ def share(folder: Path) -> None:
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Mark `folder` as whole and share it: every file's sha256, and `facts` such as step, eval_loss and fingerprint."""
+    """Seal `folder`: record every file's sha256 and `facts` such as step, eval_loss and fingerprint; share it."""
     share(folder)
     files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     files.pop(SEAL, None)
@@ -132,7 +132,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The facts of a sealed folder. Raises ValueError with what is wrong where a file is missing, changed or new."""
+    """The facts of a sealed folder. Raises ValueError with the reason if a file is missing, changed or new."""
     sealed = seal_facts(folder)
     for name, digest in sealed["files"].items():
         if not (folder / name).is_file():
@@ -146,7 +146,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
 
 
 def seal_facts(folder: Path) -> dict[str, Any]:
-    """What the seal says, not compared with the files. Raises ValueError where there is none, or a broken one."""
+    """The facts in the seal, without checking the files. Raises ValueError if the seal is missing or damaged."""
     if not (folder / SEAL).is_file():
         raise ValueError(f"no {SEAL}: its save was not finished")
     try:
@@ -161,15 +161,15 @@ def seal_facts(folder: Path) -> dict[str, Any]:
 
 
 def resolve(path: str) -> Path:
-    """A path from a config: relative ones are from the project's root, whatever the working directory."""
+    """A path from a config; a relative one starts at the project's root, not at the working directory."""
     try:
         return ROOT / Path(path).expanduser()
-    except RuntimeError:  # ~name of nobody on this machine
+    except RuntimeError:  # ~name of an unknown user
         return ROOT / path
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder below output.dir. Raises ConfigError where that cannot be."""
+    """Make a folder in output.dir. Raises ConfigError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -178,6 +178,6 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        take = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
-        fix = f"{take}set it to a folder that can be written"
+        chown = "make it yours (sudo chown -R $(id -u) FOLDER), or " if error.errno == errno.EACCES else ""
+        fix = f"{chown}set it to a writable folder"
         raise ConfigError(f"output.dir: {shown(folder)}: {error.strerror}", fix=fix) from None

@@ -1,4 +1,4 @@
-"""Small pieces of wording that every message shares: counts, durations, values, text that is safe for a terminal."""
+"""Wording that all messages share: counts, durations, values, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def _silent(*_: str) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What becomes of the words that long work has to say: by default nothing, or methods of a Terminal."""
+    """Where long work reports to: nowhere by default, or to methods of a Terminal."""
 
-    progress: Callable[[str], None] = _silent  # how far it has come
+    progress: Callable[[str], None] = _silent  # how much is done
     decision: Callable[[str, str], None] = _silent  # what, and its reason
     warn: Callable[[str], None] = _silent
 
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(time: datetime, now: datetime | None = None) -> str:
-    """`2026-12-24 14:05 CET`; as said at `now`: `14:05 CET`, `Tue 14:05 CET`, `24 Dec 14:05 CET`. Both have zones."""
+    """`2026-12-24 14:05 CET`; relative to `now`: `14:05 CET`, `Tue 14:05 CET`, `24 Dec 14:05 CET`. Both have zones."""
     if now is None:
         return f"{time:%Y-%m-%d %H:%M %Z}"
     day = "" if time.date() == now.date() else f"{time:%a} " if time - now < timedelta(days=6) else f"{time:%d %b} "
@@ -41,7 +41,7 @@ def clock(time: datetime, now: datetime | None = None) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` for a terminal: control and direction characters escaped, so that data cannot write escape sequences."""
+    """Escape control and direction characters in `text`, so that data cannot write escape sequences to a terminal."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     joiners = "\n\u200c\u200d"  # the last two join letters and emoji
     return "".join(
@@ -58,19 +58,19 @@ def counted(count: int, noun: str) -> str:
 
 
 def listed(items: Sequence[object], most: int) -> str:
-    """`a, b and 3 more`: the first `most` of `items`, and how many are left."""
+    """`a, b and 3 more`: the first `most` of `items`, and how many were left out."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(map(str, items[:most])) + more
 
 
 def lines(items: Sequence[object], most: int) -> str:
-    """The first `most` of `items`, indented, one per line, and a last line that says how many are left."""
+    """The first `most` of `items`, indented, one per line, then how many were left out."""
     more = [f"... and {len(items) - most} more"] if len(items) > most else []
     return "\n".join(f"  {item}" for item in [*items[:most], *more])
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type where it has no text."""
+    """The first line of an error's text, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -88,7 +88,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: `'fast' (text)`, short, control characters escaped."""
+    """A value as messages quote it, such as `'fast' (text)`: shortened, control characters escaped."""
     names = {str: "text", bool: "true/false", int: "whole number", float: "number", dict: "section", list: "list"}
     if value is None:
         return "null"
@@ -97,5 +97,5 @@ def show(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` for one line of a terminal."""
+    """`text` as one line for a terminal."""
     return clean(text).replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""Checks in the terminal: their lines, their colour, and nothing that was found steers it."""
+"""Checks in the terminal: their lines, their color, and nothing that was found steers it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.pseudo_terminal import Tty
 
 
 @pytest.fixture(autouse=True)
-def colour_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def color_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
@@ -51,7 +51,7 @@ def test_checks_stand_under_their_title_each_with_its_status_in_a_word() -> None
     )
 
 
-def test_on_a_terminal_the_status_and_the_arrow_have_its_colour() -> None:
+def test_on_a_terminal_the_status_and_the_arrow_have_its_color() -> None:
     assert checked(Tty(), *RESULTS[:2], RESULTS[3]) == (
         "\033[1mvalidate\033[0m\n"
         "  \033[32mpass\033[0m  gpu.driver               driver 550.90.07\n"

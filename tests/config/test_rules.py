@@ -62,7 +62,7 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         ),
         (
             ["model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16", "training.fused_lora=true"],
-            "training.fused_lora: true does not work beside model.dtype bfloat16 without autocast (training.bf16: "
+            "training.fused_lora: true does not work with model.dtype bfloat16 and no autocast (training.bf16: "
             "false): adapters would lose their precision; set it to false",
         ),
         (
@@ -71,16 +71,16 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         ),
         (
             ["training.bf16=true"],
-            "training.bf16: true beside model.dtype float32; set model.dtype: bfloat16 or bf16: false",
+            "training.bf16: true, but model.dtype is float32; set model.dtype: bfloat16 or bf16: false",
         ),
         (
             ["platform=h100", "model.attn_implementation=torch_varlen", "training.optim=adamw_torch"],
-            "model.attn_implementation: torch_varlen beside model.dtype float32, which it does not compute in; "
+            "model.attn_implementation: torch_varlen does not support model.dtype float32; "
             "set model.dtype: bfloat16, or this to sdpa",
         ),
         (
             ["quantization.bnb_4bit_compute_dtype=bfloat16"],
-            "quantization.bnb_4bit_compute_dtype: bfloat16 beside model.dtype float32; set both to the same",
+            "quantization.bnb_4bit_compute_dtype: bfloat16, but model.dtype is float32; set both to the same",
         ),
         (
             ["quantization.load_in_4bit=false"],
@@ -99,8 +99,8 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         ),
         (
             ["platform=m4", "model.max_seq_length=4096", "training.per_device_train_batch_size=9"],
-            "training.per_device_train_batch_size: 9 x model.max_seq_length 4096 is 36,864 tokens in one backward; "
-            "with more than 32,768 gradients are wrong on Apple silicon (m4), pytorch#177116; set it to 8",
+            "training.per_device_train_batch_size: 9 x model.max_seq_length 4096 is 36,864 tokens in one backward "
+            "pass; above 32,768, gradients are wrong on Apple silicon (m4), pytorch#177116; set it to 8",
         ),
         (["tracking.run_name=../x"], f"tracking.run_name: found '../x' (text), {NAMES}"),
         (["tracking.run_name=a/b"], f"tracking.run_name: found 'a/b' (text), {NAMES}"),
@@ -167,7 +167,7 @@ def test_the_demo_model_that_is_not_made_yet_comes_with_the_command(
     for module in (files, rules):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     path = written(tmp_path, "model:\n  name: models/demo-135m\n")
-    wanted = f"models/demo-135m is not there; type: {command('scripts/make_demo_model.py')}"
+    wanted = f"models/demo-135m does not exist; run: {command('scripts/make_demo_model.py')}"
     assert problems(path) == (f"{path}:2  model.name: {wanted}",)
     (tmp_path / "models" / "demo-135m").mkdir(parents=True)
     assert load(path).model.name == "models/demo-135m"
@@ -188,14 +188,14 @@ def test_a_base_model_that_is_no_folder_is_a_config_error_whatever_its_form(name
 def test_a_training_file_is_named_once(local_model: str) -> None:
     setting = "dataset.train_file=[data/a.jsonl, b.jsonl, {path: ./data/x/../a.jsonl, weight: 2}]"
     assert problems("cpu", local_model, setting) == (
-        f"--set {setting}  dataset.train_file: data/a.jsonl is there twice; name it once, or to repeat its rows type "
+        f"--set {setting}  dataset.train_file: data/a.jsonl is listed twice; list it once, or to repeat its rows type "
         "{path: data/a.jsonl, weight: 2}",
     )
 
 
 def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
     assert problems("cpu", local_model, "training.lr_scheduler_type=constant")[0].endswith(
-        "training.warmup_ratio: 0.03 beside lr_scheduler_type constant, which has no warm-up; set it to 0, "
+        "training.warmup_ratio: 0.03, but lr_scheduler_type constant has no warmup; set it to 0, "
         "or lr_scheduler_type: constant_with_warmup"
     )
     load("cpu", local_model, "training.lr_scheduler_type=constant", "training.warmup_ratio=0")

@@ -56,7 +56,7 @@ def test_a_typo_of_a_key_or_of_a_synonym_comes_with_the_key_that_was_meant(path:
         ),
         (
             "training.neftune_noise_alpha",
-            "not offered; against over-fitting there are lora.lora_dropout and training.early_stopping_patience",
+            "not offered; to limit overfitting, set lora.lora_dropout or training.early_stopping_patience",
         ),
         ("training.max_grad_value", "not offered; gradients are clipped by their norm; set training.max_grad_norm"),
         ("deepspeed", "not offered; a run uses one GPU"),

@@ -176,7 +176,7 @@ def test_a_file_of_windows_is_read_with_its_path_as_place(tmp_path: Path) -> Non
     ("content", "problem"),
     [
         ("name: café\n".encode("latin-1"), "not UTF-8 at byte 9; save it as UTF-8"),
-        (b"#" * 1_000_001, "1000001 bytes, at most 1000000 are read"),
+        (b"#" * 1_000_001, "1000001 bytes is too large; the limit is 1000000"),
         (None, "No such file or directory; see --config in --help"),
     ],
 )

@@ -164,7 +164,7 @@ def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_o
     assert len(lines(few.train) + lines(few.validation)) == few.files["train"]["rows"] == 135
     assert few.split_reason == (
         "no validation file: 25% of the rows, chosen by content, are held out; "
-        f"of {case.train} only the first 135 rows are read (dataset.max_rows)"
+        f"only the first 135 rows of {case.train} are read (dataset.max_rows)"
     )
 
 
@@ -174,7 +174,7 @@ def test_a_validation_file_stays_whole_however_few_training_rows_are_read(two_fi
     assert (lines(prepared.train), lines(prepared.validation)) == ([1, 2, 3], [1, 2, 3, 4])
     assert prepared.split_reason == (
         f"validation rows are those of {two_files.validation}; "
-        f"of {two_files.train} only the first 3 rows are read (dataset.max_rows)"
+        f"only the first 3 rows of {two_files.train} are read (dataset.max_rows)"
     )
 
 
@@ -544,7 +544,7 @@ def test_of_each_training_file_only_so_many_rows_are_read(several: Case) -> None
     assert len(set(places(prepared.train) + places(prepared.validation))) == 10
     assert prepared.split_reason == (
         "no validation file: 50% of the rows, chosen by content, are held out; "
-        "of each training file only the first 5 rows are read (dataset.max_rows)"
+        "only the first 5 rows of each training file are read (dataset.max_rows)"
     )
 
 

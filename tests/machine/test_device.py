@@ -73,7 +73,7 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
     with pytest.raises(CheckFailed) as failure:
         device.prepare_device(PLATFORMS[name])
     assert str(failure.value) == (
-        f"device: this config is for {label} ({name}), and torch {torch.__version__} sees none; "
+        f"device: this config is for {label} ({name}), but torch {torch.__version__} sees none; "
         "try --config cpu, or --dry-run, which needs no device"
     )
     device.prepare_device(PLATFORMS["cpu"])

@@ -14,7 +14,7 @@ from finetune.model.generate import TOGETHER, Listener, Reply, reply_to, stream_
 from finetune.model.load import load_base
 from finetune.model.lora import add_lora
 
-QUESTIONS = ("What is two plus one?", "Why?", "Name a colour that is neither red nor blue, and say why you like it.")
+QUESTIONS = ("What is two plus one?", "Why?", "Name a color that is neither red nor blue, and say why you like it.")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def test_a_number_of_layers_has_no_effect_without_checkpointing(value: str) -> N
     setting = f"training.checkpointed_layers={value}"
     with pytest.raises(ConfigError) as refused:
         load("training.gradient_checkpointing=false", setting)
-    text = f"{value} has no effect beside gradient_checkpointing false; set that to true, or this to all"
+    text = f"{value} has no effect with gradient_checkpointing: false; set that to true, or this to all"
     assert str(refused.value) == f"config: 1 problem\n  --set {setting}  training.checkpointed_layers: {text}"
 
 

@@ -311,7 +311,7 @@ def test_memory_that_nobody_could_read_is_no_problem() -> None:
 
 def test_a_limit_of_the_rows_is_told_with_what_takes_it_away() -> None:
     assert planned(50, "training.max_steps=100", "dataset.max_rows=40").problems == [
-        "dataset.max_rows is 40: of data/processed/train.jsonl only the first 40 rows are read; "
+        "dataset.max_rows is 40: only the first 40 rows of data/processed/train.jsonl are read; "
         "--set dataset.max_rows=null reads all"
     ]
 
@@ -327,8 +327,8 @@ def on_the_mac(tokens: int, *settings: str, machine: Machine = LAPTOP, working_s
 def test_more_tokens_than_a_mac_trains_on_in_a_night_are_a_problem_with_what_to_type() -> None:
     plan = on_the_mac(1_000_000)
     assert plan.problems == [
-        "3,000,000 tokens in all epochs take 16.7-33.3 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
-        "measured); 12 h are 1.1-2.2 million; --set dataset.max_rows=3600 keeps within that, or train on the H100 "
+        "3,000,000 tokens over all epochs take 16.7-33.3 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 12 h are 1.1-2.2 million; --set dataset.max_rows=3600 fits into that, or train on the H100 "
         "(--config h100)"
     ]
     assert (plan.hours, plan.hours_from) == (None, None)  # nothing was measured
@@ -354,8 +354,8 @@ def test_a_time_budget_is_what_a_night_is_compared_with() -> None:
     assert on_the_mac(1_000_000, "training.time_budget_hours=40").problems == []
     (problem,) = on_the_mac(360_000, "training.time_budget_hours=10").problems
     assert problem == (
-        "1,080,000 tokens in all epochs take 6.0-12.0 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
-        "measured); 10 h are 0.9-1.8 million; --set dataset.max_rows=8333 keeps within that, or train on the H100 "
+        "1,080,000 tokens over all epochs take 6.0-12.0 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 10 h are 0.9-1.8 million; --set dataset.max_rows=8333 fits into that, or train on the H100 "
         "(--config h100)"
     )
 
@@ -369,8 +369,8 @@ def test_of_another_base_no_hours_are_expected() -> None:
 def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller() -> None:
     (problem,) = on_the_mac(1_000_000, "training.max_steps=62").problems  # 31 an epoch
     assert problem == (
-        "2,000,000 tokens in all epochs take 11.1-22.2 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
-        "measured); 12 h are 1.1-2.2 million; --set training.max_steps=33 keeps within that, or train on the H100 "
+        "2,000,000 tokens over all epochs take 11.1-22.2 h on m4 (25-50 tokens/s, by arithmetic for 10 GPU cores, not "
+        "measured); 12 h are 1.1-2.2 million; --set training.max_steps=33 fits into that, or train on the H100 "
         "(--config h100)"
     )
     assert on_the_mac(1_000_000, *suggested(problem)).problems == []
@@ -406,8 +406,8 @@ def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.M
 
     assert problems(70) == []  # 16.7-33.3 h by arithmetic
     assert problems(50) == [
-        "3,000,000 tokens in all epochs take 16.7 h on m4 (50 tokens/s on Apple M4, benchmarks/results/mac.json, "
-        "evaluations not counted); 12 h are 2.2 million; --set dataset.max_rows=7199 keeps within that, or train on "
+        "3,000,000 tokens over all epochs take 16.7 h on m4 (50 tokens/s on Apple M4, benchmarks/results/mac.json, "
+        "evaluations not counted); 12 h are 2.2 million; --set dataset.max_rows=7199 fits into that, or train on "
         "the H100 (--config h100)"
     ]
 
@@ -420,8 +420,8 @@ def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_wha
     rows = dataclasses.replace(TRAIN, rows=1_000_000, tokens=250_000_000)
     plan = make_plan(load(), Data(rows, VALIDATION, 61_036, 250_000_000, 100, 20_000), MISTRAL_7B, H100)
     assert plan.problems == [
-        "750,000,000 tokens in all epochs take 18.9-37.9 h on h100 (5,500-11,000 tokens/s, by arithmetic, not "
-        "measured); 24 h are 475.2-950.4 million; --set dataset.max_rows=633599 keeps within that"
+        "750,000,000 tokens over all epochs take 18.9-37.9 h on h100 (5,500-11,000 tokens/s, by arithmetic, not "
+        "measured); 24 h are 475.2-950.4 million; --set dataset.max_rows=633599 fits into that"
     ]
 
 

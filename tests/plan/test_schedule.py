@@ -102,7 +102,7 @@ def test_a_run_that_cannot_end_in_time_is_refused_with_all_that_would_fit() -> N
         "time budget: steps 1 to 1,000 take 3.0 h, training.time_budget_hours 2 has 1.8 h left; what would fit:\n"
         "  --set training.time_budget_hours=3.3\n"
         "  --set training.num_train_epochs=1.46\n"
-        "  --set training.time_budget_partial=true  (stops at about step 591; the same command then goes on from there)"
+        "  --set training.time_budget_partial=true  (stops at about step 591; the same command then resumes from there)"
     )
 
 
@@ -112,7 +112,7 @@ def test_a_run_of_so_many_steps_is_told_how_many_would_fit() -> None:
         "time budget: steps 1 to 1,000 take 3.0 h, training.time_budget_hours 2 has 1.8 h left; what would fit:\n"
         "  --set training.time_budget_hours=3.3\n"
         "  --set training.max_steps=585\n"
-        "  --set training.time_budget_partial=true  (stops at about step 591; the same command then goes on from there)"
+        "  --set training.time_budget_partial=true  (stops at about step 591; the same command then resumes from there)"
     )
 
 
@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_is_not_told_to_be_shorter_since_that_would_be_anothe
     assert refusal(training("time_budget_hours=1"), schedule, 60) == (
         "time budget: steps 501 to 1,000 take 88 min, training.time_budget_hours 1 has 59 min left; what would fit:\n"
         "  --set training.time_budget_hours=1.6\n"
-        "  --set training.time_budget_partial=true  (stops at about step 818; the same command then goes on from there)"
+        "  --set training.time_budget_partial=true  (stops at about step 818; the same command then resumes from there)"
     )
 
 
@@ -136,7 +136,7 @@ def test_a_budget_that_is_over_before_the_first_step_is_refused_in_either_case(p
 
 def test_a_part_of_a_run_starts_and_says_how_far_it_comes() -> None:
     configured = training("time_budget_hours=2", "time_budget_partial=true")
-    said = "enough until about step 617 of 1,000; the same command then goes on from there"
+    said = "enough until about step 617 of 1,000; the same command then resumes from there"
     assert check_budget(configured, LONG, PACE, 600) == said
 
 

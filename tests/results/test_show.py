@@ -20,7 +20,7 @@ from support.pseudo_terminal import Tty
 
 
 @pytest.fixture(autouse=True)
-def colour_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def color_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 

@@ -171,7 +171,7 @@ def test_a_device_that_is_not_here_is_told(taught: Taught) -> None:
     with pytest.raises(CheckFailed) as error:
         Adapter(taught.run, config).load(SILENT)
     found, fix = str(error.value).rsplit("; ", 1)
-    assert re.match(r"device: this config is for .* \(\w+\), and torch [\w.+]+ sees none$", found)
+    assert re.match(r"device: this config is for .* \(\w+\), but torch [\w.+]+ sees none$", found)
     assert fix == f"{PYTHON} scripts/check_gpu.py says what this machine has"
 
 

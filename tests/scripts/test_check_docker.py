@@ -126,7 +126,7 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         [fail("driver", "driver 470.256.02; CUDA 12 needs 525 or newer", DRIVER),
         skip("device", "needs docker.driver")]),
     "another GPU": (machine(gpus=["NVIDIA A100-SXM4-80GB"]),
-        [warn("device", "NVIDIA A100-SXM4-80GB, an NVIDIA GPU, but no H100: hours and memory differ",
+        [warn("device", "NVIDIA A100-SXM4-80GB, an NVIDIA GPU but not an H100: hours and memory differ",
         "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for; "
         "if not: docker compose build --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0")]),
     "no Docker": (silent("absent"),

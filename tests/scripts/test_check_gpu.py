@@ -64,7 +64,7 @@ def shown(
 
 
 CUDA = "PyTorch: 2.10.0+cu128 for CUDA 12.8 sees the GPU\n"
-OTHER = ", an NVIDIA GPU, but no H100: hours and memory differ"
+OTHER = ", an NVIDIA GPU but not an H100: hours and memory differ"
 MPS = "PyTorch: 2.14.1 sees the Mac's GPU\n"
 NOT_MPS = Torch("2.14.1", mps_built=True)
 
@@ -121,11 +121,11 @@ NOT_MPS = Torch("2.14.1", mps_built=True)
         ),
         (M4_16, NOT_MPS, "accelerator: Apple M4\n  16.0 GiB of unified memory, 9.0 free\nconfig: "
             "configs/training_config_m4.yaml (found Apple silicon with 16 GiB of unified memory)\nPyTorch: 2.14.1 "
-            "is built with MPS and cannot use it\n"),
+            "is built with MPS but cannot use it\n"),
         (
             M2_32,
             M4_TORCH,
-            "accelerator: Apple M2 Max, Apple silicon, but no M4: hours and memory differ\n"
+            "accelerator: Apple M2 Max, Apple silicon but not an M4: hours and memory differ\n"
             "  32.0 GiB of unified memory, 20.5 free\n"
             "config: configs/training_config_m4.yaml (found Apple silicon with 32 GiB of unified memory)\n" + MPS,
         ),

@@ -203,7 +203,7 @@ def test_without_a_file_the_usage_is_shown(run: Run) -> None:
 # For people -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_colour_the_tokens_with_loss_carry_a_caret(run: Run, tmp_path: Path) -> None:
+def test_without_color_the_tokens_with_loss_carry_a_caret(run: Run, tmp_path: Path) -> None:
     code, out, err = run(written(tmp_path, ("Hello", "Hi there", "Bye", "So long")))
     assert (code, err) == (0, "")
     heading, note, pieces, empty = out.split("\n", 3)
@@ -271,16 +271,16 @@ def test_turns_of_weight_0_and_all_but_the_last_of_train_on_last_carry_no_caret(
 STEERING = "\033[31m \033]0;title\a \r \b \x7f \x9b31m \u202e \u2066 \u200b \u2028 \ufeff \x00 \x1b\\"
 
 
-@pytest.mark.parametrize("coloured", [False, True], ids=["plain", "coloured"])
+@pytest.mark.parametrize("colored", [False, True], ids=["plain", "colored"])
 def test_control_characters_in_the_data_never_reach_the_terminal_raw(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coloured: bool
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, colored: bool
 ) -> None:
-    terminal = Tty() if coloured else io.StringIO()
+    terminal = Tty() if colored else io.StringIO()
     monkeypatch.setattr(sys, "stdout", terminal)
     path = written(tmp_path, (f"Say {STEERING}", f"So: {STEERING}"))
     code, _, err = run(path)
     assert (code, err) == (0, "")
-    ours = re.sub(r"\033\[(?:0|1|2|32)m", "", terminal.getvalue()) if coloured else terminal.getvalue()
+    ours = re.sub(r"\033\[(?:0|1|2|32)m", "", terminal.getvalue()) if colored else terminal.getvalue()
     assert [character for character in ours if not character.isprintable() and character != "\n"] == []
     assert "\\x1b" in ours
     assert len(ours.splitlines()) == 4

@@ -279,7 +279,7 @@ def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
     return shown.decode()
 
 
-def test_colour_is_for_terminals_that_want_it(environment: dict[str, str], tmp_path: Path) -> None:
+def test_color_is_for_terminals_that_want_it(environment: dict[str, str], tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPT), "--config", "cpu", "--set", f"model.name={tmp_path}", "--only", "host.python",
     ]  # fmt: skip

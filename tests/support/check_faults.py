@@ -533,7 +533,7 @@ FAULTS = (
           lambda b: b.torch_says(mps_built=False, sees_mps=False, working_set_gib=None),
           fail("mac.torch", "torch 2.14.1 is built without MPS", NEW_VENV)),
     fault("torch cannot use MPS", "m4", lambda b: b.torch_says(sees_mps=False, working_set_gib=None),
-          fail("mac.torch", "torch 2.14.1 is built with MPS and cannot use it",
+          fail("mac.torch", "torch 2.14.1 is built with MPS but cannot use it",
                "log in to the Mac's own desktop once, update macOS, then try again")),
     fault("a Mac with 16 GB", "m4", lambda b: (b.has(M4_16), b.torch_says(working_set_gib=11.5)),
           warn("mac.chip", "Apple M4, 16 GiB of unified memory; the m4 config is made for 32",
@@ -795,7 +795,7 @@ FAULTS = (
     # The run
     fault("fewer steps than eval_steps", "cpu", lambda b: b.set("training.eval_steps=100", "training.save_steps=100"),
           warn("plan.steps",
-               "10 steps of 2, 1 of warm-up, evaluations 2, checkpoints 1; 10 steps, but training.eval_steps is "
+               "10 steps of 2, 1 of warmup, evaluations 2, checkpoints 1; 10 steps, but training.eval_steps is "
                "100: evaluated only before and after",
                "--set training.eval_steps=2 --set training.save_steps=2 evaluates every 2")),
     fault("a run larger than this machine's free memory", "cpu", lambda b: b.has(memory_free_gib=1.4),
@@ -807,9 +807,9 @@ FAULTS = (
           warn("plan.hours", "30.0 h expected, training.time_budget_hours is 2",
                "--set training.num_train_epochs=0.2, or --set training.time_budget_hours=33.0")),
     fault("more tokens than a Mac trains on in a night", "m4", two_nights,
-          warn("plan.hours", "3,024,000 tokens in all epochs take 16.8-33.6 h on m4 (25-50 tokens/s, by arithmetic for "
-               "10 GPU cores, not measured); 12 h are 1.1-2.2 million",
-               "--set dataset.max_rows=3571 keeps within that, or train on the H100 (--config h100)")),
+          warn("plan.hours", "3,024,000 tokens over all epochs take 16.8-33.6 h on m4 (25-50 tokens/s, by arithmetic "
+               "for 10 GPU cores, not measured); 12 h are 1.1-2.2 million",
+               "--set dataset.max_rows=3571 fits into that, or train on the H100 (--config h100)")),
     fault("wandb without a key", "h100", lambda b: b.patch.delenv("WANDB_API_KEY"),
           warn("tracking.wandb", f"wandb will be offline: no WANDB_API_KEY; {FILES}",
                f"export WANDB_API_KEY=..., or {SYNC}")),
@@ -823,7 +823,7 @@ FAULTS = (
           fail("state.run",
                "/bench/adapters/demo-cpu is being written by pid 4711 on gpu-1, started 2027-03-01 10:00 CET; "
                "wait for it, or stop it with: kill 4711",
-               "--fresh starts another run beside it")),
+               "--fresh starts another run next to it")),
     fault("the newest checkpoint is damaged", "cpu", lambda b: (b.checkpoint(4), damage(b.checkpoint(8))),
           warn("state.run",
                "would go on from checkpoint-4; checkpoint-8 is not whole (adapter_model.safetensors is not what "

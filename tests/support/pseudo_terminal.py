@@ -24,7 +24,7 @@ class Tty(io.StringIO):
 
 
 def screen(written: str) -> list[str]:
-    """The lines that a terminal shows after `written`, without colours: what follows a carriage return overwrites.
+    """The lines that a terminal shows after `written`, without colors: what follows a carriage return overwrites.
 
     Readline's switching of what a paste is shows nothing.
     """

@@ -18,7 +18,7 @@ def _mps(preflight: Preflight) -> Finding:
     if not found.mps_built:
         return failed(f"torch {found.version} is built without MPS", preflight.platform.repair)
     if not found.sees_mps:
-        text = f"torch {found.version} is built with MPS and cannot use it"
+        text = f"torch {found.version} is built with MPS but cannot use it"
         return failed(text, "log in to the Mac's own desktop once, update macOS, then try again")
     return passed(f"torch {found.version} sees the GPU")
 

@@ -24,7 +24,7 @@ from finetune.runs.folder import Run
 def _steps(preflight: Preflight) -> Finding:
     plan = preflight.plan
     found = (
-        f"{plan.steps:,} steps of {plan.effective_batch_size}, {plan.warmup_steps:,} of warm-up, "
+        f"{plan.steps:,} steps of {plan.effective_batch_size}, {plan.warmup_steps:,} of warmup, "
         f"evaluations {plan.evaluations:,}, checkpoints {plan.checkpoints:,}"
     )
     problem = plan.schedule_problem(preflight.config.training.eval_steps)

@@ -19,9 +19,9 @@ def _state(preflight: Preflight) -> Finding:
 
     folder, finished = find_run(preflight.config, fresh=False)
     if finished:
-        return passed(f"{folder.name} is finished; --fresh would start a new run beside it")
+        return passed(f"{folder.name} is finished; --fresh would start a new run next to it")
     if holder := lock_holder(folder):
-        return failed(f"{folder} is being written by {holder}", "--fresh starts another run beside it")
+        return failed(f"{folder} is being written by {holder}", "--fresh starts another run next to it")
     checkpoints = folder / "checkpoints"
     if not any(checkpoints.glob("*")):
         return passed(f"would start {folder.name} from step 0")

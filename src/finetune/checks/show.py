@@ -41,12 +41,12 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
 
 def show_result(terminal: Terminal, result: Result) -> None:
     """A check's status in a word, what was found, and what to type where something is wrong."""
-    word, colour = STATUSES[result.status]
+    word, color = STATUSES[result.status]
     detail = _indented(result.detail, DETAIL_COLUMN)
-    terminal.say(f"  {terminal.paint(word, colour)}  {result.id:<{DETAIL_COLUMN - 9}} {detail}")
+    terminal.say(f"  {terminal.paint(word, color)}  {result.id:<{DETAIL_COLUMN - 9}} {detail}")
     if result.fix:
         fix = _indented(result.fix, DETAIL_COLUMN + 3)
-        terminal.say(" " * DETAIL_COLUMN + terminal.paint("-> ", colour) + fix)
+        terminal.say(" " * DETAIL_COLUMN + terminal.paint("-> ", color) + fix)
 
 
 def _indented(text: str, columns: int) -> str:

@@ -1,4 +1,4 @@
-"""Which base model `model.name` may mean: Mistral's on the Hub, or a folder."""
+"""What `model.name` may be: Mistral's model on the Hub, or a local folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
 
 
 def is_local(name: str) -> bool:
-    """Whether `model.name` is a folder here rather than a Hub id."""
+    """Whether `model.name` is a local folder rather than a Hub id."""
     try:
         return resolve(name).is_dir()
-    except OSError:  # too long, or not ours to look at
+    except OSError:  # name too long, or no permission
         return False

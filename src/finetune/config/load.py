@@ -1,6 +1,6 @@
-"""The config: one frozen, typed tree from the base file, the platform's file and `--set`; all problems at once.
+"""Load the config: base file, platform's file and `--set` become one frozen tree, or all problems at once.
 
-What a config means for one platform is checked by rules.py; the types and bounds of its keys are schema.py's.
+schema.py has the types and bounds of the keys; rules.py checks which values work together and on the platform.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BASE_FILE = ROOT / "configs" / "training_config.yaml"
 
 
 def config_file(choice: str | None) -> tuple[Path, str]:
-    """The file that `--config` names (a path, or a platform's name) and why; without one, the detected platform's."""
+    """The file for `--config` (a path or a platform's name) and the reason; without it, the detected platform's."""
     if choice is None:
         platform, reason = choose(read_machine())
         return shown(ROOT / "configs" / f"training_config_{platform.name}.yaml"), reason
@@ -44,12 +44,12 @@ def config_file(choice: str | None) -> tuple[Path, str]:
 
 
 def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Config, str]:
-    """The resolved config and one sentence on which file it comes from and why.
+    """The resolved config, and a sentence with its file and the reason for it.
 
-    Raises ConfigError with every problem: unknown, missing and duplicate keys, wrong types and values, and combinations
-    that the platform cannot honour.
+    Raises ConfigError with all problems: unknown, missing and duplicate keys, wrong types and values, and combinations
+    that do not work.
     """
-    from finetune.config import problems, rules, schema  # pydantic costs 0.1 s, and --help does without
+    from finetune.config import problems, rules, schema  # pydantic takes 0.1 s, and --help does not need it
 
     path, reason = config_file(choice)
     merged, places = yaml_file.read(BASE_FILE)
@@ -78,15 +78,15 @@ def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Confi
 
 
 def _by_line(problem: str) -> list[str | int]:
-    # Digits as numbers, so that line 9 comes before line 10.
+    # Compare digits as numbers, so that line 9 comes before line 10.
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"([0-9]{1,18})", problem))]
 
 
 def _with_attention(config: Config) -> tuple[Config, str]:
-    """For `auto` the platform's first attention that is installed, and a clause that says so.
+    """Replace `auto` by the platform's first installed attention, and return a clause that says so.
 
-    So a run's plan, record and fingerprint contain a name, and another name is a changed config. PyTorch brings all of
-    them but flash-attn, which is not imported here.
+    Plan, manifest and fingerprint then contain its name, so a different one counts as a changed config. PyTorch has all
+    of them except flash-attn, which is only looked up, not imported.
     """
     if config.model.attn_implementation != "auto":
         return config, ""
@@ -98,7 +98,7 @@ def _with_attention(config: Config) -> tuple[Config, str]:
 
 
 def _with_run_name(config: Config, path: Path) -> Config:
-    """Stable from the config file's name, so that the same command means the same run."""
+    """Name the run after its config file if it has no name, so that the same command resumes it."""
     if config.tracking.run_name is not None:
         return config
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in our words: pydantic's errors translated, all of them at once."""
+"""Turn pydantic's validation errors into our own messages, all at once."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ BOUNDS = {"gt": "more than", "ge": "at least", "le": "at most"}
 
 @dataclass
 class Problems:
-    """Collects problems, each with the place of its key."""
+    """Problems of a config, each with the file and line of its key."""
 
     places: dict[str, str]
     found: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, text: str) -> None:
-        """One more problem at the dotted `path`."""
+        """Add a problem of the key at the dotted `path`."""
         place = self.places.get(path, "")
         self.found.append(f"{place}  {path}: {text}" if place else f"{path}: {text}")
 
 
 def validated(model: type[Model], value: Any, problems: Problems, prefix: str = "") -> Model | None:
-    """An instance of `model`, or None where `problems` now holds what is wrong, each at its path below `prefix`."""
+    """An instance of `model`, or None if it is invalid; then adds each error to `problems`, its path below `prefix`."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -63,14 +63,14 @@ def validated(model: type[Model], value: Any, problems: Problems, prefix: str = 
 
 
 def _names(fault: ErrorDetails, known: dict[str, FieldInfo]) -> tuple[str, ...]:
-    """Section and key at fault; below a known key pydantic adds a union's member, a list's index, what is in there."""
+    """Section and key of an error, without what pydantic adds below a key (a union's member, a list's index)."""
     names = tuple(str(part) for part in fault["loc"])
     paths = (names[: length + 1] for length in range(len(names)))
     return next((path for path in paths if _is_leaf(known.get(".".join(path)))), names)
 
 
 def _is_leaf(field: FieldInfo | None) -> bool:
-    """Whether it is a key that is no section."""
+    """Whether this is a key rather than a section."""
     if field is None:
         return False
     return not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
@@ -97,13 +97,13 @@ def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo]
 
 
 def _bounds(field: FieldInfo) -> str:
-    """All bounds of a number, not only the one that it broke."""
+    """All bounds of a number, not only the violated one."""
     bounds = [(words, getattr(part, name, None)) for part in _parts(field) for name, words in BOUNDS.items()]
     return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
 
 def _choices(field: FieldInfo, value: Any) -> str:
-    """The names to choose from, and whether a number may be there too; then the nearest to `value`."""
+    """The allowed names, whether a number is allowed too, and the name nearest to `value`."""
     parts = [*_parts(field)]
     names = [part for part in parts if isinstance(part, str)]
     near = difflib.get_close_matches(str(value), names, 1)
@@ -112,7 +112,7 @@ def _choices(field: FieldInfo, value: Any) -> str:
 
 
 def _parts(field: FieldInfo) -> Iterator[Any]:
-    """What the type of a key is made of, at every depth: types, bounds, choices, marks."""
+    """All parts of a key's type, at any depth: types, bounds, choices, marks."""
     yield from field.metadata
     inner = [field.annotation]
     while inner:

@@ -1,4 +1,4 @@
-"""What a config means for one platform, and which of its values do not go together."""
+"""Which values work on a platform, and which do not work together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _base_model(config: Config, problems: Problems) -> None:
     if name == MISTRAL or is_local(name):
         return
     if resolve(name) == ROOT / "models" / "demo-135m":
-        problems.add("model.name", f"{name} is not there; type: {command('scripts/make_demo_model.py')}")
+        problems.add("model.name", f"{name} does not exist; run: {command('scripts/make_demo_model.py')}")
     else:
         problems.add("model.name", f"found {wording.show(name)}, wanted {MISTRAL} or a local folder that holds it")
 
@@ -43,8 +43,8 @@ def _backward(config: Config, problems: Problems) -> None:
         config.model.max_seq_length,
     )
     if row.backward_tokens is not None and rows * length > row.backward_tokens:
-        text = f"{rows} x model.max_seq_length {length} is {rows * length:,} tokens in one backward; with more than "
-        text += f"{row.backward_tokens:,} gradients are wrong on {row.label} ({row.name}), pytorch#177116"
+        text = f"{rows} x model.max_seq_length {length} is {rows * length:,} tokens in one backward pass; above "
+        text += f"{row.backward_tokens:,}, gradients are wrong on {row.label} ({row.name}), pytorch#177116"
         problems.add("training.per_device_train_batch_size", f"{text}; set it to {row.backward_tokens // length}")
 
 
@@ -53,13 +53,13 @@ def _precision(config: Config, problems: Problems) -> None:
         problems.add("training.fp16", "Mistral's activations overflow fp16; set training.bf16: true and fp16: false")
     if config.training.bf16 and config.model.dtype != "bfloat16":
         problems.add(
-            "training.bf16", f"true beside model.dtype {config.model.dtype}; set model.dtype: bfloat16 or bf16: false"
+            "training.bf16", f"true, but model.dtype is {config.model.dtype}; set model.dtype: bfloat16 or bf16: false"
         )
     if config.model.attn_implementation == "torch_varlen" and config.model.dtype != "bfloat16":
-        found = f"torch_varlen beside model.dtype {config.model.dtype}, which it does not compute in"
+        found = f"torch_varlen does not support model.dtype {config.model.dtype}"
         problems.add("model.attn_implementation", f"{found}; set model.dtype: bfloat16, or this to sdpa")
     if config.quantization.bnb_4bit_compute_dtype != config.model.dtype:
-        found = f"{config.quantization.bnb_4bit_compute_dtype} beside model.dtype {config.model.dtype}"
+        found = f"{config.quantization.bnb_4bit_compute_dtype}, but model.dtype is {config.model.dtype}"
         problems.add("quantization.bnb_4bit_compute_dtype", f"{found}; set both to the same")
 
 
@@ -86,7 +86,7 @@ def _schedule(config: Config, problems: Problems) -> None:
             "training.save_steps", f"{text}, so saved steps would have no eval_loss to rank by; set it to {nearest}"
         )
     if training.lr_scheduler_type == "constant" and training.warmup_ratio > 0:
-        text = f"{training.warmup_ratio:g} beside lr_scheduler_type constant, which has no warm-up"
+        text = f"{training.warmup_ratio:g}, but lr_scheduler_type constant has no warmup"
         problems.add("training.warmup_ratio", f"{text}; set it to 0, or lr_scheduler_type: constant_with_warmup")
     if training.max_steps == 0:
         problems.add("training.max_steps", "0 trains nothing; set a number of steps, or -1 for num_train_epochs")
@@ -101,7 +101,7 @@ def _time_budget(config: Config, problems: Problems) -> None:
 def _checkpointed_layers(config: Config, problems: Problems) -> None:
     found = config.training.checkpointed_layers
     if isinstance(found, int) and not config.training.gradient_checkpointing:
-        text = f"{found} has no effect beside gradient_checkpointing false; set that to true, or this to all"
+        text = f"{found} has no effect with gradient_checkpointing: false; set that to true, or this to all"
         problems.add("training.checkpointed_layers", text)
 
 
@@ -111,7 +111,7 @@ def cannot_fuse(config: Config) -> dict[str, str]:
     if not row.compiles:
         found["fused_kernels"] = f"does not work on {row.label} ({row.name})"
     if config.model.dtype == "bfloat16" and not config.training.bf16:
-        where = "beside model.dtype bfloat16 without autocast (training.bf16: false)"
+        where = "with model.dtype bfloat16 and no autocast (training.bf16: false)"
         found["fused_lora"] = f"does not work {where}: adapters would lose their precision"
     return found
 
@@ -126,7 +126,7 @@ def _train_files(config: Config, problems: Problems) -> None:
     paths = [os.path.normpath(resolve(file.path)) for file in config.dataset.train_files]
     twice = [file.path for file, path in zip(config.dataset.train_files, paths, strict=True) if paths.count(path) > 1]
     if twice:
-        text = f"{twice[0]} is there twice; name it once, or to repeat its rows type {{path: {twice[0]}, weight: 2}}"
+        text = f"{twice[0]} is listed twice; list it once, or to repeat its rows type {{path: {twice[0]}, weight: 2}}"
         problems.add("dataset.train_file", text)
 
 

@@ -1,8 +1,8 @@
-"""The sections of the config: the type, the bounds and the marks of every key.
+"""The config's sections: type, bounds and marks of every key.
 
-A key's marks say what else depends on it; the lists that resume, receipt, model card and loading need are derived from
-them. A key without marks gets the strict default: it must not change between two starts of a run, must agree with a
-receipt, and has the same value in the h100 and m4 files. Defaults live in configs/training_config.yaml.
+Marks say what else depends on a key: resume, receipt, model card and loading derive their lists from them. A key
+without marks gets the strict default: it must not change on resume, must match the receipt, and has the same value in
+the h100 and m4 files. Defaults live in configs/training_config.yaml.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Texts = Annotated[tuple[Text, ...], Strict(False)]  # YAML has lists only
 
 
 class Wanted(str):
-    """In words, what a key may hold, where its type is no sentence."""
+    """Describes in words what a key may be, where its type does not."""
 
 
 class Mark(Enum):
     """What else depends on a key."""
 
-    REQUIRED = "a config without it is refused by name"
-    MAY_CHANGE = "may change on resume: it changes no token and no weight, or the token hashes cover it"
-    BY_DESIGN = "in a receipt, expected to differ: each platform chooses it for itself"
-    NOT_COMPARED = "not in a receipt: it changes no weight, or its content is compared"
+    REQUIRED = "if it is missing, the error names it"
+    MAY_CHANGE = "may change on resume: it affects no token or weight, or the token hashes cover it"
+    BY_DESIGN = "in a receipt, but expected to differ between platforms"
+    NOT_COMPARED = "not in a receipt: it affects no weight, or its content is compared"
     IN_CARD = "in the model card's table of settings"
-    PER_PLATFORM = "the h100 and m4 files have values of their own"
+    PER_PLATFORM = "the h100 and m4 files have different values"
 
 
 class Section(BaseModel):
@@ -51,7 +51,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The base model and how it is held."""
+    """The base model."""
 
     name: Annotated[Text, Mark.REQUIRED, Mark.NOT_COMPARED]
     revision: Annotated[Text | None, Mark.NOT_COMPARED]
@@ -79,7 +79,7 @@ class LoraConfig(Section):
     target_modules: Annotated[Texts, Mark.REQUIRED, Mark.IN_CARD]
     bias: Annotated[Literal["none"], Mark.REQUIRED]
     task_type: Annotated[Literal["CAUSAL_LM"], Mark.REQUIRED]
-    init_from: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]  # the weights there may not, and are
+    init_from: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_COMPARED]  # its weights may not, and are compared
 
 
 class TrainingConfig(Section):
@@ -102,12 +102,12 @@ class TrainingConfig(Section):
     bf16: Annotated[bool, Mark.BY_DESIGN]
     fp16: bool
     gradient_checkpointing: Annotated[bool, Mark.BY_DESIGN]
-    # The bits are the same whatever it is, where those of a layer computed again are (the check device.recompute).
+    # Does not change the bits if a recomputed layer has the same bits (the check device.recompute).
     checkpointed_layers: Annotated[
         Literal["all", "auto"] | Annotated[int, Ge(0)], Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM
     ]
     packing: Annotated[bool, Mark.BY_DESIGN, Mark.IN_CARD]
-    fused_lora: Annotated[Fused, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # the same training up to rounding
+    fused_lora: Annotated[Fused, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # the same training except for rounding
     fused_kernels: Annotated[Fused, Mark.BY_DESIGN, Mark.PER_PLATFORM]
     logging_steps: Annotated[Count, Mark.MAY_CHANGE, Mark.NOT_COMPARED, Mark.PER_PLATFORM]
     eval_steps: Annotated[Count, Mark.BY_DESIGN, Mark.PER_PLATFORM]  # a step takes seconds on an H100, 936 s on an M4
@@ -123,7 +123,7 @@ class TrainingConfig(Section):
 
 
 class TrainFile(Section):
-    """One of several training files, and how often its rows are trained on: 2 is twice, 0.5 is half of them."""
+    """One of several training files; `weight` 2 trains on its rows twice, 0.5 on half of them."""
 
     path: Annotated[Text, Field(description="a file of conversations")]
     weight: Annotated[float, Gt(0), Le(100), Field(description="2: each row twice an epoch; 0.5: half of the rows")] = (
@@ -135,7 +135,7 @@ TRAIN_FILES = Wanted("a path, or a list of paths and {path: FILE, weight: N}, N 
 
 
 class DatasetConfig(Section):
-    """Where the conversations are and what happens to a row that is too long or bad."""
+    """The conversations, and what happens to long and bad rows."""
 
     train_file: Annotated[
         Text | Annotated[tuple[Text | TrainFile, ...], Strict(False), MinLen(1)],
@@ -168,15 +168,15 @@ class DatasetConfig(Section):
 
     @property
     def rows_read(self) -> str | None:
-        """A sentence on `max_rows`, where it leaves rows unread."""
+        """A sentence about `max_rows`, if it is set."""
         if self.max_rows is None:
             return None
-        of = self.train_file if isinstance(self.train_file, str) else "each training file"
-        return f"of {of} only the first {self.max_rows} rows are read"
+        file = self.train_file if isinstance(self.train_file, str) else "each training file"
+        return f"only the first {self.max_rows} rows of {file} are read"
 
 
 class TrackingConfig(Section):
-    """Where metrics go besides metrics.jsonl, and what an hour of the machine costs, in any currency."""
+    """Where metrics go besides metrics.jsonl, and the machine's price per hour."""
 
     report_to: Annotated[Literal["wandb", "tensorboard", "none"], Mark.MAY_CHANGE, Mark.NOT_COMPARED]
     project: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_COMPARED]
@@ -197,7 +197,7 @@ DEFAULT_VALIDATION_FILE = "data/processed/val.jsonl"
 
 
 class Config(Section):
-    """The whole tree; what a run is."""
+    """The whole config of a run."""
 
     platform: Annotated[Literal["h100", "m4", "cpu"], Mark.BY_DESIGN, Mark.PER_PLATFORM]
     model: ModelConfig
@@ -210,12 +210,12 @@ class Config(Section):
     output: OutputConfig
 
     def changed(self, section: str, **values: object) -> Self:
-        """This config with other values in one section. Raises ValidationError for a key or value it cannot have."""
+        """This config with other values in one section. Raises ValidationError for an invalid key or value."""
         before = getattr(self, section)
         return self.model_copy(update={section: type(before).model_validate(dict(before) | values)})
 
     def as_dict(self) -> dict[str, Any]:
-        """The tree as plain mappings and lists, as YAML and JSON hold it."""
+        """The tree as plain mappings and lists, for YAML and JSON."""
         return self.model_dump(mode="json")
 
     def sha256(self) -> str:
@@ -229,7 +229,7 @@ class Config(Section):
 
     @property
     def run_name(self) -> str:
-        """`tracking.run_name`, which `load` fills in where a file leaves it null."""
+        """`tracking.run_name`; `load` sets it if the file has null."""
         assert self.tracking.run_name is not None
         return self.tracking.run_name
 
@@ -240,7 +240,7 @@ class Config(Section):
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, FieldInfo]:
-    """The field of every dotted path, sections included, in the order of the tree."""
+    """The field at every dotted path, including sections, in the order of the tree."""
     found: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         found[f"{prefix}{name}"] = field

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# What other trainers call the same thing.
+# Names that other trainers use for our keys.
 SYNONYMS = {
     "rank": "lora.r",
     "lora_r": "lora.r",
@@ -32,26 +32,26 @@ SYNONYMS = {
     "wandb_project": "tracking.project",
 }
 
-# What other trainers have and this one leaves out: what there is instead, or why.
+# Options of other trainers that this one lacks: what to use instead, or why.
 NOT_OFFERED = {
     "use_rslora": "the scale is lora_alpha / r; set lora.lora_alpha",
     "use_dora": "the adapter is plain LoRA; for more capacity raise lora.r and lora.lora_alpha",
     "modules_to_save": "only LoRA weights are trained; lora.target_modules names the layers",
     "layers_to_transform": "every decoder layer gets an adapter; lora.target_modules names the modules",
     "init_lora_weights": "LoRA starts as PEFT's default does, from training.seed",
-    "load_in_8bit": "QLoRA holds the base in 4 bits; see quantization",
-    "neftune_noise_alpha": "against over-fitting there are lora.lora_dropout and training.early_stopping_patience",
+    "load_in_8bit": "the base is always in 4 bits (QLoRA); see quantization",
+    "neftune_noise_alpha": "to limit overfitting, set lora.lora_dropout or training.early_stopping_patience",
     "label_smoothing_factor": "the loss is plain cross-entropy, so that eval_loss can be compared between runs",
     "max_grad_value": "gradients are clipped by their norm; set training.max_grad_norm",
-    "warmup_steps": "warm-up is a share of the steps; set training.warmup_ratio",
+    "warmup_steps": "warmup is a share of the steps; set training.warmup_ratio",
     "eval_strategy": "set training.eval_steps",
     "save_strategy": "set training.save_steps and training.save_minutes",
     "group_by_length": "training.packing leaves no padding to save",
     "use_liger_kernel": "set training.fused_kernels and training.fused_lora",
     "torch_compile": "set training.fused_kernels",
-    "assistant_only_loss": "the loss always counts what the assistant says, and nothing else",
-    "train_on_inputs": "the loss always counts what the assistant says, and nothing else",
-    "chat_template": "conversations always get Mistral's own template",
+    "assistant_only_loss": "loss is always computed on assistant text only",
+    "train_on_inputs": "loss is always computed on assistant text only",
+    "chat_template": "conversations always use Mistral's own template",
     "resume_from_checkpoint": "the same command resumes from the newest checkpoint",
     "push_to_hub": "upload the run's folder with: hf upload",
     "deepspeed": "a run uses one GPU",
@@ -60,7 +60,7 @@ NOT_OFFERED = {
 
 
 def unknown(path: str, everywhere: Iterable[str]) -> str:
-    """What to say of a dotted path that is not in `everywhere`, the dotted paths of the whole tree."""
+    """The message for an unknown dotted path; `everywhere` has all known ones."""
     why = NOT_OFFERED.get(path.rsplit(".", 1)[-1])
     return f"not offered; {why}" if why else "unknown key" + did_you_mean(path, everywhere)
 
@@ -68,7 +68,7 @@ def unknown(path: str, everywhere: Iterable[str]) -> str:
 def did_you_mean(path: str, everywhere: Iterable[str]) -> str:
     """`; did you mean ...?` for an unknown dotted path, or nothing.
 
-    The nearest spelling of the last part, in the same section first; a synonym stands for the key that it means.
+    Suggests the key spelled most like its last part, preferably in the same section; synonyms count as their keys.
     """
     everywhere = list(everywhere)
     section, _, leaf = path.rpartition(".")

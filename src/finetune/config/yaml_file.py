@@ -1,4 +1,4 @@
-"""YAML as a person means it: line numbers kept, duplicate keys refused, `2e-4` a number. Safe, and capped in size."""
+"""Read YAML safely: keep line numbers, refuse duplicate keys, read `2e-4` as a number, limit the size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses what a config has no use for, and reads `2e-4` as a float."""
+    """SafeLoader that refuses what a config does not need, and reads `2e-4` as a float."""
 
     depth = 0
 
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, int) and abs(value) > MAX_INTEGER:
                 raise ValueError(f"a whole number over {MAX_INTEGER}")
-        except ValueError as error:  # also a date or a number that only looks like one
+        except ValueError as error:  # such as an invalid date
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
         return value
 
@@ -54,7 +54,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
-                what = f"{key.value} is no text; quote it" if isinstance(key, yaml.ScalarNode) else "wanted text"
+                what = f"{key.value} is not text; quote it" if isinstance(key, yaml.ScalarNode) else "wanted text"
                 raise yaml.MarkedYAMLError(problem=f"key: {what}", problem_mark=key.start_mark)
             if key.value in seen:
                 self.duplicates.append(
@@ -68,9 +68,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in `text`, and for each dotted key the place it stands in ("file:line").
+    """The mapping in `text`, and the place of each dotted key ("file:line").
 
-    Raises ConfigError where it is not YAML, not a mapping, or nested deeper than MAX_DEPTH.
+    Raises ConfigError if it is not YAML, not a mapping, or nested too deep.
     """
     try:
         loader = _Loader(text)
@@ -106,11 +106,11 @@ def _places(node: yaml.MappingNode, where: str, prefix: str) -> Iterable[tuple[s
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Like `parse`, from a file. Raises ConfigError where it cannot be read as UTF-8 or is over MAX_BYTES."""
+    """Like `parse`, from a file. Raises ConfigError if it is not UTF-8 or larger than MAX_BYTES."""
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes is too large; the limit is {MAX_BYTES}")
         return parse(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
@@ -119,19 +119,19 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text such as '2e-4', which `parse` would take for a number."""
+    """Quotes text such as '2e-4', which `parse` would read as a number."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def dump(tree: Any) -> str:
-    """YAML that `parse` reads back as the same values, keys in their order."""
+    """YAML that `parse` reads back as the same values; keeps the order of keys."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigError with file:line."""
+    """The mapping in a YAML file. Raises ConfigError with file:line."""
     return read(path)[0]
 
 
@@ -143,7 +143,7 @@ def comments(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `override` laid over it, mapping by mapping; lists are replaced. Neither input is changed."""
+    """`base` updated with `override`, section by section; lists are replaced. Neither input is changed."""
     merged = dict(base)
     for key, value in override.items():
         below = merged.get(key)
@@ -152,7 +152,7 @@ def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]
 
 
 def get_config_value(config: dict[str, Any], path: str, default: Any = None) -> Any:
-    """The value at a dotted `path` such as "lora.r"; `default` where there is none."""
+    """The value at a dotted `path` such as "lora.r", or `default`."""
     value: Any = config
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -162,7 +162,7 @@ def get_config_value(config: dict[str, Any], path: str, default: Any = None) -> 
 
 
 def validate_required_fields(config: dict[str, Any], fields: Iterable[str]) -> None:
-    """Raises one ConfigError that names every dotted path in `fields` that `config` lacks."""
+    """Raise one ConfigError that names every dotted path of `fields` that `config` lacks."""
     absent = object()
     missing = [field for field in fields if get_config_value(config, field, absent) is absent]
     if missing:

@@ -45,7 +45,7 @@ def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
 
 
 def marked(parts: list[tuple[str, bool]]) -> str:
-    """A preview without colour: what carries loss stands between >> and <<."""
+    """A preview without color: what carries loss stands between >> and <<."""
     return "".join(f">>{text}<<" if supervised else text for text, supervised in parts)
 
 

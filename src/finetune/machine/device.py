@@ -1,4 +1,4 @@
-"""The device that a platform computes on, as torch reaches it: memory, random state, and what it must be told first."""
+"""A platform's device through torch: settings, memory and random state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune.wording import first_line
 
 @dataclass(frozen=True)
 class Torch:
-    """What the installed torch can reach. `built_for` is the CUDA version that it was built for, None for none.
+    """What the installed torch can use. `built_for` is the CUDA version it was built for, or None.
 
     `capability` is the first NVIDIA GPU's compute capability, (9, 0) on an H100; `working_set_gib` is how much of a
     Mac's unified memory its GPU may use before the system swaps.
@@ -38,7 +38,7 @@ class Torch:
 
 
 def read_torch() -> Torch:
-    """Ask torch. Raises CheckFailed where it cannot be imported."""
+    """Ask torch. Raises CheckFailed if it cannot be imported."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:  # a broken shared library is an OSError
@@ -56,23 +56,23 @@ def read_torch() -> Torch:
 
 
 def prepare_device(platform: Platform) -> None:
-    """See that torch has the device, and tell it what it must know before the first kernel runs.
+    """Check that torch has the device, and configure it before the first kernel runs.
 
-    Raises CheckFailed where the config is for a device that is not here.
+    Raises CheckFailed if the device is missing.
     """
     import torch
 
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not present[platform.device]:
-        found = f"this config is for {platform.label} ({platform.name}), and torch {torch.__version__} sees none"
+        found = f"this config is for {platform.label} ({platform.name}), but torch {torch.__version__} sees none"
         raise CheckFailed(f"device: {found}", "try --config cpu, or --dry-run, which needs no device")
     compute_repeatably(platform)
 
 
 def compute_repeatably(platform: Platform) -> None:
-    """Set what decides how torch and flash-attn compute on `platform`: the same at each start, as exactly as they can.
+    """Configure torch and flash-attn to compute as reproducibly and exactly as they can on `platform`.
 
-    docs/architecture.md, "Which bits are the same", has what that does not reach.
+    For the limits, see "Which bits are the same" in docs/architecture.md.
     """
     import torch
 
@@ -86,14 +86,14 @@ def compute_repeatably(platform: Platform) -> None:
 
 
 def is_memory_error(error: RuntimeError) -> bool:
-    """Whether CUDA, MPS or the CPU raised `error` because memory is short."""
+    """Whether `error` means that CUDA, MPS or the CPU ran out of memory."""
     words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
     return re.search(words, str(error), re.IGNORECASE) is not None
 
 
 @contextmanager
 def memory_errors_explained(advice: str) -> Iterator[None]:
-    """Turn what CUDA, MPS and the CPU raise when memory is short into OutOfResource with `advice`."""
+    """Turn out-of-memory errors of CUDA, MPS and the CPU into OutOfResource with `advice`."""
     try:
         yield
     except RuntimeError as error:
@@ -103,7 +103,7 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
 
 
 def peak_memory_gib(platform: Platform) -> float:
-    """Most memory this process has held where the model lives, GiB: on a GPU allocated and paged, on a CPU resident."""
+    """Peak memory of this process on the model's device, GiB: allocated and paged on a GPU, resident on a CPU."""
     import torch
 
     if platform.accelerated:
@@ -113,7 +113,7 @@ def peak_memory_gib(platform: Platform) -> float:
 
 
 def peak_held_gib(platform: Platform) -> float:
-    """As `peak_memory_gib`, and on a GPU what torch held beside what was allocated: what its driver saw."""
+    """Like `peak_memory_gib`, but on a GPU including what torch reserved: what the driver sees."""
     import torch
 
     if platform.accelerated:
@@ -122,10 +122,10 @@ def peak_held_gib(platform: Platform) -> float:
 
 
 def paged_gib(platform: Platform) -> float:
-    """Optimizer state that bitsandbytes holds in CUDA's unified memory, GiB; torch does not count it.
+    """Optimizer state in CUDA's unified memory, GiB, which bitsandbytes allocates and torch does not count.
 
-    That of tensors with 100,000 values or more. All of it counts as the GPU's, where a step needs it; when the GPU is
-    full, the driver may keep some in the machine's memory.
+    Only tensors with 100,000 values or more are paged. All of it is counted as the GPU's, where a step needs it; if the
+    GPU is full, the driver may keep some in the machine's memory.
     """
     if not platform.nvidia:
         return 0.0
@@ -135,7 +135,7 @@ def paged_gib(platform: Platform) -> float:
 
 
 def capacity_gib(platform: Platform) -> float:
-    """Memory that this process may fill where the model lives, GiB: what is free, and what it holds already.
+    """Memory this process can use on the model's device, GiB: what is free and what it already holds.
 
     On a Mac at most the GPU's working set, beyond which the system swaps.
     """
@@ -152,14 +152,14 @@ def capacity_gib(platform: Platform) -> float:
 
 
 def synchronize(platform: Platform) -> None:
-    """Wait until the device has done all that it was given, so that a clock may be read."""
+    """Wait until the device has finished, so that time can be measured."""
     import torch
 
     torch.get_device_module(platform.device).synchronize()
 
 
 def random_state(platform: Platform) -> Any:
-    """The state of the device's own random numbers, which dropout draws from."""
+    """The state of the device's random number generator, which dropout uses."""
     return _random_numbers(platform).get_rng_state()
 
 
@@ -175,7 +175,7 @@ def _random_numbers(platform: Platform) -> Any:
 
 
 def free_cache(platform: Platform) -> None:
-    """Give unused device memory back."""
+    """Release unused device memory."""
     import torch
 
     if platform.accelerated:
@@ -183,7 +183,7 @@ def free_cache(platform: Platform) -> None:
 
 
 def forget_memory(platform: Platform) -> None:
-    """As `free_cache`, and count the peak from here on where that can be done."""
+    """Like `free_cache`, and reset the peak if the device can."""
     import torch
 
     free_cache(platform)

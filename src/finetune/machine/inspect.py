@@ -1,6 +1,6 @@
-"""What the operating system and the NVIDIA driver say of this machine; read without torch.
+"""Facts about this machine from the operating system and the NVIDIA driver, read without torch.
 
-All of it lands in one `Machine`, so that whoever decides anything from it can be shown a recorded one.
+All are fields of one `Machine`, so that tests can use recorded ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A program that holds memory on an NVIDIA GPU; `memory_gib` is None where the driver does not tell."""
+    """A program that uses memory of an NVIDIA GPU; `memory_gib` is None if the driver does not say."""
 
     pid: int
     name: str
@@ -33,7 +33,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine. Memory in GiB; OS and architecture as `uname` has them.
+    """One machine. Memory in GiB; OS and architecture as `uname` reports them.
 
     `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first; `memory_limit_gib` is this
     container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `gpu_cores` (None
@@ -76,7 +76,7 @@ class Machine:
 
 
 def read_machine() -> Machine:
-    """Read this machine; an NVIDIA GPU is looked up through its driver's own tool."""
+    """Read this machine's facts; those of an NVIDIA GPU come from nvidia-smi."""
     memory = psutil.virtual_memory()
     limit_gib = _memory_limit_gib()
     mac = host.system() == "Darwin"
@@ -98,7 +98,7 @@ def read_machine() -> Machine:
 
 
 def _answer(*command: str) -> str:
-    """What a system tool prints; nothing where it is not there, fails or hangs."""
+    """What a system tool prints, or "" if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -125,7 +125,7 @@ def _gpu_facts() -> dict[str, Any]:
     _, free_mib, total_mib, _, uuid, mig = rows[0]
     if mig == "Enabled":
         free_mib = total_mib = "[N/A]"
-    # Only the first GPU is trained on, so only its programs count.
+    # Training uses only the first GPU, so only its programs count.
     fields = "pid,process_name,used_memory"
     apps = _answer("nvidia-smi", f"--id={uuid}", f"--query-compute-apps={fields}", "--format=csv,noheader,nounits")
     found = re.findall(r"^([0-9]+), *(.+), *([0-9]+|\[.+\])$", apps, re.MULTILINE)
@@ -139,13 +139,13 @@ def _gpu_facts() -> dict[str, Any]:
 
 
 def _visible(rows: list[tuple[str, ...]], variable: str | None) -> list[tuple[str, ...]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; as for CUDA, the first name that is none ends it."""
+    """The GPUs that CUDA_VISIBLE_DEVICES selects, in its order, up to the first unknown name, as CUDA does."""
     if variable is None:
         return rows
     chosen: list[tuple[str, ...]] = []
     for name in map(str.strip, variable.split(",")):
         named = [row for index, row in enumerate(rows) if name == str(index) or (name and row[4].startswith(name))]
-        if name.startswith("MIG-"):  # one of some GPU's instances: which GPU's is not told
+        if name.startswith("MIG-"):  # an instance; its name does not say of which GPU
             named = [row for row in rows if row[5] == "Enabled"]
         if not named:
             break
@@ -158,20 +158,20 @@ def _mib_to_gib(text: str) -> float | None:
 
 
 def _memory_limit_gib() -> float | None:
-    """Memory limit of this container, by cgroup 2 or 1; None where there is none."""
+    """Memory limit of this container, from cgroup 2 or 1, or None."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         path = CGROUP / name
         text = path.read_text().strip() if path.is_file() else "max"
-        if text != "max" and float(text) < 2**60:  # cgroup 1 says "none" by a number near 2**63
+        if text != "max" and float(text) < 2**60:  # cgroup 1 writes "none" as a number near 2**63
             return float(text) / GIB
     return None
 
 
 def _mac_free_share() -> float:
-    """Share of a Mac's memory that a program can still have, 0 to 1, by the level that macOS itself acts on.
+    """Share of a Mac's memory that is available, 0 to 1, by the level that macOS itself acts on.
 
-    psutil's `available` leaves out the pages of files that were read lately, such as 14.5 GB of weights, which macOS
-    drops when memory is asked for.
+    psutil's `available` leaves out pages of recently read files, such as 14.5 GB of weights, which macOS drops when
+    memory is needed.
     """
     level = _answer("sysctl", "-n", "kern.memorystatus_level")
     if level.isdigit():

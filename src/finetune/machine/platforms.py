@@ -1,6 +1,6 @@
-"""The machines this program runs on, as rows of facts; with device.py the only file that knows device names.
+"""The platforms, as rows of facts; besides device.py the only file that knows device names.
 
-Nothing here imports torch: what a machine is must still be known when torch is the thing that is broken.
+Nothing here imports torch, so that the machine can be identified even if torch is broken.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune.machine.inspect import Machine
 
 @dataclass(frozen=True)
 class Expectation:
-    """How fast Mistral-7B trains by arithmetic that nobody has measured, and how long a run is sensible there.
+    """How fast Mistral-7B trains, by arithmetic that has not been measured, and how long a run is sensible.
 
     `tokens_per_second` is a range. With `gpu_cores` it is for a GPU of that many cores, and scales with the machine's.
     """
@@ -30,26 +30,26 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Platform:
-    """What a config may ask for on one kind of machine, and everything in which the kinds differ.
+    """What works on one kind of machine, and everything in which platforms differ.
 
-    `optimizers` and `attentions` are the values that work there, the attention that `auto` prefers first; `any_base`
-    lets the base model be something other than Mistral-7B and the demo's (in tests); `compiles` says whether
-    torch.compile may make kernels, which nobody has tried on MPS; `expectation` is set where hours decide how
-    much data makes sense.
+    `optimizers` and `attentions` are the values that work, the attention that `auto` prefers first. `any_base` allows
+    base models other than Mistral-7B and the demo's (in tests). `compiles` says whether torch.compile may make kernels
+    (not tried on MPS). `expectation` is set if hours limit how much data makes sense.
 
-    `nvidia` means an NVIDIA GPU under Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may
-    use its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps
-    them, in float32, wherever a gradient is wanted. `backward_tokens` is the most that one backward gets right.
+    `nvidia` means an NVIDIA GPU on Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may use
+    its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps them,
+    in float32, for the backward pass. `backward_tokens` is the most tokens for which a backward pass is correct.
 
-    `variables` decide how its libraries compute and have these values, unless the user has set others.
+    `variables` are environment variables of its libraries; values that the user has set win.
 
-    `memory_gib` is what to plan with on another machine (with unified memory, the working set); `specified_memory_gb`
-    an early estimate of the peak, least and most; `program_gib` what interpreter and libraries take of the
-    model's memory; `loading_gib` the machine's memory that loading the base needs, 0 if no more than training does.
+    `memory_gib` is the memory to plan with on a different machine (with unified memory, the working set).
+    `specified_memory_gb` is an early estimate of the peak (least, most). `program_gib` is what interpreter and
+    libraries take of the model's memory. `loading_gib` is the machine's memory needed to load the base; 0 if training
+    needs more.
 
-    `install` brings the environment to the lock; `repair` installs everything again where something is broken.
-    `demo` is the config of its demo, below the project's root; "" where there is none, or the platform's own is one.
-    `mac_lock` is the lock that this platform uses on macOS, where it has none of its own.
+    `install` updates the environment to the lock; `repair` reinstalls everything. `demo` is the config of its demo,
+    relative to the project's root; "" if it has none, or is itself the demo. `mac_lock` is the lock that this platform
+    uses on macOS, if not its own.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Platform:
     keeps_attention_weights: bool = False
     backward_tokens: int | None = None
     variables: tuple[tuple[str, str], ...] = ()
-    memory_gib: float = 0.0  # every machine has a CPU
+    memory_gib: float = 0.0  # 0 for the CPU, which every machine has
     specified_memory_gb: tuple[int, int] | None = None
-    # Resident, on Linux: the least program_gib in benchmarks/results. What is resident beyond that are pages of the
-    # model's file, which the system can drop, and freed memory that malloc keeps.
+    # Resident, on Linux: the smallest program_gib in benchmarks/results. The rest is pages of the model's file, which
+    # the system can drop, and freed memory that malloc keeps.
     program_gib: float = 0.56
     loading_gib: float = 0.0
     expectation: Expectation | None = None
@@ -78,30 +78,30 @@ class Platform:
 
     @property
     def accelerated(self) -> bool:
-        """Whether it computes on anything but the CPU."""
+        """Whether it computes on a GPU."""
         return self.device != "cpu"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Its `variables` with the values in effect: the user's own, or else the row's."""
+        """Its `variables` with the values in effect: the user's, else the row's."""
         return {name: os.environ.get(name, value) for name, value in self.variables}
 
     @property
     def peak_begins_anew(self) -> bool:
-        """Whether `forget_memory` lets a peak be measured again; the resident peak of a process never falls."""
+        """Whether `forget_memory` resets the peak; a process's resident peak never falls."""
         return self.accelerated
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches go through page-locked memory, which only an NVIDIA GPU copies from."""
+        """Whether batches go through page-locked memory, which only NVIDIA GPUs use."""
         return self.device == "cuda"
 
     @property
     def random_state_apart(self) -> bool:
-        """Whether the libraries leave the device's random numbers out, which are not the CPU's then.
+        """Whether the device has its own random state, which the libraries do not save.
 
-        transformers' rng_state.pth holds the CPU's and CUDA's. torch's checkpoint (2.14.1) keeps those of modules that
-        have `_initialized`, for a layer that is computed again; torch.mps has not (pytorch#127676, open).
+        transformers' rng_state.pth has the CPU's and CUDA's. torch's checkpoint (2.14.1) restores it for a
+        recomputed layer only if the device's module has `_initialized`, which torch.mps lacks (pytorch#127676, open).
         """
         return self.device == "mps"
 
@@ -118,12 +118,12 @@ PLATFORMS = {
             any_base=False,
             compiles=True,
             nvidia=True,
-            # transformers passes it to flash-attn, whose backward else adds up the queries' gradient in whatever order
-            # its blocks end (flash-attn 2.8.3, flash_bwd_kernel.h).
+            # transformers passes it to flash-attn. Without it, flash-attn's backward sums the queries' gradient in the
+            # order in which blocks finish (flash-attn 2.8.3, flash_bwd_kernel.h).
             variables=(("FLASH_ATTENTION_DETERMINISTIC", "1"),),
             memory_gib=80.0,
-            program_gib=0.0,  # which is in the machine's memory, not the GPU's
-            # An expectation: three shards of up to 5 GB are read on the way to the GPU, and data is prepared meanwhile.
+            program_gib=0.0,  # in the machine's memory, not the GPU's
+            # Expected: three shards of up to 5 GB are read on the way to the GPU while data is prepared.
             loading_gib=16.0,
             # A roofline of 700 TFLOP/s and 2.6 TB/s gives 7,950 tokens/s with all layers checkpointed and nothing
             # fused, 14,000 with few layers and all fused; 70 and 80 % of them. A day is a long time to rent.
@@ -146,7 +146,7 @@ PLATFORMS = {
             compiles=False,
             unified_memory=True,
             keeps_attention_weights=True,
-            backward_tokens=32_768,  # with more, gradients are reported to be wrong (pytorch#177116, open)
+            backward_tokens=32_768,  # above it, gradients are reported to be wrong (pytorch#177116, open)
             memory_gib=21.3,  # the GPU's working set on a Mac of 32 GB: 22.9 GB, as reported
             specified_memory_gb=(24, 28),
             # Matrix products are 6 x 7.2e9 FLOP a token (forward, checkpointing's forward, backward): 65 tokens/s at
@@ -170,27 +170,26 @@ PLATFORMS = {
 
 
 def lays_flat(attention: str) -> bool:
-    """Whether packed sequences are laid end to end; sdpa would need a mask of all their tokens, so each is a row."""
+    """Whether packed sequences are laid end to end; with sdpa each is a row, to avoid a mask of all tokens."""
     return attention != "sdpa"
 
 
 def names(having: Callable[[Platform], bool]) -> tuple[str, ...]:
-    """Names of the platforms for which `having` is true."""
+    """Names of the platforms with the property `having`."""
     return tuple(name for name, row in PLATFORMS.items() if having(row))
 
 
-# Of the capacity, what `training.checkpointed_layers: auto` may fill: 72 of 80 GiB. The rest is for the CUDA context,
-# for optimizer state that earlier trials cannot give back, and for what batches of other lengths leave unused between
-# torch's blocks.
+# Share of the capacity that `training.checkpointed_layers: auto` may fill: 72 of 80 GiB. The rest is for the CUDA
+# context, for optimizer state that earlier trials cannot release, and for fragmentation by batches of other lengths.
 AUTO_SHARE = 0.9
 
-# Of a Mac's unified memory, what its GPU may use before macOS swaps, where torch cannot be asked: 21.3 of 32 GiB, as
-# reported. Larger Macs and later systems are reported to give more.
+# Share of a Mac's unified memory that its GPU may use before macOS swaps, if torch is not asked: 21.3 of 32 GiB, as
+# reported. Larger Macs and later systems are reported to allow more.
 WORKING_SET_SHARE = 2 / 3
 
 
 def quantised_on(device: str) -> str:
-    """Where the base of `device` is quantised: on `device` itself, but for MPS on the CPU.
+    """The device on which the base is quantized: `device` itself, except the CPU for MPS.
 
     On MPS bitsandbytes (0.50) has no kernels of its own: it uses torch.compile, and plain torch where that fails.
     """
@@ -198,7 +197,7 @@ def quantised_on(device: str) -> str:
 
 
 def choose(machine: Machine) -> tuple[Platform, str]:
-    """The platform that fits `machine`, and why, in words for the terminal."""
+    """The platform for `machine`, and the reason in words."""
     if machine.gpus:
         return PLATFORMS["h100"], f"found {machine.gpus[0]}"
     if machine.apple_silicon:
@@ -209,32 +208,32 @@ def choose(machine: Machine) -> tuple[Platform, str]:
 
 
 def accelerator(machine: Machine) -> str:
-    """What `machine` computes on, in words: an H100, another NVIDIA GPU, a Mac's chip, or its CPU only."""
+    """What `machine` computes on, in words: its NVIDIA GPU, a Mac's chip, or only a CPU."""
     if machine.gpus:
         more = f" (the first of {len(machine.gpus)})" if len(machine.gpus) > 1 else ""
-        what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU, but no H100: hours and memory differ"
+        what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU but not an H100: hours and memory differ"
         return f"{machine.gpus[0]}{more}{what}"
     if machine.apple_silicon:
-        what = "" if chip_generation(machine) == 4 else ", Apple silicon, but no M4: hours and memory differ"
+        what = "" if chip_generation(machine) == 4 else ", Apple silicon but not an M4: hours and memory differ"
         return f"{machine.chip or 'unknown chip'}{what}"
     return "none: CPU only"
 
 
 def chip_generation(machine: Machine) -> int | None:
-    """4 of an Apple M4, M4 Pro or M4 Max; None where the chip is not known."""
+    """4 for an Apple M4, M4 Pro or M4 Max; None if the chip is unknown."""
     found = re.match(r"Apple M(\d+)\b", machine.chip)
     return int(found[1]) if found else None
 
 
 def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
-    """Free memory in GiB where the model would live; None where `machine` is not of that platform."""
+    """Free memory for the model, GiB; None if `machine` is not of that platform."""
     if platform.nvidia:
         return machine.gpu_free_gib
     return None if platform.unified_memory and not machine.apple_silicon else machine.memory_free_gib
 
 
 def memory_limits(platform: Platform, machine: Machine, working_set_gib: float | None) -> dict[str, float]:
-    """GiB that the model must stay within, by what kind of memory it is; empty where free memory is not known."""
+    """Limits of the model's memory in GiB, by kind; empty if free memory is unknown."""
     free_gib = memory_available_gib(platform, machine)
     if free_gib is None:
         return {}
@@ -246,7 +245,7 @@ def memory_limits(platform: Platform, machine: Machine, working_set_gib: float |
 
 
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
-    """What the manifest says of the machine."""
+    """The machine's facts for the manifest."""
     gpu = machine.gpus[0] if platform.nvidia and machine.gpus else ""
     device = gpu or machine.chip or host.processor() or machine.architecture
     return {

@@ -1,4 +1,4 @@
-"""`training.checkpointed_layers: auto`: as few layers computed again as memory allows. Arithmetic alone."""
+"""`training.checkpointed_layers: auto`: recompute as few layers as memory allows. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TRIALS = 6  # at most; each takes two steps, an evaluation and a save
 
 @dataclass(frozen=True)
 class Choice:
-    """How many of the first decoder layers are checkpointed, and why, where the program chose."""
+    """How many of the first decoder layers are checkpointed, and the reason if the program chose."""
 
     layers: int
     reason: str | None = None
 
 
 def with_layers(config: Config, layers: int) -> Config:
-    """`config` with that many checkpointed layers in the place of what it says."""
+    """`config` with that many checkpointed layers."""
     return config.changed("training", checkpointed_layers=layers)
 
 
 def by_formula(config: Config, geometry: Geometry, capacity_gib: float, why: str) -> Choice:
-    """What the config says, or for `auto` the fewest layers whose expected peak is within the budget, else all.
+    """The config's number, or for `auto` the fewest layers whose expected peak is within the budget, else all.
 
-    `why` the formula decides alone ends the reason.
+    `why` only the formula decides is added to the reason.
     """
     if config.training.checkpointed_layers != "auto" or not config.training.gradient_checkpointing:
         return Choice(checkpointed_layers(config, geometry))
@@ -48,10 +48,10 @@ def by_trials(
 ) -> Choice:
     """The fewest checkpointed layers whose measured peak is within the budget, else all.
 
-    `measure` gives the peak in GiB with so many layers checkpointed, None where memory ended; with all of them it must
-    give one. First all, then half as many whole layers as the formula would have, then what the line through the two
-    says, until that is measured. The line is drawn through what measurement and formula differ by, since the formula
-    knows where the peak is not one.
+    `measure` returns the peak in GiB with that many layers checkpointed, or None if memory ran out; with all of them it
+    must return a number. Tries all layers, then half as many whole layers as the formula suggests, then repeatedly what
+    the line through two measurements suggests. The line interpolates the difference between measurement and formula,
+    because the peak itself is not linear.
     """
     total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
     expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]
@@ -65,7 +65,7 @@ def by_trials(
 
 
 def _fewest(peaks: dict[int, float | None], expected: list[float], budget: float) -> int:
-    """The fewest layers that should fit by all that is measured; where memory ended, halfway to what did fit."""
+    """The fewest layers that should fit by all measurements; after running out of memory, halfway to what fitted."""
     known = {layers: peak - expected[layers] for layers, peak in peaks.items() if peak is not None}
     total, (first, *others) = len(expected) - 1, sorted(known)
     second = others[0] if others else first
@@ -85,7 +85,7 @@ def _told(layers: int, total: int, peaks: dict[int, float | None], capacity_gib:
         for tried, peak in peaks.items()
     )
     peak = peaks[layers]
-    assert peak is not None  # only what was measured is chosen
+    assert peak is not None  # only a measured number is chosen
     return f"{layers} of {total}: peak {peak:.1f} GiB measured, {_limit(peak, capacity_gib)} ({', '.join(trials)})"
 
 

@@ -1,4 +1,4 @@
-"""The plan in words: rows of a name and a sentence."""
+"""The plan in words."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         ("certificate", certificate_text(plan)),
         (
             "sequences",
-            f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} a step",
+            f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} per step",
         ),
-        ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} an epoch, {plan.warmup_steps:,} of warm-up)"),
+        ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} per epoch, {plan.warmup_steps:,} of warmup)"),
         ("", f"{_evaluated(plan)}, {counted(plan.checkpoints, 'checkpoint')}"),
         ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
         *working_set_rows(plan),
@@ -37,7 +37,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
 
 
 def certificate_text(plan: Plan) -> str:
-    """How many rows were compared with mistral-common; a difference would have ended the start."""
+    """How many rows were compared with mistral-common; a difference would have raised an error."""
     compared, rows = plan.certificate["rows"], plan.certificate["of"]
     if not compared:
         return "none (not Mistral's tokenizer, or off)"
@@ -51,7 +51,7 @@ def _evaluated(plan: Plan) -> str:
 
 
 def working_set_rows(plan: Plan) -> list[tuple[str, str]]:
-    """On a Mac: what its GPU may use, and how far from that the expected peak and an early estimate are."""
+    """On a Mac: its GPU's working set, and how the expected peak and an early estimate compare with it."""
     if plan.working_set_gib is None or plan.specified_memory_gb is None:
         return []
     limit_gb, (least, most) = plan.working_set_gib * GIB / 1e9, plan.specified_memory_gb
@@ -63,14 +63,14 @@ def working_set_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def memory_shares(plan: Plan) -> str:
-    """The parts of the peak, largest first; those that would read 0.0 GiB are left out."""
+    """The parts of the peak, largest first, without those that round to 0.0 GiB."""
     parts = sorted(plan.memory_parts.items(), key=lambda part: -part[1])
     shown = [(name.replace("_", " "), gib) for name, gib in parts if gib >= 0.05] or parts[:1]
     return ", ".join(f"{name} {gib:.1f}" for name, gib in shown)
 
 
 def time_text(plan: Plan) -> str:
-    """How long the run takes, and who measured the speed, or what is expected where nobody has."""
+    """How long the run takes, by a measured speed or by an expectation, and where that comes from."""
     if plan.hours_expected is not None:
         least, most = (duration(3600 * hours) for hours in plan.hours_expected)
         return f"{least} to {most} at {plan.hours_expected_from}"
@@ -81,5 +81,5 @@ def time_text(plan: Plan) -> str:
 
 
 def cost_text(cost: float | None, cost_per_hour: float) -> str:
-    """What the hours come to, in the currency that `tracking.cost_per_hour` is in."""
+    """The cost of the hours, in the currency of `tracking.cost_per_hour`."""
     return f"{'not measured' if cost is None else f'{cost:,.2f}'} ({cost_per_hour:,.2f} an hour)"

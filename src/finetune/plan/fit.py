@@ -1,4 +1,4 @@
-"""Expected peak memory against what there is, and the smallest change of a config that fits. Arithmetic alone."""
+"""Compare expected peak memory with available memory, and find the smallest config change that fits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.plan.model_shape import Geometry
 if TYPE_CHECKING:
     from finetune.config.schema import Config
 
-# What may be changed, and what follows the change in its sentence.
+# The keys that may be changed, and the text that follows each in the sentence.
 EFFECTS = {
     "training.checkpointed_layers": "; ",
     "training.per_device_train_batch_size": ", ",
@@ -29,7 +29,7 @@ NOTHING_FITS = "no change to the config is enough; use a machine with more memor
 
 @dataclass(frozen=True)
 class Change:
-    """The smallest change under which a run fits: what to hand to `--set`, the peak then expected, and why."""
+    """The smallest change with which a run fits: `--set` arguments, the expected peak, and a sentence."""
 
     settings: tuple[str, ...]
     peak_gib: float
@@ -37,15 +37,15 @@ class Change:
 
     @property
     def command(self) -> str:
-        """The settings as they are typed."""
+        """The settings as command-line arguments."""
         return " ".join(f"--set {setting}" for setting in self.settings)
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The peak that a run is expected to need against `limits`, the memory there is (GiB, by what kind it is).
+    """A run's expected peak and its `limits`, the available memory (GiB, by kind).
 
-    `change` is the smallest one that fits, an empty one where nothing need change; None where no change is enough.
+    `change` is the smallest that fits: empty if none is needed, None if no change is enough.
     """
 
     peak_gib: float
@@ -54,7 +54,7 @@ class Fitting:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within every limit; true where no limit is known."""
+        """Whether the peak is within every limit; true if no limit is known."""
         return self.peak_gib <= min(self.limits.values(), default=math.inf)
 
     @property
@@ -64,14 +64,14 @@ class Fitting:
         return ", ".join((f"{self.peak_gib:.1f} GiB expected", *there))
 
     def fix(self, release: str = "") -> str:
-        """What to type where the run does not fit; `release` is how to free memory that something else holds."""
+        """What to type if the run does not fit; `release` says how to free memory that something else holds."""
         if self.change is None:
             return release or NOTHING_FITS
         return f"{release}, or {self.change.command}" if release else self.change.command
 
 
 def compare(config: Config, geometry: Geometry, limits: dict[str, float], measured_gib: float | None = None) -> Fitting:
-    """How the run of `config` fits into `limits`, by its measured peak or else by the expected one."""
+    """How `config` fits into `limits`, by its measured peak if there is one, else by the expected one."""
     capacity_gib = min(limits.values(), default=math.inf)
     change = smallest_change(config, geometry, capacity_gib, measured_gib)
     return Fitting(measured_gib or peak_gib(config, geometry), limits, change)
@@ -80,10 +80,10 @@ def compare(config: Config, geometry: Geometry, limits: dict[str, float], measur
 def smallest_change(
     config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None
 ) -> Change | None:
-    """The smallest change of `config` whose peak is at most `capacity_gib`; None where no change is enough.
+    """The smallest change of `config` whose peak is at most `capacity_gib`; None if no change is enough.
 
-    Changes add up in the order of `_changes`, each taken only where it lowers the peak. `measured_gib`, the peak
-    measured with `config` as it is, corrects every prediction by the same factor.
+    Changes are applied in the order of `_changes`, each only if it lowers the peak. `measured_gib`, the measured peak
+    of the unchanged `config`, corrects every prediction by the same factor.
     """
     factor = 1.0 if measured_gib is None else measured_gib / peak_gib(config, geometry)
     changed = config
@@ -97,9 +97,9 @@ def smallest_change(
 
 
 def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, measured_gib: float | None = None) -> str:
-    """The smallest change that fits as sentence and command, for a run that ran out of memory, or that none does.
+    """Advice for a run that ran out of memory: the smallest change that fits, as a sentence and a command.
 
-    Without a measured peak, the run is taken to need a little more than there is.
+    Without a measured peak, assumes the run needs a little more than there is.
     """
     more_than_there_is = max(peak_gib(config, geometry), 1.000001 * capacity_gib)
     change = compare(config, geometry, {"": capacity_gib}, measured_gib or more_than_there_is).change
@@ -109,7 +109,7 @@ def what_would_fit(config: Config, geometry: Geometry, capacity_gib: float, meas
 
 
 def _changes(config: Config) -> Iterator[Config]:
-    """What can be changed next, least harmful first: the first three and the fifth leave the result as it is."""
+    """The next possible changes, least harmful first; the first three and the fifth do not change the result."""
     training, length = config.training, config.model.max_seq_length
     rows, evaluated = _divisor_below(training.per_device_train_batch_size), training.per_device_eval_batch_size
     if isinstance(training.checkpointed_layers, int):
@@ -131,7 +131,7 @@ def _divisor_below(count: int) -> int:
 
 
 def _described(before: Config, after: Config, peak: float) -> Change:
-    """What differs between the two, as `--set` has it and as a person reads it."""
+    """The differences between two configs, as `--set` arguments and as a sentence."""
     settings, clauses = [], []
     for path, why in EFFECTS.items():
         section, key = path.split(".")

@@ -1,8 +1,8 @@
-"""What training takes of memory, part by part. Arithmetic alone.
+"""The memory that training takes, by part and by arithmetic.
 
-Counted are the tensors that autograd keeps in transformers' MistralDecoderLayer under PEFT's LoRA, TRL's tiled loss and
-bitsandbytes' NF4. benchmarks/memory.py compares each moment with what torch allocates; measured so far is platform cpu
-in float32, and what is said of bfloat16, flash-attn, CUDA and MPS is counted in the same way but not yet measured.
+Counts the tensors that autograd keeps for transformers' MistralDecoderLayer with PEFT's LoRA, TRL's tiled loss and
+bitsandbytes' NF4. benchmarks/memory.py compares each moment with what torch allocates. Only platform cpu in float32 has
+been measured so far; bfloat16, flash-attn, CUDA and MPS are counted in the same way.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ ONLY_WHERE_THEY_APPLY = ("attention_mask", "program")
 # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py, 1.16); its buffer has that width whatever the vocabulary's.
 TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
-# fused_lora makes dropout's noise for so many tokens at once: at 14,336 features in bfloat16 it takes 59 MB, and for
-# all of 4 x 4,096 tokens it would take 470. By expectation still enough work to fill a GPU; not measured. On an NVIDIA
-# GPU the noise is never written; the unpacked weight, which is as large as two of these, decides there too.
+# fused_lora generates dropout's noise for this many tokens at once: 59 MB at 14,336 features in bfloat16, instead of
+# 470 for all of 4 x 4,096 tokens. Expected to be enough work to fill a GPU; not measured. On an NVIDIA GPU the noise is
+# never stored; there, the unpacked weight, which is twice as large, determines the peak.
 NOISE_TOKENS = 2048
 
-# float32 copies of a tile's logits that are alive at once in TRL's torch code. Backward: scaled, transformed, log p, p,
-# gradient, target as number, their difference, and a byte for the target as truth value. Forward: transformed, shifted,
-# exponential, and a byte for what stands before the target. Its Triton kernels, on CUDA, work inside the buffer.
+# float32 copies of a tile's logits that exist at once in TRL's torch code. Backward: scaled, transformed, log p, p,
+# gradient, target as float, their difference, and the target as bool (a byte). Forward: transformed, shifted,
+# exponential, and a bool mask. Its Triton kernels, on CUDA, work inside the buffer.
 TILE_COPIES_BACKWARD, TILE_COPIES_FORWARD = 7.25, 3.25
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model at once: `rows` of `length` tokens, the padding included.
+    """A batch of `rows` rows of `length` tokens, including padding.
 
-    `packed`: each row is of several that must not see each other.
+    `packed`: each row has several conversations that must not see each other.
     """
 
     rows: int
@@ -50,17 +50,17 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """All of them."""
+        """Number of tokens, including padding."""
         return self.rows * self.length
 
     @property
     def pairs(self) -> int:
-        """Pairs of tokens that a mask has to say something about, and that attention weights are for."""
+        """Number of pairs of tokens: the size of a mask, and of one head's attention weights."""
         return self.rows * self.length**2
 
 
 def checkpointed_layers(config: Config, geometry: Geometry) -> int:
-    """Of how many layers, the first ones, only the input is kept; `auto` counts as all, with which memory is least."""
+    """How many of the first layers keep only their input; `auto` counts as all, which takes least memory."""
     asked = config.training.checkpointed_layers
     if not config.training.gradient_checkpointing:
         return 0
@@ -80,20 +80,20 @@ def peak_gib(config: Config, geometry: Geometry) -> float:
 
 
 def memory_parts(config: Config, geometry: Geometry) -> dict[str, float]:
-    """What is in memory at the moment when most is, by part, GiB; 0 for what is not there at that moment.
+    """Memory at the peak by part, GiB; 0 for parts that do not exist at that moment.
 
-    `attention_mask` and `program` are named only where they apply.
+    `attention_mask` and `program` are included only if they apply.
     """
     return max(moments(config, geometry).values(), key=lambda parts: sum(parts.values()))
 
 
 def moments(config: Config, geometry: Geometry) -> dict[str, dict[str, float]]:
-    """The three moments one of which is the peak, each by part, GiB.
+    """Memory by part at three moments, one of which is the peak, GiB.
 
     `loss`: all that the forward pass keeps, and TRL's tile of logits. `backward`: what the forward pass keeps, the last
-    layer's activations also where it is checkpointed, and what its backward needs beside them; whole layers come last,
-    so they are gone before a checkpointed one is computed again. `evaluation`: one batch of per_device_eval_batch_size
-    rows padded to max_seq_length; it keeps nothing, and there are no gradients.
+    layer's activations even if it is checkpointed, and its backward's workspace; whole layers are last, so they are
+    freed before a checkpointed one is recomputed. `evaluation`: a batch of per_device_eval_batch_size rows padded to
+    max_seq_length; nothing is kept, and there are no gradients.
     """
     sizes = _Sizes(config, geometry)
     training, evaluation = sizes.training_batch(), sizes.evaluation_batch()
@@ -129,7 +129,7 @@ class _Sizes:
 
     @property
     def lora_width(self) -> int:
-        """Of what LoRA computes with: autocast's bfloat16, else float32 like its weights."""
+        """Bytes of LoRA's compute dtype: autocast's bfloat16, else float32 like its weights."""
         return 2 if self.config.training.bf16 else 4
 
     @property
@@ -142,26 +142,26 @@ class _Sizes:
 
     @property
     def fused_lora(self) -> bool:
-        """`auto` counts as without: that takes more."""
+        """`auto` counts as off, which takes more."""
         return self.config.training.fused_lora is True
 
     @property
     def fused_kernels(self) -> bool:
-        """`auto` counts as without."""
+        """`auto` counts as off."""
         return self.config.training.fused_kernels is True
 
     @property
     def norm_width(self) -> int:
-        """Of what a norm keeps of its input: a copy in float32, or under fused_kernels the input itself."""
+        """Bytes of what a norm keeps of its input: a float32 copy, or with fused_kernels the input itself."""
         return self.width if self.fused_kernels else 4
 
     @property
     def mlp_results(self) -> int:
-        """What the MLP keeps: the results of gate_proj and up_proj and, unless fused, of the activation function."""
+        """How many results the MLP keeps: of gate_proj, up_proj and, unless fused, the activation function."""
         return 2 if self.fused_kernels else 3
 
     def training_batch(self) -> Batch:
-        """Packed sequences are laid end to end in a single row, but not under sdpa."""
+        """Packed sequences are laid end to end in a single row, except with sdpa."""
         rows, length = self.config.training.per_device_train_batch_size, self.config.model.max_seq_length
         packed = self.config.training.packing
         flat = packed and lays_flat(self.config.model.attn_implementation)
@@ -171,7 +171,7 @@ class _Sizes:
         return Batch(self.config.training.per_device_eval_batch_size, self.config.model.max_seq_length)
 
     def named(self, moment: str, parts: dict[str, float]) -> dict[str, float]:
-        """`parts` and what is there at every moment, GiB, in the order of PARTS."""
+        """`parts` and what exists at every moment, GiB, in the order of PARTS."""
         always = {"weights": self.weights(), "lora": self.lora(moment), "optimizer": self.optimizer()}
         always["program"] = self.platform.program_gib * GIB
         sizes = dict.fromkeys(PARTS, 0.0) | parts | always
@@ -180,8 +180,8 @@ class _Sizes:
     def weights(self) -> float:
         """The frozen base.
 
-        NF4 takes half a byte a weight and one scale per 64 weights: 4 bytes, or with double quantisation 1 byte and 4
-        more per 256 scales (Dettmers et al. 2023, section 3). Embeddings are not quantised.
+        NF4 takes half a byte a weight and one scale per 64 weights: 4 bytes, or with double quantization 1 byte and 4
+        more per 256 scales (Dettmers et al. 2023, section 3). Embeddings are not quantized.
         """
         geometry, double = self.geometry, self.config.quantization.bnb_4bit_use_double_quant
         linear = sum(inputs * outputs for inputs, outputs in geometry.linear_shapes().values())
@@ -191,9 +191,9 @@ class _Sizes:
         return linear * geometry.num_hidden_layers * per_weight + embeddings * self.width
 
     def lora(self, moment: str) -> float:
-        """float32 weights, autocast's bfloat16 copy of them, and the gradients of the micro-batches before.
+        """float32 weights, autocast's bfloat16 copy, and the gradients of earlier micro-batches.
 
-        Under fused_lora each layer makes that copy for itself, but for evaluation.
+        With fused_lora each layer makes its own copy, except in evaluation.
         """
         training = self.config.training
         gradients = moment != "evaluation" and training.gradient_accumulation_steps > 1
@@ -203,30 +203,30 @@ class _Sizes:
     def optimizer(self) -> float:
         """AdamW's two moments (Loshchilov and Hutter 2019): 4 bytes each, or 1 in the 8-bit optimizer.
 
-        Paged ones count in full. What a rehearsal leaves of its own is not the run's: nobody uses it, so it may move.
+        Paged ones count in full. What a rehearsal leaves behind does not count: it is unused, so it can be paged out.
         """
         moments = 2 if self.config.training.optim == "paged_adamw_8bit" else 8
         return lora_parameters(self.config, self.geometry) * moments
 
     def masked(self, batch: Batch) -> bool:
-        """Whether SDPA is given a mask: packed rows share a sequence, or several rows are padded to the longest.
+        """Whether SDPA gets a mask: if packed rows share a sequence, or several rows are padded to the longest.
 
-        Padded rows are SDPA's under torch_varlen too.
+        torch_varlen uses SDPA for padded rows.
         """
         attention = self.config.model.attn_implementation
         return attention != "flash_attention_2" and (batch.rows > 1 or (batch.packed and not lays_flat(attention)))
 
     def mask(self, batch: Batch, layers: int) -> float:
-        """A byte a pair of tokens, and the same mask in the model's dtype, which each layer keeps for its backward."""
+        """A byte per pair of tokens, and the mask in the model's dtype, which each layer keeps for its backward."""
         if not self.masked(batch):
             return 0
         return batch.pairs * (1 + self.width * (1 if self.platform.keeps_attention_weights else layers))
 
     def kept(self, batch: Batch, whole: int) -> float:
-        """What the forward pass keeps: everything of `whole` layers; of checkpointed ones, their input.
+        """What the forward pass keeps: everything of `whole` layers, and the input of checkpointed ones.
 
-        Beside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The first
-        layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
+        Outside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The
+        first layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
         """
         hidden, heads = self.geometry.hidden_size, self.geometry.num_attention_heads
         ends: float = hidden * (self.norm_width + self.width) + 2 * hidden // heads * self.width
@@ -237,36 +237,36 @@ class _Sizes:
         return batch.tokens * (ends + whole * self.kept_a_token(batch)) + whole * self.attention_weights(batch)
 
     def kept_a_token(self, batch: Batch) -> float:
-        """Bytes a token that one layer keeps for its backward.
+        """Bytes per token that one layer keeps for its backward.
 
-        Rotary embedding and projections of the frozen base keep nothing.
+        The rotary embedding and the frozen base's projections keep nothing.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         norms, mlp = 2 * hidden * self.norm_width, self.mlp_results * intermediate * self.width
         return norms + self.attention_a_token(batch) + mlp + self.lora_a_token()
 
     def attention_a_token(self, batch: Batch) -> float:
-        """Queries, keys, values and result; keys and values repeated for every head, but for flash-attn and no mask.
+        """Queries, keys, values and result; keys and values repeated per head if there is a mask or torch_varlen.
 
-        In float32 and without the result where the attention weights are kept.
+        If attention weights are kept: in float32, without the result.
         """
         hidden = self.geometry.hidden_size
         keys = self.geometry.linear_shapes()["k_proj"][1]
         if self.platform.keeps_attention_weights:
             return 3 * hidden * 4
-        # torch 2.10 takes no fewer heads of keys than of queries
+        # torch 2.10 needs as many heads of keys as of queries
         repeated = self.masked(batch) or self.config.model.attn_implementation == "torch_varlen"
         return (2 * hidden + 2 * (hidden if repeated else keys)) * self.width
 
     def attention_weights(self, batch: Batch) -> float:
-        """SDPA's result of softmax, float32, one a head and pair of tokens, where it keeps it."""
+        """SDPA's softmax, float32, one value per head and pair of tokens, if it keeps it."""
         return 4 * self.geometry.num_attention_heads * batch.pairs if self.platform.keeps_attention_weights else 0
 
     def noise_a_token(self, names: Iterable[str]) -> float:
-        """What dropout keeps before those of `names` that are targets.
+        """Bytes per token that dropout keeps before the targets among `names`.
 
-        A byte a feature on CUDA; elsewhere its noise, in the dtype of its input, which PEFT makes float32 there. Under
-        fused_lora a number, from which it is made again.
+        A byte per feature on CUDA; elsewhere its noise in the input's dtype, which PEFT makes float32. With fused_lora,
+        only a seed from which to generate it again.
         """
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
         if lora.lora_dropout == 0 or self.fused_lora:
@@ -275,10 +275,10 @@ class _Sizes:
         return sum(shapes[name][0] for name in names if name in lora.target_modules) * noise
 
     def lora_a_token(self) -> float:
-        """For each target layer its input, what dropout keeps, and the result of lora_A.
+        """Bytes per token for all target layers: input, what dropout keeps, and the result of lora_A.
 
-        Without dropout and without a cast, and under fused_lora, layers that read the same tensor keep it once, and
-        o_proj's is kept anyway. PEFT casts to float32 but for bitsandbytes' layers under CUDA's autocast.
+        Without dropout and cast, or with fused_lora, layers that read the same tensor keep it once, and o_proj's is
+        kept anyway. PEFT casts to float32, except for bitsandbytes' layers with CUDA's autocast.
         """
         lora, shapes = self.config.lora, self.geometry.linear_shapes()
         targets = set(lora.target_modules)
@@ -292,7 +292,7 @@ class _Sizes:
         return reduced + inputs * self.lora_width + self.noise_a_token(targets)
 
     def tile_logits(self, batch: Batch, copies: float) -> float:
-        """TRL's tile of logits in the compute dtype, and `copies` of it in float32 where Triton does not run."""
+        """TRL's tile of logits in the compute dtype, and `copies` of it in float32 without Triton."""
         tokens = min(batch.tokens, TILE_TOKENS)
         vocabulary = min(self.geometry.vocab_size, TILE_VOCABULARY)
         return tokens * (TILE_VOCABULARY * self.width + (0 if self.platform.nvidia else 4 * copies * vocabulary))
@@ -300,23 +300,23 @@ class _Sizes:
     def training_logits(self, batch: Batch) -> float:
         """The tile in the loss's backward, and the gradient of the last hidden states, summed in float32.
 
-        Of several rows the copied states (see `evaluation`) are there in place of the states, which are gone by then;
-        on a GPU, where that is not measured, they are counted beside them.
+        With several rows, the copied states (see `evaluation`) replace the states, which are freed by then; on a GPU,
+        where that is not measured, both are counted.
         """
         states = batch.tokens * self.geometry.hidden_size
         return self.tile_logits(batch, TILE_COPIES_BACKWARD) + states * (4 + self.platform.nvidia * self.width)
 
     def dequantised(self) -> float:
-        """The largest weight, unpacked for one product; with a float32 scale per 64 weights."""
+        """The largest weight, unpacked for one product, with a float32 scale per 64 weights."""
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         return hidden * intermediate * (self.width + 4 / 64) if self.packed_weights else 0
 
     def backward_workspace(self, batch: Batch) -> float:
-        """Beside what the last layer keeps, the largest of three moments of its backward.
+        """Workspace of the last layer's backward: the largest of three moments.
 
         The adapter of down_proj: the gradients of the hidden states and of the adapter's input. down_proj itself: the
-        unpacked weight and two gradients of its input, when what its adapter and the last norm kept is gone. Attention
-        weights: their gradient and that of the scores, when what the MLP kept is gone.
+        unpacked weight and two gradients of its input, after what its adapter and the last norm kept is freed.
+        Attention weights: their gradient and that of the scores, after what the MLP kept is freed.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         adapted = "down_proj" in self.config.lora.target_modules
@@ -331,9 +331,9 @@ class _Sizes:
         return max(adapter, base, attention)
 
     def fused_backward(self, batch: Batch) -> float:
-        """Of down_proj under fused_lora: one gradient of its input, and the unpacked weight or then noise, twice.
+        """Workspace of down_proj with fused_lora: a gradient of its input, and the unpacked weight or twice the noise.
 
-        What the last norm kept is gone. A checkpointed layer's input is what its first norm keeps, if it keeps no copy.
+        What the last norm kept is freed. A checkpointed layer's input is what its first norm keeps, if not a copy.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         same = self.config.training.gradient_checkpointing and self.norm_width == self.width
@@ -343,11 +343,11 @@ class _Sizes:
         return batch.tokens * (intermediate * self.width - gone) + max(self.dequantised(), noise)
 
     def evaluation(self, batch: Batch) -> dict[str, float]:
-        """By part, the largest of: one layer's MLP, its attention, and the loss.
+        """By part, the largest of three moments: one layer's MLP, its attention, and the loss.
 
-        Loss: the tile, and a copy of the last hidden states where some tokens are left out of them.
-        MLP: the activation function's result and three of up_proj (the base's, the adapter's and their sum), or the
-        unpacked weight beside two; the residual and the norm's output. Attention: residual, queries, keys and values,
+        Loss: the tile, and a copy of the last hidden states if some tokens are left out of them.
+        MLP: the activation function's result and three of up_proj (the base's, the adapter's and their sum), or two
+        and the unpacked weight; the residual and the norm's output. Attention: residual, queries, keys and values,
         repeated, their result.
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size

@@ -1,4 +1,4 @@
-"""The shape of the base model, known without its weights: what the plan computes with."""
+"""The base model's shape, which the plan computes with, read without its weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MISTRAL_7B = Geometry(
 )
 
 
-# The demo's base, which shows in minutes that a machine works; scripts/make_demo_model.py makes it.
+# The demo's base; scripts/make_demo_model.py makes it.
 DEMO_135M = Geometry(
     hidden_size=576,
     intermediate_size=1536,
@@ -67,10 +67,10 @@ DEMO_135M = Geometry(
 
 
 def read_geometry(config: Config) -> Geometry:
-    """The base model's geometry: Mistral-7B's own, or what a local folder's config.json says.
+    """The base model's geometry: Mistral-7B's own, or that of a local folder's config.json.
 
-    On h100 and m4 a folder must hold Mistral-7B itself or the demo's base; on cpu any MistralForCausalLM will do.
-    Raises ConfigError, also where more layers are to be checkpointed than there are.
+    On h100 and m4 a folder must contain Mistral-7B or the demo's base; on cpu, any MistralForCausalLM. Raises
+    ConfigError, also if training.checkpointed_layers exceeds the number of layers.
     """
     remote = config.model.name == MISTRAL and not is_local(config.model.name)
     found = MISTRAL_7B if remote else _local_geometry(config)
@@ -100,9 +100,9 @@ def _local_geometry(config: Config) -> Geometry:
 
 
 def _sizes(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of Geometry in a config.json. Raises ConfigError with each that is no positive whole number."""
+    """Geometry's fields from a config.json. Raises ConfigError with all that are not positive whole numbers."""
     sizes = {name: values.get(name) for name in Geometry.__annotations__}
-    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])  # transformers leaves defaults out of the file
+    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])  # transformers omits defaults from the file
     wrong = [f"{name} is {size!r}" for name, size in sizes.items() if not (isinstance(size, int) and size >= 0)]
     wrong += [f"{name} is 0" for name, size in sizes.items() if size == 0 and name != "tie_word_embeddings"]
     if wrong:

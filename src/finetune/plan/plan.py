@@ -1,4 +1,4 @@
-"""What a run will cost, by arithmetic alone: steps, evaluations, memory, disk. No GPU, weights or network."""
+"""What a run costs, by arithmetic: steps, evaluations, memory, disk. Needs no GPU, weights or network."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from finetune.wording import counted
 if TYPE_CHECKING:
     from finetune.config.schema import Config
 
-BEFORE = "a rehearsal decides"  # so the formula is what the plan has
-LEAST_FULL = 0.8  # of batches without packing, below which packing is worth it
+BEFORE = "a rehearsal decides"  # until then, the plan has only the formula
+LEAST_FULL = 0.8  # share of unpacked batches that is not padding; below it, packing is worth it
 MOST_EVALUATED = 1 / 3  # of the training's tokens
 LEAST_EVALUATED = 100  # rows
 
@@ -43,10 +43,10 @@ class RowCounts(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained and evaluated on.
+    """The data to train and evaluate on.
 
-    `sequences` are the training examples: packed ones where packing is on, else rows. `batch_tokens` is what an epoch's
-    batches hold, padding included. An evaluation reads `evaluated_rows` of the validation's, `evaluated_tokens` long.
+    `sequences` counts training examples: packed ones with packing, else rows. `batch_tokens` is the size of an epoch's
+    batches, including padding. An evaluation reads `evaluated_rows` validation rows with `evaluated_tokens` tokens.
     """
 
     train: RowCounts
@@ -61,13 +61,13 @@ class Data:
 class Plan:
     """The numbers of `--dry-run --json`. Memory and disk in GiB; `memory_parts` adds up to `peak_memory_gib`.
 
-    `packing_efficiency` is the share of an epoch's batches that is not padding, or of full sequences where packing is
-    on; `tokens_evaluated` counts all evaluations. `hours` is None where no file in benchmarks/results has measured such
-    a run; else `hours_from` says which has, and where. `hours_expected`, least and most, follow from the arithmetic
-    that `hours_expected_from` names, for Mistral-7B on a platform with an expectation. `checkpointed_from` is the
-    reason for the number of checkpointed layers, where the config leaves it open. `working_set_gib` is what a Mac's GPU
-    may use before macOS swaps, and `specified_memory_gb` an early estimate of the peak there, least and most.
-    `problems` are things to change before a long run, each with what to type.
+    `packing_efficiency` is the share of an epoch's batches that is not padding; with packing, of full sequences.
+    `tokens_evaluated` counts all evaluations. `hours` is None if no file in benchmarks/results has measured such a run;
+    else `hours_from` names file and machine. `hours_expected` (least, most) is by the arithmetic in
+    `hours_expected_from`, for Mistral-7B on a platform with an expectation. `checkpointed_from` is the reason for the
+    number of checkpointed layers, if the config has `auto`. `working_set_gib` is what a Mac's GPU may use before macOS
+    swaps, and `specified_memory_gb` an early estimate of the peak there (least, most). `problems` are things to change
+    before a long run, each with what to type.
     """
 
     rows_train: int
@@ -104,15 +104,15 @@ class Plan:
 
     @property
     def cost(self) -> float | None:
-        """Of the expected hours, in the currency of `tracking.cost_per_hour`."""
+        """The cost of `hours`, in the currency of `tracking.cost_per_hour`."""
         return None if self.hours is None or self.cost_per_hour is None else self.hours * self.cost_per_hour
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """For JSON."""
         return dataclasses.asdict(self)
 
     def schedule_problem(self, eval_steps: int) -> tuple[str, str] | None:
-        """Where no evaluation falls inside the run: what is wrong, and what to type."""
+        """What is wrong and what to type, if no evaluation falls inside the run."""
         if self.steps >= eval_steps:
             return None
         every = max(1, self.steps // 5)
@@ -129,7 +129,7 @@ def make_plan(
 ) -> Plan:
     """The plan of a run over `data`.
 
-    Memory is enough where the peak is within what is free and, on a Mac, within `working_set_gib`.
+    Memory is enough if the peak is within free memory and, on a Mac, within `working_set_gib`.
     """
     training, train, validation = config.training, data.train, data.validation
     steps_per_epoch, steps = count_steps(config, data.sequences)
@@ -184,7 +184,7 @@ def make_plan(
 
 
 def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
-    """Training at the measured speed, and each evaluation at its own where that was measured, else left out."""
+    """Training at the measured speed, plus evaluations if their speed was measured."""
     seconds = _tokens(plan, config) / speed.tokens_per_second
     if speed.eval_tokens_per_second is not None:
         seconds += plan.tokens_evaluated / speed.eval_tokens_per_second
@@ -205,7 +205,7 @@ def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine
 
 
 def _tokens(plan: Plan, config: Config) -> float:
-    """Trained on in all epochs together."""
+    """Tokens trained on over all epochs."""
     epochs = config.training.num_train_epochs
     if config.training.max_steps > 0:
         epochs = plan.steps / plan.steps_per_epoch
@@ -213,10 +213,10 @@ def _tokens(plan: Plan, config: Config) -> float:
 
 
 def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
-    """Where the data are more than the platform trains on in sensible time: what is wrong, and what to type.
+    """What is wrong and what to type, if training takes longer than is sensible on the platform.
 
-    By the measured speed where there is one, else by the slower end of the platform's expectation. The time budget, if
-    there is one, is what is sensible; measured hours are compared with it by the check plan.hours.
+    Uses the measured speed, else the slower end of the platform's expectation. A time budget replaces the platform's
+    limit; the check plan.hours compares measured hours with it.
     """
     expected, budget = PLATFORMS[config.platform].expectation, config.training.time_budget_hours
     hours = plan.hours_expected if plan.hours is None else (plan.hours,)
@@ -227,15 +227,15 @@ def hours_problem(plan: Plan, config: Config) -> tuple[str, str] | None:
         return None
     tokens, shares = _tokens(plan, config), [limit / most for most in hours]
     found = (
-        f"{tokens:,.0f} tokens in all epochs take {'-'.join(f'{most:,.1f}' for most in hours)} h on {config.platform} "
-        f"({plan.hours_from or plan.hours_expected_from}); {limit:g} h are "
+        f"{tokens:,.0f} tokens over all epochs take {'-'.join(f'{most:,.1f}' for most in hours)} h on "
+        f"{config.platform} ({plan.hours_from or plan.hours_expected_from}); {limit:g} h are "
         f"{'-'.join(f'{share * tokens / 1e6:.1f}' for share in reversed(shares))} million"
     )
     fewer = f"dataset.max_rows={max(1, int(shares[-1] * plan.rows_train))}"
-    if config.training.max_steps > 0:  # which fewer rows would not shorten
+    if config.training.max_steps > 0:  # fewer rows would not shorten it
         fewer = f"training.max_steps={max(1, int(shares[-1] * plan.steps))}"
     faster = "" if PLATFORMS[config.platform].nvidia else ", or train on the H100 (--config h100)"
-    return found, f"--set {fewer} keeps within that{faster}"
+    return found, f"--set {fewer} fits into that{faster}"
 
 
 def _padding_problem(plan: Plan, config: Config) -> str | None:
@@ -246,10 +246,10 @@ def _padding_problem(plan: Plan, config: Config) -> str | None:
 
 
 def _evaluation_problem(plan: Plan, config: Config) -> str | None:
-    """Where evaluations read more than MOST_EVALUATED of what is trained on."""
+    """If evaluations read more than MOST_EVALUATED of the training's tokens."""
     share = plan.tokens_evaluated / _tokens(plan, config)
     rows = int(plan.rows_evaluated * MOST_EVALUATED / share)
-    if share <= MOST_EVALUATED or rows < LEAST_EVALUATED:  # with fewer rows eval_loss says too little to be worth it
+    if share <= MOST_EVALUATED or rows < LEAST_EVALUATED:  # eval_loss over fewer rows would mean little
         return None
     found = f"{counted(plan.evaluations, 'evaluation')} read {plan.tokens_evaluated:,} tokens, {share:.1f} times"
     return f"{found} the training's; --set dataset.max_validation_rows={rows} keeps them to a third of it"
@@ -265,7 +265,7 @@ def _rounded(gib: float | None) -> float | None:
 
 
 def count_steps(config: Config, sequences: int) -> tuple[int, int]:
-    """(optimizer steps an epoch, in all) as transformers' Trainer counts them: a last, smaller batch is a step too."""
+    """(optimizer steps per epoch, in all), as transformers' Trainer counts them: a smaller last batch is a step too."""
     micro_batches = math.ceil(sequences / config.training.per_device_train_batch_size)
     steps_per_epoch = math.ceil(micro_batches / config.training.gradient_accumulation_steps)
     if config.training.max_steps > 0:
@@ -274,7 +274,7 @@ def count_steps(config: Config, sequences: int) -> tuple[int, int]:
 
 
 def disk_bytes(config: Config, geometry: Geometry, tokens: int) -> float:
-    """Checkpoints (adapter and two moments, fp32), the best and the final adapter, and the cache of encoded rows."""
+    """Bytes of checkpoints (adapter and two moments, fp32), best and final adapter, and the cache of encoded rows."""
     adapter = 4 * lora_parameters(config, geometry)
     kept = config.training.save_total_limit + 2  # the best ones, the newest, and the one being written
     return kept * 3 * adapter + 2 * adapter + 8 * tokens

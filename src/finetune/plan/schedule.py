@@ -1,4 +1,4 @@
-"""The time that a run takes, by speeds that were measured, and whether its time budget is enough."""
+"""How long a run takes at measured speeds, and whether its time budget is enough."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from finetune.wording import duration
 if TYPE_CHECKING:
     from finetune.config.schema import TrainingConfig
 
-# Two measurements of one config differ a little, and what is advised here must not be refused the next time.
+# Measurements vary a little, and the next start must not refuse what this one suggested.
 MARGIN = 1.05
 
 
 def seconds_since_start() -> float:
-    """Wall time since this process was started, imports and loading included."""
+    """Wall time since this process started, including imports and loading."""
     return max(0.0, time.time() - psutil.Process().create_time())
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a step, of an evaluation over all validation rows, and of a save; 0 where not measured."""
+    """Seconds per step, per evaluation over all validation rows, and per save; 0 if not measured."""
 
     step: float = 0.0
     evaluation: float = 0.0
@@ -37,7 +37,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What lies before a run of `steps` optimizer steps, of which `done` are behind it.
+    """The rest of a run of `steps` optimizer steps, of which `done` are done.
 
     It evaluates before the first step; it evaluates and saves at multiples of `eval_steps` and `save_steps`, and at the
     last step.
@@ -50,19 +50,19 @@ class Schedule:
     save_steps: int
 
     def seconds(self, pace: Pace, step: int) -> float:
-        """From here until `step` is done, evaluated where that is due, and saved."""
+        """Time from now until `step` is done, evaluated if due, and saved."""
         evaluations = step // self.eval_steps - self.done // self.eval_steps + (self.done == 0)
         evaluations += step == self.steps and step % self.eval_steps > 0
         saves = step // self.save_steps - self.done // self.save_steps + (step % self.save_steps > 0)
         return (step - self.done) * pace.step + evaluations * pace.evaluation + saves * pace.save
 
     def reach(self, pace: Pace, seconds: float) -> int:
-        """The last step that is done and saved within `seconds`; `done` where none is."""
+        """The last step that is done and saved within `seconds`, or `done`."""
         after = range(self.done + 1, self.steps + 1)
         return self.done + bisect_right(after, seconds, key=lambda step: self.seconds(pace, step))
 
     def longest(self, pace: Pace, seconds: float) -> int:
-        """How many steps a whole run may have, its last evaluation included, to end within `seconds`."""
+        """The most steps a run can have to finish within `seconds`, including its last evaluation."""
 
         def whole(steps: int) -> float:
             return dataclasses.replace(self, steps=steps).seconds(pace, steps)
@@ -71,10 +71,10 @@ class Schedule:
 
 
 def check_budget(training: TrainingConfig, schedule: Schedule, pace: Pace, elapsed: float) -> str | None:
-    """None where the rest of the run fits into the time budget, or there is none; else how far a partial run comes.
+    """None if the rest of the run fits into the time budget, or there is none; else how far a partial run gets.
 
-    `elapsed`: seconds of the budget that are over. Raises OutOfResource with what would fit where the run does not, and
-    a part of it is not wanted (time_budget_partial) or not possible.
+    `elapsed`: seconds of the budget used so far. Raises OutOfResource with what would fit, if the run does not and a
+    partial run is not allowed (time_budget_partial) or not possible.
     """
     if training.time_budget_hours is None:
         return None
@@ -83,7 +83,7 @@ def check_budget(training: TrainingConfig, schedule: Schedule, pace: Pace, elaps
         return None
     last = schedule.reach(pace, left)
     if training.time_budget_partial and last > schedule.done:
-        return f"enough until about step {last:,} of {schedule.steps:,}; the same command then goes on from there"
+        return f"enough until about step {last:,} of {schedule.steps:,}; the same command then resumes from there"
     choices = _advice(training, schedule, pace, elapsed)
     raise OutOfResource(_found(training, schedule, pace, left), "\n  ".join(choices), between="\n  ")
 
@@ -98,17 +98,17 @@ def _found(training: TrainingConfig, schedule: Schedule, pace: Pace, left: float
 
 
 def _advice(training: TrainingConfig, schedule: Schedule, pace: Pace, elapsed: float) -> list[str]:
-    """Settings that would each do, as text to type, one line each."""
+    """Settings that would each fit, one per line."""
     assert training.time_budget_hours is not None
     hours = (MARGIN * schedule.seconds(pace, schedule.steps) + elapsed) / 3600
     lines = [f"--set training.time_budget_hours={_rounded_up(hours):g}"]
     left = 3600 * training.time_budget_hours - elapsed
     steps = schedule.longest(pace, left / MARGIN)
-    if schedule.done == 0 and steps > 0:  # a run that has begun keeps its length: the learning rate depends on it
+    if schedule.done == 0 and steps > 0:  # a started run keeps its length, since the learning rate depends on it
         lines += _shorter(training, steps, schedule.steps_per_epoch)
     last = schedule.reach(pace, left / MARGIN)
     if last > schedule.done:
-        stop = f"stops at about step {last:,}; the same command then goes on from there"
+        stop = f"stops at about step {last:,}; the same command then resumes from there"
         lines.append(f"--set training.time_budget_partial=true  ({stop})")
     return lines
 
@@ -117,7 +117,7 @@ def _shorter(training: TrainingConfig, steps: int, steps_per_epoch: int) -> list
     if training.max_steps > 0:
         return [f"--set training.max_steps={steps}"]
     hundredths = 100 * steps // steps_per_epoch
-    while math.ceil(hundredths / 100 * steps_per_epoch) > steps:  # as the steps are counted, rounding errors and all
+    while math.ceil(hundredths / 100 * steps_per_epoch) > steps:  # as the steps are counted, with the same rounding
         hundredths -= 1
     return [f"--set training.num_train_epochs={hundredths / 100:g}"] if hundredths else []
 

@@ -1,4 +1,4 @@
-"""What was measured of speed: tokens a second from the files in benchmarks/results, for the plan's hours."""
+"""Measured tokens per second from benchmarks/results, for the plan's hours."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Throughput:
-    """A measured speed, the file it is in (relative to the project's root), and the machine it was measured on.
+    """A measured speed, its file (relative to the project's root) and the machine it was measured on.
 
-    Tokens without padding, in training steps and in evaluations; `eval_tokens_per_second` is None where those were not
-    timed.
+    Padding is not counted. `eval_tokens_per_second` is None if evaluations were not timed.
     """
 
     tokens_per_second: float
@@ -33,9 +32,9 @@ class Throughput:
 
 
 def conditions(config: Config, geometry: Geometry) -> dict[str, Any]:
-    """What decides how fast a run is: an entry of a result file's `throughput` counts only where all of it is equal.
+    """What determines a run's speed: a result file's `throughput` entry counts only if all of it matches.
 
-    What is `auto` is left out: the run takes what is fastest, and so did what was measured.
+    Keys that are `auto` are left out: run and measurement both use what is fastest.
     """
     known = {key: value for key, value in used(config, geometry).items() if getattr(config.training, key) != "auto"}
     return {
@@ -52,9 +51,9 @@ def conditions(config: Config, geometry: Geometry) -> dict[str, Any]:
 
 
 def find(config: Config, geometry: Geometry, folder: Path = RESULTS) -> Throughput | None:
-    """The newest measurement under the conditions of this run (the last of its file), or None.
+    """The newest measurement under this run's conditions (the last in its file), or None.
 
-    Raises ConfigError where a file is no JSON, or its entry for this run has no speed.
+    Raises ConfigError if a file is not JSON, or its entry for this run has no speed.
     """
     wanted = conditions(config, geometry)
     found: dict[tuple[str, str], Throughput] = {}
