@@ -48,10 +48,6 @@ def problem(text: str) -> str:
     return line
 
 
-def nested(opening: str, closing: str, levels: int) -> str:
-    return opening * levels + "1" + closing * levels
-
-
 def test_a_mapping_comes_with_the_line_of_each_dotted_key() -> None:
     values, places = parse("# notes\nlora:\n  r: 16\n  names: [a, b]\n\nseed: 42\n", "f.yaml")
     assert values == {"lora": {"r": 16, "names": ["a", "b"]}, "seed": 42}
@@ -135,22 +131,16 @@ def test_what_is_no_plain_mapping_is_refused_with_its_line(text: str, message: s
 @pytest.mark.parametrize(
     "bad",
     [
-        *("x: !!python/object:os.system rm", "x: !!python/object/apply:os.system [ls]", "x: !!python/name:os.system"),
-        *("x: !ours y", "x: !!bool maybe", "x: !!int ''", "x: !!float ''", "x: !!timestamp noon", "x: !!map y"),
-        *("? [a]\n: b", "? [a]: b", "? {a: b}\n: c", "[a]: b", "1: x", "null: y", "true: z", "no: z", "1.5: z"),
-        *("2001-01-01: x", "<<: {a: 1}", "<<: 3", "=: 1", "x: ="),
-        *("x: 2001-13-45", "x: 2001-01-01 25:00:00", "x: 0x_", "x: 9" + "9" * 400, "x: 0x" + "f" * 5000),
-        *("x: a\x00b", "x: \x07", "x: \ud800", "x: @y", "x: `y", "x: %y"),
+        *("x: !!python/name:os.system", "x: !!int ''", "[a]: b", "1: x", "no: z", "<<: {a: 1}", "=: 1", "x: ="),
+        *("x: 2001-13-45", "x: 0x_", "x: 0x" + "f" * 5000, "x: a\x00b", "x: \ud800", "x: @y"),
     ],
 )
 def test_odd_keys_tags_and_values_are_refused_with_their_line(bad: str) -> None:
     assert problem(f"first: 1\n{bad}\n").startswith("f.yaml:2: ")
 
 
-@pytest.mark.parametrize(("opening", "closing"), [("{a: ", "}"), ("[", "]")])
-def test_nesting_is_read_to_twenty_levels_and_refused_with_its_line_beyond(opening: str, closing: str) -> None:
-    parse("x: 1\ny: " + nested(opening, closing, 15), "f.yaml")
-    assert problem("x: 1\ny: " + nested(opening, closing, 25)) == f"f.yaml:2: {PLAIN}"
+def test_nesting_is_refused_beyond_twenty_levels() -> None:
+    assert problem("x: 1\ny: " + "[" * 25 + "]" * 25) == f"f.yaml:2: {PLAIN}"
 
 
 @fuzz
