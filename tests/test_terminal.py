@@ -173,7 +173,7 @@ cost: # (# an hour)
 step #/#: eval_loss #
 """
 AFTER = """\
-self-test: # of # checks passed, on the adapter as it was read back from disk
+self-test: # of # checks passed on the adapter reloaded from disk
 done: eval_loss # -> # (step #)
   adapter  RUN/adapter_model.safetensors
   look     open RUN/report.html

@@ -333,7 +333,7 @@ def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     uploaded = '--include README.md --include "adapter_*" --include "*token*" --include chat_template.jinja'
     assert lines[-7:] == [
-        "self-test: 7 of 7 checks passed, on the adapter as it was read back from disk",
+        "self-test: 7 of 7 checks passed on the adapter reloaded from disk",
         f"done: eval_loss {losses} (step {manifest['best_step']})",
         f"  adapter  {folder}/adapter_model.safetensors",
         f"  look     {opener} {folder}/report.html",

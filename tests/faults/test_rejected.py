@@ -34,7 +34,7 @@ def message(folder: Path) -> str:
     checks = manifest(folder)["self_test"]["checks"]
     wrong = [f"  {check['name']}: {check['detail']}" for check in checks if check["status"] == "fail"]
     first = f"self-test: {len(wrong)} of 7 checks failed, so this adapter is not final"
-    last = f"it lies in {folder}/rejected; change the config or the data, then --fresh starts a new run"
+    last = f"it was moved to {folder}/rejected; change the config or the data, then start a new run with --fresh"
     return "\n".join([first, *wrong, last])
 
 

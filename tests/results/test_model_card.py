@@ -165,7 +165,7 @@ def body(card: str) -> str:
     return card.split("\n---\n", 1)[1]
 
 
-def test_the_card_says_that_only_last_answers_were_learnt(h100: Config) -> None:
+def test_the_card_says_that_loss_was_on_last_answers_only(h100: Config) -> None:
     text = body(model_card(h100.changed("dataset", train_on="last"), MANIFEST))
     assert "and only on what the assistant says last in each conversation.\n" in text
     assert "| dataset.train_on | `last` |" in text

@@ -1,4 +1,4 @@
-"""The self-test of an adapter: a trained one passes, and each way of being wrong is found and named."""
+"""The self-test of an adapter: a trained one passes, and every defect is found and named."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Change = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """A tiny model after four steps: its adapter, saved, and all that a self-test is told of the training."""
+    """A tiny model after four steps: its saved adapter, and everything that a self-test needs."""
 
     case: Case
     config: Config
@@ -101,22 +101,22 @@ def test_a_trained_adapter_passes_every_check(trained: Trained) -> None:
     loss, rows = trained.outcome.eval_loss, len(trained.prepared.validation.lengths)
     tokens = int(trained.prepared.validation.lengths.sum())
     expected = [
-        ("base", rf"the base's weights are those of the start \(sha256 {trained.start.base[:16]}\)"),
-        ("reload", "28 tensors, all as saved"),
-        ("changed", "28 tensors, none as at the start"),
+        ("base", rf"the base weights are unchanged \(sha256 {trained.start.base[:16]}\)"),
+        ("reload", "all 28 tensors equal the saved ones"),
+        ("changed", "training changed all 28 tensors"),
         ("finite", "every value is a finite number"),
         ("differs", r"logits differ from the base's by up to [0-9.]+"),
         (
             "eval_loss",
-            rf"{f'{loss:.6f}'[:-2]}\d\d over all {rows} validation rows \({tokens} tokens\), in training {loss:.6f}, "
-            r"0\.001 allowed between",
+            rf"{f'{loss:.6f}'[:-2]}\d\d over all {rows} validation rows \({tokens} tokens\), "
+            rf"{loss:.6f} during training \(tolerance 0\.001\)",
         ),
         ("answers_end", "4 of 4 answers end in </s>, within 0 tokens; 4 of them are empty"),
     ]
     assert [check.name for check in found.checks] == [name for name, _ in expected]
     wrong = [c.detail for c, (_, text) in zip(found.checks, expected, strict=True) if not re.fullmatch(text, c.detail)]
     assert wrong == []
-    assert found.sentence() == "7 of 7 checks passed, on the adapter as it was read back from disk"
+    assert found.sentence() == "7 of 7 checks passed on the adapter reloaded from disk"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_base_that_has_changed_is_found_in_its_last_bit(trained: Trained, name
     found = failed(trained.test(model))
     assert [name for name, _ in found] == ["base"]
     before = trained.start.base[:16]
-    assert re.fullmatch(rf"the base's weights have changed \(sha256 {before} -> [0-9a-f]{{16}}\)", found[0][1])
+    assert re.fullmatch(rf"the base weights have changed \(sha256 {before} -> [0-9a-f]{{16}}\)", found[0][1])
 
 
 def test_the_untrained_adapter_is_found(trained: Trained, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_the_untrained_adapter_is_found(trained: Trained, tmp_path: Path) -> Non
     assert found == [
         (
             "changed",
-            "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight and 13 more are as at the start, of 28 tensors"
-            "; no evaluation was better than the one before training",
+            "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight and 13 more are unchanged by training, "
+            "of 28 tensors; no evaluation was better than the one before training",
         ),
         ("differs", "logits differ from the base's by up to 0"),
     ]
@@ -189,7 +189,7 @@ def test_one_value_that_is_not_finite_is_found(trained: Trained, tmp_path: Path)
 def test_a_tensor_that_peft_passes_over_in_silence_is_found(trained: Trained, tmp_path: Path) -> None:
     folder = trained.changed(tmp_path / "adapter", lambda tensors: tensors.pop(NAME))
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        assert ("reload", f"{NAME} is not as saved") in failed(trained.test(folder=folder))
+        assert ("reload", f"{NAME} is not equal to the saved one") in failed(trained.test(folder=folder))
 
 
 def test_a_file_that_cannot_be_read_is_found(trained: Trained, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_of_many_rows_the_first_are_held_against_the_model_in_memory(
     monkeypatch.setattr(self_test_module, "LOSS_TOKENS", int(lengths[:2].sum()) + 1)
     found = {check.name: check for check in trained.test(eval_loss=99.0).checks}["eval_loss"]
     assert found.status == "pass"
-    assert f" over the first 2 validation rows ({int(lengths[:2].sum())} tokens), in training " in found.detail
+    assert f" over the first 2 validation rows ({int(lengths[:2].sum())} tokens), " in found.detail
     monkeypatch.setattr(self_test_module, "LOSS_TOKENS", 1)
     assert loss_rows(trained.prepared.validation) == [0]
 
@@ -230,24 +230,24 @@ def endless(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> tuple[PeftMode
     return model, f"have no </s> within {4 * turns[3][2]} tokens (rows of lines {lines})"
 
 
-def test_answers_of_which_none_ends_warn_where_the_end_was_not_learnt(
+def test_answers_that_never_end_warn_if_the_end_was_not_learned(
     trained: Trained, endless: tuple[PeftModel, str]
 ) -> None:
     model, lack = endless
     found = trained.test(model)
     loss = held_out(trained.model(), trained.prepared, loss_rows(trained.prepared.validation)).end
-    why = f"where answers of the validation rows end, its loss is {loss:.3f}: not learnt"
+    why = f"its loss on end tokens of validation rows is {loss:.3f}: not learned"
     assert found.warned == (SelfCheck("answers_end", "warn", f"4 of 4 answers {lack}; {why}"),)
     assert (failed(found), found.as_dict()["status"]) == ([], "warn")
-    assert found.sentence() == "6 of 7 checks passed, on the adapter as it was read back from disk"
+    assert found.sentence() == "6 of 7 checks passed on the adapter reloaded from disk"
 
 
 @pytest.mark.parametrize(
     "end_loss, status, why",
     [
-        (0.5, "fail", "where answers of the validation rows end, its loss is 0.500: learnt"),
-        (0.7, "warn", "where answers of the validation rows end, its loss is 0.700: not learnt"),
-        (None, "warn", "no validation row has one that carries loss"),
+        (0.5, "fail", "its loss on end tokens of validation rows is 0.500: learned"),
+        (0.7, "warn", "its loss on end tokens of validation rows is 0.700: not learned"),
+        (None, "warn", "no validation row has an end token with loss"),
     ],
 )
 def test_an_adapter_that_predicts_the_end_and_never_ends_fails(
@@ -258,7 +258,7 @@ def test_an_adapter_that_predicts_the_end_and_never_ends_fails(
     assert (found.status, found.detail) == (status, f"4 of 4 answers {lack}; {why}")
 
 
-def test_one_answer_that_runs_on_warns_whatever_was_learnt(
+def test_one_answer_that_does_not_end_is_only_a_warning(
     trained: Trained, endless: tuple[PeftModel, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, lack = endless

@@ -141,6 +141,5 @@ def test_a_check_of_the_self_test_that_warns_is_a_warning() -> None:
     stream = io.StringIO()
     show_self_test(Terminal(stream=stream), found)
     assert stream.getvalue() == (
-        "self-test: 1 of 2 checks passed, on the adapter as it was read back from disk\n"
-        "warning: answers_end: 2 of 4 run on\n"
+        "self-test: 1 of 2 checks passed on the adapter reloaded from disk\nwarning: answers_end: 2 of 4 run on\n"
     )

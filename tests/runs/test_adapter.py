@@ -24,7 +24,7 @@ from finetune.terminal import Terminal
 from finetune.wording import SILENT
 from support.taught import Taught
 
-WANTED = "name a run's folder, as in adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
+WANTED = "name a run's folder, such as adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
 CHAT = f"{PYTHON} scripts/chat.py"
 
 

@@ -28,12 +28,12 @@ ENVIRONMENT = {
 }  # fmt: skip
 HELP = [
     "chat",
-    "  QUESTION            the tuned model answers; greedily, so always the same",
-    "  /compare [QUESTION] the base answers, then the tuned model; without QUESTION the last one again",
-    "  /system [TEXT]      start again with this system message, or without one",
+    "  QUESTION            ask the tuned model (greedy decoding: same question, same answer)",
+    "  /compare [QUESTION] ask base and tuned model; without QUESTION, repeat the last one",
+    "  /system [TEXT]      start over with this system message, or with none",
     "  /reset              start again",
-    "  /save FILE.jsonl    append the conversation to FILE as a row to train on",
-    "  Ctrl-C, Ctrl-D      end the answer; leave, as /quit does",
+    "  /save FILE.jsonl    append the conversation to FILE as a training row",
+    "  Ctrl-C, Ctrl-D      stop the answer; quit (as /quit does)",
     "",
 ]
 
@@ -74,14 +74,14 @@ def test_the_whole_screen_of_a_conversation(taught: Taught, tmp_path: Path) -> N
         f"> {WHO}", KEEPER, "",
         f"> {WHY}", *SHIPS.split("\n"), "",
         f"> /compare {WHO}", *f"base   {base.text}\ntuned  {tuned.text}".split("\n"), "",
-        f"> /system {BRIEF}", f"started again: system message: {BRIEF}",
+        f"> /system {BRIEF}", f"started over: system message: {BRIEF}",
         f"> {WHO}", ME, "",
         f"> /save {saved}", f"saved: 1 turn to {saved}",
         "> /compare", f"base   {brief.text}", f"tuned  {ME}", "",
         "> /nothing",
-        "warning: /nothing: no such command, wanted one of /compare, /system, /reset, /save, /quit; "
-        "a space before it asks it",
-        "> half a quest", "(/quit or Ctrl-D leaves)",
+        "warning: /nothing: unknown command, expected one of /compare, /system, /reset, /save, /quit; "
+        "to ask it as a question, start with a space",
+        "> half a quest", "(type /quit or press Ctrl-D to quit)",
         ">", "",
     ]  # fmt: skip
     inspect = [sys.executable, str(ROOT / "scripts" / "inspect_data.py"), str(saved), "--rows", "1", "--json"]
@@ -118,8 +118,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(taught: Taught, tmp_path: Pat
     assert base_said.startswith(f"base   {NOBODY}")
     assert tuned_said.startswith(f"tuned  {KEEPER}")
     assert rest == (
-        "(an answer without an end is forgotten, and its question)\n\n"
-        "> /save never.jsonl\nwarning: not saved to never.jsonl: nothing has been answered yet\n> /quit\n"
+        "(incomplete answer: this question and answer are not kept)\n\n"
+        "> /save never.jsonl\nwarning: not saved to never.jsonl: there are no answers yet\n> /quit\n"
     )
 
 
@@ -193,7 +193,7 @@ def test_each_fault_has_its_message_and_exit_code(chat: Any, taught: Taught, tmp
     code, out, err = chat(taught.run, "--ask", "x " * 20, "--set", "model.max_seq_length=16")
     found = f"the conversation has {tokens - 1} tokens, and model.max_seq_length is 16: no answer fits"
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].strip() == f"{found}; ask something shorter, or start again with /reset"
+    assert err.splitlines()[-1].strip() == f"{found}; ask something shorter, or start over with /reset"
 
 
 @pytest.mark.parametrize(

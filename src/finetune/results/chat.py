@@ -1,4 +1,4 @@
-"""A conversation with an adapter in the terminal: streamed, in the template of its training, compared with its base."""
+"""Chat with an adapter in the terminal: streamed replies, in its training template, compared with the base."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from finetune.terminal import Terminal
 from finetune.wording import Report, clean, counted
 
 HELP = (
-    ("QUESTION", "the tuned model answers; greedily, so always the same"),
-    ("/compare [QUESTION]", "the base answers, then the tuned model; without QUESTION the last one again"),
-    ("/system [TEXT]", "start again with this system message, or without one"),
-    ("/reset", "start again"),
-    ("/save FILE.jsonl", "append the conversation to FILE as a row to train on"),
-    ("Ctrl-C, Ctrl-D", "end the answer; leave, as /quit does"),
+    ("QUESTION", "ask the tuned model (greedy decoding: same question, same answer)"),
+    ("/compare [QUESTION]", "ask base and tuned model; without QUESTION, repeat the last one"),
+    ("/system [TEXT]", "start over with this system message, or with none"),
+    ("/reset", "start over"),
+    ("/save FILE.jsonl", "append the conversation to FILE as a training row"),
+    ("Ctrl-C, Ctrl-D", "stop the answer; quit (as /quit does)"),
 )
 
 
 @dataclass
 class Conversation:
-    """Whole turns of a person and the tuned model. `limit` is what it may be long, in tokens, answer included."""
+    """Complete turns of user and tuned model. `limit` is the maximum length in tokens, including the next answer."""
 
     model: PeftModel
     chat: Chat
@@ -46,43 +46,43 @@ class Conversation:
     turns: Messages = field(default_factory=list)
 
     def with_question(self, question: str) -> Messages:
-        """What the model reads: system message, turns so far, `question`."""
+        """Return the prompt: system message, turns so far, `question`."""
         return with_system_prompt([*self.turns, {"role": "user", "content": question}], self.system)
 
     def encoded(self, messages: Messages) -> list[int]:
-        """Their ids, up to where the answer begins. Raises ConfigError where they leave no room for one."""
+        """Return the token ids of a prompt. Raises ConfigError if they leave no room for an answer."""
         prompt = self.chat.encode_prompt(messages)
         if len(prompt) >= self.limit:
             found = f"the conversation has {len(prompt):,} tokens, and model.max_seq_length is {self.limit:,}"
-            raise ConfigError(f"{found}: no answer fits", fix="ask something shorter, or start again with /reset")
+            raise ConfigError(f"{found}: no answer fits", fix="ask something shorter, or start over with /reset")
         return prompt
 
     def reply(self, prompt: list[int], listener: Listener, tuned: bool = True) -> Reply | None:
-        """The tuned model's or the base's reply to what `encoded` returned; None where `listener` stopped it."""
+        """Return the tuned model's or the base's reply to an encoded prompt; None if `listener` stopped it."""
         with memory_errors_explained(FREE), nullcontext() if tuned else self.model.disable_adapter():
             return stream_reply(self.model, self.chat, prompt, self.limit - len(prompt), listener)
 
     def add(self, question: str, answer: str) -> None:
-        """One more turn."""
+        """Append a question and its answer."""
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     def restart(self, system: str | None) -> None:
-        """Forget all turns."""
+        """Clear all turns and set the system message."""
         self.system, self.turns = system, []
 
     def save(self, path: Path) -> None:
-        """Append the conversation to `path` as a row. Raises ConfigError where it is none, or cannot be written."""
+        """Append the conversation to `path` as a row. Raises ConfigError if it is no valid row or cannot be written."""
         try:
             if path.suffix != ".jsonl":
-                raise BadRow("wanted a name that ends in .jsonl")
+                raise BadRow("expected a name ending in .jsonl")
             if not self.turns:
-                raise BadRow("nothing has been answered yet")
+                raise BadRow("there are no answers yet")
             line = as_json({"messages": with_system_prompt(self.turns, self.system)}).encode()
             parse_row(line)
             with path.open("ab+") as stream:
                 stream.seek(0)
                 if stream.read(len(GZIP)) == GZIP:
-                    raise BadRow("it is a gzip, which no row can be appended to")
+                    raise BadRow("it is a gzip file; rows cannot be appended to it")
                 stream.seek(-min(1, stream.tell()), 2)
                 stream.write((b"" if stream.read() in (b"", b"\n") else b"\n") + line + b"\n")
         except (BadRow, OSError) as error:
@@ -91,7 +91,7 @@ class Conversation:
 
 
 def begin(adapter: Adapter, system: str | None, report: Report) -> Conversation:
-    """Load the model; nothing is said yet. `system`, "" for none, replaces the config's system prompt."""
+    """Load the model and start an empty conversation. `system` replaces the config's system prompt; "" means none."""
     config = adapter.config
     chat = load_chat(resolve(config.model.name) if is_local(config.model.name) else None)
     system = config.system_prompt if system is None else system or None
@@ -99,19 +99,19 @@ def begin(adapter: Adapter, system: str | None, report: Report) -> Conversation:
 
 
 class Talk:
-    """What a person types, and what is answered, on a terminal or from a pipe."""
+    """Reads questions and commands from a terminal or a pipe, and prints the answers."""
 
     def __init__(self, conversation: Conversation, terminal: Terminal) -> None:
         self.conversation, self.terminal = conversation, terminal
-        self.last: Messages | None = None  # the last question, with all that stood before it
+        self.last: Messages | None = None  # the last prompt asked
 
     def run(self) -> None:
-        """Until the end of the input, or /quit."""
+        """Answer until the input ends or the user types /quit."""
         self.terminal.table("chat", HELP)
         self.terminal.say()
         prompt = ""
         if sys.stdin.isatty():
-            import readline  # noqa: F401  # which lets `input` edit a line and bring back those before it
+            import readline  # noqa: F401  # gives `input` line editing and history
 
             prompt = "> "
         while True:
@@ -122,12 +122,12 @@ class Talk:
                 self.terminal.say()
                 return
             except KeyboardInterrupt:
-                self.terminal.say("\n(/quit or Ctrl-D leaves)")
+                self.terminal.say("\n(type /quit or press Ctrl-D to quit)")
             except UserError as error:
                 self.terminal.warn("; ".join(filter(None, (error.found, error.fix))))
 
     def follow(self, line: str) -> bool:
-        """Answer a question, or do what a command says; False where that is to leave."""
+        """Answer a question or execute a command; False means quit."""
         name, _, text = line.partition(" ")
         text = text.strip()
         if name == "/quit":
@@ -139,7 +139,7 @@ class Talk:
             self.last = None
             system = self.conversation.system
             self.terminal.decision(
-                "started again", f"system message: {clean(system)}" if system else "no system message"
+                "started over", f"system message: {clean(system)}" if system else "no system message"
             )
         elif name == "/save":
             path = Path(text).expanduser()
@@ -147,7 +147,10 @@ class Talk:
             self.terminal.decision("saved", f"{counted(len(self.conversation.turns) // 2, 'turn')} to {path}")
         elif name.startswith("/"):
             names = ", ".join(key.split()[0] for key, _ in HELP if key.startswith("/"))
-            raise ConfigError(f"{name}: no such command, wanted one of {names}, /quit", fix="a space before it asks it")
+            raise ConfigError(
+                f"{name}: unknown command, expected one of {names}, /quit",
+                fix="to ask it as a question, start with a space",
+            )
         elif line.strip():
             self._ask(line.strip())
         return True
@@ -158,7 +161,7 @@ class Talk:
         self.terminal.say()
 
     def _compare(self, question: str) -> None:
-        """Both models' answers to the same; the tuned model's to a new question goes on the conversation."""
+        """Print both models' answers. The tuned answer to a new question joins the conversation."""
         if question:
             self.last = self.conversation.with_question(question)
         if self.last is None:
@@ -171,12 +174,12 @@ class Talk:
 
     def _keep(self, question: str, reply: Reply | None) -> None:
         if reply is None or not reply.ended:
-            self.terminal.say("(an answer without an end is forgotten, and its question)")
+            self.terminal.say("(incomplete answer: this question and answer are not kept)")
         else:
             self.conversation.add(question, reply.text)
 
     def _answer(self, messages: Messages, model: str = "") -> Reply | None:
-        """Show an answer while it is made; `model` is "base", "tuned", or "" for the tuned one without its name."""
+        """Print an answer as it is generated. `model` is "base", "tuned", or "" for the tuned model without a label."""
         prompt, terminal = self.conversation.encoded(messages), self.terminal
 
         def heard(part: str) -> None:
@@ -189,7 +192,7 @@ class Talk:
         if reply is None:
             terminal.say(" (stopped)")
         elif not reply.ended:
-            terminal.say(f" (no end within {reply.tokens:,} tokens)")
+            terminal.say(f" (cut off after {reply.tokens:,} tokens)")
         else:
             terminal.say("" if reply.text else "(nothing)")
         return reply
@@ -197,7 +200,7 @@ class Talk:
 
 @contextmanager
 def until_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed in the block, which it does not end."""
+    """Yield a function that says whether Ctrl-C was pressed; within the block, Ctrl-C does nothing else."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     try:

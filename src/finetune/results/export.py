@@ -1,4 +1,4 @@
-"""What a finished run leaves: a plain PEFT adapter, its tokenizer, a model card, the resolved config, a manifest."""
+"""Writes the results of a finished run: a plain PEFT adapter, its tokenizer, a model card and the manifest."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from finetune.training.job import Job
 def write_adapter(
     job: Job, before: Untrained, manifest: Manifest, outcome: Outcome, samples: list[dict[str, str]]
 ) -> SelfTest:
-    """The final files, once the adapter among them has passed its self-test; the manifest that says so comes last.
+    """Save the adapter, test it, then publish the files; the manifest is completed last.
 
-    Raises SelfTestFailed where it has not: the files then lie in `rejected`, and `manifest` holds all that
-    that of a finished run does. Its model is of no use afterwards.
+    Raises SelfTestFailed if a check fails: the files are then in `rejected`, and `manifest` has the figures of a
+    finished run all the same. `job.model` cannot be used afterwards.
     """
     peak_gib, run = peak_memory_gib(job.platform), job.run
     partial = run.folder / "export.partial"
@@ -51,17 +51,17 @@ def write_adapter(
     for path in sorted(partial.iterdir()):
         path.replace(run.folder / path.name)
     partial.rmdir()
-    shutil.rmtree(run.folder / REJECTED, ignore_errors=True)  # of an earlier start, whose adapter was this run's too
+    shutil.rmtree(run.folder / REJECTED, ignore_errors=True)  # left by an earlier start of this run
     manifest.complete()
     return found
 
 
 def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:
-    """Keep the files aside, where nobody takes them for final, and say what is wrong with them."""
+    """Move the files to `rejected` and return the error that lists the failed checks."""
     aside = run.folder / REJECTED
     shutil.rmtree(aside, ignore_errors=True)
     partial.rename(aside)
     failed = "\n".join(f"  {check.name}: {check.detail}" for check in found.failed)
     count = f"{len(found.failed)} of {len(found.checks)} checks failed"
-    text = f"self-test: {count}, so this adapter is not final\n{failed}\nit lies in {shown(aside)}"
-    return SelfTestFailed(text, "change the config or the data, then --fresh starts a new run")
+    text = f"self-test: {count}, so this adapter is not final\n{failed}\nit was moved to {shown(aside)}"
+    return SelfTestFailed(text, "change the config or the data, then start a new run with --fresh")

@@ -1,8 +1,8 @@
-"""The adapter proves itself before it is called final: read back from disk, with plain PEFT, onto the untouched base.
+"""Tests the adapter before it becomes final: reloaded from disk with plain PEFT onto the untouched base.
 
-The base is the one in memory, from which PEFT takes our LoRA layers off again (`unload`): a second 7B beside it would
-double the memory, and loading one anew would cost minutes. That it is still the frozen base is no belief: the sha256 of
-its weights is that of before the first step.
+The base is the one in memory, after PEFT has removed our LoRA layers (`unload`): a second 7B would double the memory,
+and loading it again would take minutes. The sha256 of its weights, compared with that before the first step, proves
+that it is still the frozen base.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from finetune.runs.outcome import Outcome
 from finetune.training.job import Job
 from finetune.wording import listed
 
-LOSS_TOKENS = 16384  # of validation rows, over which eval_loss is computed again; the first rows where there are more
+LOSS_TOKENS = 16384  # of validation rows used to recompute eval_loss; if there are more, the first rows
 ANSWERS = 4  # validation rows whose first question is answered
-LEAST_NEW_TOKENS = 256  # in which an answer should end; four times the row's own answer where that is longer
-LEARNT = math.log(2)  # nats: an end token of a lower loss is more likely than all others together, so greedy takes it
-# How far two losses of the same weights may lie apart, as a share of the loss (of 1 nat where it is smaller). One value
-# in bfloat16 is off by at most 2**-9, 0.2 %, and two ways through the model (autocast or not, padded or not) round
-# differently; a loss is a mean of many such values. In float32 only the order of sums differs.
+LEAST_NEW_TOKENS = 256  # for an answer to end; or four times the row's own answer if that is longer
+LEARNED = math.log(2)  # nats: with a lower loss the end token has a probability above 1/2, so greedy decoding picks it
+# How much two losses of the same weights may differ, as a share of the loss (of 1 nat if the loss is smaller). A value
+# in bfloat16 is off by at most 2**-9, 0.2 %, and two passes through the model (autocast or not, padded or not) round
+# differently; a loss is a mean of many such values. In float32 only the order of summation differs.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 
 
 @dataclass(frozen=True)
 class Untrained:
-    """sha256 digests from before the first step: of the base's weights, and of each tensor of the adapter."""
+    """sha256 digests before the first step: of the base weights, and of each adapter tensor."""
 
     base: str
     adapter: dict[str, str]
@@ -49,7 +49,7 @@ class Untrained:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """One property of the adapter, and what was found."""
+    """The result of one check of the adapter."""
 
     name: str
     status: Literal["pass", "warn", "fail"]
@@ -58,27 +58,27 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the manifest holds as `self_test`."""
+    """The results of all checks; `self_test` in the manifest."""
 
     checks: tuple[SelfCheck, ...]
 
     @property
     def failed(self) -> tuple[SelfCheck, ...]:
-        """Those that say that this adapter must not be called final."""
+        """Failed checks: the adapter must not become final."""
         return self._of("fail")
 
     @property
     def warned(self) -> tuple[SelfCheck, ...]:
-        """Those that found what a broken adapter does, and what a good one may do as well."""
+        """Checks that found a symptom of a broken adapter that a good one can also show."""
         return self._of("warn")
 
     def _of(self, status: str) -> tuple[SelfCheck, ...]:
         return tuple(check for check in self.checks if check.status == status)
 
     def sentence(self) -> str:
-        """For the terminal, where none has failed."""
+        """Return the summary for the terminal when no check failed."""
         passed = len(self._of("pass"))
-        return f"{passed} of {len(self.checks)} checks passed, on the adapter as it was read back from disk"
+        return f"{passed} of {len(self.checks)} checks passed on the adapter reloaded from disk"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -88,20 +88,20 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean nats a supervised token of validation rows; `end` of the end tokens among them, None where none is."""
+    """Mean nats per supervised token of validation rows; `end`: of their end tokens only, None if there are none."""
 
     loss: float
     end: float | None
 
 
 def before_training(model: PeftModel) -> Untrained:
-    """Untrained of a model that is not trained yet; `Untrained` says of what."""
+    """Hash the base and the adapter before the first step."""
     adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
     return Untrained(_base_digest(model.get_base_model()), {name: _digest(tensor) for name, tensor in adapter.items()})
 
 
 def _base_digest(base: Any) -> str:
-    """Of all weights that are not LoRA's, quantisation states included; the same with LoRA on and off."""
+    """Hash all weights but LoRA's, including quantization states; the result is the same with and without LoRA."""
     weights = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
     lines = (f"{name} {_digest(weights[name])}\n" for name in sorted(weights) if ".lora_" not in name)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -113,9 +113,9 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def self_test(job: Job, folder: Path, before: Untrained, outcome: Outcome) -> SelfTest:
-    """Look at the adapter in `folder`, which the model was saved to; takes our LoRA off it, so it is of no use then.
+    """Check the adapter saved in `folder`. Removes our LoRA from `job.model`, which cannot be used afterwards.
 
-    A file that cannot be read back ends it early; all else is looked at in any case.
+    Stops early only if PEFT cannot read the file.
     """
     model, prepared = job.model, job.prepared
     rows = loss_rows(prepared.validation)
@@ -151,31 +151,31 @@ def _check(name: str, holds: bool, detail: str) -> SelfCheck:
 
 def _base_unchanged(before: str, after: str) -> SelfCheck:
     if before == after:
-        return _check("base", True, f"the base's weights are those of the start (sha256 {after[:16]})")
-    return _check("base", False, f"the base's weights have changed (sha256 {before[:16]} -> {after[:16]})")
+        return _check("base", True, f"the base weights are unchanged (sha256 {after[:16]})")
+    return _check("base", False, f"the base weights have changed (sha256 {before[:16]} -> {after[:16]})")
 
 
 def _reloaded(saved: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> SelfCheck:
-    """PEFT itself is silent about a tensor that it does not find."""
+    """Compare tensors: PEFT ignores a missing tensor silently."""
     wrong = sorted(
         name
         for name in saved.keys() | loaded.keys()
         if name not in saved or name not in loaded or not _equal(saved[name], loaded[name].cpu())
     )
-    found = f"{len(saved)} tensors, all as saved"
-    return _check("reload", not wrong, found if not wrong else f"{_some(wrong)} not as saved")
+    found = f"all {len(saved)} tensors equal the saved ones"
+    return _check("reload", not wrong, found if not wrong else f"{_some(wrong)} not equal to the saved one")
 
 
 def _equal(these: torch.Tensor, those: torch.Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(these), torch.nan_to_num(those))  # NaN is another check's
+    return torch.equal(torch.nan_to_num(these), torch.nan_to_num(those))  # NaN is found by another check
 
 
 def _changed(saved: dict[str, torch.Tensor], start: dict[str, str], best_step: int) -> SelfCheck:
     same = sorted(name for name, tensor in saved.items() if start.get(name) == _digest(tensor))
     if not same:
-        return _check("changed", True, f"{len(saved)} tensors, none as at the start")
+        return _check("changed", True, f"training changed all {len(saved)} tensors")
     why = "; no evaluation was better than the one before training" if best_step == 0 else ""
-    return _check("changed", False, f"{_some(same)} as at the start, of {len(saved)} tensors{why}")
+    return _check("changed", False, f"{_some(same)} unchanged by training, of {len(saved)} tensors{why}")
 
 
 def _finite(saved: dict[str, torch.Tensor]) -> SelfCheck:
@@ -188,23 +188,23 @@ def _some(names: list[str]) -> str:
 
 
 def _differs(tuned: torch.Tensor, base: torch.Tensor) -> SelfCheck:
-    """Logits [tokens, vocabulary] of the first validation row, with and without the adapter."""
+    """Compare logits [tokens, vocabulary] of the first validation row with and without the adapter."""
     most = float((tuned - base).abs().max())
     return _check("differs", most > 0, f"logits differ from the base's by up to {most:.3g}")
 
 
 def _same_loss(found: float, expected: float, over: str, dtype: str) -> SelfCheck:
-    """A loss that is not a number is no loss: it compares as false."""
+    """Compare with the loss during training; a NaN compares as false and so fails."""
     allowed = TOLERANCE[dtype] * max(1.0, expected)
-    detail = f"{found:.6f} over {over}, in training {expected:.6f}, {allowed:.2g} allowed between"
+    detail = f"{found:.6f} over {over}, {expected:.6f} during training (tolerance {allowed:.2g})"
     return _check("eval_loss", abs(found - expected) <= allowed, detail)
 
 
 def _answers_end(tuned: PeftModel, prepared: Prepared, end_loss: float | None) -> SelfCheck:
-    """Whether answers end, asked of the rows with the shortest ones, where that takes the least time.
+    """Check that generated answers end, on the rows with the shortest answers, to save time.
 
-    Answers may be long, and a short training does not teach to end: a warning. Only a model that predicts the end where
-    the rows' own answers end (`end_loss`, in nats) and ends none of its own contradicts itself.
+    Answers can be long, and a short training may not teach the end token, so this is a warning. It fails only if the
+    model predicts the end of the rows' own answers (`end_loss`, in nats) but never ends its own.
     """
     chat, rows = prepared.chat, prepared.validation
     turns = sorted((_first_turn(rows, index) for index in range(len(rows.lengths))), key=lambda turn: turn[2])[:ANSWERS]
@@ -222,14 +222,16 @@ def _answers_end(tuned: PeftModel, prepared: Prepared, end_loss: float | None) -
     if len(ran_on) < len(replies):
         return SelfCheck("answers_end", "warn", found)
     if end_loss is None:
-        return SelfCheck("answers_end", "warn", f"{found}; no validation row has one that carries loss")
-    learnt = end_loss < LEARNT
-    loss = f"where answers of the validation rows end, its loss is {end_loss:.3f}"
-    return SelfCheck("answers_end", "fail" if learnt else "warn", f"{found}; {loss}: {'' if learnt else 'not '}learnt")
+        return SelfCheck("answers_end", "warn", f"{found}; no validation row has an end token with loss")
+    learned = end_loss < LEARNED
+    loss = f"its loss on end tokens of validation rows is {end_loss:.3f}"
+    return SelfCheck(
+        "answers_end", "fail" if learned else "warn", f"{found}; {loss}: {'' if learned else 'not '}learned"
+    )
 
 
 def _first_turn(rows: Rows, index: int) -> tuple[Place, list[int], int]:
-    """(place, ids up to where the first answer begins, tokens of that answer with its end) of a row."""
+    """Return (place, prompt ids of the first turn, tokens of its answer including the end) of a row."""
     place, input_ids, labels = rows.row(index)
     supervised = labels != IGNORED
     begin = int(np.argmax(supervised))
@@ -238,13 +240,13 @@ def _first_turn(rows: Rows, index: int) -> tuple[Place, list[int], int]:
 
 
 def loss_rows(rows: Rows) -> list[int]:
-    """Indices of the first rows, as many as LOSS_TOKENS hold; at least one."""
+    """Return indices of the first rows that fit in LOSS_TOKENS, at least one."""
     fitting = int((np.cumsum(rows.lengths) <= LOSS_TOKENS).sum())
     return list(range(max(1, fitting)))
 
 
 def held_out(model: Any, prepared: Prepared, indices: list[int]) -> HeldOut:
-    """HeldOut of validation rows, one by one without padding; the logits of one row are in memory at a time."""
+    """Compute HeldOut of validation rows, one row at a time and without padding, to keep few logits in memory."""
     end = prepared.chat.token_id(prepared.chat.format.end)
     supervised, ends = [], []
     for input_ids, labels in _examples(prepared.validation, indices):
@@ -263,7 +265,7 @@ def _examples(rows: Rows, indices: list[int]) -> Iterator[tuple[np.ndarray, np.n
 
 
 def _logits(model: Any, input_ids: np.ndarray) -> torch.Tensor:
-    """Of one row, float32 [tokens, vocabulary]."""
+    """Return the logits of one row, float32 [tokens, vocabulary]."""
     with evaluating(model):
         ids = torch.from_numpy(input_ids.astype(np.int64)).to(model.device)
         logits: torch.Tensor = model(input_ids=ids[None]).logits[0].float()

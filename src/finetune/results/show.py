@@ -40,14 +40,14 @@ def show_finished(terminal: Terminal, folder: Path, outcome: Outcome, gpu: bool)
 
 
 def show_self_test(terminal: Terminal, found: SelfTest) -> None:
-    """How many checks passed, and what those that warn found."""
+    """Print how many checks passed, and the warnings."""
     terminal.decision("self-test", found.sentence())
     for check in found.warned:
         terminal.warn(f"{check.name}: {check.detail}")
 
 
 def show_answers(terminal: Terminal, samples: Iterable[dict[str, str]]) -> None:
-    """Each question with the base's and the tuned model's answer."""
+    """Print each question with the base's and the tuned model's answer."""
     for number, sample in enumerate(samples):
         if number == 0:
             terminal.say()

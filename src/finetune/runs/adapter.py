@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHAT = "scripts/chat.py"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FREE = "end what else uses it, or start with --set quantization.storage=packed"
-WANTED = "name a run's folder, as in adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
+WANTED = "name a run's folder, such as adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Charts as SVG, and each in words."""
+"""Charts as SVG, and their descriptions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.wording import clean
 from support.pages import HOSTILE
 
 
-def test_a_curve_of_values_that_are_no_numbers_is_drawn_without_them() -> None:
+def test_values_that_are_not_finite_are_left_out_of_a_curve() -> None:
     points = [(1, 2.0), (2, float("nan")), (3, float("inf")), (4, 1.0), (5, float("nan"))]
     assert charts.in_words("Loss", points) == "Loss: from 2 at step 1 to nan at step 5, least 1, most 2."
     assert charts.in_words("Loss", points[-1:]) == "Loss: from nan at step 5 to nan at step 5."

@@ -1,4 +1,4 @@
-"""report.html and the page of two runs: what they hold, in a real browser, and with text that wants to break out."""
+"""report.html and the comparison page: their contents, in a real browser, and with hostile text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCRIPT = ROOT / "scripts" / "make_report.py"
 
 
 def hostile(folder: Path) -> Path:
-    """A run in which everything that a person or a file could have chosen wants to break out."""
+    """A run whose every free text is hostile."""
     data = {"train": {"path": HOSTILE, "sha256": HOSTILE, "rows": 3}}
     bad = {"train": rows(100, dropped_bad=[{"line": 4, "found": HOSTILE}]), "validation": rows(10)}
     samples = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": HOSTILE}]
@@ -38,42 +38,44 @@ def hostile(folder: Path) -> Path:
     return run
 
 
-# --- what a page holds
+# --- contents
 
 
-def test_the_page_of_a_complete_run_begins_with_the_verdict_and_shows_all_parts(complete: Path) -> None:
+def test_a_complete_run_shows_the_verdict_first_and_then_all_parts(complete: Path) -> None:
     page = Reader(report_page.write(complete))
-    heads = ("Verdict", "Answers of base and tuned", "Curves", "Data", "Plan and what happened")
+    heads = ("Verdict", "Base and tuned answers", "Curves", "Data", "Plan and actual")
     assert page.order(*heads, "Self-test of the adapter", "Config and versions")
-    assert page.order("A LoRA adapter for", "Yes: 38% less held-out loss", "Yes, as far as tested", "Answers of base")
+    assert page.order(
+        "A LoRA adapter for", "Yes: 38% less held-out loss", "Yes, as far as tested", "Base and tuned answers"
+    )
     assert page.order("How do I make tea?", SAMPLES[0]["base"], SAMPLES[0]["tuned"], "(nothing)")
-    for caption in ("Loss, nats a token", "Learning rate", "Gradient norm", "Tokens a second", "Memory, GiB"):
+    for caption in ("Loss, nats per token", "Learning rate", "Gradient norm", "Tokens per second", "Peak memory, GiB"):
         assert caption in page.text
     assert page.order(
-        "training held out", "conversations 100 10", "of them with loss 60% 60%", "cut at the length limit 3 0"
+        "training held out", "conversations 100 10", "of them with loss 60% 60%", "truncated at the length limit 3 0"
     )
-    memory = "most memory, GiB, by the plan 11.50 11.90 +3%"
+    memory = "peak memory, GiB (plan) 11.50 11.90 +3%"
     assert page.order("optimizer steps 40 40 same", memory, "minutes 30.0 40.0 +33%")
     assert page.order("killed steps 0 to 25 2026-03-01 12:00 UTC, 20 min", "complete steps 20 to 40")
     assert page.order("pass finite 28 of 28 tensors", "the same bits each time", "abc1234")
     assert page.order("abc1234", "torch 2.10.0, peft 0.21.2", "config.yaml")
 
 
-def test_each_of_several_files_has_its_weight_and_a_bad_row_its_file(tmp_path: Path) -> None:
+def test_with_several_files_each_shows_its_weight_and_a_bad_row_its_file(tmp_path: Path) -> None:
     entry = {"path": "/data/a.jsonl", "sha256": "0123456789abcdef" * 4, "rows": 90}
     files = {"train": entry, "train 2": {**entry, "path": "/data/b.jsonl", "weight": 1.5, "rows": 1200}}
     bad = [{"file": "/data/b.jsonl", "line": 7, "found": "not JSON"}]
     counts = {"train": rows(100, left_out=4, repeated=50, dropped_bad=bad), "validation": rows(10, opening_leaks=3)}
     page = Reader(report_page.write(make_run(tmp_path / "run", manifest(data=files, rows=counts))))
     assert page.order(
-        "dropped: bad rows 1 0", "left out for the weight of a file 4 0", "repeats for the weight of a file 50 0"
+        "dropped: bad rows 1 0", "omitted because of a file's weight 4 0", "repeated because of a file's weight 50 0"
     )
-    assert "begin like one to train on 0 3" in page.text
+    assert "same opening as a training row 0 3" in page.text
     assert page.order("train /data/a.jsonl 90 rows, sha256 0123456789abcdef", "train 2 /data/b.jsonl")
     assert page.order("/data/b.jsonl 1,200 rows, weight 1.5, sha256", "/data/b.jsonl, line 7: not JSON")
 
 
-def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) -> None:
+def test_the_page_has_one_link_and_no_scripts_or_requests(complete: Path) -> None:
     page = Reader(report_page.write(complete))
     assert page.links == [f"https://huggingface.co/{MISTRAL}"]
     assert not page.tags & {"script", "link", "iframe", "img", "object", "form", "base"}
@@ -81,7 +83,7 @@ def test_the_page_has_one_link_no_script_and_asks_for_nothing(complete: Path) ->
     assert len(page.ids) == len(set(page.ids)) > 20
 
 
-def test_each_chart_says_in_words_what_it_shows(complete: Path) -> None:
+def test_each_chart_has_a_description(complete: Path) -> None:
     text = report_page.write(complete).read_text(encoding="utf-8")
     svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     assert len(svgs) == 6
@@ -99,26 +101,26 @@ def test_each_chart_says_in_words_what_it_shows(complete: Path) -> None:
     )
 
 
-def test_what_a_run_has_not_made_is_called_so(tmp_path: Path) -> None:
+def test_missing_parts_of_a_run_are_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", {"status": "failed", "error": "no module named x"})
     (folder / "metrics.jsonl").unlink()
     (folder / "config.yaml").unlink()
     page = Reader(report_page.write(folder))
     assert page.order("This run failed At step 0. no module named x", "Verdict", "an unknown base", "Not known yet")
-    assert page.order("Not made: no prompts were answered by both.", "Nothing was logged yet.", "Not made.")
+    assert page.order("None: no prompt was answered by both models.", "Nothing was logged yet.", "Not run.")
     assert page.order("optimizer steps not known 0", "minutes not known not known", "not a git clone")
 
 
-def test_what_a_start_rehearsed_accepted_and_set_aside_is_shown(tmp_path: Path) -> None:
+def test_a_starts_rehearsal_changes_and_quarantined_checkpoints_are_shown(tmp_path: Path) -> None:
     rehearsal = {"peak_memory_gib": 11.8, "capacity_gib": 79.1, "hours": 0.6, "tokens_per_second": 5000.0}
     first = start((0, 20), (0, 25), "killed") | {"rehearsal": rehearsal}
     noted = {"changed": ["lora.r: 16 -> 8"], "set_aside": ["checkpoint-25 <cut>"]}
     second = start((35, 55), (20, 40), "complete") | noted
     plan = manifest()["plan"] | {"hours": None}
     page = Reader(report_page.write(make_run(tmp_path / "run", manifest(starts=[first, second], plan=plan))))
-    assert page.order("most memory, GiB, by the rehearsal 11.80 11.90 +1%", "minutes 36.0 40.0 +11%")
-    assert page.order("steps 20 to 40", "went on although changed: lora.r: 16 -> 8", "checkpoint-25 <cut>")
-    assert page.order("From step 20 on it was trained with changes: lora.r: 16 -> 8.")
+    assert page.order("peak memory, GiB (rehearsal) 11.80 11.90 +1%", "minutes 36.0 40.0 +11%")
+    assert page.order("steps 20 to 40", "resumed with a change: lora.r: 16 -> 8", "checkpoint-25 <cut>")
+    assert page.order("From step 20 on, trained with changes: lora.r: 16 -> 8.")
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
@@ -130,10 +132,10 @@ def test_a_run_that_is_not_complete_says_so_before_the_verdict(tmp_path: Path, s
     assert page.order(first, f"{PYTHON} src/train.py --config {tmp_path}/run/config.yaml", "Verdict")
 
 
-# --- text that wants to break out
+# --- hostile text
 
 
-def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path) -> None:
+def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     run = hostile(tmp_path / "run")
     for path in (report_page.write(run), report_page.write_comparison(run, run)):
         page = Reader(path)
@@ -188,7 +190,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("kind", ["complete", "interrupted", "failed", "hostile", "two"])
-def test_a_browser_shows_every_page_quietly_whole_and_readable(
+def test_a_browser_shows_every_page_without_errors_requests_or_unreadable_text(
     browser: Browser, made: dict[str, Path], kind: str, width: int, theme: str
 ) -> None:
     seen = browser.see(made[kind], width, theme)
@@ -205,7 +207,7 @@ def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_the_script_makes_the_page_and_prints_where_it_lies(complete: Path, tmp_path: Path) -> None:
+def test_the_script_writes_the_page_and_prints_its_path(complete: Path, tmp_path: Path) -> None:
     done = script(complete)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{complete}/report.html\n", "")
     other = make_run(tmp_path / "other", manifest())
@@ -214,9 +216,9 @@ def test_the_script_makes_the_page_and_prints_where_it_lies(complete: Path, tmp_
     assert json.loads(done.stdout) == {"report": f"{complete}/compare-other.html"}
 
 
-def test_a_folder_that_is_none_is_exit_2_with_one_message(tmp_path: Path) -> None:
+def test_a_missing_folder_exits_with_2_and_one_message(tmp_path: Path) -> None:
     done = script(tmp_path / "absent")
-    text = f"config: 1 problem\n  {tmp_path}/absent: no such folder; name a run's, as in adapters/RUN\n"
+    text = f"config: 1 problem\n  {tmp_path}/absent: no such folder; name a run's folder, such as adapters/RUN\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", text)
 
 

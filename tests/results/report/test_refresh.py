@@ -1,4 +1,4 @@
-"""The page is made however a start ends, and made again when it is older than its run."""
+"""The report is written however a start ends, and again when it is older than its run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Told:
 
 
 @pytest.mark.parametrize("error", [None, Stopped(143, "stopped"), Diverged("not finite"), ZeroDivisionError("a bug")])
-def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception | None) -> None:
+def test_the_report_is_written_however_a_start_ends(complete: Path, error: Exception | None) -> None:
     told = Told()
     try:
         with refresh.reported(Run(complete, False, None), told.terminal):
@@ -41,13 +41,13 @@ def test_the_page_is_made_however_a_start_ends(complete: Path, error: Exception 
     assert told.text == ""
 
 
-def test_a_signal_that_wants_it_to_end_at_once_is_not_kept_waiting(complete: Path) -> None:
+def test_a_second_signal_skips_the_report(complete: Path) -> None:
     with pytest.raises(SystemExit), refresh.reported(Run(complete, False, None), Told().terminal):
         raise SystemExit(143)
     assert not (complete / "report.html").exists()
 
 
-def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
+def test_a_failing_report_is_a_warning_with_the_command_to_write_it(
     complete: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report_page, "write", lambda _folder: 1 / 0)
@@ -55,10 +55,10 @@ def test_a_page_that_cannot_be_made_is_a_warning_with_the_command_that_makes_it(
     with refresh.reported(Run(complete, False, None), told.terminal):
         pass
     again = f"{PYTHON} scripts/make_report.py {complete}"
-    assert told.text == f"warning: the report page was not made (division by zero); this makes it again: {again}\n"
+    assert told.text == f"warning: the report could not be written (division by zero); to write it, run: {again}\n"
 
 
-def test_a_page_that_is_as_new_as_the_run_is_left_alone_and_an_older_one_made_again(complete: Path) -> None:
+def test_an_up_to_date_report_is_kept_and_an_older_one_rewritten(complete: Path) -> None:
     run, told = Run(complete, True, None), Told()
     refresh.make(run, told.terminal)
     page, manifest_file = complete / "report.html", complete / "manifest.json"

@@ -1,4 +1,4 @@
-"""Charts as SVG for a page that has light and dark colours: text stays text, colours are the page's CSS variables."""
+"""Charts as SVG: text stays text, and colors are CSS variables of the page, which has a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where its cache lies is nothing that a person can act on
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns about its cache folder
 
 import matplotlib  # noqa: E402
 from markupsafe import Markup  # noqa: E402
@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 from finetune.wording import clean  # noqa: E402
 
-# The page's variables, and what matplotlib paints with in their place.
-COLOURS = ("ink", "quiet", "line", "first", "second", "good", "bad", "warn")
+# The page's CSS variables, and the placeholder colors that matplotlib draws with.
+COLORS = ("ink", "quiet", "line", "first", "second", "good", "bad", "warn")
 INK, QUIET, GRID, FIRST, SECOND, GOOD, BAD, WARN = (f"#00000{number}" for number in range(1, 9))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -47,7 +47,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
-# In points, which are CSS pixels on a page 390 wide: text is 11 pixels high there, and no smaller on wider ones.
+# In points, which equal CSS pixels on a page 390 wide; on wider pages text is at least as large.
 WIDTH, HEIGHT = 322, 200
 MOST_MARKERS, MOST_LETTERS = 30, 24
 Points = Sequence[tuple[float, float]]
@@ -55,16 +55,16 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `thin` for what is noisy and stands behind others."""
+    """One curve; `thin` for a noisy one drawn behind others."""
 
     label: str
     points: Points
-    colour: str = FIRST
+    color: str = FIRST
     thin: bool = False
 
 
 def in_words(what: str, points: Points) -> str:
-    """A curve for who cannot see it."""
+    """Describe a curve for screen readers."""
     if not points:
         return f"{what}: not recorded."
     (first_step, first), (last_step, last) = points[0], points[-1]
@@ -74,7 +74,7 @@ def in_words(what: str, points: Points) -> str:
 
 
 def curves(name: str, title: str, description: str, lines: Iterable[Line], best: tuple[float, float] | None) -> Markup:
-    """Curves over steps; `best` (step, value) is marked. `name` is the SVG's id, of letters."""
+    """Draw curves over steps and mark `best` (step, value). `name`, letters only, is the SVG's id."""
     with _style(name):
         figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
@@ -82,7 +82,7 @@ def curves(name: str, title: str, description: str, lines: Iterable[Line], best:
             look: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.6} if line.thin else {"ms": 3.5}
             marker = "" if line.thin or len(line.points) > MOST_MARKERS else "o"
             axes.plot(
-                *zip(*line.points, strict=True), color=line.colour, label=_short(line.label), marker=marker, **look
+                *zip(*line.points, strict=True), color=line.color, label=_short(line.label), marker=marker, **look
             )
         if best is not None:
             axes.plot(*best, "o", color=GOOD, ms=9, markerfacecolor="none", markeredgewidth=2, label="best")
@@ -97,7 +97,7 @@ def curves(name: str, title: str, description: str, lines: Iterable[Line], best:
 
 
 def histogram(name: str, title: str, description: str, edges: list[int], counts: list[int], limit: int) -> Markup:
-    """Rows by tokens; the last bar may stand for more than its width, and `limit` is drawn where it falls inside."""
+    """Draw rows by length. The last bar may cover longer rows than its width; `limit` is drawn if it is in range."""
     with _style(name):
         figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72, layout="constrained")
         axes = figure.add_subplot()
@@ -120,7 +120,7 @@ def histogram(name: str, title: str, description: str, edges: list[int], counts:
 
 @contextmanager
 def _style(name: str) -> Iterator[None]:
-    """Within, nothing but STYLE changes matplotlib's own defaults, whatever a user's matplotlibrc says."""
+    """Use matplotlib's defaults and STYLE, ignoring the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": name})  # the same run gives the same bytes
@@ -128,20 +128,20 @@ def _style(name: str) -> Iterator[None]:
 
 
 def _short(label: str) -> str:
-    """For a legend, which would push the curves aside."""
+    """Shorten a label so that the legend leaves room for the curves."""
     label = clean(label)
     return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 1]}…"
 
 
 def _svg(figure: Figure, name: str, title: str, description: str) -> Markup:
-    """The figure for a page: ids of its own, no size, a title and a description, colours by variables."""
+    """Return the figure as inline SVG: no size, unique ids, a title and a description, colors as CSS variables."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    # Nothing refers to a group's id, which is the same in every chart; a style would hold for the whole page.
+    # Group ids repeat in every chart, and a <style> would apply to the whole page.
     drawn = re.sub(
         r'<metadata>.*?</metadata>|<style.*?</style>| id="[\w.]+_\d+"', "", stream.getvalue(), flags=re.DOTALL
     )
-    drawn = re.sub("#00000([1-8])", lambda found: f"var(--{COLOURS[int(found[1]) - 1]})", drawn)
+    drawn = re.sub("#00000([1-8])", lambda found: f"var(--{COLORS[int(found[1]) - 1]})", drawn)
     head = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {1} {2}"'
         ' id="{0}" role="img" aria-labelledby="{0}-title {0}-desc">'

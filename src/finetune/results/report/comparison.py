@@ -1,4 +1,4 @@
-"""Two runs side by side: which did better, if that can be said, and in what they differ."""
+"""Compares two runs: which did better, if that can be said, and how they differ."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ FOUND: tuple[tuple[str, Callable[[Evidence], Any], str], ...] = (
     ("best held-out loss", lambda run: run.best and run.best[1], "{:.4f}"),
     ("at step", lambda run: run.best and run.best[0], "{:,}"),
     ("self-test", lambda run: run.get("self_test", "status"), "{}"),
-    ("tokens a second", lambda run: run.number("tokens_per_second"), "{:,.0f}"),
-    ("most memory, GiB", lambda run: run.number("peak_memory_gib"), "{:,.2f}"),
+    ("tokens per second", lambda run: run.number("tokens_per_second"), "{:,.0f}"),
+    ("peak memory, GiB", lambda run: run.number("peak_memory_gib"), "{:,.2f}"),
     ("time", lambda run: (seconds := run.number("seconds")) and duration(seconds), "{}"),
 )
 CURVES = (
-    ("eval_loss", "Held-out loss, nats a token"),
-    ("loss", "Training loss, nats a token"),
+    ("eval_loss", "Held-out loss, nats per token"),
+    ("loss", "Training loss, nats per token"),
     ("learning_rate", "Learning rate"),
-    ("tokens_per_second", "Tokens a second"),
+    ("tokens_per_second", "Tokens per second"),
 )
 
 
 def compare(first: Evidence, second: Evidence) -> dict[str, Any]:
-    """All that templates/compare.html shows."""
+    """Return the values for templates/compare.html."""
     runs = first, second
     prompts = {sample["prompt"]: sample["tuned"] for sample in second.answers}
     return {
@@ -59,14 +59,14 @@ def compare(first: Evidence, second: Evidence) -> dict[str, Any]:
 
 
 def _names(first: Evidence, second: Evidence) -> list[str]:
-    """The runs' names, with their folders where those are the same."""
+    """Return the runs' names, with their parent folders if the names are equal."""
     if first.name != second.name:
         return [first.name, second.name]
     return [f"{run.folder.parent.name}/{run.name}" for run in (first, second)]
 
 
 def _better(first: Evidence, second: Evidence) -> Verdict:
-    """Which has the lower held-out loss, if both measured it on the same tokens."""
+    """Say which run has the lower held-out loss, if both measured it on the same tokens."""
     question = "Which did better?"
     held_out = [
         (run.get("tokens", "validation", "input_ids"), run.get("tokens", "validation", "labels"))
@@ -90,8 +90,8 @@ def _better(first: Evidence, second: Evidence) -> Verdict:
 def _curves(first: Evidence, second: Evidence) -> Iterator[tuple[str, Markup]]:
     for key, title in CURVES:
         lines = [
-            Line(name, run.series(key), colour)
-            for run, name, colour in zip(
+            Line(name, run.series(key), color)
+            for run, name, color in zip(
                 (first, second), _names(first, second), (charts.FIRST, charts.SECOND), strict=True
             )
         ]
@@ -101,9 +101,9 @@ def _curves(first: Evidence, second: Evidence) -> Iterator[tuple[str, Markup]]:
 
 
 def _differences(first: Evidence, second: Evidence) -> Iterator[tuple[str, str, str]]:
-    """Keys of config.yaml that differ, with both values as YAML has them."""
+    """Yield the keys of config.yaml that differ, with both values."""
     trees = [leaves(yaml.safe_load(run.config) or {}) for run in (first, second)]
     for key in sorted(trees[0].keys() | trees[1].keys()):
-        values = [tree.get(key, "not there") for tree in trees]
+        values = [tree.get(key, "not set") for tree in trees]
         if values[0] != values[1]:
             yield key, *(str(value) if value is not None else "null" for value in values)  # type: ignore[misc]

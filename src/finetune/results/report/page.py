@@ -1,4 +1,4 @@
-"""report.html: what a run did, as one page without scripts or network; and two runs side by side."""
+"""report.html: a run as one page without scripts or network access; and two runs side by side."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from finetune.wording import clean, clock, counted, duration
 ENDS = {
     "complete": ("complete", "good"),
     "stopped": ("stopped", "warn"),
-    "time budget": ("time budget ended", "warn"),
+    "time budget": ("time budget used up", "warn"),
     "killed": ("killed", "bad"),
     "failed": ("failed", "bad"),
-    None: ("not ended", "warn"),
+    None: ("no end recorded", "warn"),
 }
-COUNTS = (  # of manifest.rows, as the table of the data names them
-    ("truncated", "cut at the length limit"),
+COUNTS = (  # keys of manifest.rows and their names in the data table
+    ("truncated", "truncated at the length limit"),
     ("dropped_long", "dropped: no turn with loss fits"),
-    ("dropped_without_loss", "dropped: no turn carries loss"),
+    ("dropped_without_loss", "dropped: no turn has loss"),
     ("dropped_bad", "dropped: bad rows"),
-    ("left_out", "left out for the weight of a file"),
-    ("repeated", "repeats for the weight of a file"),
-    ("duplicates", "copies of another row"),
+    ("left_out", "omitted because of a file's weight"),
+    ("repeated", "repeated because of a file's weight"),
+    ("duplicates", "duplicates of another row"),
     ("control_tokens", "with a control token as text"),
-    ("normalised_leaks", "nearly in the other file too"),
-    ("opening_leaks", "begin like one to train on"),
-    ("encoded", "encoded, too long ones included"),
+    ("normalised_leaks", "also in the other split, except for case and spacing"),
+    ("opening_leaks", "same opening as a training row"),
+    ("encoded", "encoded, including rows that are too long"),
     ("certified", "of these compared with mistral-common"),
-    ("p50", "tokens of a row, median"),
-    ("p95", "tokens of a row, 95 %"),
-    ("longest", "tokens of a row, longest"),
+    ("p50", "tokens per row, median"),
+    ("p95", "tokens per row, 95 %"),
+    ("longest", "tokens per row, longest"),
 )
 MOST_BAD = 20
 SPLITS = ("train", "validation")
 
 
 def write(folder: Path) -> Path:
-    """Make the page of the run in `folder` from what lies there, and return its path."""
+    """Write the report of the run in `folder` and return its path."""
     return _write(folder / run_summary.PAGE, "report.html", _report(run_summary.read(folder)))
 
 
 def write_comparison(folder: Path, other: Path) -> Path:
-    """Make the page of two runs, in the first one's folder, and return its path."""
+    """Write a comparison of two runs into the first one's folder and return its path."""
     first, second = run_summary.read(folder), run_summary.read(other)
     return _write(folder / f"compare-{second.name}.html", "compare.html", compare(first, second))
 
 
 def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
-    """Whole or not at all; not forced to the disk, since it can be made again."""
+    """Render `template` to `path` atomically; without fsync, since it can be written again."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
@@ -79,7 +79,7 @@ def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
 
 
 def _report(run: Evidence) -> dict[str, Any]:
-    """All that templates/report.html shows."""
+    """Return the values for templates/report.html."""
     base = run.get("base_model", "name")
     return {
         "name": run.name,
@@ -96,7 +96,7 @@ def _report(run: Evidence) -> dict[str, Any]:
         "bad_rows": [entry for name in SPLITS for entry in run.get("rows", name, "dropped_bad") or []],
         "most_bad": MOST_BAD,
         "histogram": _histogram(run),
-        "happened": _happened(run),
+        "plan_and_actual": _plan_and_actual(run),
         "starts": [_start(start) for start in run.starts],
         "checks": (run.get("self_test") or {}).get("checks", []),
         "config": run.config,
@@ -112,11 +112,11 @@ def _curves(run: Evidence) -> Iterator[tuple[str, Markup] | None]:
         if run.best:
             text += f" Best held-out loss {run.best[1]:.4g} at step {run.best[0]:,}."
         lines = [Line("training", loss, charts.SECOND, thin=True), Line("held out", held_out)]
-        yield "Loss, nats a token", charts.curves("loss", "Training and held-out loss", text, lines, run.best)
+        yield "Loss, nats per token", charts.curves("loss", "Training and held-out loss", text, lines, run.best)
     yield _curve(run, "learning_rate", "Learning rate")
     yield _curve(run, "grad_norm", "Gradient norm, before clipping")
-    yield _curve(run, "tokens_per_second", "Tokens a second, evaluations and saves left out")
-    yield _curve(run, "memory_gib", "Memory, GiB: the most so far of each start")
+    yield _curve(run, "tokens_per_second", "Tokens per second, excluding evaluations and saves")
+    yield _curve(run, "memory_gib", "Peak memory, GiB, so far in each start")
 
 
 def _curve(run: Evidence, key: str, title: str) -> tuple[str, Markup] | None:
@@ -130,7 +130,7 @@ def _curve(run: Evidence, key: str, title: str) -> tuple[str, Markup] | None:
 
 
 def _counts(run: Evidence) -> list[tuple[str, ...]]:
-    """The table of the data: what, in training rows, in held-out rows; what is 0 in both is left out."""
+    """Return the data table: (what, in training rows, in held-out rows), without lines that are 0 in both."""
     table = [("conversations", *(f"{run.number('tokens', split, 'rows') or 0:,.0f}" for split in SPLITS))]
     table.append(("tokens", *(f"{run.number('tokens', split, 'total') or 0:,.0f}" for split in SPLITS)))
     table.append(("of them with loss", *(_share(run, split) for split in SPLITS)))
@@ -161,7 +161,7 @@ def _histogram(run: Evidence) -> Markup | None:
 
 
 def _limit(run: Evidence) -> int:
-    """model.max_seq_length of config.yaml; 0 where it has none."""
+    """Return model.max_seq_length of config.yaml; 0 if it is missing."""
     try:
         tree, _ = yaml_file.parse(run.config, "config.yaml")
     except ConfigError:  # cut short by a kill
@@ -170,8 +170,8 @@ def _limit(run: Evidence) -> int:
     return limit if isinstance(limit, int) else 0
 
 
-def _happened(run: Evidence) -> list[tuple[str, str, str, str]]:
-    """The plan beside what happened: (what, planned, happened, how far off)."""
+def _plan_and_actual(run: Evidence) -> list[tuple[str, str, str, str]]:
+    """Compare the plan with the run: (what, planned, actual, difference)."""
     peak = run.number("peak_memory_gib") or max((gib for _, gib in run.series("memory_gib")), default=None)
     seconds = run.number("seconds") or _seconds(run)
     rehearsal = run.starts[0].get("rehearsal") if run.starts else None
@@ -180,8 +180,8 @@ def _happened(run: Evidence) -> list[tuple[str, str, str, str]]:
     rows = [
         ("optimizer steps", run.number("plan", "steps"), run.last_step, "{:,.0f}"),
         ("evaluations", run.number("plan", "evaluations"), len(run.evaluations), "{:,.0f}"),
-        ("most memory, GiB, by the plan", run.number("plan", "peak_memory_gib"), peak, "{:,.2f}"),
-        ("most memory, GiB, by the rehearsal", rehearsed_peak, peak, "{:,.2f}"),
+        ("peak memory, GiB (plan)", run.number("plan", "peak_memory_gib"), peak, "{:,.2f}"),
+        ("peak memory, GiB (rehearsal)", rehearsed_peak, peak, "{:,.2f}"),
         ("minutes", hours and 60 * hours, seconds and seconds / 60, "{:,.1f}")
         if max(hours or 0, (seconds or 0) / 3600) < 2
         else ("hours", hours, seconds and seconds / 3600, "{:,.1f}"),
@@ -195,14 +195,14 @@ def _text(value: float | None, form: str) -> str:
     return "not known" if value is None else form.format(value)
 
 
-def _off(planned: float | None, happened: float | None) -> str:
-    if not planned or happened is None:
+def _off(planned: float | None, actual: float | None) -> str:
+    if not planned or actual is None:
         return ""
-    return "same" if happened == planned else f"{happened / planned - 1:+.0%}"
+    return "same" if actual == planned else f"{actual / planned - 1:+.0%}"
 
 
 def _seconds(run: Evidence) -> float | None:
-    """Of all starts that said when they ended."""
+    """Sum the durations of all starts with a recorded end."""
     ended = [start for start in run.starts if start["ended"]]
     return sum(_time(start["ended"]) - _time(start["started"]) for start in ended) if ended else None
 
@@ -213,7 +213,7 @@ def _start(start: dict[str, Any]) -> dict[str, Any]:
         f"{start['from_step']:,} to {start['step']:,}" if start["step"] is not None else f"from {start['from_step']:,}"
     )
     took = duration(_time(start["ended"]) - _time(start["started"])) if start["ended"] else "not known"
-    notes = [f"went on although changed: {change}" for change in start.get("changed", [])]
+    notes = [f"resumed with a change: {change}" for change in start.get("changed", [])]
     notes += start.get("set_aside", []) + start.get("out_of_memory", [])
     return {"started": _when(start["started"]), "took": took, "steps": steps, "end": text, "tone": tone, "notes": notes}
 
@@ -227,7 +227,7 @@ def _when(text: str) -> str:
 
 
 def _facts(run: Evidence) -> Iterator[tuple[str, str]]:
-    """What the run was, in short lines: base, machine, versions and hashes."""
+    """Yield (name, value) of base, machine, versions and hashes."""
     yield "base", " at ".join(str(part) for part in (run.get("base_model") or {}).values() if part)
     yield "machine", ", ".join(f"{name} {value}" for name, value in (run.get("hardware") or {}).items() if value)
     if run.get("fused_lora") is not None:

@@ -1,4 +1,4 @@
-"""When a run's page is made: at the end of each start, whatever becomes of it."""
+"""Writes a run's report at the end of each start, however it ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.terminal import Terminal
 
 @contextmanager
 def reported(run: Run, terminal: Terminal) -> Iterator[None]:
-    """Make the run's page when the block ends, well or not; a signal that wants it to end at once is obeyed."""
+    """Write the report when the block ends or raises; a second signal (SystemExit) skips it."""
     try:
         yield
     except Exception:
@@ -24,17 +24,17 @@ def reported(run: Run, terminal: Terminal) -> Iterator[None]:
 
 
 def make(run: Run, terminal: Terminal) -> None:
-    """Make the run's page where it is older than the run; what fails in that is told and ends nothing."""
+    """Write the report if it is older than the manifest; a failure is only a warning."""
     try:
         page, manifest = run.folder / PAGE, run.folder / MANIFEST
         if page.is_file() and page.stat().st_mtime_ns >= manifest.stat().st_mtime_ns:
             return
         from finetune.results.report import (
-            page as report_page,  # here: it takes a second, and matplotlib may be what is broken
+            page as report_page,  # imported here: it takes a second, and matplotlib may be broken
         )
 
         report_page.write(run.folder)
-    except Exception as error:  # noqa: BLE001  # whatever breaks in a page, the run is worth more
+    except Exception as error:  # noqa: BLE001  # a broken report must not fail the run
         why = (str(error) or type(error).__name__).splitlines()[-1].strip()
         again = f"{command(SCRIPT)} {quoted(run.folder)}"
-        terminal.warn(f"the report page was not made ({why}); this makes it again: {again}")
+        terminal.warn(f"the report could not be written ({why}); to write it, run: {again}")

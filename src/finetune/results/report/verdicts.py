@@ -1,4 +1,4 @@
-"""What follows from a run's folder: what was trained, whether it helped, whether it is safe to use."""
+"""Conclusions from a run's folder: what was trained, whether it helped, whether it is safe to use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from finetune.files import quoted
 from finetune.results.report.run_summary import Evidence
 from finetune.wording import counted
 
-ROSE_AGAIN = 1.01  # times the best held-out loss; less than that is noise between evaluations
+ROSE_AGAIN = 1.01  # times the best held-out loss; a smaller rise is noise
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of the questions at the head of a page: `tone` is good, warn, bad or plain; `more` are sentences."""
+    """A question at the top of a report and its answer. `tone` is good, warn, bad or plain; `more` has sentences."""
 
     question: str
     short: str
@@ -23,7 +23,7 @@ class Verdict:
 
 
 def unfinished(run: Evidence) -> Verdict | None:
-    """What a reader must know first of a run that is not complete: how it ended, and how to go on; else None."""
+    """Say how an incomplete run ended and how to resume it; None if the run is complete."""
     if run.status == "complete":
         return None
     again = f"{command('src/train.py')} --config {quoted(run.folder / 'config.yaml')}"
@@ -31,58 +31,56 @@ def unfinished(run: Evidence) -> Verdict | None:
     place = f"step {run.last_step:,}" + (f" of {steps:,.0f}" if steps else "")
     if run.status == "failed":
         error = str(run.get("error") or "no reason was recorded")
-        return Verdict("This run failed", f"At {place}.", "bad", [error, f"Mend that, then: {again}"])
+        return Verdict("This run failed", f"At {place}.", "bad", [error, f"Fix it, then run: {again}"])
     ways = {
         "stopped": f"It was stopped at {place}.",
-        "time budget": f"Its time budget ended at {place}.",
-        None: f"It is still training, or was killed; the last that it wrote is of {place}.",
+        "time budget": f"Its time budget was used up at {place}.",
+        None: f"It is still training, or was killed; its last record is from {place}.",
     }
     end = run.starts[-1]["end"] if run.starts else None
-    goes_on = (
-        f"There is no final adapter yet. The same command goes on from the newest checkpoint, and so does: {again}"
-    )
-    return Verdict("This run is not finished", ways.get(end, ways[None]), "warn", [goes_on])
+    resume = f"There is no final adapter yet. To resume from the newest checkpoint, repeat the command or run: {again}"
+    return Verdict("This run is not finished", ways.get(end, ways[None]), "warn", [resume])
 
 
 def trained(run: Evidence) -> Verdict:
-    """What was trained, on what."""
+    """Say what was trained, on which data."""
     base = str(run.get("base_model", "name") or "an unknown base")
     rows, tokens = run.number("tokens", "train", "rows"), run.number("tokens", "train", "supervised")
     of = f" of {plan:,.0f}" if (plan := run.number("plan", "steps")) and run.status != "complete" else ""
     more = [f"{run.last_step:,}{of} optimizer steps."]
     if rows is not None and tokens is not None:
-        more.insert(0, f"{counted(int(rows), 'conversation')}; the loss lies on {tokens:,.0f} tokens of the answers.")
+        more.insert(0, f"{counted(int(rows), 'conversation')}; loss is computed on {tokens:,.0f} answer tokens.")
     if run.get("stopped_early"):
         more.append(
-            "It stopped early: no better held-out loss in as many evaluations as training.early_stopping_patience says."
+            "It stopped early: the held-out loss did not improve for training.early_stopping_patience evaluations."
         )
     return Verdict("What was trained?", f"A LoRA adapter for {base}", "plain", more)
 
 
 def helped(run: Evidence) -> Verdict:
-    """Whether the held-out loss fell."""
+    """Say whether the held-out loss fell."""
     question = "Did it help?" if run.status == "complete" else "Has it helped so far?"
     before, best = dict(run.evaluations).get(0, run.number("eval_loss_before")), run.best
     if before is None or best is None or (best[0] == 0 and run.status != "complete"):
-        return Verdict(question, "Not known yet", "warn", ["There is no evaluation after the one before training."])
+        return Verdict(question, "Not known yet", "warn", ["There is no evaluation after the first step yet."])
     step, after = best
     rows = run.number("tokens", "validation", "rows")
-    held_out = f"on {counted(int(rows), 'conversation')} that it was not trained on" if rows else "on held-out rows"
-    losses = f"Held-out loss {before:.3f} before, {after:.3f} at step {step:,.0f} (nats a token, {held_out})."
+    held_out = f"on {counted(int(rows), 'conversation')} not used for training" if rows else "on held-out rows"
+    losses = f"Held-out loss {before:.3f} before, {after:.3f} at step {step:,.0f} (nats per token, {held_out})."
     if step == 0 or after >= before:
         none = "No evaluation was better than the one before training: the adapter is the untrained one."
         return Verdict(question, "No", "bad", [losses, none] if step == 0 else [losses])
     more = [losses]
     last = run.evaluations[-1]
     if last[0] > step and last[1] > after * ROSE_AGAIN:
-        rose = f"It rose again, to {last[1]:.3f} at step {last[0]:,.0f}: longer training only learns the rows by heart."
+        rose = f"It rose again, to {last[1]:.3f} at step {last[0]:,.0f}: longer training only memorizes the rows."
         more.append(rose)
-    more.append("That says how well it predicts such answers, not that they are right: read those below.")
+    more.append("This measures how well it predicts such answers, not whether they are right: read the ones below.")
     return Verdict(question, f"Yes: {1 - after / before:.0%} less held-out loss", "good", more)
 
 
 def safe(run: Evidence) -> Verdict:
-    """Whether the adapter is what it should be, by its self-test; and what was left out or found on the way."""
+    """Summarize the self-test, the skipped checks and the warnings about the data."""
     question, test = "Is it safe to use?", run.get("self_test")
     notes = cautions(run)
     checks = (test or {}).get("checks", [])
@@ -92,8 +90,8 @@ def safe(run: Evidence) -> Verdict:
     if run.status != "complete":
         return Verdict(question, "There is no final adapter", "bad" if run.status == "failed" else "warn", notes)
     if not test:
-        return Verdict(question, "Not tested", "warn", ["The self-test of the adapter was not made.", *notes])
-    limit = "No check looks at whether what it says is true or harmless."
+        return Verdict(question, "Not tested", "warn", ["The adapter's self-test was not run.", *notes])
+    limit = "No check tests whether its answers are true or harmless."
     if wrong:
         made = f"Its self-test has {counted(len(wrong), 'warning')} in {counted(len(checks), 'check')}, listed below."
         return Verdict(question, "Yes, with a warning", "warn", [made, *wrong, *notes, limit])
@@ -104,23 +102,23 @@ def safe(run: Evidence) -> Verdict:
 
 
 def cautions(run: Evidence) -> list[str]:
-    """What was left out or found in the data that a user of the adapter should know."""
+    """List skipped checks, changes during training and data problems that a user of the adapter should know."""
     notes = []
     if skipped := run.get("skipped_checks"):
-        notes.append(f"Checks left out by --skip: {', '.join(map(str, skipped))}.")
+        notes.append(f"Checks skipped with --skip: {', '.join(map(str, skipped))}.")
     for start in run.starts:
         if changed := start.get("changed"):
-            notes.append(f"From step {start['from_step']:,} on it was trained with changes: {'; '.join(changed)}.")
+            notes.append(f"From step {start['from_step']:,} on, trained with changes: {'; '.join(changed)}.")
     leaks = run.number("rows", "validation", "normalised_leaks")
     if leaks:
         rows = counted(int(leaks), "held-out conversation")
-        notes.append(f"{rows} also in the training data but for case and spaces: the held-out loss flatters.")
+        notes.append(f"{rows} also in the training data (ignoring case and spacing): the loss is optimistic.")
     openings = run.number("rows", "validation", "opening_leaks")
     if openings:
         rows = counted(int(openings), "held-out conversation")
-        notes.append(f"The training data has the system and first user message of {rows}: the held-out loss flatters.")
+        notes.append(f"The training data has the opening of {rows}: the loss is optimistic.")
     rows_all = sum(run.number("tokens", name, "rows") or 0 for name in ("train", "validation"))
     certified = sum(run.number("rows", name, "certified") or 0 for name in ("train", "validation"))
     if rows_all and not certified:
-        notes.append("Tokens were not compared with mistral-common's: the base is not Mistral's, or the check is off.")
+        notes.append("Tokens were not compared with mistral-common: the base is not Mistral's, or the check is off.")
     return notes
