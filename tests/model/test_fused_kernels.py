@@ -159,6 +159,6 @@ def test_a_model_of_another_kind_is_refused(tiny_mistral: Path) -> None:
     with pytest.raises(CheckFailed) as caught:
         fused_kernels.install(model, bf16=False)
     assert str(caught.value) == (
-        "fused kernels: a mistral model with gelu, wanted mistral with silu; "
+        "fused kernels: a mistral model with gelu, expected mistral with silu; "
         "to train without them: --set training.fused_kernels=false"
     )

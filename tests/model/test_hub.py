@@ -31,11 +31,11 @@ def shard(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_weights_of_a_real_model_are_whole(tiny_mistral: Path) -> None:
+def test_weights_of_a_real_model_are_complete(tiny_mistral: Path) -> None:
     assert hub.missing_weights(tiny_mistral) == []
 
 
-def test_each_shard_that_the_index_names_is_looked_at_once(tmp_path: Path) -> None:
+def test_each_shard_in_the_index_is_checked_once(tmp_path: Path) -> None:
     names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     weight_map = {f"layer.{number}": names[number % 3] for number in range(9)}
     (tmp_path / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -46,7 +46,7 @@ def test_each_shard_that_the_index_names_is_looked_at_once(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("change", [-1, -28, 1])
-def test_a_file_of_another_size_than_its_header_says_is_told_with_both(change: int, tmp_path: Path) -> None:
+def test_a_file_whose_size_differs_from_its_header_reports_both(change: int, tmp_path: Path) -> None:
     path = tmp_path / hub.SINGLE
     content = shard(path)
     path.write_bytes(content[:change] if change < 0 else content + b"x")
@@ -70,18 +70,18 @@ def test_a_file_of_another_size_than_its_header_says_is_told_with_both(change: i
         (26).to_bytes(8, "little") + b'{"a":{"data_offsets":[0]}}',
     ],
 )
-def test_what_is_no_safetensors_file_is_told_and_is_no_crash(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / hub.SINGLE).write_bytes(content)
     assert hub.missing_weights(tmp_path) == [f"{hub.SINGLE} is not a safetensors file"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": ["a"]}', "\xff"])
-def test_an_index_that_cannot_be_read_is_told(text: str, tmp_path: Path) -> None:
+def test_an_unreadable_index_is_reported(text: str, tmp_path: Path) -> None:
     (tmp_path / hub.INDEX).write_bytes(text.encode("latin-1"))
     assert hub.missing_weights(tmp_path) == [f"{hub.INDEX} cannot be read"]
 
 
-def test_pickles_are_not_weights_but_may_lie_beside_them(tmp_path: Path) -> None:
+def test_pickles_do_not_count_as_weights(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     assert hub.missing_weights(tmp_path) == [f"{hub.SINGLE} is missing, and pickles (*.bin) are never read"]
     shard(tmp_path / hub.SINGLE)
@@ -91,7 +91,7 @@ def test_pickles_are_not_weights_but_may_lie_beside_them(tmp_path: Path) -> None
 # The Hub's cache ------------------------------------------------------------------------------------------------------
 
 
-def test_the_digest_of_weights_is_theirs_wherever_they_lie_and_no_others(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_weights_and_not_on_their_folder(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     values = torch.arange(6_000_000, dtype=torch.float32)  # 24 MB, of which 4 are read
@@ -115,7 +115,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"models--{MISTRAL.replace('/', '--')}" / "snapshots" / REVISION
 
 
-def test_a_revision_is_cached_when_its_config_and_all_its_weights_are(snapshot: Path) -> None:
+def test_a_revision_is_cached_if_its_config_and_all_weights_are(snapshot: Path) -> None:
     assert (hub.cached_folder(MISTRAL, REVISION), hub.is_cached(MISTRAL, REVISION)) == (None, False)
     snapshot.mkdir(parents=True)
     assert hub.cached_folder(MISTRAL, REVISION) is None
@@ -144,9 +144,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         type(self).asked.append((self.command, self.path, self.headers["Authorization"]))
         kind = self.path.split("/")[1]
-        if kind == "moved":
+        if kind in ("moved", "elsewhere"):
             self.send_response(307)
-            self.send_header("Location", self.path.replace("/moved/", "/200/"))
+            host = "" if kind == "moved" else f"http://localhost:{self.server.server_address[1]}"
+            self.send_header("Location", host + self.path.replace(f"/{kind}/", "/200/"))
         else:
             self.send_response(int(kind))
         if kind == "403":
@@ -184,7 +185,7 @@ def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
         ("503", 503, "Service Unavailable"),
     ],
 )
-def test_the_hubs_answer_is_its_status_and_its_own_word_for_it(
+def test_the_hubs_answer_is_its_status_and_reason(
     kind: str, status: int, text: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"{address}/{kind}/")
@@ -195,7 +196,7 @@ def test_the_hubs_answer_is_its_status_and_its_own_word_for_it(
     ("revision", "asked_for"),
     [(REVISION, REVISION), (None, "main"), ("refs/pr/1", "refs%2Fpr%2F1")],
 )
-def test_one_small_file_of_the_revision_is_asked_for_without_a_token_where_there_is_none(
+def test_without_a_token_one_small_file_of_the_revision_is_requested(
     revision: str | None, asked_for: str, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"{address}/200")
@@ -203,14 +204,14 @@ def test_one_small_file_of_the_revision_is_asked_for_without_a_token_where_there
     assert Hub.asked == [("HEAD", f"/200/{MISTRAL}/resolve/{asked_for}/config.json", None)]
 
 
-def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", f"{address}/moved")
+def test_the_token_goes_to_the_hub_and_not_to_another_host(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"{address}/elsewhere")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.why_not_reachable(MISTRAL, REVISION)
-    assert [authorization for _, _, authorization in Hub.asked] == ["Bearer hf_secret", None]
+    assert hub.why_not_reachable(MISTRAL, REVISION) == (200, "ok")
+    assert [authorization for _, _, authorization in Hub.asked] == ["Bearer hf_secret"]
 
 
-def test_a_hub_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.2)
     started = time.perf_counter()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -221,9 +222,13 @@ def test_a_hub_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("endpoint", "reason"),
-    [("http://127.0.0.1:1", "refused"), ("no-scheme", "unknown url type"), ("http://[::1", "Invalid IPv6 URL")],
+    [
+        ("http://127.0.0.1:1", "refused"),
+        ("no-scheme", "missing an 'http://' or 'https://' protocol"),
+        ("http://[::1", "Invalid port"),
+    ],
 )
-def test_an_address_that_leads_nowhere_is_told_with_the_systems_reason(
+def test_an_unreachable_address_is_reported_with_its_reason(
     endpoint: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -240,7 +245,7 @@ def test_without_a_mirror_it_is_the_hub_itself(monkeypatch: pytest.MonkeyPatch) 
         assert hub.endpoint() == "https://huggingface.co"
 
 
-def test_a_token_that_may_not_be_read_is_not_taken_for_a_dead_network(
+def test_an_unreadable_token_is_not_reported_as_a_network_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)

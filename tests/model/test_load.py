@@ -137,7 +137,7 @@ def test_load_base_verifies_what_it_loaded(config: Config, monkeypatch: pytest.M
         return real(*args, **{**kwargs, "attn_implementation": "eager"})
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", ignores_the_attention)
-    with pytest.raises(CheckFailed, match="attention is eager, wanted sdpa"):
+    with pytest.raises(CheckFailed, match="attention is eager, expected sdpa"):
         base_model(config)
 
 

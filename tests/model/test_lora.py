@@ -63,7 +63,7 @@ def test_adapter_weights_that_are_not_fp32_are_refused(lora_config: Config, monk
     with pytest.raises(CheckFailed) as failure:
         adapter(lora_config.changed("quantization", storage="expanded"), 42, 0)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, wanted float32 adapter weights"
+    assert str(failure.value) == f"model: {name} has dtype torch.bfloat16, expected float32 adapter weights"
 
 
 # A saved adapter ------------------------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ def test_the_second_load_quantises_nothing_and_has_the_same_bits(loads: Loads) -
     values, state, about = loads.values, loads.state, loads.about
     assert loads.quantised == 14
     assert loads.said == [
-        f"packed base: quantised on the CPU in 6 min; kept in {loads.folder}, 0.0 GiB, for later starts"
+        f"packed base: quantized on the CPU in 6 min; kept in {loads.folder}, 0.0 GiB, for later starts"
     ]
     loads()
     assert loads.quantised == 0
-    assert loads.said == [f"packed base: loaded from {loads.folder} in 6 min, not quantised again"]
+    assert loads.said == [f"packed base: loaded from {loads.folder} in 6 min, not quantized again"]
     assert len(values) == 14 and all(torch.equal(loads.values[name], value) for name, value in values.items())
     assert loads.state.keys() == state.keys()
     assert all(torch.equal(loads.state[name], value) for name, value in state.items())
@@ -138,8 +138,8 @@ def test_a_damaged_one_is_deleted_and_made_again(damage: Callable[[Path], None],
     once()
     assert once.quantised == 14
     assert once.said == [
-        f"warning: {once.folder} is damaged ({found}): deleted, and the base is quantised again",
-        f"packed base: quantised on the CPU in 6 min; kept in {once.folder}, 0.0 GiB, for later starts",
+        f"warning: {once.folder} is damaged ({found}): deleted, the base will be quantized again",
+        f"packed base: quantized on the CPU in 6 min; kept in {once.folder}, 0.0 GiB, for later starts",
     ]
     once()
     assert once.quantised == 0
@@ -173,8 +173,8 @@ def test_a_disk_that_does_not_take_it_is_a_warning_and_the_load_succeeds(once: L
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert once.said == [
         f"warning: the packed base cannot be kept in {once.folder} "
-        "(Error while serializing: I/O error: File too large (os error 27)): each start quantises it",
-        "packed base: quantised on the CPU in 6 min",
+        "(Error while serializing: I/O error: File too large (os error 27)): each start will quantize it",
+        "packed base: quantized on the CPU in 6 min",
     ]
     assert [path.name for path in once.cache.iterdir()] == ["lock"]
 

@@ -47,19 +47,19 @@ def on_each_layer(text: str) -> list[str]:
 
 
 DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] = [
-    ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, wanted cpu"]),
-    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, wanted Linear4bit"]),
-    ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantised, wanted nf4"]),
-    ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, wanted nf4")),
+    ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, expected cpu"]),
+    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, expected Linear4bit"]),
+    ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantized, expected nf4"]),
+    ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, expected nf4")),
     ("no double quantisation", {"bnb_4bit_use_double_quant": False}, nothing,
-        on_each_layer("has bnb_4bit_use_double_quant False, wanted True")),
+        on_each_layer("has bnb_4bit_use_double_quant False, expected True")),
     ("another compute dtype", {"bnb_4bit_compute_dtype": "bfloat16"}, nothing,
-        on_each_layer("has bnb_4bit_compute_dtype bfloat16, wanted float32")),
-    ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, wanted Linear4bit")),
+        on_each_layer("has bnb_4bit_compute_dtype bfloat16, expected float32")),
+    ("expanded", {"storage": "expanded"}, nothing, on_each_layer("is Linear, expected Linear4bit")),
     ("another dtype", {}, norm_in_bfloat16,
-        ["model.layers.1.input_layernorm.weight has dtype bfloat16, wanted float32"]),
-    ("another attention", {}, eager_attention, ["attention is eager, wanted sdpa"]),
-    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, wanted Linear"]),
+        ["model.layers.1.input_layernorm.weight has dtype bfloat16, expected float32"]),
+    ("another attention", {}, eager_attention, ["attention is eager, expected sdpa"]),
+    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, expected Linear"]),
 ]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ def test_a_base_that_is_not_what_was_asked_for_is_named(
 def test_a_base_on_the_wrong_device_is_named_parameter_by_parameter(config: Config) -> None:
     base = base_model(config)
     names = [name for name, _ in base.named_parameters()]
-    problems = [f"{name} is on cpu, wanted cuda" for name in names[:10]]
+    problems = [f"{name} is on cpu, expected cuda" for name in names[:10]]
     with pytest.raises(CheckFailed) as failure:
         verify_base(base, config.model, config.quantization, "cuda", "packed")
     more = f"... and {len(names) - 10} more"
@@ -93,7 +93,7 @@ def test_a_packed_layer_in_an_expanded_base_is_named(config: Config) -> None:
     base.model.layers[0].self_attn.q_proj = base_model(config).get_submodule(LAYER)
     with pytest.raises(CheckFailed) as failure:
         verify_base(base, config.model, expanded, "cpu", "expanded")
-    problem = f"{LAYER} is Linear4bit, wanted Linear"
+    problem = f"{LAYER} is Linear4bit, expected Linear"
     assert str(failure.value) == f"model: not loaded as the config asks\n  {problem}"
 
 

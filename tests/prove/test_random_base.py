@@ -59,7 +59,7 @@ def test_what_is_not_as_the_config_asks_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(CheckFailed) as caught:
         made("quantization.storage=expanded")
     parts = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-    layers = [f"model.layers.{layer}.{part} is Linear4bit, wanted Linear" for layer in range(2) for part in parts]
+    layers = [f"model.layers.{layer}.{part} is Linear4bit, expected Linear" for layer in range(2) for part in parts]
     expected = ["model: not loaded as the config asks", *layers[:10], "... and 4 more"]
     assert str(caught.value) == "\n  ".join(expected)
 

@@ -1,6 +1,6 @@
-"""torch's own variable-length attention: packed rows apart, without flash-attn and without a mask of all their tokens.
+"""torch's own variable-length attention: keeps packed rows apart without flash-attn and without a full mask.
 
-It is `model.attn_implementation: torch_varlen`.
+Selected by `model.attn_implementation: torch_varlen`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = "torch_varlen"
 
 
 def register() -> None:
-    """Let transformers load a model with `attn_implementation` torch_varlen."""
+    """Register the attention with transformers under the name torch_varlen."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
 
@@ -29,11 +29,11 @@ def register() -> None:
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Causal attention within each row of one flat sequence, its scores divided by the square root of head_dim.
+    """Compute causal attention within each row of one flat sequence, scaled by 1 / sqrt(head_dim).
 
     Shapes: query and result [tokens, heads, head_dim]; key and value may have fewer heads; bounds [rows + 1], int32,
-    where each row begins, and the end. `longest` row in tokens. CUDA only. The arguments are those that the installed
-    torch has: 2.10 says is_causal where later ones have window_size, and it and 2.11 do not take fewer heads of keys.
+    where each row begins, and the end. `longest`: tokens of the longest row. CUDA only. The arguments depend on torch:
+    2.10 has is_causal where later versions have window_size, and 2.10 and 2.11 need as many key heads as query heads.
     """
     known = _parameters(varlen.varlen_attn)
     named: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -57,7 +57,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`attend` for a batch that says where its rows begin, as TRL's collator does; SDPA for padded ones and replies.
+    """Use `attend` for a packed batch, whose row bounds TRL's collator passes, and SDPA for padded batches and replies.
 
     Shapes: query, key and value [1, heads, tokens, head_dim]; result [1, tokens, heads, head_dim].
     """
@@ -73,5 +73,5 @@ def _attention(
 
 
 def _mask(*, attention_mask: torch.Tensor | None = None, **named: Any) -> torch.Tensor | None:
-    """SDPA's mask for padded rows; none for packed ones, whose bounds say the same."""
+    """Return SDPA's mask for padded rows; None for packed ones, which have bounds instead."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **named)

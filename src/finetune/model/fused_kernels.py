@@ -1,9 +1,9 @@
 """The element-wise parts of Mistral's layers as compiled functions: RMSNorm, SwiGLU and the rotary embedding.
 
 Each is one kernel forward and one backward (Triton on an NVIDIA GPU, C++ on a CPU) where torch otherwise reads and
-writes memory for every operation. The formulas are transformers'; results differ in rounding only. In training alone:
-evaluation and answers go transformers' own way. transformers' `use_kernels` would need the `kernels` package and fetch
-binaries from the Hub when a run starts, and has none for a CPU, where these are tested.
+writes memory for every operation. The formulas are transformers', and results differ only in rounding. They are used in
+training only, not in evaluation or for sample answers. transformers' `use_kernels` would need the `kernels` package,
+download binaries from the Hub when a run starts, and has none for a CPU, where these are tested.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from transformers.models.mistral import modeling_mistral as mistral
 from finetune.errors import CheckFailed
 from finetune.wording import first_line
 
-# From the first call on sizes are symbols, and kernels are not chosen by stop-watch: what a run computes must not
-# depend on the length of its first batch, or a resumed run would differ from an uninterrupted one.
+# Sizes are symbolic from the first call, and kernels are not chosen by timing: results must not depend on the length
+# of the first batch, or a resumed run would differ from an uninterrupted one.
 _compiled = partial(torch.compile, dynamic=True, fullgraph=True, options={"deterministic": True})
 
-# Enough that the kernels are made for many tokens (on a CPU, for several cores), and no other size in a model: torch
-# takes sizes that are equal in the first call for one and the same.
+# Large enough that kernels are compiled for many tokens (on a CPU, for several cores), and unlike any other size in
+# a model, because torch assumes that sizes equal in the first call are always equal.
 FIRST_TOKENS = 1021
 
 TURN_OFF = "to train without them: --set training.fused_kernels=false"
@@ -51,12 +51,12 @@ rotate_plain = mistral.apply_rotary_pos_emb
 
 
 def install(model: PeftModel, bf16: bool) -> None:
-    """Let the layers of `model` compute so in training, under autocast if `bf16`. Raises CheckFailed where they cannot.
+    """Replace these parts of `model` in training, under autocast if `bf16`. Raises CheckFailed if that fails.
 
-    Everything is compiled here, not in the first step: a missing compiler is told at once, and for one length always.
+    Compiles everything now, not in the first step: a missing compiler is reported at once, and the length is fixed.
     """
     if model.config.model_type != "mistral" or model.config.hidden_act != "silu":
-        found = f"a {model.config.model_type} model with {model.config.hidden_act}, wanted mistral with silu"
+        found = f"a {model.config.model_type} model with {model.config.hidden_act}, expected mistral with silu"
         raise CheckFailed(f"fused kernels: {found}", TURN_OFF)
     for module in model.modules():
         if isinstance(module, mistral.MistralRMSNorm):
@@ -76,7 +76,7 @@ def install(model: PeftModel, bf16: bool) -> None:
 def _norm_forward(module: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     if not (module.training and x.requires_grad):
         return plain(x)
-    # Tokens in one dimension: for a batch of one row torch would compile apart from others.
+    # Tokens in one dimension, since torch would compile again for a batch of one row.
     y: torch.Tensor = norm(x.reshape(-1, x.shape[-1]), module.weight, module.variance_epsilon)
     return y.view(x.shape)
 
@@ -96,7 +96,7 @@ def _rotate(q: torch.Tensor, k: torch.Tensor, *angles: torch.Tensor) -> tuple[to
 
 
 def _attention_forward(plain: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """transformers looks its function up in its module, so it is replaced while this model's attention runs."""
+    """Replace the function in transformers' module while this model's attention runs, where it looks it up."""
     mistral.apply_rotary_pos_emb = _rotate
     try:
         return plain(*args, **options)
@@ -105,12 +105,12 @@ def _attention_forward(plain: Callable[..., Any], *args: Any, **options: Any) ->
 
 
 def _compile_all(model: PeftModel, bf16: bool) -> None:
-    """One decoder layer forward and backward, on one row: tensors and autocast are what they are in training."""
+    """Run one decoder layer forward and backward on one row, with the dtypes and autocast of training."""
     decoder = model.get_base_model().model
     x = torch.zeros(1, FIRST_TOKENS, model.config.hidden_size, dtype=model.dtype, device=model.device)
     angles = decoder.rotary_emb(x, torch.arange(FIRST_TOKENS, device=model.device)[None])
     training = decoder.training
     with torch.random.fork_rng(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         y = decoder.train().layers[0](x.requires_grad_(), position_embeddings=angles)
-    torch.autograd.grad(y.sum(), x)  # of x alone, so that no weight gets a gradient
+    torch.autograd.grad(y.sum(), x)  # for x only, so that no weight gets a gradient
     decoder.train(training)

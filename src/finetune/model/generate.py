@@ -1,4 +1,4 @@
-"""Greedy replies of a model to several prompts at once, or to one as a stream, which can be cut short after a token."""
+"""Greedy replies to several prompts in a batch, or to one as a stream; both can be stopped after any token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from finetune.data.tokenizer import Chat
 
-TOGETHER = 8  # prompts in one batch: reading the weights once for all is what makes it fast, the caches what limits it
-HALF = "\ufffd"  # what a decoder makes of a character of which a byte is still to come
+TOGETHER = 8  # prompts in one batch: it shares reading the weights, and is limited by the caches
+HALF = "\ufffd"  # decoded in place of a character whose last bytes have not been generated yet
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said; `ended` where it came to its end token by itself. `tokens` counts without that one."""
+    """A reply. `ended`: the model generated its end token, which `tokens` does not count."""
 
     text: str
     tokens: int
@@ -33,9 +33,9 @@ def reply_to(
     max_new_tokens: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Reply] | None:
-    """Greedy replies to `prompts` (ids up to where a reply begins), in their order; None once `stopped` says so.
+    """Return greedy replies to `prompts` (token ids), in order; None if `stopped` returned true.
 
-    Draws no random number, and leaves the model in the mode it was in.
+    Draws no random numbers and restores the model's mode.
     """
     replies: list[Reply] = []
     with evaluating(model):
@@ -48,14 +48,14 @@ def reply_to(
 
 @dataclass(frozen=True)
 class Listener:
-    """Whoever follows a reply: `heard` gets each new part of its text, `stopped` is asked after each token."""
+    """Callbacks of a streamed reply: `heard` gets each new part of the text, `stopped` is called after each token."""
 
     heard: Callable[[str], None]
     stopped: Callable[[], bool] = lambda: False
 
 
 def stream_reply(model: Any, chat: Chat, prompt: list[int], max_new_tokens: int, listener: Listener) -> Reply | None:
-    """As `reply_to` for one prompt; the parts that `listener` hears are together the reply's text."""
+    """Reply to one prompt as `reply_to` does, passing the text to `listener` in parts."""
     with evaluating(model):
         parts = _Parts(chat, listener.heard)
         [reply] = _batch(model, chat, [prompt], max_new_tokens, listener.stopped, parts)
@@ -64,7 +64,7 @@ def stream_reply(model: Any, chat: Chat, prompt: list[int], max_new_tokens: int,
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without gradients and in evaluation mode; the mode is put back."""
+    """Run the block without gradients and in evaluation mode, then restore the mode."""
     training = model.training
     model.eval()
     try:
@@ -75,7 +75,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends all replies of a batch where `stopped` says so; asked after each token."""
+    """Ends all replies of a batch when `stopped` returns true; called after each token."""
 
     def __init__(self, stopped: Callable[[], bool]) -> None:
         self.stopped = stopped
@@ -85,11 +85,11 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Parts(BaseStreamer):  # type: ignore[misc]
-    """Cuts the tokens that `generate` hands on into parts of text, a character only once it is whole."""
+    """Turns the tokens of `generate` into parts of text, passing on a character only once it is complete."""
 
     def __init__(self, chat: Chat, heard: Callable[[str], None]) -> None:
         self.chat, self.heard = chat, heard
-        self.ids: list[int] | None = None  # the first that it is handed is the prompt
+        self.ids: list[int] | None = None  # the first call passes the prompt
         self.told = ""
 
     def put(self, value: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ def _batch(
 ) -> list[Reply]:
     end, pad = chat.token_id(chat.format.end), chat.token_id(chat.format.pad)
     longest = max(map(len, prompts))
-    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: all replies begin together
+    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]  # on the left: replies start together
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     output = model.generate(
         input_ids=torch.tensor(padded, device=model.device),

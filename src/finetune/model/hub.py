@@ -1,4 +1,4 @@
-"""The base's weights without loading them: in a folder, in the Hub's cache, or behind a question to the Hub."""
+"""Looks at the base's weights without loading them: in a folder, in the Hub's cache, or on the Hub."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.cli import advice
 from finetune.errors import ConfigError
 
-if TYPE_CHECKING:
-    import ssl
-
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROBE_SECONDS = 5
-BLOCK, BLOCKS = 4096, 1024  # of a file of weights that are read to know it again
-UNREADABLE = "may not be read by this user"
+BLOCK, BLOCKS = 4096, 1024  # of a weights file, read to identify it
+UNREADABLE = "cannot be read by this user"
 GIVE_TOKEN = advice("export HF_TOKEN=hf_...", "HF_TOKEN_FILE=FILE in .env")
 
 
 def endpoint() -> str:
-    """The Hub's address, or the mirror that HF_ENDPOINT names."""
+    """Return the address of the Hub, or of the mirror in HF_ENDPOINT."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
-    """Where the Hub's cache holds this revision's config.json; None where it does not."""
+    """Return the folder of this revision in the Hub's cache; None if its config.json is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -35,18 +31,18 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
 
 
 def is_cached(name: str, revision: str | None) -> bool:
-    """Whether the Hub's cache holds this revision whole, so that nothing has to be fetched."""
+    """Whether the Hub's cache has this revision complete, so nothing needs to be downloaded."""
     folder = cached_folder(name, revision)
     return folder is not None and not missing_weights(folder)
 
 
 def fetch_command(name: str, revision: str | None) -> str:
-    """What to type to bring this revision into the Hub's cache."""
+    """Return the command that downloads this revision into the Hub's cache."""
     return f"hf download {name} --revision {revision or 'main'} --include '*.safetensors' '*.json'"
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """What is wrong with a folder's weights, one line a file: absent, cut short, or only pickles."""
+    """List what is wrong with a folder's weights, one line per file: missing, truncated, or only pickles."""
     files = [SINGLE]
     if (folder / INDEX).is_file():
         try:
@@ -59,8 +55,10 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 by which a folder's weights are told from others: of each safetensors file its name, size and 1,024 blocks
-    of 4 KiB, evenly spaced. Another training changes a weight nearly everywhere, and 14 GB need not be read for it.
+    """Return a sha256 that identifies a folder's weights without reading 14 GB.
+
+    It covers each safetensors file's name, size and 1,024 evenly spaced blocks of 4 KiB; other training changes nearly
+    every weight.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
@@ -90,42 +88,28 @@ def _wrong(path: Path) -> str | None:
     return None if size == wanted else f"{path.name} has {size:,} bytes, its header says {wanted:,}"
 
 
-def _certificates() -> ssl.SSLContext:
-    """Those that the Hub's own client trusts: a Python from python.org brings none of its own on a Mac."""
-    import ssl  # ssl and urllib.request are a quarter of the time of `--help`, which asks nobody
-
-    import certifi
-
-    return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
-
-
 def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]:
-    """(HTTP status, what the Hub says) when asked for this revision's config.json with this token; 200 is a yes.
+    """Ask the Hub for this revision's config.json; return (HTTP status, the Hub's reason), where 200 means yes.
 
-    The status is None where nothing answers within PROBE_SECONDS. Raises ConfigError for a token that cannot be read.
+    The status is None if nothing answers within PROBE_SECONDS. Raises ConfigError for a token that cannot be read.
     """
-    from urllib.error import HTTPError, URLError
-    from urllib.parse import quote
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub import get_token
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        token = get_token()
+        token = get_token() or False
     except OSError as error:
         found = f"the Hub's token cannot be read: {error.filename}: {error.strerror}"
         raise ConfigError(found, fix=GIVE_TOKEN) from None
-    address = f"{endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/config.json"
     try:
-        request = Request(address, method="HEAD")
-        if token:
-            request.add_unredirected_header("Authorization", f"Bearer {token}")
-        with urlopen(request, timeout=PROBE_SECONDS, context=_certificates()) as answer:
-            return answer.status, "ok"
-    except HTTPError as error:
-        return error.code, error.headers.get("X-Error-Code") or error.reason
-    except (URLError, OSError, ValueError) as error:
-        return None, str(getattr(error, "reason", error))
+        address = hf_hub_url(name, "config.json", revision=revision, endpoint=endpoint())
+        get_hf_file_metadata(address, token=token, timeout=PROBE_SECONDS)
+    except HfHubHTTPError as error:
+        answer = error.response
+        return answer.status_code, answer.headers.get("X-Error-Code") or answer.reason_phrase
+    except Exception as error:  # noqa: BLE001  # each version of huggingface_hub has another HTTP client
+        return None, str(error)
+    return 200, "ok"
 
 
 def unusable_for_copies(repository: str) -> tuple[str, str] | None:

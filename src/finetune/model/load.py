@@ -1,4 +1,4 @@
-"""The base model in NF4 and LoRA on top of it, verified."""
+"""Loads the base model in NF4, adds LoRA, and verifies both."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from finetune.wording import SILENT, Report, duration, first_line
 
 
 def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
-    """The tokenizer object that is saved with the adapter: `chat`'s tokens, control tokens and template."""
+    """Return the tokenizer that is saved with the adapter, with `chat`'s vocabulary, control tokens and template."""
     form = chat.format
     return PreTrainedTokenizerFast(
         tokenizer_object=chat.tokenizer,
@@ -45,7 +45,7 @@ def make_tokenizer(chat: Chat, padding_side: str) -> PreTrainedTokenizerFast:
 
 
 def load_model(config: Config, device: str, report: Report = SILENT) -> PeftModel:
-    """The base on `device` and an adapter, new or lora.init_from's, nothing fused yet. Raises CheckFailed."""
+    """Load the base on `device` with a new adapter or lora.init_from's, nothing fused yet. Raises CheckFailed."""
     cache = resolve(config.output.dir) / ".cache"
     base = load_base(config.model, config.quantization, device, report, cache)
     model = add_lora(base, config.lora, config.training.seed)
@@ -55,7 +55,7 @@ def load_model(config: Config, device: str, report: Report = SILENT) -> PeftMode
 
 
 def adapt(base: PreTrainedModel, config: Config) -> PeftModel:
-    """A new adapter on `base`, and what makes their steps faster. Raises CheckFailed where that does not work here."""
+    """Add a new adapter and the fused paths of the config. Raises CheckFailed if they do not work here."""
     model = add_lora(base, config.lora, config.training.seed)
     install_fused(model, config.training)
     return model
@@ -68,11 +68,11 @@ def load_base(
     report: Report = SILENT,
     cache: Path | None = None,
 ) -> PreTrainedModel:
-    """The frozen base on `device`, its decoder's linear layers in NF4, or expanded back from NF4 once.
+    """Load the frozen base on `device`, its decoder's linear layers in NF4, or expanded back from NF4.
 
-    `report` hears of bytes fetched, and of layers loaded, moved and expanded. What the CPU quantises for another device
-    is kept below `cache`. Never trusts remote code and never reads pickles. Raises CheckFailed where the weights cannot
-    be had, or where any module is not what the config asks for.
+    `report` gets the progress of download, loading, moving and expanding. A base that the CPU quantizes for another
+    device is kept in `cache`. Never trusts remote code and never reads pickles. Raises CheckFailed if the weights are
+    not available, or if a module is not what the config asks for.
     """
     attention.register()
     dtype, quantised = getattr(torch, model.dtype), quantised_on(device)
@@ -82,8 +82,8 @@ def load_base(
         base = _kept_or_quantised(model, quantization, packed_base.folder_of(cache, model, quantization), report)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # In evaluation on a CPU with AVX512-BF16, bitsandbytes repacks the weights for a bf16 kernel, for good:
-            # evaluation would compute with other numbers than training.
+            # Else bitsandbytes, evaluating on a CPU with AVX512-BF16, repacks the weights for a bf16 kernel for good,
+            # and evaluation would compute with other values than training.
             module.support_avx512bf16_for_cpu = False
     verify_base(base, model, quantization, quantised, "packed")
     if quantization.storage == "expanded":
@@ -101,14 +101,14 @@ def _say_how_unpacked(device: str, report: Report) -> None:
     if reason is None:
         report.decision("packed layers", f"unpacked on {device} by torch.compile, through bitsandbytes")
         return
-    found = f"torch.compile cannot unpack NF4 on {device}, and bitsandbytes does it without, more slowly: {reason}"
+    found = f"torch.compile cannot unpack NF4 on {device}, so bitsandbytes unpacks it more slowly: {reason}"
     report.warn(f"{found}; --set quantization.storage=expanded needs neither")
 
 
 def _options(model: ModelConfig, quantised: str) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, model.dtype),
-        "device_map": {"": quantised},  # without it a Mac would silently get the CPU
+        "device_map": {"": quantised},  # without it transformers silently uses the CPU on a Mac
         "attn_implementation": model.attn_implementation,
         "use_safetensors": True,
         "trust_remote_code": False,
@@ -116,7 +116,7 @@ def _options(model: ModelConfig, quantised: str) -> dict[str, Any]:
 
 
 def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
-    """The base from its own weights, quantised on `device` as each of them is read."""
+    """Load the base from its original weights, quantizing each on `device` as it is read."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=quantization.load_in_4bit,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
@@ -129,8 +129,8 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
             return AutoModelForCausalLM.from_pretrained(
                 _source(model),
                 revision=model.revision or "main",
-                local_files_only=here,  # else a silent Hub is asked six times for each file that a base may have
-                adapter_kwargs={"local_files_only": here},  # of them adapter_config.json, which it looks for first
+                local_files_only=here,  # else an unreachable Hub is tried six times per optional file
+                adapter_kwargs={"local_files_only": here},  # for adapter_config.json, which it looks for first
                 tqdm_class=download_bar(model.name, report),
                 quantization_config=nf4,
                 **_options(model, device),
@@ -150,11 +150,13 @@ def _source(model: ModelConfig) -> str:
 def _kept_or_quantised(
     model: ModelConfig, quantization: QuantizationConfig, folder: Path, report: Report
 ) -> PreTrainedModel:
-    """The base on the CPU from `folder`, where it was kept packed, or quantised and then kept there."""
+    """Load the packed base from `folder` on the CPU, or quantize it and keep it there."""
     started = time.monotonic()
     if not packed_base.whole(folder, report):
         base = _quantised(model, quantization, "cpu", report)
-        folder = packed_base.folder_of(folder.parent, model, quantization)  # the weights may have come only now
+        folder = packed_base.folder_of(
+            folder.parent, model, quantization
+        )  # its name depends on the weights, which may have been downloaded just now
         facts = {"base": model.name, "revision": model.revision}
         packed_base.keep(base, folder, facts, report, duration(time.monotonic() - started))
         return base
@@ -162,12 +164,12 @@ def _kept_or_quantised(
         base = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, **_options(model, "cpu"))
     base.name_or_path = base.config.name_or_path = _source(model)
     took = duration(time.monotonic() - started)
-    report.decision("packed base", f"loaded from {shown(folder)} in {took}, not quantised again")
+    report.decision("packed base", f"loaded from {shown(folder)} in {took}, not quantized again")
     return base
 
 
 def _move(base: PreTrainedModel, device: str, report: Report) -> None:
-    """Bring packed `base` to `device`, one layer at a time."""
+    """Move packed `base` to `device`, one layer at a time."""
     packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     reach = layer_counter(f"moving NF4 to {device}", packed_layers, report)
     for name in packed_layers:
@@ -178,10 +180,10 @@ def _move(base: PreTrainedModel, device: str, report: Report) -> None:
 
 
 def expand(base: PreTrainedModel, dtype: torch.dtype, device: str, report: Report = SILENT) -> None:
-    """Each NF4 layer of `base` as a plain one on `device` that holds the same values, and all else moved there.
+    """Replace each NF4 layer of `base` by a plain one with the same values, and move everything to `device`.
 
-    One layer at a time, unpacked where it is packed, so that the peak is one layer above the final size: transformers'
-    `dequantize` holds all packed layers, some 4 GB of a 7B, until the last one is expanded.
+    Works layer by layer, so the peak is one layer above the final size; transformers' `dequantize` keeps all packed
+    layers, about 4 GB of a 7B, until the last one is expanded.
     """
     packed_layers = [name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     reach = layer_counter("expanding NF4", packed_layers, report)
@@ -192,7 +194,7 @@ def expand(base: PreTrainedModel, dtype: torch.dtype, device: str, report: Repor
         plain.weight = torch.nn.Parameter(_unpacked(packed).to(device, dtype), requires_grad=False)
         plain.bias = packed.bias
         base.set_submodule(name, plain)
-        del packed.weight  # layer and weight hold each other, and would stay until the next garbage collection
+        del packed.weight  # breaks a reference cycle, so that both are freed now
     base.hf_quantizer.remove_quantization_config(base)
     base.to(device)
 

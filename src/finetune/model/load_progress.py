@@ -1,4 +1,4 @@
-"""How far the download and the load of a base have come, in words, read from the libraries' own progress bars."""
+"""Reports the progress of downloading and loading a base, taken from the libraries' own progress bars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GB = 1e9  # as the Hub and the disk makers count
 
 
 def download_bar(name: str, report: Report) -> type[Any]:
-    """A tqdm class for huggingface_hub that draws nothing, and reports bytes of the files of `name` in GB."""
+    """Return a tqdm class for huggingface_hub that draws nothing and reports the bytes downloaded, in GB."""
 
     class Bar(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # no thread of its own
@@ -27,7 +27,7 @@ def download_bar(name: str, report: Report) -> type[Any]:
             super().__init__(*args, **kwargs | {"file": io.StringIO()})
 
         def display(self, *_: Any, **__: Any) -> None:
-            # Of the Hub's other bars one counts files, and one what the network carried, whose total nobody knows.
+            # Of the Hub's other bars, one counts files and one counts network bytes, whose total is unknown.
             if self.unit == "B" and self.total and not self.desc.startswith("Downloading bytes"):
                 report.progress(f"fetching {name}: {self.n / GB:.1f} of {self.total / GB:.1f} GB")
 
@@ -36,7 +36,7 @@ def download_bar(name: str, report: Report) -> type[Any]:
 
 @contextmanager
 def layers_reported(name: str, report: Report) -> Iterator[None]:
-    """Report each layer of which transformers loads the first weight in the block; its own bars are off."""
+    """Report each layer that transformers starts to load in the block, with its own bars off."""
 
     def watched(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("desc") != "Loading weights":  # as core_model_loading of transformers 5.23 says
@@ -59,7 +59,7 @@ def _each(items: Iterable[Any], reach: Callable[[str], None]) -> Iterator[Any]:
 
 
 def layer_counter(what: str, names: Iterable[str], report: Report) -> Callable[[str], None]:
-    """To be called with each of `names`, of weights or modules: reports each layer that it reaches, and the time."""
+    """Return a function to call with each of `names` (weights or modules); it reports each new layer and the time."""
     started, total, seen = time.monotonic(), len({_layer(name) for name in names} - {None}), set()
 
     def reach(name: str) -> None:
@@ -72,6 +72,6 @@ def layer_counter(what: str, names: Iterable[str], report: Report) -> Callable[[
 
 
 def _layer(name: str) -> str | None:
-    """N of a name such as model.layers.N.mlp.up_proj.weight; None where it belongs to no layer."""
+    """Return N of a name such as model.layers.N.mlp.up_proj.weight; None if it belongs to no layer."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     return found[1] if found else None

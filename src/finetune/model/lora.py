@@ -1,4 +1,4 @@
-"""LoRA on the base, in float32, the same for the same seed; and the faster ways to compute its steps."""
+"""Adds LoRA to the base in float32, loads saved adapters, and installs the fused paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.wording import listed
 
 
 def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """LoRA on `base` with fp32 adapter weights, the same for the same seed whatever happened before."""
+    """Add LoRA with fp32 weights to `base`; the same seed always gives the same weights."""
     set_seed(seed)
     peft_config = PeftLoraConfig(
         r=lora.r,
@@ -36,25 +36,26 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     model = get_peft_model(base, peft_config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, wanted float32 adapter weights")
+            raise CheckFailed(f"model: {name} has dtype {parameter.dtype}, expected float32 adapter weights")
     return model
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A saved adapter on `base`. Raises CheckFailed where it is damaged, or not an adapter of a base like this one.
+    """Load a saved adapter onto `base`. Raises CheckFailed if it is damaged or of another base.
 
-    PEFT itself says nothing of a tensor that finds no layer, only warns of a layer that finds no tensor, and loads what
-    is not a finite number.
+    PEFT itself ignores a tensor without a layer, only warns about a layer without a tensor, and loads NaN.
     """
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of missing tensors, found below
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # missing tensors are found below
             model = PeftModel.from_pretrained(base, folder, torch_device=base.device.type)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and is_memory_error(error):
             raise
         text = f"KeyError {error}" if isinstance(error, KeyError) else str(error)
-        why = " ".join(line.strip() for line in text.splitlines()[:2])  # of sizes, the second line says which
+        why = " ".join(
+            line.strip() for line in text.splitlines()[:2]
+        )  # for a size mismatch, the second line says which
         raise CheckFailed(f"{shown(folder)}: PEFT cannot load this adapter: {why}") from None
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if unmatched := sorted(tensors.keys() ^ loaded.keys()):
@@ -69,9 +70,9 @@ def _require_finite(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def begin_with(model: PeftModel, folder: Path) -> None:
-    """Take over the weights of the saved adapter in `folder`, in float32.
+    """Load the weights of the saved adapter in `folder`, in float32.
 
-    Raises CheckFailed where one is not finite, or is not in the model afterwards as it was saved.
+    Raises CheckFailed if one is not finite, or does not arrive in the model unchanged.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
     _require_finite(tensors, folder)
@@ -83,9 +84,9 @@ def begin_with(model: PeftModel, folder: Path) -> None:
 
 
 def install_fused(model: PeftModel, training: TrainingConfig) -> None:
-    """Let `model` compute as `training` says, in training alone; `auto` is for a rehearsal to settle first.
+    """Install the fused paths that `training` sets to true, used in training only; a rehearsal resolves `auto` first.
 
-    Raises CheckFailed where nothing can be compiled.
+    Raises CheckFailed if they cannot be compiled.
     """
     if training.fused_lora is True:
         from finetune.model import fused_lora

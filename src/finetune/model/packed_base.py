@@ -1,4 +1,4 @@
-"""The base in NF4 on disk, for a machine whose CPU takes minutes to make it: sealed, and made again where damaged."""
+"""Keeps the quantized base on disk, because a CPU takes minutes to make it: sealed, and replaced if damaged."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ LIBRARIES = ("bitsandbytes", "transformers")
 
 
 def folder_of(cache: Path, model: ModelConfig, quantization: QuantizationConfig) -> Path:
-    """Below `cache`, named by whatever decides a packed value: weights and shape of the base, how it is quantised, and
-    the libraries' versions. While the weights are not here the name is that of none.
+    """Return a folder in `cache` named by everything that decides a packed value.
+
+    That is the base's weights and shape, the quantization, and the libraries' versions. Before the weights are
+    downloaded, the name is computed without them.
     """
     source = resolve(model.name) if is_local(model.name) else cached_folder(model.name, model.revision)
     here = source is not None and (source / "config.json").is_file()
@@ -36,32 +38,32 @@ def folder_of(cache: Path, model: ModelConfig, quantization: QuantizationConfig)
 
 
 def whole(folder: Path, report: Report) -> bool:
-    """Whether the sealed `folder` is there. A damaged one is deleted, and the report says so."""
+    """Whether `folder` exists and its seal holds. A damaged one is deleted with a warning."""
     if not folder.is_dir():
         return False
     try:
         read_seal(folder)
     except (ValueError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        report.warn(f"{shown(folder)} is damaged ({error}): deleted, and the base is quantised again")
+        report.warn(f"{shown(folder)} is damaged ({error}): deleted, the base will be quantized again")
         return False
     return True
 
 
 def _write(base: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> float:
-    """Write packed `base` to `folder`, whole or not at all, with `facts` in its seal; returns its size in GiB.
+    """Write packed `base` to `folder` atomically, with `facts` in its seal; return its size in GiB.
 
-    Raises OSError or SafetensorError where the disk does not take it.
+    Raises OSError or SafetensorError if the disk is full or not writable.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(partial, ignore_errors=True)  # only a killed process can have left it: the lock is ours
+        shutil.rmtree(partial, ignore_errors=True)  # we hold the lock, so only a killed process can have left it
         try:
             base.save_pretrained(partial)
             seal(partial, facts | {name: version(name) for name in LIBRARIES})
-            if not folder.is_dir():  # else another process made the same meanwhile
+            if not folder.is_dir():  # else another process made the same one meanwhile
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -69,14 +71,16 @@ def _write(base: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> float:
 
 
 def keep(base: PreTrainedModel, folder: Path, facts: dict[str, Any], report: Report, took: str) -> None:
-    """Keep `base`, which `took` that time to quantise, for later starts; a disk that does not take it is a warning."""
+    """Keep `base` for later starts; a disk error is a warning. `took`: how long quantizing took."""
     from safetensors import SafetensorError
 
-    quantised = f"quantised on the CPU in {took}"
+    quantised = f"quantized on the CPU in {took}"
     try:
         size = _write(base, folder, facts)
     except (OSError, SafetensorError) as error:
-        report.warn(f"the packed base cannot be kept in {shown(folder)} ({first_line(error)}): each start quantises it")
+        report.warn(
+            f"the packed base cannot be kept in {shown(folder)} ({first_line(error)}): each start will quantize it"
+        )
         report.decision("packed base", quantised)
         return
     report.decision("packed base", f"{quantised}; kept in {shown(folder)}, {size:.1f} GiB, for later starts")

@@ -1,4 +1,4 @@
-"""Proof that what was asked for is what was loaded: every parameter and linear layer of the base against the config."""
+"""Verifies that the loaded base is what the config asks for: every parameter and linear layer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from finetune.wording import first_line, lines
 def verify_base(
     base: PreTrainedModel, model: ModelConfig, quantization: QuantizationConfig, device: str, storage: str
 ) -> None:
-    """Compare every parameter and linear layer with the config; a silent downgrade raises CheckFailed naming it.
+    """Compare every parameter and linear layer with the config. Raises CheckFailed listing all differences.
 
-    `storage` is what the layers should be by now: packed, as they are loaded, or expanded.
+    `storage` is the expected state of the layers: packed, as after loading, or expanded.
     """
     problems = [
-        f"{name} is on {parameter.device.type}, wanted {device}"
+        f"{name} is on {parameter.device.type}, expected {device}"
         for name, parameter in base.named_parameters()
         if parameter.device.type != device
     ]
@@ -34,17 +34,17 @@ def verify_base(
             packed = storage == "packed" and name != "lm_head"  # the output layer is never quantised
             wanted_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
             if type(module) is not wanted_class:
-                problems.append(f"{name} is {type(module).__name__}, wanted {wanted_class.__name__}")
+                problems.append(f"{name} is {type(module).__name__}, expected {wanted_class.__name__}")
             elif packed:
                 problems += _packed_problems(name, module, quantization)
     problems += [
-        f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, wanted {model.dtype}"
+        f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}, expected {model.dtype}"
         for name, parameter in base.named_parameters()
         if not isinstance(parameter, bitsandbytes.nn.Params4bit) and parameter.dtype != getattr(torch, model.dtype)
     ]
     attention = base.config._attn_implementation
     if attention != model.attn_implementation:
-        problems.append(f"attention is {attention}, wanted {model.attn_implementation}")
+        problems.append(f"attention is {attention}, expected {model.attn_implementation}")
     if problems:
         raise CheckFailed(f"model: not loaded as the config asks\n{lines(problems, 10)}")
 
@@ -52,25 +52,25 @@ def verify_base(
 def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list[str]:
     state = module.weight.quant_state
     if state is None:
-        return [f"{name} is not quantised, wanted {wanted.bnb_4bit_quant_type}"]
+        return [f"{name} is not quantized, expected {wanted.bnb_4bit_quant_type}"]
     found = {
         "bnb_4bit_quant_type": state.quant_type,
         "bnb_4bit_use_double_quant": state.nested,
         "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch."),
     }
     return [
-        f"{name} has {key} {value}, wanted {getattr(wanted, key)}"
+        f"{name} has {key} {value}, expected {getattr(wanted, key)}"
         for key, value in found.items()
         if value != getattr(wanted, key)
     ]
 
 
 def why_not_compiled(device: str) -> str | None:
-    """Why `device` unpacks NF4 without torch.compile, which bitsandbytes would not say; None where it compiles.
+    """Return why `device` unpacks NF4 without torch.compile; None if it compiles. bitsandbytes does not say so itself.
 
-    For a device without kernels of its own, bitsandbytes (0.50, `_try_torch_compile` of its backends/default) wraps the
-    computation in torch.compile, and after any error of that calls it as it is. Here its own wrapper and computation
-    unpack one block of 64 values, and note when they do so as plain Python, handling which error.
+    For a device without its own kernels, bitsandbytes (0.50, `_try_torch_compile` in backends/default) wraps the
+    computation in torch.compile and, after any error, calls it uncompiled. This unpacks one block of 64 values through
+    the same wrapper and records whether it ran as plain Python, and after which error.
     """
     from bitsandbytes.backends.default import ops
 
