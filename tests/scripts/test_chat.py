@@ -31,7 +31,7 @@ HELP = [
     "  QUESTION            ask the tuned model (greedy decoding: same question, same answer)",
     "  /compare [QUESTION] ask base and tuned model; without QUESTION, repeat the last one",
     "  /system [TEXT]      start over with this system message, or with none",
-    "  /reset              start again",
+    "  /reset              start over",
     "  /save FILE.jsonl    append the conversation to FILE as a training row",
     "  Ctrl-C, Ctrl-D      stop the answer; quit (as /quit does)",
     "",
