@@ -379,12 +379,12 @@ def test_a_run_that_chooses_its_checkpointed_layers_has_the_same_bits_and_record
     [said] = [line for line in done.stdout.splitlines() if line.startswith("checkpointed layers: ")]
     assert re.fullmatch(
         r"checkpointed layers: 0 of 2: [\d.]+ GiB expected by the formula alone, at most [\d.]+ of [\d.]+; "
-        r"the rehearsal is left out",
+        r"the rehearsal is skipped",
         said,
     )
     manifest = read_manifest(command.output / "run")
     used = {"fused_kernels": False, "fused_lora": False, "checkpointed_layers": 0}
-    assert "fused paths: none; the rehearsal is left out, which would try them" in done.stdout.splitlines()
+    assert "fused paths: none; the rehearsal, which would try them, is skipped" in done.stdout.splitlines()
     found = {name: manifest[name] for name in (*used, "adapter_sha256", "train_loss")}
     wanted = {name: finished.manifest[name] for name in ("adapter_sha256", "train_loss")}
     assert found == {**used, **wanted}
@@ -629,7 +629,7 @@ def test_wandb_without_a_key_asks_nothing_and_logs_offline_beside_tensorboard(
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output" / "run"
     later = f"wandb sync {folder}/wandb/offline-run-*"
-    assert f"tracking: wandb is offline (no WANDB_API_KEY); later: {later}" in done.stdout.splitlines()
+    assert f"tracking: wandb is offline (no WANDB_API_KEY); to upload later: {later}" in done.stdout.splitlines()
     assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
     assert len(list(folder.glob("tensorboard/events.out.tfevents.*"))) == 1
     assert "wandb:" not in done.stdout + done.stderr

@@ -36,7 +36,7 @@ KERNELS = (*ON, "training.fused_kernels=auto")
 PLAIN_NAME, LORA_NAME, KERNELS_NAME = (
     f"{name}; 2 of 2 layers checkpointed" for name in ("plain", "fused LoRA", "fused kernels")
 )
-COMPARED = "what the others are compared with"
+COMPARED = "baseline"
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +220,7 @@ def test_a_path_whose_dropout_is_another_where_a_layer_is_computed_again_is_not_
         return compute()
 
     broken(monkeypatch, drawn_anew)
-    text = r"not used: dropout is another where a layer is computed again: the gradient of \S+ differs by 0\.\d+ of it"
+    text = r"not used: dropout differs in a recomputed layer: the gradient of \S+ differs by 0\.\d+ of it"
     assert re.fullmatch(text, why_not(case, *LORA))
 
 
@@ -233,7 +233,7 @@ def test_a_path_whose_gradient_has_other_noise_than_its_result_is_not_used(
         return found
 
     broken(monkeypatch, apart)
-    assert why_not(case, *LORA) == "not used: dropout is another in the backward pass"
+    assert why_not(case, *LORA) == "not used: dropout differs in the backward pass"
 
 
 def test_a_path_that_runs_out_of_memory_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_a_card_on_which_it_does_not_fit_checkpoints_more_layers_and_ends_with_t
 
     monkeypatch.setattr(Trainer, "compute_loss", smaller)
     said, outlook = started(case, config)
-    why = "with the 0 that this run had, memory ends here; the results stay the same"
+    why = "out of memory with the 0 used before; the results stay the same"
     assert f"checkpointed layers: 2 of 2; {why}\n" in said
     assert outlook.used == USED
     assert same(adapter_weights(outlook.job.model), whole)
@@ -315,7 +315,7 @@ def test_without_a_rehearsal_a_new_run_goes_the_plain_way_and_a_resumed_one_its_
     decision = decide(case.run.checkpoints, FINGERPRINT)
     outlook = look_ahead(job, decision, 4, True, Terminal(stream=said))
     assert outlook.used == {**USED, "fused_lora": False}
-    assert said.getvalue() == "fused paths: none; the rehearsal is left out, which would try them\n"
+    assert said.getvalue() == "fused paths: none; the rehearsal, which would try them, is skipped\n"
     said = StringIO()
     outlook = look_ahead(job, replace(decision, used=USED), 4, True, Terminal(stream=said))
     assert outlook.used == USED

@@ -84,7 +84,7 @@ def wandb_variables(run: Run, mode: str | None) -> dict[str, str | None]:
 
 
 def offline(run: Run, reason: str) -> str:
-    return f"tracking: wandb is offline ({reason}); later: wandb sync {run.folder}/wandb/offline-run-*\n"
+    return f"tracking: wandb is offline ({reason}); to upload later: wandb sync {run.folder}/wandb/offline-run-*\n"
 
 
 def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
@@ -139,7 +139,7 @@ def test_what_breaks_in_wandb_is_told_once_and_then_left_out(nobody: Run) -> Non
     for _ in range(3):
         wandb.on_log(None, state, None, logs={"loss": 1.0})
     assert stream.getvalue().splitlines()[1:] == [
-        "warning: wandb has failed and is left out from here ([Errno 32] Broken pipe); metrics.jsonl goes on"
+        "warning: wandb failed and is off from now on ([Errno 32] Broken pipe); metrics.jsonl is still written"
     ]
     assert calls == ["log"]
 
@@ -183,7 +183,7 @@ def test_a_wandb_that_breaks_at_the_end_is_a_warning(nobody: Run) -> None:
     wandb = Wandb(nobody, Terminal(stream=stream), {}, None)
     wandb._wandb, wandb.online = Noted(ConnectionResetError("Connection lost")), "run-1"
     wandb.close(0)
-    told = "warning: wandb has failed and is left out from here (Connection lost); metrics.jsonl goes on\n"
+    told = "warning: wandb failed and is off from now on (Connection lost); metrics.jsonl is still written\n"
     assert stream.getvalue() == told
 
 
@@ -264,7 +264,7 @@ def test_a_server_that_refuses_or_hangs_is_left_alone_within_seconds(
     assert process.returncode == 0, output
     told = [line for line in output.splitlines() if "wandb is offline" in line]
     assert len(told) == 2 and told[0] == told[1]  # when it is found, and at the end
-    assert told[1].endswith(f"later: wandb sync {tmp_path}/run/wandb/offline-run-*")
+    assert told[1].endswith(f"to upload later: wandb sync {tmp_path}/run/wandb/offline-run-*")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
     assert time.monotonic() - started < 60
@@ -302,7 +302,7 @@ def test_a_training_outlives_the_death_of_wandbs_own_process(
         assert process.wait(timeout=60) == 0, "".join(lines)
     assert killed
     told = [re.sub(r"\(.*\)", "(REASON)", line) for line in lines if "wandb" in line]
-    assert told == ["warning: wandb has failed and is left out from here (REASON); metrics.jsonl goes on\n"]
+    assert told == ["warning: wandb failed and is off from now on (REASON); metrics.jsonl is still written\n"]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))["status"] == "complete"
     assert len(losses(tmp_path / "run")) == 60
 
@@ -313,7 +313,7 @@ def test_a_training_outlives_the_death_of_wandbs_own_process(
     [
         ("hangs", 143, "no answer for 15 s at the end"),
         ("dies", 0, "no answer for 15 s at the end"),
-        ("refuses", 0, "it gave up sending"),
+        ("refuses", 0, "it stopped uploading"),
     ],
 )
 def test_a_server_that_fails_after_the_start_holds_nobody_and_can_be_sent_everything_later(
@@ -336,7 +336,7 @@ def test_a_server_that_fails_after_the_start_holds_nobody_and_can_be_sent_everyt
     assert process.returncode == exit_code, output
     sync = f"wandb sync --include-online {next((tmp_path / 'run' / 'wandb').glob('run-*'))}"
     told = [line for line in output.splitlines() if "wandb" in line]
-    assert told == [f"tracking: wandb has not got everything ({reason}); later: {sync}"]
+    assert told == [f"tracking: some wandb data was not uploaded ({reason}); to upload it: {sync}"]
     assert synced(sync) == losses(tmp_path / "run")
 
 

@@ -247,7 +247,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
     parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
     parameter.register_hook(lambda gradient: gradient * math.inf if trainer.state.global_step == 2 else gradient)
     failure = ends(case, trainer, monkeypatch)
-    goes_on = "; --resume-changed then goes on from checkpoint-2, the last good checkpoint"
+    goes_on = "; --resume-changed then resumes from checkpoint-2, the last good checkpoint"
     assert (str(failure), failure.exit_code) == (f"step 3: the gradient is not finite on {rows}; {ADVICE}{goes_on}", 5)
     assert case.checkpoints() == ["checkpoint-1", "checkpoint-2"]
     assert all(bool(weight.isfinite().all()) for weight in adapter_weights(trainer.model).values())
@@ -265,8 +265,8 @@ def test_a_step_without_loss_and_gradient_ends_the_run_since_nothing_is_learnt(
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", nothing)
     failure = ends(case, trainer, monkeypatch)
-    found = f"step 2: loss and gradient are 0, so nothing is learnt, on {rows}; {ADVICE}"
-    assert str(failure) == f"{found}; --resume-changed then goes on from checkpoint-1, the last good checkpoint"
+    found = f"step 2: loss and gradient are 0, so nothing is learned, on {rows}; {ADVICE}"
+    assert str(failure) == f"{found}; --resume-changed then resumes from checkpoint-1, the last good checkpoint"
 
 
 def test_a_gradient_of_zero_beside_a_loss_is_no_reason_to_end(case: Case) -> None:

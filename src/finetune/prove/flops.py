@@ -1,4 +1,4 @@
-"""Floating point operations of one QLoRA training step, and how much of a device's peak they come to."""
+"""Floating point operations of a QLoRA training step, and the share of a device's peak."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PEAK_FLOPS = {"H100 80GB HBM3": 989.4e12, "H200": 989.4e12}
 
 
 def peak_flops(device: str) -> float | None:
-    """FLOP/s of the device of that name; None where the table does not have it."""
+    """Return the peak FLOP/s of a device; None if it is not in the table."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device), None)
 
 
 def linear_parameters(geometry: Geometry) -> int:
-    """Weights of the decoder's linear layers, all layers together."""
+    """Count the weights of the decoder's linear layers, all layers together."""
     return geometry.num_hidden_layers * sum(inputs * outputs for inputs, outputs in geometry.linear_shapes().values())
 
 
 def attention_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
-    """The forward pass of causal attention over rows of `lengths` tokens that do not see each other, all layers.
+    """Count the forward pass of causal attention over separate rows of `lengths` tokens, all layers.
 
     Two products of 2 x length^2 x hidden each, of which the causal mask leaves half.
     """
@@ -32,7 +32,7 @@ def attention_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
 
 
 def step_flops(config: Config, geometry: Geometry, lengths: Sequence[int]) -> float:
-    """What one step over those rows needs: 4 (N_linear + N_head) T + 6 N_lora T + 3 attention.
+    """Count one step over those rows: 4 (N_linear + N_head) T + 6 N_lora T + 3 attention.
 
     The frozen weights take part in the forward pass and in the gradient of their input, 2 FLOPs a weight and token
     each; LoRA's also in their own gradient. Attention's backward pass is twice its forward. Padding is not in T.
@@ -43,7 +43,7 @@ def step_flops(config: Config, geometry: Geometry, lengths: Sequence[int]) -> fl
 
 
 def recomputed_flops(config: Config, geometry: Geometry, lengths: Sequence[int], layers: int) -> float:
-    """What checkpointing `layers` of the decoder's layers computes a second time: their forward pass."""
+    """Count the forward pass of `layers` checkpointed layers, which is computed twice."""
     weights = linear_parameters(geometry) + lora_parameters(config, geometry)
     forward = 2 * weights * sum(lengths) + attention_flops(geometry, lengths)
     return forward * layers / geometry.num_hidden_layers
@@ -52,9 +52,9 @@ def recomputed_flops(config: Config, geometry: Geometry, lengths: Sequence[int],
 def utilisation(
     config: Config, geometry: Geometry, lengths: Sequence[int], layers: int, seconds: float, device: str
 ) -> dict[str, float | None]:
-    """MFU and HFU of a step that took `seconds`, as shares of 1; None where the device's peak is not known.
+    """Return MFU and HFU of a step that took `seconds`, as fractions; None if the device's peak is unknown.
 
-    HFU counts what checkpointing `layers` layers computes again, and no padding: a padded step has executed more.
+    HFU adds the recomputation of `layers` checkpointed layers. Neither counts padding.
     """
     peak = peak_flops(device)
     if peak is None:

@@ -1,4 +1,4 @@
-"""What is tried on a machine to see that all of this program works there, part by part, each with its figures."""
+"""The parts of a proof that the whole program works on a machine; each returns its figures."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 SAMPLE, DEMO = ROOT / "data" / "sample" / "train.jsonl", ROOT / "models" / "demo-135m"
 TINY = Geometry(64, 192, 2, 4, 2, 32000, False)
 STEPS, KILL_AFTER, SPEED_STEPS = 20, 10, 3
-ROW_TOKENS = 500  # room counted for each row of the sample that is joined, so that a sequence still holds several
-USED = "used.json"  # what the rehearsal chose
-ATTENTION = "model.attn_implementation=auto"  # the checks say where what the config asks for is missing
-VERSIONS = "libraries.versions"  # the result names them, and the other parts show whether they work
-NO_NETWORK = ("model.files", "model.access")  # nothing is loaded from the Hub where weights are random
+ROW_TOKENS = 500  # estimate per joined sample row, so that a sequence still holds several
+USED = "used.json"  # the rehearsal's choice
+ATTENTION = "model.attn_implementation=auto"  # the checks report what the config asks for and is missing
+VERSIONS = "libraries.versions"  # the result lists them, and the other parts show whether they work
+NO_NETWORK = ("model.files", "model.access")  # random weights need nothing from the Hub
 
 
 class LeftOut(Exception):
-    """A part that cannot be made here, and why."""
+    """A part that cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is tried, on which platform, and until when (as time.monotonic() has it).
+    """What to run, on which platform, and until when (in time.monotonic()).
 
-    `config` and `settings` are those of the base that is trained for hours there, `base` is that base in words, `small`
-    the settings that put a small one in its place. `random`: its weights are random, and of a 7B made on the device.
+    `config` and `settings` are for the base that is trained for hours there, and `base` names it; `small` are the
+    settings that replace it by a small one. `random`: use random weights, created on the device for a 7B.
     """
 
     platform: Platform
@@ -68,20 +68,20 @@ class Work:
 
     @property
     def seconds_left(self) -> float:
-        """Until it has to end."""
+        """The seconds left."""
         return max(0.0, self.until - time.monotonic())
 
     def config_of(self, *more: str) -> Config:
-        """That of the large base, with these settings."""
+        """Return the config of the large base with these settings."""
         return load_config(self.config, [*self.settings, ATTENTION, *more])[0]
 
     def alone(self, function: Callable[[Any], Any], argument: Any) -> Any:
-        """What `function(argument)` returns in a process of its own, in the time that is left."""
+        """Run `function(argument)` in its own process within the time left, and return the result."""
         return run_alone(function, argument, not self.platform.accelerated, self.seconds_left)
 
 
 def make_work(platform: Platform, random: bool, tiny: bool, folder: Path, until: float) -> Work:
-    """With the demo's base as the small one, or where that is not here or not wanted a random one of its shape."""
+    """Prepare the work; the small base is the demo's, or a random one of its shape if that is missing or unwanted."""
     config, small, name = str(ROOT / platform.demo) if platform.demo else platform.name, DEMO, "the demo's base"
     random = random or tiny
     if random or hub.missing_weights(DEMO):
@@ -110,7 +110,7 @@ def _save_base(folder: Path, geometry: Geometry) -> None:
 
 
 def write_rows(path: Path, length: int) -> Path:
-    """The sample's conversations, and joined ones of two and more as far as a sequence of `length` tokens has room."""
+    """Write the sample's conversations, and joins of two or more as long as a sequence of `length` tokens has room."""
     rows = [json.loads(line)["messages"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     turns = [[message for message in row if message["role"] != "system"] for row in rows]
     with path.open("w", encoding="utf-8") as stream:
@@ -122,7 +122,7 @@ def write_rows(path: Path, length: int) -> Path:
 
 
 def make(name: str, work: Work) -> dict[str, Any]:
-    """The part's status (done, skipped, failed), its seconds, and its figures or why it has none."""
+    """Run a part; return its status (done, skipped, failed), its seconds, and its figures or why it has none."""
     begun, result = time.monotonic(), {"status": "done"}
     try:
         if not work.seconds_left:
@@ -143,7 +143,7 @@ def make(name: str, work: Work) -> dict[str, Any]:
 
 
 def look(work: Work) -> dict[str, Any]:
-    """Every check but the rehearsal."""
+    """Run every check except the rehearsal."""
     return dict(work.alone(_checks, work))
 
 
@@ -157,7 +157,7 @@ def _checks(work: Work) -> dict[str, Any]:
 
 
 def train(work: Work) -> dict[str, Any]:
-    """STEPS steps of src/train.py on the small base, from loading it to the adapter's self-test."""
+    """Run STEPS steps of src/train.py on the small base, from loading to the adapter's self-test."""
     _train(work, "whole")
     manifest = json.loads((work.folder / "whole" / "manifest.json").read_text(encoding="utf-8"))
     names = ("steps", "train_loss", "eval_loss", "tokens_per_second", "peak_memory_gib")
@@ -165,7 +165,7 @@ def train(work: Work) -> dict[str, Any]:
 
 
 def kill(work: Work) -> dict[str, Any]:
-    """The same once more, killed after a checkpoint and started again. Raises CheckFailed where the adapter differs."""
+    """Repeat it, killed after a checkpoint and restarted. Raises CheckFailed if the adapter differs."""
     if not (work.folder / "whole" / "adapter_model.safetensors").is_file():
         raise LeftOut("it is compared with the run of the part train, which left no adapter")
     process = subprocess.Popen(command(work, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
@@ -197,11 +197,11 @@ def _adapter(work: Work, name: str) -> str:
 
 
 def command(work: Work, name: str) -> list[str]:
-    """That of the run `name` on the small base."""
+    """Return the command of run `name` on the small base."""
     settings = [*work.settings, ATTENTION, *work.small, f"training.max_steps={STEPS}", f"tracking.run_name={name}"]
     settings += ["training.logging_steps=1", f"training.eval_steps={KILL_AFTER}", f"training.save_steps={KILL_AFTER}"]
     sets = [word for setting in settings for word in ("--set", setting)]
-    groups = {check.id.split(".")[0] for check in checks.CHECKS} - {"data"}  # the part look has made them
+    groups = {check.id.split(".")[0] for check in checks.CHECKS} - {"data"}  # the part `checks` has run them
     command = [sys.executable, str(ROOT / "src" / "train.py"), "--config", work.config, *sets]
     return [*command, "--skip", ",".join(sorted(groups))]
 
@@ -217,7 +217,7 @@ def _train(work: Work, name: str) -> None:
 
 
 def rehearse(work: Work) -> dict[str, Any]:
-    """The rehearsal of the large base: what is tried in place of `auto`, and what of it is used."""
+    """Rehearse the large base; return what was tried for `auto` and what was chosen."""
     _need_base(work)
     found = work.alone(_rehearse, work)
     write_json(work.folder / USED, found["used"])
@@ -234,7 +234,7 @@ def _rehearse(work: Work) -> dict[str, Any]:
 
 
 def remember(work: Work) -> dict[str, Any]:
-    """Three configs whose peak is predicted and measured; each fits where all layers checkpointed leave room."""
+    """Compare predicted and measured peaks of three configs, which fit if checkpointing all layers leaves room."""
     _need_base(work)
     shipped = work.config_of()
     some, half = 3 * read_geometry(shipped).num_hidden_layers // 4, shipped.model.max_seq_length // 2
@@ -264,7 +264,7 @@ def _peak(of: tuple[Work, Config]) -> float:
 
 
 def pace(work: Work) -> dict[str, Any]:
-    """Optimizer steps of the large base as the rehearsal chose: tokens/s without padding, MFU and HFU (flops.py)."""
+    """Time optimizer steps of the large base with the rehearsal's choice: tokens/s without padding, MFU and HFU."""
     _need_base(work)
     if not (work.folder / USED).is_file():
         raise LeftOut("it takes what the rehearsal chose, which has chosen nothing")
@@ -299,7 +299,7 @@ def _pace(work: Work) -> dict[str, Any]:
     trainer.train()
     seconds = times[-1] - times[0]
     rows = examples.train.select(range(config.effective_batch_size, (SPEED_STEPS + 1) * config.effective_batch_size))
-    lengths = [length for row in rows for length in row["seq_lengths"]]  # of all steps but the first
+    lengths = [length for row in rows for length in row["seq_lengths"]]  # of all steps except the first
     machine = read_machine()
     device = machine.gpus[0] if machine.gpus else work.platform.label
     busy = utilisation(config, job.geometry, lengths, layers, seconds, device)

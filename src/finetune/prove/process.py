@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, so that its memory is its own and its end is nobody else's."""
+"""Runs a function in its own process, so its memory is separate and a crash affects nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.errors import UserError
 
 
 class Ended(Exception):
-    """The process ended without a result: how, in a line, and all that it printed."""
+    """The process ended without a result: how, in one line, and everything that it printed."""
 
     def __init__(self, found: str, log: str) -> None:
         self.found, self.log = found, log
@@ -23,10 +23,10 @@ class Ended(Exception):
 
 
 def run_alone(function: Callable[[Any], Any], argument: Any, fork: bool, seconds: float | None = None) -> Any:
-    """What `function(argument)` returns; what it prints goes into a log.
+    """Run `function(argument)` in a new process and return its result; its output goes to a log.
 
-    `fork` from this process, which may have imported the libraries but computed nothing; else a fresh one, since no
-    child can use a GPU that its parent's import has woken. Raises Ended, and TimeoutError after `seconds`.
+    With `fork`, forks this process, which may have imported libraries but computed nothing; else starts a fresh one,
+    because a child cannot use a GPU that its parent has initialized. Raises Ended, and TimeoutError after `seconds`.
     """
     context: Any = multiprocessing.get_context("fork" if fork else "spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -40,7 +40,7 @@ def run_alone(function: Callable[[Any], Any], argument: Any, fork: bool, seconds
             done, result = receiver.recv()
         except EOFError:
             done, result = False, ""
-        except BaseException:  # late, or this process is stopped
+        except BaseException:  # too late, or this process is being stopped
             process.kill()
             raise
         finally:

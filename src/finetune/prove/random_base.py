@@ -1,4 +1,4 @@
-"""A Mistral of random weights, made where it is used: no file, no download; one layer at a time is quantised."""
+"""Creates a Mistral with random weights on the device, without files or downloads, quantizing layer by layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED = 0  # of the weights
 
 
 def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrainedModel:
-    """The frozen base that model/load.py's load_base would give, with normal random weights: the same on every call."""
+    """Return a frozen base like model/load.py's load_base, with random weights that are the same on every call."""
     attention.register()
     dtype = getattr(torch, config.model.dtype)
     quantizer = AutoHfQuantizer.from_config(_nf4(config))
@@ -46,7 +46,7 @@ def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrai
 
 
 def save_base(folder: Path, geometry: Geometry) -> None:
-    """A base of random weights in `folder`, for what loads one from files; without a tokenizer, so with Mistral's."""
+    """Save a base with random weights in `folder`; without a tokenizer, so Mistral's is used."""
     torch.manual_seed(SEED)
     MistralForCausalLM(_shape(geometry)).to(torch.bfloat16).save_pretrained(folder)
 
@@ -66,7 +66,7 @@ def _nf4(config: Config) -> BitsAndBytesConfig:
 
 
 def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
-    """Weights in the place of `parameter`: quantised at once where it is bitsandbytes', ones where it is a norm's."""
+    """Return weights to replace `parameter`: quantized if it is bitsandbytes', ones if it is a norm's."""
     if parameter.dim() == 1:
         return torch.nn.Parameter(torch.ones(parameter.shape, dtype=dtype, device=device), requires_grad=False)
     generator = torch.Generator(device).manual_seed(SEED + number)
@@ -74,6 +74,6 @@ def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> tor
     value = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device, generator=generator).mul_(0.02).to(dtype)
     if isinstance(parameter, bitsandbytes.nn.Params4bit):
         unpacked = bitsandbytes.nn.Params4bit(value, requires_grad=False, **parameter.__dict__)
-        packed: torch.nn.Parameter = unpacked.to(device)  # which quantises it
+        packed: torch.nn.Parameter = unpacked.to(device)  # this quantizes it
         return packed
     return torch.nn.Parameter(value, requires_grad=False)

@@ -1,4 +1,4 @@
-"""What was measured, as a result file has it: its head, the block to paste, and rows for docs/measured.md."""
+"""Formats results: the head of a result file, the block to paste into an issue, rows for docs/measured.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.checks.issue_block import BEGIN, END, nameless
 
 
 def describe(command: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    """Date, command, machine and package versions, as the head of a result file."""
+    """Return the head of a result file: date, command, machine and package versions."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": command,
@@ -26,14 +26,14 @@ def describe(command: str, packages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it."""
+    """Return the processor's name."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
     return names[0].split(":")[1].strip() if names else host.processor()
 
 
 def sentence(part: dict[str, Any]) -> str:
-    """What came of a part of a result: why it has no figures, or those that are no tables."""
+    """Summarize a part: why it has no figures, or its figures without tables."""
     if "why" in part:
         return str(part["why"]).splitlines()[0]
     left_out = ("status", "seconds")
@@ -48,12 +48,12 @@ def _text(value: Any) -> str:
 
 
 def part_line(name: str, part: dict[str, Any]) -> str:
-    """A part of a result in one line."""
+    """Return one line about a part."""
     return f"{part['status']:<8}{name:<11}{part['seconds']:>6.0f} s  {sentence(part)}"
 
 
 def block(document: dict[str, Any]) -> list[str]:
-    """Lines to paste into an issue, without the names of user and machine: machine, versions, all parts and checks."""
+    """Return lines to paste into an issue, without user and host names: machine, versions, all parts and checks."""
     machine, versions = document["machine"], document["versions"]
     lines = [
         f"command  {document['command']}, {document['date']}",
@@ -71,7 +71,7 @@ def _row(row: Any) -> str:
 
 
 def table(document: dict[str, Any], file: str) -> list[str]:
-    """Rows of docs/measured.md for what was measured, and what the plan can take from `file` in benchmarks/results."""
+    """Return rows for docs/measured.md, and what the plan can use from `file` in benchmarks/results."""
     parts = {name: part for name, part in document["parts"].items() if part["status"] == "done"}
     where = document["machine"].get("gpu") or f"{document['machine']['cpu_cores']} cores"
     rows = []

@@ -1,4 +1,4 @@
-"""`auto` for the fused paths: each is tried on the run's largest micro-batch, and used where it is right and faster."""
+"""Resolves `auto` for the fused paths: each is tried on the largest micro-batch, and used if correct and faster."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Gradients = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a fused path may be from the plain one, relative, of gradients by their norms.
+    """The relative difference allowed between a fused path and the plain one; for gradients, of norms.
 
-    In the loss, in all gradients together, in that of one weight; and in one weight's from itself, where one layer more
-    or less is computed again.
+    `loss`, all `gradients` together, one weight's `gradient`; `again`: one weight's gradient when one more or one
+    fewer layer is recomputed.
     """
 
     loss: float
@@ -56,10 +56,10 @@ TOLERANCES = {"float32": Tolerance(1e-5, 1e-4, 1e-4, 1e-4), "bfloat16": Toleranc
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the rehearsal's table: one way to compute the steps, and what came of it.
+    """A row of the rehearsal's table: one way to compute the steps, and the result.
 
-    Tokens/s of the largest micro-batch, padding not counted; None where it gave no result. `peak_gib` is None also
-    where a peak cannot be measured twice.
+    Tokens/s of the largest micro-batch, without padding; None if it failed. `peak_gib` is also None if the platform
+    cannot reset the peak.
     """
 
     name: str
@@ -68,14 +68,14 @@ class Variant:
     verdict: str
 
     def row(self) -> tuple[str, str]:
-        """For the terminal."""
+        """Return (name, text) for the terminal."""
         speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
         memory = "" if self.peak_gib is None else f"{self.peak_gib:.1f} GiB"
         return self.name, f"{speed:>15}{memory:>10}  {self.verdict}"
 
 
 def variant(stage: Stage, seconds: float | None, peak_gib: float | None, verdict: str) -> Variant:
-    """That of `stage`, from the seconds of its micro-batch."""
+    """Return the row of `stage`, computed from the seconds of its micro-batch."""
     values, total = used(stage.config, stage.job.geometry), stage.job.geometry.num_hidden_layers
     name = f"{in_words(values)}; {stage.layers} of {total} layers checkpointed"
     speed = None if seconds is None else round(stage.tokens / seconds, 1)
@@ -84,11 +84,12 @@ def variant(stage: Stage, seconds: float | None, peak_gib: float | None, verdict
 
 
 class Passes(TrainerCallback):  # type: ignore[misc]
-    """Passes over one micro-batch, a step each, whose gradients nobody applies.
+    """Passes over one micro-batch, one per step, without applying the gradients.
 
-    Without dropout; with it; with the same random numbers and another number of layers computed again; and TIMED ones.
-    Holds the first loss, the gradients of the first three in host memory, seconds of the fastest timed one, the peak of
-    all, how many of the inputs probed dropout keeps, and how far apart its noise is in forward and backward.
+    The first is without dropout, the second with it, the third with the same random numbers and another number of
+    recomputed layers; TIMED more follow. Records the first loss, the first three gradients (in host memory), the
+    seconds of the fastest timed pass, the peak, how many of the probed inputs dropout keeps, and how much its masks
+    differ between forward and backward pass.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -100,7 +101,7 @@ class Passes(TrainerCallback):  # type: ignore[misc]
 
     @property
     def wanted(self) -> float:
-        """The share of its inputs that dropout is to keep."""
+        """The share of its inputs that dropout should keep."""
         return 1 - self.stage.config.lora.lora_dropout
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -115,7 +116,7 @@ class Passes(TrainerCallback):  # type: ignore[misc]
         self._begun = time.monotonic()
 
     def _another(self) -> int:
-        """One less, which takes hardly more memory: a layer computed again is whole then, too; else one more."""
+        """Return one layer more, or one fewer if all are checkpointed, which takes hardly more memory."""
         layers, total = self.stage.layers, self.stage.job.geometry.num_hidden_layers
         if not self.stage.config.training.gradient_checkpointing:
             return layers
@@ -135,20 +136,20 @@ class Passes(TrainerCallback):  # type: ignore[misc]
 
 
 def _gradient(weight: torch.Tensor) -> torch.Tensor:
-    """In host memory; 0 where a wrong path has given none."""
+    """Copy the gradient to host memory; zeros if a broken path produced none."""
     found = torch.zeros_like(weight) if weight.grad is None else weight.grad
     return found.detach().to("cpu", copy=True)
 
 
 def measure(stage: Stage) -> Passes:
-    """The passes of `stage`. Raises MemoryEnds, Diverged, and CheckFailed where something cannot be compiled."""
+    """Run the passes of `stage`. Raises MemoryEnds, Diverged, and CheckFailed if something cannot be compiled."""
     job = stage.job
     forget_memory(job.platform)
     with stage.putting_back():
         _leave_zero(job.model)
         trainer, passes = stage.trainer(COMPUTED_AGAIN + 1 + TIMED), Passes(stage)
         args = trainer.args
-        args.learning_rate, args.optim, args.max_grad_norm = 0.0, OptimizerNames.SGD, math.inf  # SGD keeps nothing
+        args.learning_rate, args.optim, args.max_grad_norm = 0.0, OptimizerNames.SGD, math.inf  # SGD has no state
         args.logging_steps, args.eval_strategy, args.save_strategy = 1, "no", "no"
         trainer.add_callback(passes)
         trainer.train()
@@ -181,10 +182,11 @@ def _leave_zero(model: Any) -> None:
 
 
 def _probe(layer: Any, dtype: torch.dtype, bf16: bool, kept: float) -> tuple[torch.Tensor, float]:
-    """Which inputs dropout lets through in the backward pass [tokens, inputs], and how far other passes are from that.
+    """Return dropout's mask in the backward pass [tokens, inputs], and how much the other passes differ from it.
 
-    0 where the forward pass and the gradient of A drop the same inputs, about 1 where they draw their own. There is one
-    path, from the first inputs to the first output; the weights of `layer` are used up. `kept`: the share wanted.
+    The difference is 0 if the forward pass and A's gradient use the same mask, and about 1 if they draw their own. Only
+    one path, from the first inputs to the first output, is open; overwrites the weights of `layer`. `kept`: the
+    expected share.
     """
     (name,) = layer.active_adapters
     a, b, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
@@ -204,16 +206,16 @@ def _probe(layer: Any, dtype: torch.dtype, bf16: bool, kept: float) -> tuple[tor
 
 
 def _apart(counts: torch.Tensor, mask: torch.Tensor, dimension: int, kept: float) -> float:
-    """How far `counts` are from those of `mask` over a dimension, in deviations of two that are drawn apart."""
+    """Return the difference of `counts` and `mask` sums, in standard deviations of independently drawn masks."""
     off = (counts.float() - mask.sum(dimension)).square().mean().sqrt()
     deviation = math.sqrt(2 * mask.shape[dimension] * kept * (1 - kept))
     return float(off) / deviation if deviation else 0.0
 
 
 def choose(stage: Stage) -> tuple[Config, list[Variant]]:
-    """The config of `stage` with a fused path, or none, in place of each `auto`, and what was tried, in its order.
+    """Return the config of `stage` with each `auto` of a fused path replaced, and the variants tried, in order.
 
-    Raises as `measure` does where already the way without them fails.
+    Raises as `measure` does if the plain path itself fails.
     """
     config, refused = stage.config, cannot_fuse(stage.config)
     plain, to_try = settled(config, PLAIN), [key for key in left_open(config) if key not in refused]
@@ -230,19 +232,19 @@ def choose(stage: Stage) -> tuple[Config, list[Variant]]:
 
 
 class _Search:
-    """The fastest way that is right so far, and the plain one that all others are compared with."""
+    """The fastest correct variant so far, and the plain one that all are compared with."""
 
     def __init__(self, stage: Stage, variants: list[Variant]) -> None:
         self.stage, self.variants = stage, variants
         self.plain = self.best = measure(stage)
-        variants.append(variant(stage, self.plain.seconds, self.plain.peak_gib, "what the others are compared with"))
+        variants.append(variant(stage, self.plain.seconds, self.plain.peak_gib, "baseline"))
 
     def tries(self, changes: dict[str, bool]) -> bool:
-        """Whether the plain way with these changes is right, and faster than it; two changes must beat each of them."""
+        """Whether `changes` give correct results and are faster than plain; two changes must beat each one alone."""
         stage = self.stage.of(self.stage.config.changed("training", **changes))
         found, why = _attempt(stage)
         if found is None:
-            gc.collect()  # what filled the memory was held by the error until now
+            gc.collect()  # the error kept the memory until now
             self.variants.append(variant(stage, None, None, f"not used: {why}"))
             return False
         beaten = self.plain if len(changes) == 1 else self.best
@@ -259,7 +261,7 @@ class _Search:
 
 
 def _attempt(stage: Stage) -> tuple[Passes | None, str]:
-    """The passes, or why there are none."""
+    """Return the passes, or (None, why there are none)."""
     try:
         return measure(stage), ""
     except (MemoryEnds, CheckFailed, Diverged) as error:
@@ -267,7 +269,7 @@ def _attempt(stage: Stage) -> tuple[Passes | None, str]:
 
 
 def wrong(found: Passes, plain: Passes) -> str:
-    """Where `found` is not the training that `plain` is; empty where it is, up to rounding."""
+    """Say how `found` differs from `plain` beyond rounding; empty if it does not."""
     tolerance = TOLERANCES[found.stage.config.model.dtype]
     off = abs(found.loss - plain.loss) / abs(plain.loss)
     if not off <= tolerance.loss:
@@ -281,10 +283,10 @@ def wrong(found: Passes, plain: Passes) -> str:
         return f"the gradient of {name} differs from plain by {off:.2g} of it, at most {tolerance.gradient:g}"
     name, off = _furthest(found.gradients[COMPUTED_AGAIN], found.gradients[WITH_DROPOUT])
     if not off <= tolerance.again:
-        return f"dropout is another where a layer is computed again: the gradient of {name} differs by {off:.2g} of it"
+        return f"dropout differs in a recomputed layer: the gradient of {name} differs by {off:.2g} of it"
     if why := _wrong_share(found):
         return why
-    return "dropout is another in the backward pass" if found.apart > 0.5 else ""  # 0 or 1, but for rounding
+    return "dropout differs in the backward pass" if found.apart > 0.5 else ""  # 0 or 1, but for rounding
 
 
 def _together(found: Gradients, wanted: Gradients) -> float:
@@ -293,7 +295,7 @@ def _together(found: Gradients, wanted: Gradients) -> float:
 
 
 def _furthest(found: Gradients, wanted: Gradients) -> tuple[str, float]:
-    """The weight whose gradient differs most, and by how much of its norm; not a number counts as most."""
+    """Return the weight whose gradient differs most, and by what share of its norm; NaN counts as most."""
     off = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
     name = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
     return name.removeprefix("base_model.model.model.").removesuffix(".default.weight"), off[name]

@@ -1,4 +1,4 @@
-"""One training: what is trained, on what and how, and the trainer and callbacks that are made of it."""
+"""A training job: model, data and config, and the trainer and callbacks made from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from finetune.wording import SILENT
 
 @dataclass(frozen=True)
 class Job:
-    """What one training is made of."""
+    """Everything that one training needs."""
 
     run: Run
     config: Config
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def platform(self) -> Platform:
-        """Where it runs."""
+        """The platform it runs on."""
         return PLATFORMS[self.config.platform]
 
     @property
@@ -56,22 +56,22 @@ class Job:
         return read_geometry(self.config)
 
     def examples(self) -> Examples:
-        """All rows, the training's as they are packed."""
+        """Return all rows, the training rows packed."""
         prepared = self.prepared
         rows, held_out = prepared.train.dataset(prepared.sequences), prepared.validation.dataset(None)
         return Examples(rows, held_out)
 
     def memory_explained(self) -> AbstractContextManager[None]:
-        """Raise OutOfResource with the smallest change that fits where memory ends in the block.
+        """Turn a memory error in the block into OutOfResource with the smallest change that fits.
 
-        More checkpointed layers are none: where they would have helped, the run has them.
+        It does not suggest more checkpointed layers, which the run has already tried.
         """
         return _memory_explained(self.config.changed("training", checkpointed_layers="all"))
 
     def trainer(self, checkpoint: Path | None, trackers: Trackers) -> Trainer:
-        """The trainer that starts at `checkpoint`, or at the beginning, once the config leaves nothing open.
+        """Return a trainer that starts at `checkpoint` or from scratch; the config must have no `auto` left.
 
-        Raises CheckFailed where a fused path cannot be compiled.
+        Raises CheckFailed if a fused path cannot be compiled.
         """
         first, layers = evaluates_first(checkpoint), checkpointed_layers(self.config, self.geometry)
         arguments = training_arguments(self.config.training, self.run, self.platform, first)
@@ -82,16 +82,16 @@ class Job:
         return made
 
     def copies(self, terminal: Terminal) -> Copies | None:
-        """What copies the run off this machine; None where the config wants no copy."""
+        """Return what copies the run off this machine; None if the config wants no copy."""
         target, output = target_of(self.config.output), self.config.output
         return None if target is None else Copies(self.run, target, output.copy_checkpoints, terminal.report())
 
     def watchers(
         self, facts: dict[str, Any], pace: Pace, trackers: Sequence[Any], copies: Copies | None, terminal: Terminal
     ) -> Watchers:
-        """The callbacks, with the time budget, prompts and prices of the config.
+        """Return the callbacks, with time budget, prompts and prices from the config.
 
-        `facts` are for each seal, `pace` is as rehearsed.
+        `facts` go into each seal; `pace` is from the rehearsal.
         """
         training, tracking = self.config.training, self.config.tracking
         hours = training.time_budget_hours
@@ -105,7 +105,7 @@ class Job:
 
 
 def load_job(run: Run, config: Config, prepared: Prepared, terminal: Terminal | None = None) -> Job:
-    """Load base and tokenizer; `terminal` shows how far that is.
+    """Load base and tokenizer, with progress on `terminal`.
 
     Raises OutOfResource with the smallest change that fits, and CheckFailed.
     """

@@ -1,4 +1,4 @@
-"""The callbacks that keep a run: sealed checkpoints, the best adapter, metrics.jsonl; and its copy off this machine."""
+"""The callbacks that write a run to disk: sealed checkpoints, the best adapter, metrics.jsonl, and a copy elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.runs.folder import METRICS, Run
 
 
 def adapter_bytes(model: PeftModel) -> int:
-    """Of the trainable weights in fp32."""
+    """Return the size of the trainable weights in fp32."""
     return 4 * sum(int(parameter.numel()) for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -27,7 +27,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
     """Seals each checkpoint, keeps the best adapter, writes metrics.jsonl, evaluates and saves at the end."""
 
     def __init__(self, run: Run, facts: dict[str, Any], keep: int, save_minutes: float | None = None) -> None:
-        """`facts` of the run are in every seal: its fingerprint, and what is used in place of `auto`."""
+        """`facts` go into every seal: the run's fingerprint, and what replaces `auto`."""
         self.run, self.facts, self.keep = run, facts, keep
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
         self._saved = 0.0
@@ -37,7 +37,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved = time.monotonic()
-        # Steps after the checkpoint are done again, so what they logged goes.
+        # Steps after the checkpoint will be repeated, so their log entries are removed.
         metrics = self.run.folder / METRICS
         write_json_lines(metrics, [entry for entry in read_json_lines(metrics) if self._stays(entry, state)])
 

@@ -1,4 +1,4 @@
-"""The callback that shows a training as it runs: step, loss, speed, time left, cost, memory."""
+"""The callback that prints progress: step, loss, speed, time left, cost, memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from finetune.plan.schedule import Pace, Schedule, seconds_since_start
 from finetune.terminal import Terminal
 from finetune.wording import clock, duration
 
-# A micro-batch that takes this long is shown: by arithmetic it takes a minute on an M4, and seconds on an H100.
+# Micro-batches that take this long are printed: by arithmetic a minute each on an M4, seconds on an H100.
 SLOW_SECONDS = 10.0
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]
-    """One line that lives on a terminal, plain lines elsewhere: step, loss, speed, time left and end, cost, memory.
+    """Updates one line on a terminal, prints plain lines elsewhere: step, loss, speed, time left, end, cost, memory.
 
-    Counts tokens and seconds of the run's training steps only: evaluation and saves are not in `tokens_per_second`, but
-    in the time left, as long as the rehearsal's `pace` says. The cost is that of this start, all of its wall time.
+    `tokens_per_second` covers training steps only. The time left includes evaluations and saves, at the rehearsal's
+    `pace`. The cost is that of this start's wall time.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self.step_seconds, self.tokens = 0.0, 0
         self._first_step, self._seconds_before, self._step_started = 0, 0.0, 0.0
         self._lap = (0, 0.0)
-        self._micro_batch, self._step_so_far = 0, 0.0  # how many of the current step are done, and in how many seconds
+        self._micro_batch, self._step_so_far = 0, 0.0  # done in the current step, and their seconds
         self._loss = self._speed = self._eval = ""
 
     @property
@@ -46,7 +46,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         return self.tokens / self.step_seconds if self.step_seconds > 0 else 0.0
 
     def lap(self, tokens: int) -> float:
-        """Tokens a second since the last call, or this start's first step; `tokens` are the whole run's."""
+        """Return tokens per second since the last call or this start's first step; `tokens` is the run's total."""
         tokens_before, seconds_before = self._lap
         self._lap = (tokens, self.step_seconds)
         seconds = self.step_seconds - seconds_before
@@ -61,7 +61,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._step_started, self._micro_batch = time.monotonic(), 0
 
     def micro_batch(self, state: Any, count: int, tokens: int) -> None:
-        """Count one of the `count` of this step, not its last, and show it where they are slow; `tokens` so far."""
+        """Count a micro-batch (of `count`, except the last) and print it if slow; `tokens` of the step so far."""
         self._micro_batch += 1
         self._step_so_far = time.monotonic() - self._step_started
         if self._step_so_far < SLOW_SECONDS * self._micro_batch:
@@ -99,7 +99,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             self.terminal.status(step, *others[:2], *filter(None, [self._eval]), *others[2:])
 
     def _parts(self, state: Any) -> list[str]:
-        """What is known at this step, the most important first."""
+        """Return the parts of the progress line, the most important first."""
         parts = [f"step {state.global_step}/{state.max_steps}" + (f": {self._loss}{self._speed}" if self._loss else "")]
         left = self._seconds_left(state)
         if left is not None:
@@ -115,7 +115,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         done = state.global_step - self._first_step
         if done <= 0:
             return None
-        seconds = self.step_seconds - self._seconds_before  # of this start: another may have had another machine
+        seconds = (
+            self.step_seconds - self._seconds_before
+        )  # of this start only: an earlier one may have run on another machine
         schedule = Schedule(state.global_step, state.max_steps, 1, state.eval_steps, state.save_steps)
         left = schedule.seconds(replace(self.pace, step=seconds / done), state.max_steps)
         return max(0.0, left - self._step_so_far)

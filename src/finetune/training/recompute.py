@@ -1,4 +1,4 @@
-"""Which decoder layers compute their activations again in the backward pass, and from which random numbers."""
+"""Selects the decoder layers that recompute their activations, and restores their random numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finetune.machine.platforms import Platform
 
 
 def checkpoint_first(layers: Sequence[Any], count: int, platform: Platform) -> None:
-    """Let the first `count` of transformers' decoder `layers` compute their activations again, the others keep them.
+    """Let the first `count` decoder `layers` recompute their activations, and the others keep them.
 
-    `gradient_checkpointing_enable` has marked them all. The last ones are kept whole: their backward comes first, and
-    so they are gone before the first layer is computed again. Either way dropout has the masks of the forward pass.
+    `gradient_checkpointing_enable` has marked them all. The last ones keep theirs, because their backward pass comes
+    first and frees them before the first layer is recomputed. Dropout has the masks of the forward pass either way.
     """
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < count
@@ -27,7 +27,7 @@ def checkpoint_first(layers: Sequence[Any], count: int, platform: Platform) -> N
 
 
 def _contexts(platform: Platform) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of a layer's forward, which torch makes next, and of its recomputation: both draw the same random numbers."""
+    """Return contexts for a layer's forward pass and recomputation, so both draw the same random numbers."""
     return nullcontext(), _drawing_from(random_state(platform), platform)
 
 
@@ -42,10 +42,7 @@ def _drawing_from(state: Any, platform: Platform) -> Iterator[None]:
 
 
 class Checkpointing(TrainerCallback):  # type: ignore[misc]
-    """`checkpoint_first` of the decoder's layers, after transformers has marked every layer for a new trainer.
-
-    `count` of them are checkpointed.
-    """
+    """Checkpoints the first `count` decoder layers when training begins, after transformers has marked them all."""
 
     def __init__(self, count: int, platform: Platform) -> None:
         self.count, self.platform = count, platform
@@ -56,9 +53,9 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
         checkpoint_first(self.layers, self.count, self.platform)
 
     def add_layers(self) -> bool:
-        """Checkpoint half of the layers that are still whole, at least one more; False where that cannot be.
+        """Checkpoint half of the remaining layers, at least one; return False if that is impossible.
 
-        Without training.gradient_checkpointing, transformers has given no layer the means.
+        It is without training.gradient_checkpointing, since transformers has then not prepared the layers.
         """
         whole = len(self.layers) - self.count
         if whole == 0 or not hasattr(self.layers[-1], "_gradient_checkpointing_func"):

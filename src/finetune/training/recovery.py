@@ -1,4 +1,4 @@
-"""Memory that runs out in a step: more layers are checkpointed, and the step is computed again, to the same bits."""
+"""Recovers from running out of memory: checkpoints more layers and repeats the step, with the same bits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from finetune.wording import first_line
 
 
 class Recovery:
-    """Computes a run's micro-batches, and those of a step again with more layers checkpointed where memory runs out.
+    """Computes micro-batches; if memory runs out, repeats those of the step with more layers checkpointed.
 
-    `record` takes the number of layers that are checkpointed then, and a sentence about it; `used` is what each seal
-    says that the run computes with, and so has that number from then on.
+    `record` gets the new number of checkpointed layers and a sentence about it. `used` is written into each seal and
+    gets the new number too.
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class Recovery:
     ) -> None:
         self.trainer, self.terminal, self.record, self.used = trainer, terminal, record, used
         self._step: int | None = None
-        self._batches: list[Any] = []  # of this step, up to the one that is computed
+        self._batches: list[Any] = []  # of this step, up to the current one
         self._found = ""
 
     def compute(self, micro_batch: Callable[[Any], torch.Tensor], inputs: Any) -> torch.Tensor:
-        """The loss of `inputs`, which come after the step's earlier ones; the gradients are added to theirs.
+        """Return the loss of `inputs`, the next micro-batch of the step, and add its gradients to the earlier ones'.
 
-        The losses of the earlier ones are summed outside already, and have the same bits again. Raises what
-        `micro_batch` does where that is something else, or where no more layers can be checkpointed.
+        The caller has already summed the earlier losses, which a repetition does not change. Raises any other error of
+        `micro_batch`, and the memory error if no more layers can be checkpointed.
         """
         if self._step != self.trainer.state.global_step:
             self._step, self._batches = self.trainer.state.global_step, []
@@ -44,15 +44,15 @@ class Recovery:
         while loss is None:
             self._undo()
             self.trainer.model.zero_grad()
-            gc.collect()  # what the error held is gone, but for what holds itself
+            gc.collect()  # frees the reference cycles that the error kept alive
             free_cache(self.trainer.platform)
             loss = self._attempt(micro_batch, self._batches)
         return loss
 
     def _attempt(self, micro_batch: Callable[[Any], torch.Tensor], batches: list[Any]) -> torch.Tensor | None:
-        """The last one's loss; None where memory ran out and more layers are checkpointed now.
+        """Return the loss of the last batch; None if memory ran out and more layers are now checkpointed.
 
-        The error holds the frames that hold the tensors, and does not leave this function.
+        The error must not leave this function, because its frames keep the tensors alive.
         """
         before = self.trainer.checkpointing.count
         try:

@@ -1,4 +1,4 @@
-"""The worst batches through the real trainer before a run: does it fit, how fast is it, does a checkpoint load back."""
+"""Trains the largest batches before a run: whether it fits, how fast it is, whether a checkpoint loads back."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from finetune.wording import clock, counted, duration
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was measured, and what it means for the steps that remain.
+    """The measurements, and what they mean for the remaining steps.
 
-    `peak_gib` has the paged optimizer state in it; `left_gib` is that of all trials, which stays until the process ends
-    (see `put_back`) and is no part of the run's peak. `pace` is of steps with as many tokens as the run's have on
-    average. `tokens_per_second` counts no padding, no evaluation and no save. `checkpointed` is the number of layers
-    with which all of it was measured, `config` the config with nothing left open, `variants` what was tried for it.
+    `peak_gib` includes the paged optimizer state; `left_gib` is that state of all trials, which stays until the process
+    ends (see `put_back`) and is not part of the run's peak. `pace` is for steps with the run's average tokens.
+    `tokens_per_second` excludes padding, evaluations and saves. `checkpointed` is the number of layers used for all
+    measurements, `config` the config without `auto`, `variants` everything that was tried.
     """
 
     peak_gib: float
@@ -57,11 +57,11 @@ class Rehearsal:
 
     @property
     def hours(self) -> float:
-        """Of the steps that remain, with their evaluations and saves."""
+        """The hours of the remaining steps, with their evaluations and saves."""
         return self.schedule.seconds(self.pace, self.schedule.steps) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest: GiB, hours of the steps that remain, tokens/s of the steps alone, and the variants."""
+        """Return the manifest's entry: GiB, hours of the remaining steps, tokens/s of steps alone, variants."""
         return {
             "peak_memory_gib": round(self.peak_gib, 3),
             "left_gib": round(self.left_gib, 3),
@@ -72,7 +72,7 @@ class Rehearsal:
         }
 
     def sentence(self, now: datetime) -> str:
-        """For the terminal; `now` in local time, with its zone."""
+        """Return the summary for the terminal; `now` is local time with its zone."""
         end, step = now + timedelta(hours=self.hours), self.pace.step
         memory = f"peak {self.peak_gib:.1f} of {self.capacity_gib:.1f} GiB"
         speed = f"{step:.1f} s a step" if step >= 1 else f"{step:.2g} s a step"
@@ -83,9 +83,9 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known before the first step: how long things take, what is used in place of `auto`, what was measured.
+    """What is known before the first step: durations, what replaces `auto`, and the measurements.
 
-    `over` where no step is left to make; then, and where the rehearsal was left out, nothing was measured.
+    `over`: no steps remain. Then, and if the rehearsal was skipped, nothing was measured.
     """
 
     pace: Pace
@@ -95,18 +95,18 @@ class Outlook:
 
     @property
     def used(self) -> dict[str, Any]:
-        """For manifest and checkpoints: after its last step a run computes no layer again."""
+        """The values for manifest and checkpoints; a run without remaining steps checkpoints no layers."""
         found = used(self.job.config, self.job.geometry)
         return found | {"checkpointed_layers": None} if self.over else found
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """For the manifest."""
+        """The manifest's entry."""
         return None if self.rehearsal is None else self.rehearsal.as_dict()
 
 
 def look_ahead(job: Job, decision: Decision, steps: int, left_out: bool, terminal: Terminal) -> Outlook:
-    """Rehearse the steps after `decision`, of `steps` in all, unless that is `left_out` or none remains; say it."""
+    """Rehearse the steps that remain after `decision`, of `steps` in total, unless `left_out`; print the result."""
     capacity, before = capacity_gib(job.platform), decision.used
     if before and left_open(job.config):
         terminal.decision("fused paths", f"{in_words(before)}, as before in this run")
@@ -121,18 +121,18 @@ def look_ahead(job: Job, decision: Decision, steps: int, left_out: bool, termina
 
 
 def _unrehearsed(config: Config, geometry: Geometry, capacity_gib: float, terminal: Terminal | None) -> Config:
-    """`config` with the formula's layers and nothing fused in place of `auto`, said where there is a terminal."""
-    why = "the rehearsal is left out"
+    """Replace `auto` by the formula's layers and nothing fused; say so on `terminal`, if given."""
+    why = "the rehearsal is skipped"
     choice = by_formula(config, geometry, capacity_gib, why)
     if terminal and left_open(config):
-        terminal.decision("fused paths", f"none; {why}, which would try them")
+        terminal.decision("fused paths", "none; the rehearsal, which would try them, is skipped")
     if terminal and choice.reason:
         terminal.decision("checkpointed layers", choice.reason)
     return settled(config, {**PLAIN, "checkpointed_layers": choice.layers})
 
 
 def _say(found: Rehearsal, terminal: Terminal) -> None:
-    """With cost and time budget. Raises OutOfResource where that is not enough."""
+    """Print the result with cost and time budget. Raises OutOfResource if the budget is not enough."""
     config = found.config
     if len(found.variants) > 1:
         terminal.table("speed and memory, on the largest batch", [variant.row() for variant in found.variants])
@@ -150,11 +150,11 @@ def _say(found: Rehearsal, terminal: Terminal) -> None:
 def rehearse(
     job: Job, folder: Path, capacity_gib: float, done: int = 0, before: dict[str, Any] | None = None
 ) -> Rehearsal:
-    """Train the heaviest batches, evaluate, save and load, in `folder`, which is gone afterwards; put all back.
+    """Train the largest batches, evaluate, save and load in `folder`, then delete it and restore the model.
 
-    `done` steps of the run are behind it, made with `before` in place of `auto`: those are kept, as far as memory
-    allows. Else what may be `auto` is tried. Raises OutOfResource where memory or disk is not enough, CheckFailed where
-    a checkpoint cannot be saved or does not load back as it was saved, and Diverged.
+    After `done` steps, made with `before` in place of `auto`, the same values are kept as far as memory allows; else
+    the choices for `auto` are tried. Raises OutOfResource if memory or disk is not enough, CheckFailed if a checkpoint
+    cannot be saved or does not load back unchanged, and Diverged.
     """
     config, prepared = job.config, job.prepared
     lengths = example_lengths(prepared)
@@ -162,7 +162,7 @@ def rehearse(
     load = train_load(lengths, config.training.per_device_train_batch_size, flat)
     held_out = validation_load(prepared.validation.lengths, config.training.per_device_eval_batch_size)
     stage = Stage(dataclasses.replace(job, run=Run(folder, False, None)), load, held_out, capacity_gib)
-    shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left it
+    shutil.rmtree(folder, ignore_errors=True)  # a killed rehearsal may have left one
     make_folder(folder)
     try:
         with _advice_where_memory_ends(config, capacity_gib):
@@ -193,27 +193,27 @@ def rehearse(
 
 
 class Trials:
-    """Short trainings, each with another number of checkpointed layers; the last one's checkpoint is on the disk."""
+    """Short trainings with different numbers of checkpointed layers; the last one's checkpoint is on disk."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.made = stage, dict[int, Trial]()
-        self.ended: list[int] = []  # with which memory did
+        self.ended: list[int] = []  # the numbers that ran out of memory
 
     @property
     def last(self) -> Trial:
-        """The newest."""
+        """The latest trial."""
         return list(self.made.values())[-1]
 
     def require(self, layers: int) -> Trial:
-        """The training with that many. Raises MemoryEnds."""
+        """Train with that many layers checkpointed. Raises MemoryEnds."""
         trial = self._of(layers).train()
         for earlier in self.made.values():
-            earlier.watch.saved = None  # an adapter and its moments, in host memory; another is on the disk now
+            earlier.watch.saved = None  # frees host memory; its checkpoint was overwritten
         self.made[layers] = trial
         return trial.within(self.stage.capacity_gib)
 
     def measure(self, layers: int) -> float | None:
-        """What it held at most, GiB; None where memory ended. Raises MemoryEnds where all layers are checkpointed."""
+        """Return the peak held, in GiB; None if out of memory. Raises MemoryEnds if all layers are checkpointed."""
         if layers in self.ended:
             return None
         try:
@@ -221,12 +221,12 @@ class Trials:
         except MemoryEnds:
             if layers == self.stage.job.geometry.num_hidden_layers:
                 raise
-        gc.collect()  # put_back's own came while the error still held all that had filled the memory
+        gc.collect()  # put_back's own came while the error still kept the memory
         self.ended.append(layers)
         return None
 
     def variants(self, chosen: int) -> list[Variant]:
-        """For the table, `chosen` last."""
+        """Return the rows of the table, `chosen` last."""
         most = AUTO_SHARE * self.stage.capacity_gib
         rows = [variant(self._of(layers), None, None, "out of memory") for layers in self.ended]
         fitting = ((layers, trial) for layers, trial in self.made.items() if layers not in self.ended)
@@ -241,7 +241,7 @@ class Trials:
 
 
 def _settle(trials: Trials, before: int | None) -> Choice:
-    """How many layers are checkpointed, one of the trials: `before` where that fits, else as few as do."""
+    """Choose how many layers to checkpoint: `before` if it fits, else as few as possible."""
     config, geometry, capacity = trials.stage.config, trials.stage.job.geometry, trials.stage.capacity_gib
     total = geometry.num_hidden_layers
     found = by_formula(config, geometry, capacity, "the resident peak of a process cannot be measured twice")
@@ -258,13 +258,13 @@ def _settle(trials: Trials, before: int | None) -> Choice:
         trials.require(total)
         found = Choice(total, f"{total} of {total}: out of memory with the {found.layers} of the formula")
     if before is not None:
-        why = f"with the {before} that this run had, memory ends here; the results stay the same"
+        why = f"out of memory with the {before} used before; the results stay the same"
         found = Choice(found.layers, f"{found.reason or f'{total} of {total}'}; {why}")
     return found
 
 
 def _table(tuned: list[Variant], with_layers: list[Variant]) -> list[Variant]:
-    """All that was tried, each once: where both have it, with the speed of the former, the fastest of several."""
+    """Merge both lists; a row in both keeps the speed of `tuned`, which is the fastest of several passes."""
     rows = {row.name: row for row in tuned}
     for row in with_layers:
         if old := rows.get(row.name):
@@ -277,7 +277,7 @@ def _table(tuned: list[Variant], with_layers: list[Variant]) -> list[Variant]:
 
 @contextmanager
 def _advice_where_memory_ends(config: Config, capacity_gib: float) -> Iterator[None]:
-    """Raise OutOfResource with the smallest change of the config that would fit."""
+    """Turn MemoryEnds into OutOfResource with the smallest config change that would fit."""
     try:
         yield
     except MemoryEnds as end:

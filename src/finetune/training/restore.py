@@ -1,4 +1,4 @@
-"""A trial on the model: all that it changes is put back, so that what follows computes the same bits."""
+"""Restores model, random state and caches after a rehearsal, so the run stays bit-identical."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.machine.platforms import Platform
 
 
 def keep_random_states(platform: Platform) -> Callable[[], None]:
-    """The returned function restores all random states as they are now."""
+    """Return a function that restores the current random states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), random_state(platform)
 
     def put_back() -> None:
@@ -33,13 +33,13 @@ def keep_random_states(platform: Platform) -> Callable[[], None]:
 
 @contextmanager
 def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
-    """Let the block train `model`, then put back all that a training changes outside of its own trainer.
+    """Let the block train `model`, then restore everything that training changes outside its own trainer.
 
     That is: the trainable weights, their gradients and whether they have any; attributes and hooks of every module
     (mode, autocast's and TRL's wrappers around `forward`) and the model's configs; all random states; accelerate's
-    singletons; bitsandbytes' list of paged optimizer state; the device's cache and its peak. The paged state itself is
-    not given back: bitsandbytes (0.50) takes it by cudaMallocManaged and has no call that frees it before the process
-    ends. Nobody touches it again, so the driver can move it to the machine's memory.
+    singletons; bitsandbytes' list of paged optimizer state; the device's cache and its peak. The paged state itself
+    is not freed: bitsandbytes (0.50) allocates it by cudaMallocManaged and cannot free it before the process ends. It
+    is not used again, so the driver can move it to host memory.
     """
     parameters = list(model.parameters())
     trainable = [parameter.requires_grad for parameter in parameters]
@@ -47,7 +47,7 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
     attributes = [_Attributes(found) for found in _shared(model)]
     put_random_states_back = keep_random_states(platform)
     pages = list(GlobalPageManager.get_instance().paged_tensors)
-    gc.freeze()  # the collections below, and accelerate's own, then look at what the block made only
+    gc.freeze()  # so the collections below, and accelerate's, scan only what the block created
     try:
         yield
     finally:
@@ -59,14 +59,14 @@ def put_back(model: PeftModel, platform: Platform) -> Iterator[None]:
         for attribute in attributes:
             attribute.put_back()
         put_random_states_back()
-        GlobalPageManager.get_instance().paged_tensors[:] = pages  # else it would be moved, and counted, with the run's
-        gc.collect()  # a trainer and its callbacks hold each other, and with them the optimizer's state
+        GlobalPageManager.get_instance().paged_tensors[:] = pages  # else it would be moved and counted with the run's
+        gc.collect()  # trainer and callbacks are a cycle that keeps the optimizer's state
         gc.unfreeze()
         forget_memory(platform)
 
 
 def _shared(model: PeftModel) -> list[dict[str, Any]]:
-    """The attributes, as dictionaries, of all that a trainer finds and the next one would find again."""
+    """Return the attribute dictionaries of everything that one trainer leaves to the next."""
     base = model.get_base_model()
     found = [*model.modules(), base.config, base.generation_config]
     singletons = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
@@ -74,14 +74,14 @@ def _shared(model: PeftModel) -> list[dict[str, Any]]:
 
 
 class _Attributes:
-    """A dictionary of attributes as it is now, with the contents of those that are containers themselves."""
+    """A snapshot of an attribute dictionary, including the contents of its containers."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.found, self.before = found, dict(found)
         self.inside = [(value, value.copy()) for value in found.values() if isinstance(value, dict | set | list)]
 
     def put_back(self) -> None:
-        """In place: handles of hooks, and others who hold these dictionaries, go on to work."""
+        """Restore in place, so that hook handles and other references stay valid."""
         self.found.clear()
         self.found.update(self.before)
         for container, content in self.inside:

@@ -1,4 +1,4 @@
-"""Base versus tuned: the same questions answered by both, at each new best and at the end of a training."""
+"""Sample answers of base and tuned model to the same questions, at each new best and at the end."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from finetune.training.keeper import Keeper
 from finetune.wording import clean
 
 FILE = "samples.jsonl"
-MAX_NEW_TOKENS = 80  # of one answer: enough to hear the style, and the bound on its time
-PROMPTS = 3  # taken from the validation rows where the config has none
-LONGEST_PROMPT = 256  # tokens of such a one, so that it can be read and answered fast
-LINE = 110  # columns of the line that tells of a new best
+MAX_NEW_TOKENS = 80  # per answer: enough to show the style, and limits the time
+PROMPTS = 3  # taken from the validation rows if the config has none
+LONGEST_PROMPT = 256  # tokens of such a prompt, so it is quick to read and to answer
+LINE = 110  # columns of the line printed at a new best
 
 Samples = list[dict[str, str]]
 
@@ -39,7 +39,7 @@ class Shows(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """`prompt` is what a person asked; `input_ids` the whole of it, up to where the reply begins."""
+    """A user's `prompt`, and `input_ids` of the whole prompt, up to the reply."""
 
     prompt: str
     input_ids: list[int]
@@ -47,20 +47,20 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, and `chat` to read the answers."""
+    """The sample questions, and the `chat` to decode the answers."""
 
     chat: Chat
     asked: list[Question]
 
     def answered_by(self, model: PeftModel, stopped: Callable[[], bool]) -> list[str] | None:
-        """The replies; None where `stopped`, which is asked after each token, says so."""
+        """Return the replies; None if `stopped`, called after each token, returned true."""
         prompts = [question.input_ids for question in self.asked]
         replies = reply_to(model, self.chat, prompts, MAX_NEW_TOKENS, stopped)
         return None if replies is None else [reply.text for reply in replies]
 
 
 def make_questions(config: Config, prepared: Prepared) -> Questions:
-    """Those of `dataset.sample_prompts`; where it is null, the first questions of up to PROMPTS validation rows."""
+    """Return dataset.sample_prompts; if null, the first questions of up to PROMPTS validation rows."""
     prompts = config.dataset.sample_prompts
     if prompts is None:
         conversations: Iterator[Messages] = _held_out(prepared)
@@ -78,7 +78,7 @@ def make_questions(config: Config, prepared: Prepared) -> Questions:
 
 
 def _held_out(prepared: Prepared) -> Iterator[Messages]:
-    """Validation rows in file order, each up to its first question."""
+    """Yield validation rows in file order, each up to its first question."""
     rows = prepared.validation
     places = [rows.row(index)[0] for index in range(len(rows.lengths))]
     wanted = set(places)
@@ -92,10 +92,10 @@ def _held_out(prepared: Prepared) -> Iterator[Messages]:
 
 @dataclass(eq=False)
 class Sampler(TrainerCallback):  # type: ignore[misc]
-    """Asks base and tuned model, the same weights with the adapter off and on, and shows what they answer.
+    """Prints answers of base and tuned model (adapter off and on) at each new best of `keeper` and at `finish`.
 
-    At each new best that `keeper` keeps, and at `finish`. The base is asked once a start. `stopped` is asked after each
-    token: where it says so the answers are left out, and the step is saved and the last.
+    The base answers once per start. `stopped` is called after each token; if it returns true, the answers are dropped,
+    the step is saved and training ends.
     """
 
     questions: Questions
@@ -106,7 +106,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
     _base: list[str] = field(default_factory=list)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Steps after the checkpoint are done again, so what was said at them goes.
+        # Steps after the checkpoint will be repeated, so their samples are removed.
         self._write([entry for entry in self._entries() if entry["step"] <= state.global_step])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,7 +121,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
         self.terminal.say(_new_best(step, samples[0]))
 
     def finish(self, model: PeftModel, step: int, eval_loss: float) -> Samples:
-        """Ask the model as it is exported, that of `step`."""
+        """Sample the model of `step` as it is exported."""
         samples = self._ask(model) if self.questions.asked else None
         if samples is None:
             return []
@@ -147,7 +147,7 @@ class Sampler(TrainerCallback):  # type: ignore[misc]
             tracker.samples(entry["step"], entry["samples"])
 
     def _entries(self) -> list[dict[str, Any]]:
-        """What stands in samples.jsonl; the last word of an earlier start does not count, since this one goes on."""
+        """Return the entries of samples.jsonl without the final ones of an earlier start."""
         return [entry for entry in read_json_lines(self._path) if "final" not in entry]
 
     def _write(self, entries: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""One short training on the heaviest batches: its times and its memory, and whether its checkpoint loads back."""
+"""A short training on the largest batches: measures time and memory, and that its checkpoint loads back."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from finetune.training.job import Job
 from finetune.training.restore import put_back
 from finetune.training.trainer import Examples, Trainer, make_trainer
 
-STEPS = 2  # the first warms up the allocator and the kernels and makes the optimizer's state; the second is measured
+STEPS = 2  # the first warms up allocator and kernels and creates the optimizer state; the second is measured
 
 
 class MemoryEnds(Exception):
-    """Memory is not enough: what was found, and the peak in GiB where it is known."""
+    """Out of memory; `peak_gib` if it is known."""
 
     def __init__(self, found: str, peak_gib: float | None) -> None:
         self.found, self.peak_gib = found, peak_gib
@@ -48,7 +48,7 @@ class MemoryEnds(Exception):
 
 @contextmanager
 def _memory_ends() -> Iterator[None]:
-    """Raise MemoryEnds where a device, or the host, has no more to give."""
+    """Turn a memory error of device or host into MemoryEnds."""
     try:
         with memory_errors_explained(""):
             yield
@@ -61,16 +61,16 @@ def _memory_ends() -> Iterator[None]:
 
 
 def zero_gradients(model: PeftModel) -> None:
-    """Give each trainable weight a gradient of 0, as large in memory as that of a micro-batch before would be."""
+    """Allocate a zero gradient for each trainable weight, as an earlier micro-batch would have."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Times the last step, its evaluation and its save, which it seals; keeps what was saved, to compare.
+    """Times the last step, its evaluation and its save; seals the checkpoint and keeps its contents to compare.
 
-    With `accumulated`, gradients lie in memory when a step begins, as they do for all micro-batches but a step's first.
+    With `accumulated`, gradients are allocated before a step begins, as for every micro-batch but a step's first.
     """
 
     def __init__(self, platform: Platform, checkpoints: Path, accumulated: bool) -> None:
@@ -106,10 +106,10 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Trial:
-    """What one training of a rehearsal gave.
+    """The result of one training of a rehearsal.
 
-    `before_gib` is the peak before it where that cannot be forgotten, `held_gib` what the device's driver saw at most.
-    `paged_gib` of both is optimizer state that stays in unified memory, out of use, until the process ends.
+    `before_gib` is the earlier peak if the platform cannot reset it, `held_gib` the peak that the driver saw. Both
+    include `paged_gib` of optimizer state, which stays unused in unified memory until the process ends.
     """
 
     watch: Stopwatch
@@ -119,15 +119,17 @@ class Trial:
     paged_gib: float
 
     def within(self, capacity_gib: float) -> Trial:
-        """Itself. Raises MemoryEnds where it took more than there is."""
-        if self.peak_gib > capacity_gib and self.peak_gib > self.before_gib:  # a higher one of the loading has passed
+        """Return self. Raises MemoryEnds if the peak exceeds the capacity."""
+        if (
+            self.peak_gib > capacity_gib and self.peak_gib > self.before_gib
+        ):  # the loading of the model may have had a higher peak
             raise MemoryEnds(f"peak {self.peak_gib:.1f} GiB", self.peak_gib)
         return self
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the trainers of a rehearsal are made of."""
+    """Everything that the trainers of a rehearsal need."""
 
     job: Job
     load: Load
@@ -136,27 +138,27 @@ class Stage:
 
     @property
     def config(self) -> Config:
-        """With what is tried in the place of `auto`."""
+        """The config being tried, with `auto` replaced."""
         return self.job.config
 
     @property
     def layers(self) -> int:
-        """How many are checkpointed."""
+        """The number of checkpointed layers."""
         return checkpointed_layers(self.config, self.job.geometry)
 
     @property
     def tokens(self) -> int:
-        """Of the largest micro-batch, without padding."""
+        """The tokens of the largest micro-batch, without padding."""
         return int(example_lengths(self.job.prepared)[self.load.worst].sum())
 
     def of(self, config: Config) -> Stage:
-        """The same with another config."""
+        """Return the same stage with another config."""
         return dataclasses.replace(self, job=dataclasses.replace(self.job, config=config))
 
     def train(self) -> Trial:
         """Train, evaluate and save. Raises MemoryEnds."""
         platform, training = self.job.platform, self.config.training
-        forget_memory(platform)  # what loading took and gave back is no part of the peak
+        forget_memory(platform)  # the memory used for loading does not count
         before = peak_memory_gib(platform)
         watch = Stopwatch(platform, self.job.run.checkpoints, training.gradient_accumulation_steps > 1)
         with self.putting_back():
@@ -167,7 +169,7 @@ class Stage:
 
     @contextmanager
     def putting_back(self) -> Iterator[None]:
-        """Let the block train. Raises MemoryEnds; Diverged and DiskFull name the rehearsal."""
+        """Let the block train, then restore the model. Raises MemoryEnds, and Diverged and DiskFull with a prefix."""
         with put_back(self.job.model, self.job.platform):
             try:
                 with _memory_ends():
@@ -176,7 +178,7 @@ class Stage:
                 raise type(error)(f"rehearsal: {error.found}", error.fix) from None
 
     def load_back(self, watch: Stopwatch) -> None:
-        """Resume from the checkpoint, and compare what is in the trainer then with what was saved."""
+        """Resume from the checkpoint and compare the trainer's state with what was saved."""
         folder = self.job.run.checkpoints / f"checkpoint-{STEPS}"
         with self.putting_back():
             try:
@@ -191,7 +193,7 @@ class Stage:
             raise CheckFailed(f"rehearsal: a checkpoint does not load back as it was saved: {wrong} differ")
 
     def trainer(self, steps: int) -> Trainer:
-        """The run's own trainer, but for these batches, in this order, and `steps` steps with one micro-batch each."""
+        """Return the run's trainer for the largest batches and `steps` steps of one micro-batch each."""
         rows = self.job.examples()
         worst = rows.train.select(self.load.worst * steps), rows.validation.select(self.held_out.worst)
         install_fused(self.job.model, self.config.training)
@@ -218,7 +220,7 @@ class Stage:
 
 
 def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """What a checkpoint has to bring back, by the name to tell it by."""
+    """Return what a checkpoint must restore, by the name used in messages."""
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
         "the adapter's weights": weights,
@@ -228,7 +230,7 @@ def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]
 
 
 def _on_host(tree: Any) -> Any:
-    """A copy of nested dicts and lists of tensors and plain values, the tensors in host memory."""
+    """Copy nested dicts and lists, with their tensors in host memory."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):

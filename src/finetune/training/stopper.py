@@ -1,4 +1,4 @@
-"""The callbacks that end a run in order: after a signal, and before its time budget does."""
+"""The callbacks that end a run cleanly: after a signal, and before its time budget is used up."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from finetune.runs.folder import Run
 
 
 class TimeBudget(TrainerCallback):  # type: ignore[misc]
-    """Says when one more step, the evaluation it may be due, and a save would not end before the time budget does.
+    """Sets `used_up` when another step, with its evaluation and a save, would exceed the time budget.
 
-    Each is taken to last as long as the longest so far; `pace` is what the rehearsal measured. `elapsed` gives the
-    seconds of the budget that are over.
+    Each is assumed to take as long as the longest so far, starting from the rehearsal's `pace`. `elapsed` returns the
+    seconds of the budget already used.
     """
 
     def __init__(self, hours: float, pace: Pace, elapsed: Callable[[], float]) -> None:
@@ -30,7 +30,7 @@ class TimeBudget(TrainerCallback):  # type: ignore[misc]
         self._last = 0.0
 
     def _lap(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds since the last call."""
         before, self._last = self._last, self._elapsed()
         return self._last - before
 
@@ -53,15 +53,15 @@ class TimeBudget(TrainerCallback):  # type: ignore[misc]
 
 
 class EvaluationStopped(Exception):
-    """A signal came before the evaluation at hand was over."""
+    """A signal arrived during an evaluation."""
 
 
 class Stopper(TrainerCallback):  # type: ignore[misc]
-    """Ends the run with a checkpoint: after the step that ends the time budget, after the micro-batch of a signal.
+    """Ends the run with a checkpoint: after the last step of the time budget, or after the micro-batch of a signal.
 
-    Within `with`, SIGINT and SIGTERM are heard; a second one ends the run at once. A step that is not finished is
-    discarded: the checkpoint is that of the step before, whose state Sums restores. An evaluation ends within a batch
-    of the signal, by EvaluationStopped.
+    Within `with`, SIGINT and SIGTERM are caught; a second one exits at once. An unfinished step is discarded: the
+    checkpoint is that of the previous step, whose state Sums restores. An evaluation ends after the current batch, by
+    EvaluationStopped.
     """
 
     def __init__(self, run: Run, budget: TimeBudget | None = None) -> None:
@@ -69,7 +69,7 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         self.signal_number: int | None = None
 
     def __enter__(self) -> Stopper:
-        # What a shell made this process ignore, as it does in the background of a script, stays ignored.
+        # A signal that the shell made this process ignore, as for a script's background job, stays ignored.
         heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._take) for number in heard}
         return self
@@ -86,10 +86,10 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         name = signal.Signals(signal_number).name
         text = f"{name}: stopping after this micro-batch; {again} to quit now\n"
         below_the_status = "\n" if os.isatty(2) else ""
-        os.write(2, (below_the_status + text).encode())  # not print: a handler may run in the middle of one
+        os.write(2, (below_the_status + text).encode())  # not print, which the handler may interrupt
 
     def _reason(self) -> tuple[int, str] | None:
-        """(exit code, what ended the run); None where nothing has."""
+        """Return (exit code, reason) if the run should end, else None."""
         if self.signal_number is not None:
             return 128 + self.signal_number, f"stopped by {signal.Signals(self.signal_number).name}"
         if self.budget is not None and self.budget.used_up:
@@ -110,11 +110,11 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             raise EvaluationStopped
 
     def signalled(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signal_number is not None
 
     def leave(self, step: int) -> None:
-        """Raise Stopped where something ended the run, saying from where the same command goes on."""
+        """Raise Stopped if the run was ended, saying from where the same command resumes."""
         reason = self._reason()
         if reason is not None:
             exit_code, what = reason

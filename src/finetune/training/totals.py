@@ -1,4 +1,4 @@
-"""What a run has come to at a checkpoint, so that the start that goes on from it counts on."""
+"""Totals (time, tokens, loss) saved in each checkpoint and restored on resume."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from trl import SFTTrainer
 from finetune.training.progress import Progress
 from finetune.training.restore import keep_random_states
 
-# What the trainer adds each micro-batch to: while it computes it, and once that is done.
+# Attributes that the trainer changes during each micro-batch, and after it.
 COUNTED_WITHIN = ("_total_train_tokens", "_metrics", "step_lines", "step_losses")
 COUNTED_AFTER = ("_tr_loss", "current_flos")
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """What each checkpoint carries beside transformers' own state, so that log and manifest tell of the whole run.
+    """Totals of the whole run, saved in each checkpoint with transformers' own state, for log and manifest.
 
-    That is wall time, tokens and seconds of steps since the run's start, and the losses since the last log. The time
-    between two starts is in none of them, nor what was lost with a start that was killed.
+    They are wall time, tokens and seconds of steps since the run's start, and the losses since the last log. They
+    exclude the time between two starts and work that was lost when a start was killed.
     """
 
     def __init__(self, trainer: SFTTrainer, progress: Progress) -> None:
         self.trainer, self.progress = trainer, progress
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._since_log: dict[str, Any] | None = None
-        self._tokens_before = 0  # the current step
+        self._tokens_before = 0  # at the start of the current step
 
     @property
     def seconds(self) -> float:
-        """Wall time of all starts."""
+        """The wall time of all starts."""
         return self._seconds_before + time.monotonic() - self._started
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json."""
+        """Return the totals for trainer_state.json."""
         attributes = {
             "seconds": self.seconds,
             "step_seconds": self.progress.step_seconds,
@@ -50,14 +50,14 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": {}, "attributes": attributes}
 
     def recall(self, state: TrainerState) -> None:
-        """Count on from a checkpoint's state."""
+        """Restore the totals of a checkpoint."""
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]
         self._seconds_before, self._since_log = saved["seconds"], saved
         self.progress.step_seconds, self.progress.tokens = saved["step_seconds"], saved["tokens"]
         self.trainer._total_train_tokens = saved["tokens"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._since_log is not None:  # not before: transformers begins a training with a sum of 0
+        if self._since_log is not None:  # only now: transformers sets the sum to 0 when training begins
             self.trainer._tr_loss += self._since_log["loss_sum"]
             self.trainer._globalstep_last_logged = self._since_log["logged_step"]
             self.trainer._metrics["train"].update(self._since_log["metrics"])
@@ -73,9 +73,9 @@ class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 def keep_counted(trainer: SFTTrainer, names: Sequence[str] = (*COUNTED_WITHIN, *COUNTED_AFTER)) -> Callable[[], None]:
-    """The returned function undoes what the micro-batches of an unfinished step changed: counts and random states.
+    """Return a function that undoes what an unfinished step changed: counts and random states.
 
-    It may be called again. Weights, optimizer, learning rate and position change at the end of a step only.
+    It can be called repeatedly. Weights, optimizer, learning rate and position change only at the end of a step.
     """
     counted = copy.deepcopy({name: getattr(trainer, name) for name in names})
     put_random_states_back = keep_random_states(trainer.platform)

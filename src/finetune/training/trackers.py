@@ -1,4 +1,4 @@
-"""TensorBoard and wandb: what the trainer is told, and that neither of them ever ends a training."""
+"""TensorBoard and wandb as trainer callbacks that never fail a training."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from finetune.terminal import Terminal
 from finetune.training.wandb_access import wandb_offline_reason, wandb_sync
 from finetune.wording import first_line
 
-FINISH_SECONDS = 15  # for what is left at the end: three tries of wandb's, a few seconds where the server is well
+FINISH_SECONDS = 15  # to upload the rest at the end: three tries of wandb; a working server needs a few
 
 
 @dataclass(frozen=True)
 class Trackers:
-    """The callbacks that the config wants."""
+    """The callbacks that the config asks for."""
 
     tensorboard: TensorBoard | None
     wandb: Wandb | None
 
     def all(self) -> list[TensorBoard | Wandb]:
-        """Those that are there."""
+        """Return the trackers in use."""
         return [tracker for tracker in (self.tensorboard, self.wandb) if tracker is not None]
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """End wandb's run with the block, well or not; a signal that wants it to end at once is obeyed."""
+        """Finish wandb's run when the block ends or raises; a second signal (SystemExit) skips it."""
         try:
             yield
         except Exception as error:
@@ -50,7 +50,7 @@ class Trackers:
 
 
 def make_trackers(config: Config, run: Run, terminal: Terminal) -> Trackers:
-    """TensorBoard for both, wandb where it is wanted. Sets the variables that they read."""
+    """Return TensorBoard for both settings, and wandb if configured. Sets their environment variables."""
     tracking = config.tracking
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
     if tracking.report_to == "none":
@@ -60,15 +60,15 @@ def make_trackers(config: Config, run: Run, terminal: Terminal) -> Trackers:
     os.environ["WANDB_PROJECT"] = tracking.project
     os.environ["WANDB_DIR"] = str(run.folder)
     os.environ["WANDB_SILENT"] = "true"
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would wait 20 s for a server that does not answer
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it waits 20 s for a server that does not answer
     reason = wandb_offline_reason()
     if reason is not None:
-        os.environ.setdefault("WANDB_MODE", "offline")  # before wandb is imported: it would ask a question
+        os.environ.setdefault("WANDB_MODE", "offline")  # before wandb is imported, or it asks a question
     return Trackers(TensorBoard(), Wandb(run, terminal, redacted(config.as_dict()), reason))
 
 
 def redacted(tree: Any) -> Any:
-    """A config's tree for a server: of an absolute path, which names a user or a machine, its last part only."""
+    """Shorten each absolute path in a config to its last part, because it may name a user or a machine."""
     if isinstance(tree, dict):
         return {key: redacted(value) for key, value in tree.items()}
     if isinstance(tree, str) and tree.startswith(("/", "~")):
@@ -77,12 +77,12 @@ def redacted(tree: Any) -> Any:
 
 
 class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
-    """transformers' own, and samples as text."""
+    """transformers' callback, plus samples as text."""
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """One page a question, whose slider goes through the steps. After the training a file of its own is written.
+        """Write one text per question, with a slider over the steps. After training, opens a new event file.
 
-        The texts are indented, so that Markdown takes them as they are.
+        The texts are indented, so Markdown shows them unchanged.
         """
         closed = self.tb_writer is None
         if closed:
@@ -96,7 +96,7 @@ class TensorBoard(TensorBoardCallback):  # type: ignore[misc]
 
 
 def _guarded(call: Callable[..., None]) -> Callable[..., None]:
-    """`call` of a Wandb, whose first failure is a warning and its last call: the hours are worth more."""
+    """Wrap a method of Wandb: its first failure is a warning and turns wandb off, so the run continues."""
 
     @functools.wraps(call)
     def tried(self: Wandb, *arguments: Any, **named: Any) -> None:
@@ -110,10 +110,10 @@ def _guarded(call: Callable[..., None]) -> Callable[..., None]:
 
 
 class Wandb(WandbCallback):  # type: ignore[misc]
-    """transformers' own, but what fails in it is told once, and the training goes on.
+    """transformers' callback, but a failure is only a warning and turns it off.
 
-    `offline`: why it does not log online, or None. `unsent`: why a run that began online is not whole on the server, or
-    None. A run that goes on is the same run on the server too.
+    `offline`: why it logs offline, or None. `unsent`: why an online run is incomplete on the server, or None. A resumed
+    run is the same run on the server.
     """
 
     def __init__(self, run: Run, terminal: Terminal, config: dict[str, Any], offline: str | None) -> None:
@@ -121,21 +121,25 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         self.run, self.terminal, self.config, self.offline = run, terminal, config, offline
         self.given_up = False
         self.unsent: str | None = None
-        self.online: str | None = None  # the folder that wandb writes, below its own in the run's
-        self._say_later()
+        self.online: str | None = None  # wandb's folder of this start, in RUN/wandb
+        self._say_unsent()
 
-    def _say_later(self) -> None:
-        """Why the server has not got everything, and what sends it."""
+    def _say_unsent(self) -> None:
+        """Print what was not uploaded and why, and the command that uploads it."""
         folder = shown(self.run.folder)
         if self.offline:
-            self.terminal.decision("tracking", f"wandb is offline ({self.offline}); later: {wandb_sync(folder)}")
+            self.terminal.decision(
+                "tracking", f"wandb is offline ({self.offline}); to upload later: {wandb_sync(folder)}"
+            )
         elif self.unsent and self.online:
             later = wandb_sync(folder, self.online)
-            self.terminal.decision("tracking", f"wandb has not got everything ({self.unsent}); later: {later}")
+            self.terminal.decision(
+                "tracking", f"some wandb data was not uploaded ({self.unsent}); to upload it: {later}"
+            )
 
     def close(self, exit_code: int) -> None:
-        """Send what is left, for FINISH_SECONDS at most, and say what sends the rest."""
-        self.terminal.status("sending the last values to wandb")
+        """Upload the rest within FINISH_SECONDS, or print the command that does it later."""
+        self.terminal.status("uploading the last values to wandb")
         try:
             self._wandb.finish(exit_code)
         except TimeoutError:
@@ -143,8 +147,8 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001
             self.give_up(error)
             with suppress(Exception):
-                self._wandb.teardown()  # else it is tried once more at exit, with a traceback
-        self._say_later()
+                self._wandb.teardown()  # else wandb tries again at exit, with a traceback
+        self._say_unsent()
 
     on_train_begin = _guarded(WandbCallback.on_train_begin)
     on_log = _guarded(WandbCallback.on_log)
@@ -152,7 +156,7 @@ class Wandb(WandbCallback):  # type: ignore[misc]
     on_train_end = _guarded(WandbCallback.on_train_end)
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
-        """Start or join this run, with the project's own config in place of transformers' arguments and their paths."""
+        """Start or join this run, with our config in place of transformers' arguments and their paths."""
         self._initialized = True
         if self.offline is None:
             self._start_online()
@@ -163,38 +167,38 @@ class Wandb(WandbCallback):  # type: ignore[misc]
 
     @_guarded
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """A table of the questions and both answers."""
+        """Log a table of the questions and both answers."""
         columns = ["prompt", "base", "tuned"]
         table = self._wandb.Table(columns=columns, data=[[sample[name] for name in columns] for sample in samples])
         self._wandb.log({"samples": table, "train/global_step": step})
 
     def _start_online(self) -> None:
-        """Join this run on the server, or start it offline where the server does not let us in time."""
+        """Join this run on the server, or start it offline if the server refuses or is too slow."""
         try:
             self._start(init_timeout=PROBE_SECONDS, login_timeout=PROBE_SECONDS)
         except self._wandb.errors.Error as error:
             self.offline = first_line(error)
-            self._say_later()
-            self._wandb.teardown()  # its own process still holds this run's id
+            self._say_unsent()
+            self._wandb.teardown()  # else its process keeps this run's id
             self._start(mode="offline")
 
     def _start(self, **settings: Any) -> None:
-        """One id for all starts of this run: `wandb sync`, too, then makes one run of the files of several starts."""
+        """Start wandb with the same id in all starts, so `wandb sync` also merges their files into one run."""
         made = self._wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True, **settings)
         run = self._wandb.init(name=self.run.name, id=self._id(), resume="allow", config=self.config, settings=made)
         self.online = None if self.offline else Path(run.dir).parent.name
-        unheard = logging.Logger("wandb")  # it is silent, and gives to this what it would print
-        unheard.addFilter(self._hear)
-        self._wandb.termsetup(run.settings, unheard)
+        captured = logging.Logger("wandb")  # gets what wandb would print, since it is silent
+        captured.addFilter(self._notice)
+        self._wandb.termsetup(run.settings, captured)
 
-    def _hear(self, record: logging.LogRecord) -> bool:
-        """wandb says only in a warning that it sends no more, as where its key is no longer valid."""
+    def _notice(self, record: logging.LogRecord) -> bool:
+        """Notice the warning that is wandb's only sign that it stopped uploading, for example with a revoked key."""
         if "Fatal error while uploading data" in record.getMessage():
-            self.unsent = "it gave up sending"
+            self.unsent = "it stopped uploading"
         return False
 
     def _id(self) -> str:
-        """wandb's name of this run, the same after each resume."""
+        """Return wandb's id of this run, the same after each resume."""
         path = self.run.folder / "wandb" / "id"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,8 +206,8 @@ class Wandb(WandbCallback):  # type: ignore[misc]
         return path.read_text(encoding="utf-8").strip()
 
     def give_up(self, error: Exception) -> None:
-        """Leave wandb out from here, and say so once."""
+        """Turn wandb off, and say so once."""
         if not self.given_up:
             self.given_up = True
             why = first_line(error)
-            self.terminal.warn(f"wandb has failed and is left out from here ({why}); metrics.jsonl goes on")
+            self.terminal.warn(f"wandb failed and is off from now on ({why}); metrics.jsonl is still written")

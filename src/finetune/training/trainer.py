@@ -1,4 +1,4 @@
-"""The TRL trainer with what it leaves open: exact evaluation, fp32 adapters, the best adapter kept, clear stops."""
+"""TRL's trainer with exact evaluation, fp32 adapters, the best adapter kept, and clean stops."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ DEVICE_RANDOM_STATE = "device_rng.safetensors"
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer on rows that are ready; see the methods for what differs."""
+    """SFTTrainer for prepared rows; the methods say what differs."""
 
     progress: Progress | None = None
     checkpointing: Checkpointing
-    recovery: Recovery | None = None  # a run's; in a rehearsal, memory that runs out is what is to be found
-    undo_step: Callable[[], None]  # from the first step on: undoes the micro-batches since the last step's end
-    _tr_loss: Any = 0.0  # transformers sets these two where a training begins
+    recovery: Recovery | None = None  # None in a rehearsal, which looks for memory errors
+    undo_step: Callable[[], None]  # set at the first step; undoes the micro-batches since the last step
+    _tr_loss: Any = 0.0  # transformers sets these two when training begins
     _globalstep_last_logged = 0
     _flos_a_token = 0
     _total_train_tokens: int
@@ -59,15 +59,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
     step_losses: tuple[float, ...] = ()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """As TRL's, but where memory runs out `recovery` computes the step again with more layers checkpointed."""
+        """As TRL's, but if memory runs out, `recovery` repeats the step with more layers checkpointed."""
         compute = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         loss: torch.Tensor = compute(inputs) if self.recovery is None else self.recovery.compute(compute, inputs)
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, but the first loss that is not finite ends the run and names the rows of its batch.
+        """As TRL's, but a loss that is not finite ends the run and names the rows of its batch.
 
-        Tokens are counted without padding; TRL counts those of one row of a batch that has no attention mask.
+        Tokens are counted without padding; without an attention mask, TRL would count only one row of the batch.
         """
         lines, tokens = tuple(inputs.pop("lines")), self._total_train_tokens + inputs.pop("tokens")
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -81,8 +81,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
-        """As transformers', but a gradient that is not finite ends the run before the optimizer takes it, and names the
-        rows of its step; and so does a step without any loss and gradient.
+        """As transformers', but a gradient that is not finite, or a step with loss and gradient 0, ends the run.
+
+        That is before the optimizer step; the error names the rows.
         """
         norm = float(super()._get_grad_norm(model, grad_norm))
         lines, losses = self.step_lines, self.step_losses
@@ -90,15 +91,15 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if not math.isfinite(norm):
             raise self._diverged("the gradient is not finite", lines)
         if norm == 0 and not any(losses):
-            raise self._diverged("loss and gradient are 0, so nothing is learnt,", lines)
+            raise self._diverged("loss and gradient are 0, so nothing is learned,", lines)
         return norm
 
     def _diverged(self, what: str, lines: tuple[str, ...]) -> Diverged:
-        """With the step, the rows of `lines` and the newest checkpoint: all before this step is good."""
+        """Return the error with the step, the rows of `lines` and the newest checkpoint, which is still good."""
         found = f"step {self.state.global_step + self.model.training}: {what} on {self._rows(lines)}"
         advice = "look at them with scripts/inspect_data.py, lower training.learning_rate"
         good = saved(Path(self.args.output_dir))
-        goes_on = f"; --resume-changed then goes on from {good[-1].name}, the last good checkpoint" if good else ""
+        goes_on = f"; --resume-changed then resumes from {good[-1].name}, the last good checkpoint" if good else ""
         return Diverged(found, f"{advice}{goes_on}")
 
     def _rows(self, lines: tuple[str, ...]) -> str:
@@ -107,7 +108,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return f"rows {listed(lines, 8)}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As transformers', which for each micro-batch counts all parameters anew."""
+        """As transformers', which counts all parameters again for each micro-batch."""
         tokens = int(inputs["input_ids"].numel())
         self._flos_a_token = self._flos_a_token or super().floating_point_ops(inputs) // tokens
         return self._flos_a_token * tokens
@@ -120,7 +121,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss a supervised token over all rows, so that it does not depend on the batch size."""
+        """Compute the mean loss per supervised token over all rows, independent of the batch size."""
         self.model.eval()
         loss_sum, token_count, rows = 0.0, 0, 0
         for inputs in dataloader:
@@ -134,8 +135,8 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
-        # An evaluation changes nothing that is saved with its step, random numbers included. So where a signal cuts it
-        # short, the step is saved with the evaluation due (control.should_evaluate), and a resume makes it first.
+        # An evaluation changes nothing that is saved with its step, random numbers included. If a signal interrupts it,
+        # the step is saved with the evaluation still due (control.should_evaluate), and a resume starts with it.
         due = self.control.should_evaluate
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -145,29 +146,29 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise
         if not due and self.state.global_step > 0:
-            self._determine_best_metric(metrics, trial)  # as after any evaluation but that before the first step
+            self._determine_best_metric(metrics, trial)  # as after any evaluation except the one before the first step
         return metrics
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.undo_step = keep_counted(self)  # here, where checkpoints are made: a new epoch draws random numbers first
+        self.undo_step = keep_counted(self)  # here, where checkpoints are saved: a new epoch draws random numbers first
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers would make one more step where the evaluation that was still due was the run's last.
+        # transformers would take one more step if the evaluation still due was the run's last.
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with speed and memory beside each training loss."""
+        """As TRL's, with speed and memory added to each training loss."""
         if self.progress is not None and "loss" in logs:
             speed = self.progress.lap(int(self._total_train_tokens))
             logs |= {"tokens_per_second": round(speed, 1), "memory_gib": round(peak_memory_gib(self.platform), 3)}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """results/export.py writes the card; TRL would write one into every checkpoint."""
+        """Do nothing: results/export.py writes the card, and TRL would write one into every checkpoint."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with room_for(Path(self.args.output_dir), 3 * adapter_bytes(self.model)):  # weights and AdamW's two moments
@@ -175,7 +176,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def platform(self) -> Platform:
-        """The row of the device that this trainer computes on."""
+        """The platform of this trainer's device."""
         return next(row for row in PLATFORMS.values() if row.device == self.args.device.type)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -188,7 +189,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         if checkpoint is None or not self.platform.random_state_apart:
             return
         path = Path(checkpoint) / DEVICE_RANDOM_STATE
-        if path.is_file():  # a checkpoint of another platform, which --resume-changed goes on from, has none
+        if path.is_file():  # --resume-changed may resume another platform's checkpoint, without one
             set_random_state(self.platform, load_file(path)["state"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -211,9 +212,9 @@ def make_trainer(
     sft: SFTConfig,
     checkpointed: int,
 ) -> Trainer:
-    """A Trainer whose adapter weights are still the fp32 values that `model` came with.
+    """Return a Trainer with the adapter weights of `model` still in fp32.
 
-    The first `checkpointed` of the decoder's layers are computed again in the backward pass.
+    The first `checkpointed` decoder layers recompute their activations in the backward pass.
     """
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -231,13 +232,13 @@ def make_trainer(
     trainer.add_callback(trainer.checkpointing)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = weights[name]  # TRL casts them to bf16, a resume would bring fp32: the losses would part
+            parameter.data = weights[name]  # TRL casts to bf16, a resume loads fp32: losses would differ
     return trainer
 
 
 @dataclass(frozen=True)
 class Watchers:
-    """The callbacks of a training: what is kept of it, what ends it, what it shows, and what it is asked."""
+    """The callbacks of a run: checkpoints, stopping, progress, sample answers."""
 
     keeper: Keeper
     stopper: Stopper
@@ -246,21 +247,21 @@ class Watchers:
     copier: Copier | None = None
 
     def in_order(self) -> list[TrainerCallback]:
-        """The sampler comes after the best adapter is kept, and its time counts as that of the evaluation."""
+        """Return the callbacks; the sampler comes after the best adapter is kept, and its time counts as evaluation."""
         callbacks = (self.keeper, self.copier, self.sampler, self.stopper.budget, self.stopper, self.progress)
         return [callback for callback in callbacks if callback is not None]
 
     def final_samples(self, model: PeftModel, outcome: Outcome) -> Samples:
-        """What the model as it is exported answers."""
+        """Return the sample answers of the final model."""
         return [] if self.sampler is None else self.sampler.finish(model, outcome.best_step, outcome.eval_loss)
 
 
 def train(
     trainer: Trainer, training: TrainingConfig, watchers: Watchers, steps: int, checkpoint: Path | None
 ) -> Outcome:
-    """Run to the end, from `checkpoint` where there is one; the best adapter is left in the model if so configured.
+    """Train to the end, from `checkpoint` if there is one, and leave the best adapter in the model if so configured.
 
-    `steps` is how many the plan counts. Raises Stopped after a signal or at the end of a time budget, and Diverged.
+    `steps` is the total from the plan. Raises Stopped after a signal or at the end of the time budget, and Diverged.
     """
     keeper, stopper, progress = watchers.keeper, watchers.stopper, watchers.progress
     sums = Sums(trainer, progress)
@@ -294,7 +295,7 @@ def train(
 
 
 def is_over(training: TrainingConfig, steps: int, checkpoint: Path) -> bool:
-    """Whether the run had reached its end at `checkpoint`: its last step, evaluated, or the end of its patience."""
+    """Whether training is over at `checkpoint`: the last step is evaluated, or early stopping applies."""
     state = _state(checkpoint)
     if _evaluation_due(state):
         return False
@@ -302,7 +303,7 @@ def is_over(training: TrainingConfig, steps: int, checkpoint: Path) -> bool:
 
 
 def evaluates_first(checkpoint: Path | None) -> bool:
-    """Whether an evaluation comes before any step: at a run's start, and where a signal cut short the last one."""
+    """Whether to evaluate before any step: at a run's start, and if a signal interrupted the last evaluation."""
     return checkpoint is None or _evaluation_due(_state(checkpoint))
 
 
@@ -319,7 +320,7 @@ def _patience_used(state: TrainerState) -> int:
 
 
 def _recall(trainer: Trainer, stopping: EarlyStoppingCallback, keeper: Keeper, sums: Sums, checkpoint: Path) -> None:
-    """Give the callbacks what they knew at `checkpoint`."""
+    """Restore the callbacks' state at `checkpoint`."""
     state = _state(checkpoint)
     keeper.eval_losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     stopping.early_stopping_patience_counter = _patience_used(state)
@@ -332,7 +333,7 @@ def _load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _mean_loss(log_history: list[dict[str, float]]) -> float:
-    """Mean over all steps; each entry is the mean since the one before."""
+    """Return the mean over all steps; each entry is the mean since the previous one."""
     total, last = 0.0, 0.0
     for entry in log_history:
         if "loss" in entry:

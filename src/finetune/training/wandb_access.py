@@ -1,4 +1,4 @@
-"""Whether wandb can log online, known before it is started: it would ask a question that nobody answers."""
+"""Checks whether wandb can log online before it starts, because it would otherwise wait at a prompt."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
 
 
 def wandb_offline_reason() -> str | None:
-    """Why wandb cannot log online, or None. wandb itself is not asked: it would read WANDB_MODE before it is set."""
-    from urllib.request import getproxies, proxy_bypass  # slow to import, and `--help` asks nobody
+    """Return why wandb cannot log online, or None. Does not import wandb, which would read WANDB_MODE too early."""
+    from urllib.request import getproxies, proxy_bypass  # slow to import, and `--help` does not need it
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
@@ -39,14 +39,14 @@ def wandb_offline_reason() -> str | None:
 
 
 def _key_from_file() -> None:
-    """Take the key from the file that WANDB_API_KEY_FILE names, as a container is given its secrets."""
+    """Set the key from the file in WANDB_API_KEY_FILE, where a container has its secrets."""
     file = os.environ.get(KEY_FILE)
     if file and not os.environ.get("WANDB_API_KEY") and (key := Path(file).read_text(encoding="utf-8").strip()):
         os.environ["WANDB_API_KEY"] = key
 
 
 def _in_netrc(host: str) -> bool:
-    """Whether `wandb login` has left a key for `host`."""
+    """Whether `wandb login` has stored a key for `host`."""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
@@ -54,9 +54,9 @@ def _in_netrc(host: str) -> bool:
 
 
 def wandb_sync(run: Path | str, online: str | None = None) -> str:
-    """What sends the offline runs of wandb in a run's folder, or the one that began `online` and was not sent whole.
+    """Return the command that uploads a run folder's offline wandb runs, or the incomplete one in folder `online`.
 
-    On a Docker host there is no wandb but the image's.
+    A Docker host has only the image's wandb.
     """
     wandb = advice("wandb", 'docker compose run --rm --env WANDB_API_KEY --entrypoint "as-owner wandb" demo')
     return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"
