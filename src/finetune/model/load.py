@@ -115,14 +115,18 @@ def _options(model: ModelConfig, quantised: str) -> dict[str, Any]:
     }
 
 
-def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
-    """Load the base from its original weights, quantizing each on `device` as it is read."""
-    nf4 = BitsAndBytesConfig(
+def nf4_config(quantization: QuantizationConfig) -> BitsAndBytesConfig:
+    """Convert `quantization` to transformers' form."""
+    return BitsAndBytesConfig(
         load_in_4bit=quantization.load_in_4bit,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
     )
+
+
+def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
+    """Load the base from its original weights, quantizing each on `device` as it is read."""
     here = is_local(model.name) or is_cached(model.name, model.revision)
     try:
         with layers_reported(model.name, report):
@@ -132,7 +136,7 @@ def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str
                 local_files_only=here,  # else an unreachable Hub is tried six times per optional file
                 adapter_kwargs={"local_files_only": here},  # for adapter_config.json, which it looks for first
                 tqdm_class=download_bar(model.name, report),
-                quantization_config=nf4,
+                quantization_config=nf4_config(quantization),
                 **_options(model, device),
             )
     except OSError as error:

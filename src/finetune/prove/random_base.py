@@ -7,13 +7,13 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from finetune.config.schema import Config
 from finetune.machine.platforms import Platform
 from finetune.model import attention
-from finetune.model.load import expand
+from finetune.model.load import expand, nf4_config
 from finetune.model.verify import verify_base
 from finetune.plan.model_shape import Geometry
 
@@ -24,7 +24,7 @@ def make_base(config: Config, geometry: Geometry, platform: Platform) -> PreTrai
     """Return a frozen base like model/load.py's load_base, with random weights that are the same on every call."""
     attention.register()
     dtype = getattr(torch, config.model.dtype)
-    quantizer = AutoHfQuantizer.from_config(_nf4(config))
+    quantizer = AutoHfQuantizer.from_config(nf4_config(config.quantization))
     shape = _shape(geometry, attn_implementation=config.model.attn_implementation)
     with torch.device("meta"):
         base = MistralForCausalLM(shape).to(dtype)
@@ -53,16 +53,6 @@ def save_base(folder: Path, geometry: Geometry) -> None:
 
 def _shape(geometry: Geometry, **more: Any) -> MistralConfig:
     return MistralConfig(**vars(geometry), max_position_embeddings=32768, sliding_window=None, **more)
-
-
-def _nf4(config: Config) -> BitsAndBytesConfig:
-    quantization = config.quantization
-    return BitsAndBytesConfig(
-        load_in_4bit=quantization.load_in_4bit,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, quantization.bnb_4bit_compute_dtype),
-    )
 
 
 def _random(parameter: Any, number: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -249,19 +248,14 @@ def held_out(model: Any, prepared: Prepared, indices: list[int]) -> HeldOut:
     """Compute HeldOut of validation rows, one row at a time and without padding, to keep few logits in memory."""
     end = prepared.chat.token_id(prepared.chat.format.end)
     supervised, ends = [], []
-    for input_ids, labels in _examples(prepared.validation, indices):
+    for index in indices:
+        _, input_ids, labels = prepared.validation.row(index)
         wanted = torch.from_numpy(labels[1:].astype(np.int64)).to(model.device)
         losses = torch.nn.functional.cross_entropy(_logits(model, input_ids)[:-1], wanted, reduction="none")
         supervised.append(losses[wanted != IGNORED].cpu())
         ends.append(losses[wanted == end].cpu())
     of_ends = torch.cat(ends).double()
     return HeldOut(float(torch.cat(supervised).double().mean()), float(of_ends.mean()) if len(of_ends) else None)
-
-
-def _examples(rows: Rows, indices: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for index in indices:
-        _, input_ids, labels = rows.row(index)
-        yield input_ids, labels
 
 
 def _logits(model: Any, input_ids: np.ndarray) -> torch.Tensor:

@@ -184,7 +184,9 @@ class Stage:
             try:
                 read_seal(folder)
             except (ValueError, OSError) as error:
-                raise CheckFailed(f"rehearsal: a checkpoint saved in {self._disk} is damaged: {error}") from None
+                raise CheckFailed(
+                    f"rehearsal: a checkpoint saved in {self.job.run.folder.parent} is damaged: {error}"
+                ) from None
             trainer = self.trainer(STEPS)
             trainer.train(resume_from_checkpoint=str(folder))
             loaded = _trained(trainer.model, trainer.optimizer, trainer.lr_scheduler)
@@ -213,10 +215,6 @@ class Stage:
         sft = training_arguments(trial.training, self.job.run, self.job.platform, evaluate_first=False)
         sft.train_sampling_strategy = "sequential"
         return sft
-
-    @property
-    def _disk(self) -> Path:
-        return self.job.run.folder.parent
 
 
 def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]:

@@ -96,16 +96,12 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _diverged(self, what: str, lines: tuple[str, ...]) -> Diverged:
         """Return the error with the step, the rows of `lines` and the newest checkpoint, which is still good."""
-        found = f"step {self.state.global_step + self.model.training}: {what} on {self._rows(lines)}"
+        rows = f"rows {listed(lines, 8)}" if self.model.training else "the validation rows"
+        found = f"step {self.state.global_step + self.model.training}: {what} on {rows}"
         advice = "look at them with scripts/inspect_data.py, lower training.learning_rate"
         good = saved(Path(self.args.output_dir))
         goes_on = f"; --resume-changed then resumes from {good[-1].name}, the last good checkpoint" if good else ""
         return Diverged(found, f"{advice}{goes_on}")
-
-    def _rows(self, lines: tuple[str, ...]) -> str:
-        if not self.model.training:
-            return "the validation rows"
-        return f"rows {listed(lines, 8)}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As transformers', which counts all parameters again for each micro-batch."""
