@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser = cli.plain_parser(__doc__ or "")
     parser.add_argument("source", metavar="IN", help="a file, a folder, or a data set of the Hub (owner/name)")
     parser.add_argument("output", metavar="OUT", type=Path, help="the chat JSONL to write; never one that is there")
-    parser.add_argument("--merge-turns", action="store_true", help="join turns of one role in a row by a blank line")
+    parser.add_argument("--merge-turns", action="store_true", help="join consecutive turns of one role by a blank line")
     parser.add_argument("--system", metavar="TEXT", help="the system message of rows that have none")
     text = "our keys and the data's, as prompt=Q,completion=A"
     parser.add_argument("--columns", metavar="A=B,...", default="", help=text)

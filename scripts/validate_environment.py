@@ -1,4 +1,4 @@
-"""Every check that can be made before a training, on this machine, for one config: what was found and what to type."""
+"""Run every check possible before training, on this machine, for one config: what was found and what to type."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ GPU = ("gpu", "mac", "device")
 
 
 def print_header(title: str) -> None:
-    """A title over the checks that follow."""
+    """Print a title above the checks that follow."""
     Terminal().header(title)
 
 
 def print_check(result: Result) -> None:
-    """One check's result, with what to type where something is wrong."""
+    """Print one check's result, with the fix if something is wrong."""
     show_result(Terminal(), result)
 
 
 def check_imports_remote() -> bool:
-    """Whether the H100's libraries are here and work: versions, imports, CUDA 12.1 or newer, flash-attn."""
+    """Whether the H100's libraries are installed and work: versions, imports, CUDA 12.1 or newer, flash-attn."""
     return _shown("H100 libraries", "h100", REMOTE)
 
 
 def check_imports_m4() -> bool:
-    """Whether the Mac's libraries are here and work: versions, imports, an MPS that PyTorch can use, QLoRA on it."""
+    """Whether the Mac's libraries are installed and work: versions, imports, MPS in PyTorch, QLoRA on it."""
     return _shown("M4 libraries", "m4", M4)
 
 
@@ -64,10 +64,10 @@ def _shown(title: str, platform: str, only: Iterable[str]) -> bool:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: what this machine is")
+    parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: this machine's")
     cli.add_ids(parser, "--only", "only these checks, by id or group (gpu means each gpu.*)")
-    cli.add_ids(parser, "--skip", "all but these")
-    parser.add_argument("--list", action="store_true", help="name every check and what it looks at, check nothing")
+    cli.add_ids(parser, "--skip", "all checks except these")
+    parser.add_argument("--list", action="store_true", help="list every check with its description and run none")
     deep = "also load the model, rehearse the largest batches, and print a block to paste into an issue"
     parser.add_argument("--deep", action="store_true", help=deep)
     parser.add_argument("--strict", action="store_true", help="a warning counts as a failure")
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def read_receipt(path: Path) -> None:
-    """Raise ConfigError now, not after all other checks, where the file is no receipt."""
+    """Raise ConfigError now, not after all other checks, if the file is not a receipt."""
     from finetune.runs.receipt import read
 
     read(path)
@@ -125,28 +125,29 @@ def list_checks(terminal: Terminal, as_json: bool) -> None:
 
 
 def describe(check: Check) -> dict[str, Any]:
-    """A row of the registry as JSON has it."""
+    """A check as `--list --json` prints it."""
     names = ("id", "looks_at", "platforms", "needs", "level", "network", "deep")
     return {name: getattr(check, name) for name in names}
 
 
 def what_follows(results: list[Result], options: argparse.Namespace) -> str:
-    """The last line's second half: what to type next."""
+    """The end of the last line: what to type next."""
     given = "".join(f" {flag} {shlex.quote(text)}" for flag, text in arguments_given(options))
     bad = [result.id for result in results if result.status == "fail" or (options.strict and result.status == "warn")]
     if bad:
         given += f" --receipt {shlex.quote(str(options.receipt))}" if options.receipt else ""
-        return f"mend what is marked, then: {command('scripts/validate_environment.py')}{given} --only {','.join(bad)}"
+        again = f"{command('scripts/validate_environment.py')}{given} --only {','.join(bad)}"
+        return f"fix the failed checks, then run: {again}"
     return f"next: {command('src/train.py')}{given}"
 
 
 def arguments_given(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The arguments that choose the config, as they were typed."""
+    """The arguments that select the config, as typed."""
     return [("--config", options.config)] * bool(options.config) + [("--set", setting) for setting in options.set]
 
 
 def document(results: list[Result], code: int, preflight: Preflight) -> dict[str, Any]:
-    """`--json`."""
+    """What `--json` prints."""
     found = {name: installed(name) for name in IMPORTED}
     versions = {name: None if version is None else str(version) for name, version in found.items()}
     environment = {"machine": dataclasses.asdict(preflight.machine), "versions": versions}

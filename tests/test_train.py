@@ -396,7 +396,7 @@ def test_a_check_that_does_not_exist_cannot_be_left_out(finished: Finished, tmp_
     text = "config: 1 problem\n  --skip rehersal: no such check; did you mean rehearsal?\n"
     assert (done.returncode, done.stderr) == (
         2,
-        f"{text}{PYTHON} scripts/validate_environment.py --list names them all\n",
+        f"{text}{PYTHON} scripts/validate_environment.py --list lists them all\n",
     )
     assert not command.output.exists()
 
@@ -591,7 +591,7 @@ def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Fin
         "checks: 1 failed\n"
         f"  model.files: {base}: model.safetensors is missing\n"
         "    copy the folder again, or --set model.name=mistralai/Mistral-7B-Instruct-v0.2\n"
-        "mend that, or leave it out: --skip model.files\n"
+        "fix it, or skip it with --skip model.files\n"
     )
     assert names(tmp_path / "output") == [".cache"]
 

@@ -29,7 +29,7 @@ need_apple_silicon() {  # exit 2 and what to do on anything but macOS 14 or late
     fail "macOS $version, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart" 2
   fi
   if [[ ${version%%.*} -lt 15 ]]; then
-    warn "macOS $version; macOS 15 or later is asked for; type: softwareupdate --install --all --restart"
+    warn "macOS $version; macOS 15 or later is expected; type: softwareupdate --install --all --restart"
   fi
 }
 

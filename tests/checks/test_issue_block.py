@@ -16,7 +16,7 @@ RESULTS = [
     Result("host.user", "pass", "mia, HOME /Users/mia", "", 0.0),
     Result("model.files", "fail", f"{ROOT}/models/base: one\n  /Volumes/mia/two is missing", "copy it", 0.0),
     Result("model.access", "pass", "https://mia:pass-of-mia@hub.example gives it", "", 0.0),
-    Result("data.preview", "pass", "loss on what stands in >><<: my secret diary", "", 0.0),
+    Result("data.preview", "pass", "loss on the text in >><<: my secret diary", "", 0.0),
     Result("state.run", "warn", "pid 47 on mias-mac.local", "kill 47", 0.0),
     Result("receipt", "skip", "k-of-wandb \033[31m", "", 0.0),
     Result("rehearsal", "pass", "peak 17.1 of 20.5 GiB, 910.2 s a step, 7.6 h for 30 steps", "", 0.0),

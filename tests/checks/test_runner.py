@@ -75,7 +75,7 @@ def test_a_check_that_was_not_chosen_stops_nothing() -> None:
     ],
 )
 def test_a_crash_is_one_finding_and_the_rest_goes_on(error: Exception, detail: str) -> None:
-    fix = "report it; --skip a goes on without it"
+    fix = "report this bug; --skip a runs without the check"
     assert told(check("a", error), check("b")) == [("a", "fail", detail, fix), ("b", "pass", "fine", "")]
     assert told(check("a", error, level="warn")) == [("a", "warn", detail, fix)]
     assert told(check("a", error, network=True)) == [("a", "fail", detail, fix)]
@@ -89,8 +89,8 @@ def test_a_crash_is_one_finding_and_the_rest_goes_on(error: Exception, detail: s
         (OutOfResource("5 h; what fits:", "--set a=1\n  --set b=2", "\n  "), "5 h; what fits:", "--set a=1\n--set b=2",
             6),
         (ConfigError("a.jsonl: not there", fix="put it there"), "a.jsonl: not there", "put it there", 2),
-        (ConfigError("x: 1; y", "z: 2", fix="--fresh starts anew"), "x: 1; y\nz: 2", "--fresh starts anew", 2),
-        (ConfigError("x: is 1", "z: is 2"), "x: is 1\nz: is 2", "mend that, or set another value with --set", 2),
+        (ConfigError("x: 1; y", "z: 2", fix="--fresh restarts"), "x: 1; y\nz: 2", "--fresh restarts", 2),
+        (ConfigError("x: is 1", "z: is 2"), "x: is 1\nz: is 2", "fix it, or set another value with --set", 2),
     ],
 )  # fmt: skip
 def test_a_user_error_is_a_finding_with_its_fix_as_what_to_type(
@@ -202,12 +202,12 @@ def test_a_check_is_named_by_id_or_by_group() -> None:
             ("--only gpu.drivr: no such check; did you mean gpu.driver?",
             "--only hosts: no such check; did you mean host?")),
         (lambda: ids("cpu", skip=[""]), ("--skip : no such check",)),
-        (lambda: ids("cpu", only=["gpu"]), ("no check is left to make on cpu",)),
-        (lambda: ids("cpu", only=["data"], skip=["data"]), ("no check is left to make on cpu",)),
+        (lambda: ids("cpu", only=["gpu"]), ("no check is left to run on cpu",)),
+        (lambda: ids("cpu", only=["data"], skip=["data"]), ("no check is left to run on cpu",)),
     ],
 )  # fmt: skip
 def test_a_name_that_means_no_check_is_refused(call: Callable[[], object], problems: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as failure:
         call()
     assert failure.value.problems == problems
-    assert str(failure.value).splitlines()[-1] == f"{PYTHON} scripts/validate_environment.py --list names them all"
+    assert str(failure.value).splitlines()[-1] == f"{PYTHON} scripts/validate_environment.py --list lists them all"

@@ -159,7 +159,7 @@ def test_rows_that_differ_in_weights_only_are_copies_of_which_the_first_with_los
     counts = prepared.statistics["train"]
     assert (lines(prepared.train), counts.dropped_duplicates, counts.dropped_without_loss) == ([2, 4], 1, 1)
     write(case.validation, weighted(TWO_TURNS, 1, 0))
-    assert case.failure(DataError).startswith("data: 1 row stands in train and validation both, the first: ")
+    assert case.failure(DataError).startswith("data: 1 row is in both train and validation, the first: ")
 
 
 def test_without_truncation_a_long_row_is_a_bad_row(case: Case) -> None:
@@ -500,7 +500,7 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(monkeypatch: pytest.M
     with pytest.raises(OutOfResource) as failure:
         list(encode.encode_batches(iter([[(1, b"{}")]]), RECIPE, 2))
     assert str(failure.value) == (
-        "a process that encodes rows was killed, probably for want of memory; free some and try again"
+        "a process that encodes rows was killed, probably out of memory; free some memory and try again"
     )
 
 

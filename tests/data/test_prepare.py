@@ -364,7 +364,7 @@ def test_rows_without_loss_are_a_data_error_that_says_so(case: Case) -> None:
     write(case.validation, SHORT)
     assert case.failure(DataError) == (
         f"data: {case.train} leaves no row to train on (in 2 no turn carries loss); "
-        "take weight 0 off the answers to be learnt"
+        "remove weight 0 from the answers to train on"
     )
 
 
@@ -534,7 +534,7 @@ def test_bad_rows_of_all_files_are_listed_with_their_file(several: Case) -> None
 def test_a_row_of_a_second_file_that_is_held_out_is_refused_with_both_places(several: Case) -> None:
     write(several.validation, numbered(1, start=203)[0])
     assert several.failure(DataError, **named(several, "a.jsonl", "b.jsonl")) == (
-        f"data: 1 row stands in train and validation both, the first: {several.folder}/b.jsonl:4 is "
+        f"data: 1 row is in both train and validation, the first: {several.folder}/b.jsonl:4 is "
         f"{several.validation}:1; remove them from one"
     )
 

@@ -76,7 +76,7 @@ class Copy:
         shutil.copytree(self.source, self.run.checkpoints)
 
     def found(self, damaged: Path) -> tuple[str | None, list[str]]:
-        """The checkpoint that a start would go on from, and what it says first; then all is made whole again."""
+        """The checkpoint that a start would resume from, and what it says first; then all is made whole again."""
         said = io.StringIO()
         try:
             decision = decide(self.run.checkpoints, self.fingerprint)

@@ -348,7 +348,7 @@ def in_an_image(expression: str) -> str:
 @pytest.mark.parametrize(
     ("expression", "wanted"),
     [
-        ("LIST", "docker compose run --rm validate --list names them all"),
+        ("LIST", "docker compose run --rm validate --list lists them all"),
         ("cli.command('src/train.py')", "docker compose run --rm train-h100"),
         ("cli.command('scripts/make_demo_model.py')", "docker compose run --rm demo"),
         (

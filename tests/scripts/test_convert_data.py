@@ -45,7 +45,7 @@ def test_it_says_what_it_recognised_changed_and_dropped_and_ends_with_the_dry_ru
         f"recognised: {FILES / 'sharegpt.json'} is a JSON array\n"
         "          4  ShareGPT (conversations/from/value)\n"
         "changed\n"
-        "          1  last message left out: nothing answers it: row 2\n"
+        "          1  last message dropped: it has no answer: row 2\n"
         "          1  system prompt became the system message: row 4\n"
         "keys that were not read\n"
         "          3  id: rows 1, 2, 4\n"

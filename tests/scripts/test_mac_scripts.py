@@ -198,7 +198,7 @@ def test_a_machine_that_cannot_train_is_exit_2_with_what_to_do(
     assert not (place.folder / ".venv").exists()
 
 
-OLD = "macOS 14.0; macOS 15 or later is asked for; type: softwareupdate --install --all --restart\n"
+OLD = "macOS 14.0; macOS 15 or later is expected; type: softwareupdate --install --all --restart\n"
 
 
 @pytest.mark.parametrize(("version", "said"), [("14.0", OLD), ("15.0", ""), ("26.1", "")])

@@ -152,7 +152,7 @@ def test_a_bad_row_is_4_with_its_line_and_the_command_to_look_again(
         f'{" " * 35}{conversations}:41: "messages" is an empty list, wanted a list of messages',
         "                                 -> Fix them, or leave them out with --set dataset.on_bad_row=drop",
         "  skip  data.labels              needs data.rows",
-        "0 passed, 0 warnings, 1 failed, 1 skipped; mend what is marked, then: "
+        "0 passed, 0 warnings, 1 failed, 1 skipped; fix the failed checks, then run: "
         f"{PYTHON} scripts/validate_environment.py "
         f"{' '.join(case)} --only data.rows",
     ]
@@ -182,7 +182,7 @@ def test_a_warning_fails_only_with_strict(validate: Command) -> None:
     assert last == f"0 passed, 1 warning, 0 failed, 0 skipped; next: {PYTHON} src/train.py --config h100"
     done = validate("--config", "h100", "--only", "host.user", "--strict", "--json", HOME="/dev/null/trainer")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (3, "fail")
-    again = f"mend what is marked, then: {PYTHON} scripts/validate_environment.py --config h100 --only host.user"
+    again = f"fix the failed checks, then run: {PYTHON} scripts/validate_environment.py --config h100 --only host.user"
     assert done.stderr.splitlines()[-1] == f"0 passed, 1 warning, 0 failed, 0 skipped; {again}"
 
 
@@ -221,12 +221,12 @@ def test_list_is_also_json(validate: Command) -> None:
         (
             ["--only", "gpu.drivr"],
             "config: 1 problem\n  --only gpu.drivr: no such check; did you mean gpu.driver?\n"
-            f"{PYTHON} scripts/validate_environment.py --list names them all\n",
+            f"{PYTHON} scripts/validate_environment.py --list lists them all\n",
         ),
         (
             ["--skip", "gpu", "--skip", "modl", "--set", "training.learning_rte=1"],  # told first
             "config: 1 problem\n  --skip modl: no such check; did you mean model?\n"
-            f"{PYTHON} scripts/validate_environment.py --list names them all\n",
+            f"{PYTHON} scripts/validate_environment.py --list lists them all\n",
         ),
         (
             ["--set", "training.learning_rte=1"],

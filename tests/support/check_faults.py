@@ -297,7 +297,7 @@ SYNC = "wandb sync adapters/RUN/wandb/offline-run-* sends it later"
 FILES = "TensorBoard files and metrics.jsonl are written"
 APART = "30 to train on, 10 held out (no validation file: 25% of the rows, chosen by content, are held out)"
 NEW_HOME = "export USER=trainer HOME=/tmp/trainer; mkdir -p $HOME"
-CLOCK = "1970-01-01 00:04 UTC, before this program was made (2026-11): certificates of web servers look invalid"
+CLOCK = "1970-01-01 00:04 UTC, earlier than this program's release (2026-11): web certificates look invalid"
 APPLE = "the m4 config needs Apple silicon"
 LESS = "--set training.per_device_train_batch_size=8 --set training.gradient_accumulation_steps=8"
 
@@ -322,7 +322,7 @@ FAULTS = (
           fail("host.system", "macOS 13.6.1 on arm64; PyTorch's bfloat16 needs macOS 14",
                "softwareupdate --install --all --restart")),
     fault("macOS 14", "m4", lambda b: b.has(release="14.6.1"),
-          warn("host.system", "macOS 14.6.1 on arm64; macOS 15 or later is asked for",
+          warn("host.system", "macOS 14.6.1 on arm64; macOS 15 or later is expected",
                "softwareupdate --install --all --restart")),
     fault("Linux trains with the Mac's config", "m4", lambda b: b.has(LINUX),
           fail("host.system", f"Linux 6.8.0-45-generic on x86_64; {APPLE}",
@@ -342,19 +342,19 @@ FAULTS = (
           warn("host.memory", "12.0 GiB of memory, 9.5 free; loading the base is expected to need 16",
                "rent a machine with more memory")),
     fault("a user id without a name", "h100", nameless_user,
-          fail("host.user", "user id 1234 has no name here, and torch's caches ask for one", NEW_HOME)),
+          fail("host.user", "user id 1234 has no user name, which torch's caches need", NEW_HOME)),
     fault("a HOME that is not there", "cpu", lambda b: b.patch.setenv("HOME", "/dev/null/trainer"),
-          warn("host.user", "trainer, whose HOME /dev/null/trainer cannot be written", NEW_HOME)),
-    fault("the clock stands at 1970 on Linux", "h100", clock_of_1970,
+          warn("host.user", "trainer, HOME /dev/null/trainer is not writable", NEW_HOME)),
+    fault("the clock is at 1970 on Linux", "h100", clock_of_1970,
           fail("host.clock", CLOCK, "sudo timedatectl set-ntp true")),
-    fault("the clock stands at 1970 on a Mac", "m4", clock_of_1970,
+    fault("the clock is at 1970 on a Mac", "m4", clock_of_1970,
           fail("host.clock", CLOCK, "sudo sntp -sS time.apple.com")),
     fault("Docker's small /dev/shm", "h100", lambda b: b.has(shm_gib=0.0625),
           warn("container.shm", "64 MiB of /dev/shm, wanted 256",
                "docker run --shm-size=1g, or shm_size: 1gb in compose.yaml")),
     fault("no init in the container", "h100", lambda b: b.has(process_1=True),
           warn("container.init",
-               "this program is process 1, which must collect dead processes and gets no default signals",
+               "this program is process 1, which must reap child processes and has no default signal handlers",
                "docker run --init, or init: true in compose.yaml")),
 
     # Libraries
@@ -389,12 +389,12 @@ FAULTS = (
           lambda b: change_json(b.own_base() / "config.json", architectures=["LlamaForCausalLM"]),
           fail("model.geometry",
                "model.name: /bench/base/config.json is a ['LlamaForCausalLM'], wanted ['MistralForCausalLM']",
-               "mend that, or set another value with --set")),
+               "fix it, or set another value with --set")),
     fault("a config.json that is not JSON", "cpu", lambda b: (b.own_base() / "config.json").write_text("{"),
           fail("model.geometry",
                "model.name: /bench/base/config.json is not JSON: Expecting property name enclosed in double "
                "quotes: line 1 column 2 (char 1)",
-               "mend that, or set another value with --set")),
+               "fix it, or set another value with --set")),
     fault("fewer words in the model than in its tokenizer", "cpu",
           lambda b: change_json(b.own_base() / "config.json", vocab_size=1000),
           fail("model.geometry", "the tokenizer has 32,000 tokens, the model 1,000",
@@ -410,7 +410,7 @@ FAULTS = (
           fail("model.geometry",
                "model.name: /bench/base/tokenizer.json is not Mistral-7B-Instruct-v0.2's tokenizer: 1 tokens, "
                "wanted 32000",
-               "mend that, or set another value with --set")),
+               "fix it, or set another value with --set")),
     fault("nothing where the adapter to begin with should be", "cpu", lambda b: b.set("lora.init_from=/bench/none"),
           fail("model.adapter",
                "lora.init_from: /bench/none is not a complete PEFT adapter: /bench/none/adapter_config.json: "
@@ -708,7 +708,7 @@ FAULTS = (
     fault("bad rows that are left out", "cpu",
           lambda b: (b.write_rows(*conversations(), more="{\n[]"), b.set("dataset.on_bad_row=drop")),
           warn("data.rows",
-               f"{APART}; 2 bad rows left out:\n  /bench/train.jsonl:41: not JSON: Expecting property name enclosed in "
+               f"{APART}; 2 bad rows dropped:\n  /bench/train.jsonl:41: not JSON: Expecting property name enclosed in "
                "double quotes at column 2\n  /bench/train.jsonl:42: found an empty list, wanted an object "
                "{\"messages\": [...]}", "--set dataset.on_bad_row=fail lists them")),
     fault("more bad rows than are left out", "cpu",
@@ -726,8 +726,8 @@ FAULTS = (
           exit_code=4),
     fault("keys that are not read, and a system prompt outside of the messages", "cpu",
           lambda b: b.write_rows(*conversations(), more='{"id": 7, "system": "Be short.", ' + ROW[1:]),
-          warn("data.keys", "system became the system message of 1 row; keys that are not read: 'id' in 1 row",
-               "nothing, if that is meant; only what is in messages is learnt")),
+          warn("data.keys", "system became the system message of 1 row; ignored keys: 'id' in 1 row",
+               "nothing, if intended; training reads only messages")),
     fault("no data", "h100", lambda b: b.train_file.unlink(),
           fail("data.rows", "/bench/train.jsonl: No such file or directory",
                "put your JSONL there, or try with --set dataset.train_file=data/sample/train.jsonl"), exit_code=2),
@@ -736,9 +736,9 @@ FAULTS = (
           fail("data.rows", "data: /bench/train.jsonl leaves no row for validation (8 to train on)",
                "all have the same system and first user message and stay together: name a dataset.validation_file"),
           exit_code=4),
-    fault("a row stands in train and validation both", "cpu", lambda b: b.write_validation(*conversations()[3:5]),
+    fault("a row is in both train and validation", "cpu", lambda b: b.write_validation(*conversations()[3:5]),
           fail("data.rows",
-               "data: 2 rows stand in train and validation both, the first: /bench/train.jsonl:4 is "
+               "data: 2 rows are in both train and validation, the first: /bench/train.jsonl:4 is "
                "/bench/val.jsonl:1",
                "remove them from one"), exit_code=4),
     fault("a row has other tokens than Mistral's", "m4",
@@ -755,42 +755,42 @@ FAULTS = (
                "--set model.max_seq_length=512 keeps 95 % whole, if memory allows")),
     fault("little of it carries loss", "cpu", long_prompts,
           warn("data.labels", "90 tokens carry loss (1.8%): what the assistant says, and its end",
-               "shorten the prompts, or put several questions on one document into one conversation")),
+               "shorten the prompts, or put several questions about one document into one conversation")),
     fault("little of it carries loss, since only last messages do", "cpu",
           lambda b: (long_answers(b), b.set("dataset.train_on=last")),
           warn("data.labels", "90 tokens carry loss (1.7%): the assistant's last message of each row, and its end",
-               "--set dataset.train_on=all, to learn from what the assistant says before as well")),
+               "--set dataset.train_on=all also trains on the earlier answers")),
     fault("a row of weight 0", "cpu",
           lambda b: b.write_rows(*conversations(), more=ROW.replace('"assistant"', '"assistant", "weight": 0')),
           warn("data.labels",
-               "574 tokens carry loss (54.9%): what the assistant says, and its end; 1 row left out, in which no turn "
+               "574 tokens carry loss (54.9%): what the assistant says, and its end; 1 row dropped because no turn "
                "carries loss",
-               "nothing, if that is meant; else take weight 0 off the answers to be learnt")),
+               "nothing, if intended; otherwise remove weight 0 from the answers to train on")),
     fault("copies", "cpu", lambda b: b.write_rows(*conversations(), conversations()[0]),
           warn("data.duplicates", "copies of other rows: 1 in train, the first on line 41",
-               "where they are not meant: --set dataset.on_duplicate=drop")),
-    fault("a row stands in two training files", "cpu",
+               "unless they are intended: --set dataset.on_duplicate=drop")),
+    fault("a row is in two training files", "cpu",
           lambda b: (shutil.copy(b.train_file, b.folder / "more.jsonl"),
                      b.set(f"dataset.train_file=[{b.train_file}, {b.folder}/more.jsonl]")),
           warn("data.duplicates", "copies of other rows: 30 in train, 10 in validation, the first /bench/more.jsonl:1",
-               "where they are not meant: --set dataset.on_duplicate=drop")),
+               "unless they are intended: --set dataset.on_duplicate=drop")),
     fault("validation rows differ from training rows in case only", "cpu",
           lambda b: b.write_validation(*shouted(conversations()[3:5])),
           warn("data.leakage",
-               "2 validation rows are training rows but for spaces and case; line 4 of /bench/train.jsonl is line "
-               "1 of /bench/val.jsonl",
-               "take them out of one of the two: eval_loss looks better than it is")),
+               "2 validation rows differ from training rows only in spaces and case; line 4 of /bench/train.jsonl "
+               "matches line 1 of /bench/val.jsonl",
+               "remove them from one of the two: they make eval_loss look better than it is")),
     fault("validation rows begin like training rows", "cpu",
           lambda b: b.write_validation(*answered_otherwise(conversations()[3:5])),
           warn("data.leakage",
-               "2 validation rows have a training row's system and first user message, as line 4 of /bench/train.jsonl "
-               "and line 1 of /bench/val.jsonl",
-               "take them out of one of the two: eval_loss looks better than it is")),
+               "2 validation rows have the system and first user message of a training row, for example line 4 of "
+               "/bench/train.jsonl and line 1 of /bench/val.jsonl",
+               "remove them from one of the two: they make eval_loss look better than it is")),
     fault("control tokens as text", "cpu",
           lambda b: b.write_rows(*conversations(), [("user", "Write </s>"), ("assistant", "Done.")]),
           warn("data.control_tokens",
-               "1 rows hold the template's own marks as literal text, the first /bench/train.jsonl:41",
-               f"{PYTHON} scripts/inspect_data.py /bench/train.jsonl --rows 41-41 shows how they are read")),
+               "the template's control tokens appear as text in 1 row, the first /bench/train.jsonl:41",
+               f"{PYTHON} scripts/inspect_data.py /bench/train.jsonl --rows 41-41 shows how they are encoded")),
 
     # The run
     fault("fewer steps than eval_steps", "cpu", lambda b: b.set("training.eval_steps=100", "training.save_steps=100"),
@@ -826,45 +826,45 @@ FAULTS = (
                "--fresh starts another run next to it")),
     fault("the newest checkpoint is damaged", "cpu", lambda b: (b.checkpoint(4), damage(b.checkpoint(8))),
           warn("state.run",
-               "would go on from checkpoint-4; checkpoint-8 is not whole (adapter_model.safetensors is not what "
+               "would resume from checkpoint-4; checkpoint-8 is damaged (adapter_model.safetensors is not what "
                "was saved (sha256 differs)) and would be set aside",
-               f"{PYTHON} src/train.py --fresh starts anew")),
+               f"{PYTHON} src/train.py --fresh starts a new run")),
     fault("no checkpoint is whole", "cpu", lambda b: damage(b.checkpoint(8)),
           fail("state.run",
-               "no checkpoint in /bench/adapters/demo-cpu/checkpoints is whole: checkpoint-8 is not whole "
+               "every checkpoint in /bench/adapters/demo-cpu/checkpoints is damaged: checkpoint-8 is not whole "
                "(adapter_model.safetensors is not what was saved (sha256 differs)) and would be set aside",
                f"{PYTHON} src/train.py --fresh")),
     fault("every checkpoint was set aside by the start before", "cpu",
           lambda b: set_aside(damage(b.checkpoint(8))),
           fail("state.run",
-               "no checkpoint in /bench/adapters/demo-cpu/checkpoints is whole: set aside before: "
+               "every checkpoint in /bench/adapters/demo-cpu/checkpoints is damaged: set aside before: "
                "damaged-checkpoint-8.1 (adapter_model.safetensors is not what was saved (sha256 differs))",
                f"{PYTHON} src/train.py --fresh")),
     fault("a checkpoint was set aside by a start before", "cpu",
           lambda b: (set_aside(damage(b.checkpoint(4))), b.checkpoint(8)),
           warn("state.run",
-               "would go on from checkpoint-8; set aside before: damaged-checkpoint-4.1 "
+               "would resume from checkpoint-8; set aside before: damaged-checkpoint-4.1 "
                "(adapter_model.safetensors is not what was saved (sha256 differs))",
-               f"{PYTHON} src/train.py --fresh starts anew")),
+               f"{PYTHON} src/train.py --fresh starts a new run")),
     fault("the best adapter is lost", "cpu",
           lambda b: (b.checkpoint(4), shutil.rmtree(b.checkpoint(8).with_name("best"))),
           warn("state.run",
-               "would go on from checkpoint-4; checkpoint-8 would be set aside: the best adapter, of step 8, is not "
-               "whole and would be made again",
-               f"{PYTHON} src/train.py --fresh starts anew")),
+               "would resume from checkpoint-4; checkpoint-8 would be set aside: the best adapter, of step 8, is lost "
+               "and would be trained again",
+               f"{PYTHON} src/train.py --fresh starts a new run")),
     fault("a checkpoint holds a pickle that would run code", "cpu",
           lambda b: (b.checkpoint(4), b.checkpoint(8, Path("a class, not a tensor"))),
           warn("state.run",
-               "would go on from checkpoint-4; checkpoint-8 is not whole (optimizer.pt holds more than tensors and "
+               "would resume from checkpoint-4; checkpoint-8 is damaged (optimizer.pt holds more than tensors and "
                "plain values) and would be set aside",
-               f"{PYTHON} src/train.py --fresh starts anew")),
+               f"{PYTHON} src/train.py --fresh starts a new run")),
     fault("the config changed since the checkpoint", "cpu", lambda b: (b.checkpoint(8), b.set("lora.r=8")),
-          fail("state.run", "would go on from checkpoint-8, but changed since: config.lora.r: 16 -> 8",
+          fail("state.run", "would resume from checkpoint-8, but changed since: config.lora.r: 16 -> 8",
                f"{PYTHON} src/train.py --fresh, or --resume-changed")),
     fault("a receipt of another training", "cpu", receipt_of_another_training,
           fail("receipt",
                "not the same training: training.learning_rate: 0.0002 -> 0.001; by design: model.max_seq_length: "
                "4096 -> 512",
-               "make data and config here what they were there")),
+               "use the same data and config as that run")),
 )
 # fmt: on

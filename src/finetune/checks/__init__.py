@@ -1,4 +1,4 @@
-"""Every check, in the order in which they are made, and which of them a command means."""
+"""The registry of checks, in the order they run, and the selection a command asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import ConfigError
 CHECKS: tuple[Check, ...] = (
     *host.CHECKS,
     *libraries.CHECKS,
-    *base_model.CHECKS,  # before what computes with the model's shape
+    *base_model.CHECKS,  # before the checks that need the model's shape
     *gpu.CHECKS,
     *mac.CHECKS,
     *device.CHECKS,
@@ -25,15 +25,15 @@ CHECKS: tuple[Check, ...] = (
     *plan.REHEARSAL,
 )
 
-LIST = f"{command('scripts/validate_environment.py')} --list names them all"
-# A training opens its run folder, finds its checkpoint and rehearses itself, so for it these are no checks.
+LIST = f"{command('scripts/validate_environment.py')} --list lists them all"
+# Training does these itself: it opens its run folder, finds its checkpoint and runs the rehearsal.
 TRAINING_DOES = ("state.run", "receipt", "rehearsal")
 
 
 def select(platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), deep: bool = False) -> tuple[Check, ...]:
-    """The checks of `platform`, or of those the ones named by id or group (`gpu` means each `gpu.*`).
+    """The checks of `platform`, filtered by id or group (`gpu` means every `gpu.*`).
 
-    Raises ConfigError for a name that is neither, and where none is left.
+    Raises ConfigError for an unknown name, and if no check is left.
     """
     only, skip = expand("--only", only), expand("--skip", skip)
     chosen = tuple(
@@ -45,12 +45,12 @@ def select(platform: str, only: Iterable[str] = (), skip: Iterable[str] = (), de
         and (deep or not check.deep or check.id in only)
     )
     if not chosen:
-        raise ConfigError(f"no check is left to make on {platform}", fix=LIST, between="\n")
+        raise ConfigError(f"no check is left to run on {platform}", fix=LIST, between="\n")
     return chosen
 
 
 def expand(flag: str, names: Iterable[str]) -> frozenset[str]:
-    """Ids, and the ids of each group, that `names` stand for. Raises ConfigError naming those that stand for none."""
+    """The check ids that `names`, ids or groups, refer to. Raises ConfigError listing unknown names."""
     names = tuple(names)
     known = [check.id for check in CHECKS]
     groups = {known_id.split(".")[0]: None for known_id in known}  # in order, each once

@@ -1,4 +1,4 @@
-"""The data: every row good, and what the rows are like."""
+"""Checks of the data: every row is valid, and lengths, labels, duplicates and leakage are as expected."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune.data.jsonl import SYSTEM_KEYS
 from finetune.files import quoted, shown
 from finetune.wording import counted, lines, listed
 
-MOST_CUT = 0.1  # share of the rows above which cutting or dropping is worth a second look
-LEAST_SUPERVISED = 0.05  # share of the tokens below which most of the hours go into prompts
+MOST_CUT = 0.1  # warn if more than this share of the rows is cut or dropped
+LEAST_SUPERVISED = 0.05  # warn below this share of tokens with loss: most of the time would go into prompts
 PREVIEW_WIDTH = 300
 LISTED_KEYS = 10
 LISTED_BAD = 5
@@ -28,12 +28,12 @@ def _rows(preflight: Preflight) -> Finding:
     train, validation = prepared.statistics["train"], prepared.statistics["validation"]
     found = f"{train.rows:,} to train on, {validation.rows:,} held out ({prepared.split_reason})"
     if train.repeated:
-        found += f"; {train.repeated:,} of those to train on are repeats, for the weight of their file"
+        found += f"; {train.repeated:,} of the training rows are repeats, by the weight of their file"
     if train.left_out:
-        found += f"; {counted(train.left_out, 'row')} left out, for the weight of their file"
+        found += f"; {counted(train.left_out, 'row')} left out by the weight of their file"
     bad = [f"{place.shown}: {text}" for it in (train, validation) for place, text in it.bad]
     if bad:
-        left_out = f"{found}; {counted(len(bad), 'bad row')} left out:\n{lines(bad, LISTED_BAD)}"
+        left_out = f"{found}; {counted(len(bad), 'bad row')} dropped:\n{lines(bad, LISTED_BAD)}"
         return warned(left_out, "--set dataset.on_bad_row=fail lists them")
     compared, rows = train.certified + validation.certified, train.encoded + validation.encoded
     if dataset.certificate and compared:
@@ -46,13 +46,13 @@ def _keys(preflight: Preflight) -> Finding:
     for it in preflight.prepared.statistics.values():
         counts.update(it.other_keys)
     if not counts:
-        return passed("no row has a key besides messages")
+        return passed("no row has keys other than messages")
     systems = {key: counts.pop(key) for key in SYSTEM_KEYS if key in counts}
     found = [f"{key} became the system message of {counted(count, 'row')}" for key, count in systems.items()]
     if counts:
         unread = [f"{key!a} in {counted(count, 'row')}" for key, count in counts.most_common()]
-        found.append(f"keys that are not read: {listed(unread, LISTED_KEYS)}")
-    return warned("; ".join(found), "nothing, if that is meant; only what is in messages is learnt")
+        found.append(f"ignored keys: {listed(unread, LISTED_KEYS)}")
+    return warned("; ".join(found), "nothing, if intended; training reads only messages")
 
 
 def _lengths(preflight: Preflight) -> Finding:
@@ -63,14 +63,14 @@ def _lengths(preflight: Preflight) -> Finding:
         f"all {train.longest:,}; {train.truncated:,} cut and {train.dropped_long:,} dropped at {limit:,}"
     )
     if changed > MOST_CUT * (train.rows + train.dropped_long):
-        # How long dropped rows are is not kept, so what would hold them is not known.
+        # The lengths of dropped rows are not kept, so the length that would fit them is unknown.
         longer, keeps = (2 * limit, "more of them") if train.dropped_long else (_round_up(train.p95), "95 % whole")
         return warned(found, f"--set model.max_seq_length={longer} keeps {keeps}, if memory allows")
     return passed(found)
 
 
 def _round_up(tokens: int) -> int:
-    """To the next multiple of 256, which kernels like."""
+    """Round up to a multiple of 256, which suits the kernels."""
     return -(-tokens // 256) * 256
 
 
@@ -81,13 +81,13 @@ def _labels(preflight: Preflight) -> Finding:
     found = f"{train.supervised_tokens:,} tokens carry loss ({share:.1%}): {LEARNT[train_on]}"
     without = sum(it.dropped_without_loss for it in statistics.values())
     if without:
-        found += f"; {counted(without, 'row')} left out, in which no turn carries loss"
+        found += f"; {counted(without, 'row')} dropped because no turn carries loss"
     if share < LEAST_SUPERVISED and train_on == "last":
-        return warned(found, "--set dataset.train_on=all, to learn from what the assistant says before as well")
+        return warned(found, "--set dataset.train_on=all also trains on the earlier answers")
     if share < LEAST_SUPERVISED:
-        return warned(found, "shorten the prompts, or put several questions on one document into one conversation")
+        return warned(found, "shorten the prompts, or put several questions about one document into one conversation")
     if without:
-        return warned(found, "nothing, if that is meant; else take weight 0 off the answers to be learnt")
+        return warned(found, "nothing, if intended; otherwise remove weight 0 from the answers to train on")
     return passed(found)
 
 
@@ -95,16 +95,16 @@ def _duplicates(preflight: Preflight) -> Finding:
     prepared, dataset = preflight.prepared, preflight.config.dataset
     dropped = sum(it.dropped_duplicates for it in prepared.statistics.values())
     if dropped:
-        return passed(f"no row is there twice; copies that were left out: {dropped:,}")
+        return passed(f"no duplicate rows; copies dropped: {dropped:,}")
     copies = {name: it.duplicates for name, it in prepared.statistics.items() if it.duplicates}
     if not copies:
-        return passed("no row is there twice")
+        return passed("no duplicate rows")
     first = next(it.first_copy for it in prepared.statistics.values() if it.duplicates)
     counts = ", ".join(f"{count:,} in {name}" for name, count in copies.items())
     assert first is not None
     where = f"on line {first.line}" if len(dataset.train_files) == 1 else first.shown
     found = f"copies of other rows: {counts}, the first {where}"
-    return warned(found, "where they are not meant: --set dataset.on_duplicate=drop")
+    return warned(found, "unless they are intended: --set dataset.on_duplicate=drop")
 
 
 def _leakage(preflight: Preflight) -> Finding:
@@ -112,20 +112,21 @@ def _leakage(preflight: Preflight) -> Finding:
     found = []
     if validation.first_leak is not None:
         first, other = validation.first_leak
-        where = f"line {first.line} of {shown(Path(first.file))} is line {other.line} of {other.file}"
+        where = f"line {first.line} of {shown(Path(first.file))} matches line {other.line} of {other.file}"
         found.append(
-            f"{validation.normalised_leaks:,} validation rows are training rows but for spaces and case; {where}"
+            f"{validation.normalised_leaks:,} validation rows differ from training rows only in spaces and case; "
+            f"{where}"
         )
     if validation.first_opening is not None:
         first, other = validation.first_opening
         where = f"line {first.line} of {shown(Path(first.file))} and line {other.line} of {other.file}"
         found.append(
-            f"{validation.opening_leaks:,} validation rows have a training row's system and first user message, as "
-            f"{where}"
+            f"{validation.opening_leaks:,} validation rows have the system and first user message of a training row, "
+            f"for example {where}"
         )
     if not found:
         return passed("no validation row has the system and first user message of a training row")
-    return warned("; ".join(found), "take them out of one of the two: eval_loss looks better than it is")
+    return warned("; ".join(found), "remove them from one of the two: they make eval_loss look better than it is")
 
 
 def _control_tokens(preflight: Preflight) -> Finding:
@@ -133,43 +134,43 @@ def _control_tokens(preflight: Preflight) -> Finding:
     rows = sum(it.control_tokens for it in counts.values())
     if rows:
         first = next(it.first_control_token for it in counts.values() if it.first_control_token)
-        found = f"{rows:,} rows hold the template's own marks as literal text, the first {first.shown}"
+        found = f"the template's control tokens appear as text in {counted(rows, 'row')}, the first {first.shown}"
         shows = f"{command('scripts/inspect_data.py')} {quoted(Path(first.file))} --rows {first.line}-{first.line}"
-        return warned(found, f"{shows} shows how they are read")
-    return passed("no row holds one of the template's own marks as text")
+        return warned(found, f"{shows} shows how they are encoded")
+    return passed("no row contains the template's control tokens as text")
 
 
 def _preview(preflight: Preflight) -> Finding:
     from finetune.data.preview import marked, preview
 
-    return passed(f"loss on what stands in >><<: {marked(preview(preflight.prepared, PREVIEW_WIDTH))}")
+    return passed(f"loss on the text in >><<: {marked(preview(preflight.prepared, PREVIEW_WIDTH))}")
 
 
 _ROWS = ("data.rows",)
 CHECKS = (
     Check(
         "data.rows",
-        "every row can be read and is a conversation; those compared equal mistral-common's tokens",
+        "every row is a valid conversation; rows that were compared have mistral-common's tokens",
         _rows,
         needs=("model.geometry", "paths.output"),  # the tokenizer, and where the encoded rows are kept
     ),
-    Check("data.keys", "keys that a row has besides messages", _keys, needs=_ROWS, level="warn"),
+    Check("data.keys", "keys other than messages", _keys, needs=_ROWS, level="warn"),
     Check("data.lengths", "tokens and row lengths; few rows cut or dropped", _lengths, needs=_ROWS, level="warn"),
     Check("data.labels", "the share of tokens that carry loss", _labels, needs=_ROWS, level="warn"),
-    Check("data.duplicates", "no row stands twice", _duplicates, needs=_ROWS, level="warn"),
+    Check("data.duplicates", "no duplicate rows", _duplicates, needs=_ROWS, level="warn"),
     Check(
         "data.leakage",
-        "no validation row is a training row but for spaces and case, or begins like one",
+        "no validation row differs from a training row only in spaces and case, or begins like one",
         _leakage,
         needs=_ROWS,
         level="warn",
     ),
     Check(
         "data.control_tokens",
-        "no row holds the template's own marks ([INST], </s>) as text",
+        "no row contains the template's control tokens ([INST], </s>) as text",
         _control_tokens,
         needs=_ROWS,
         level="warn",
     ),
-    Check("data.preview", "one row with what carries loss", _preview, needs=_ROWS, level="warn"),
+    Check("data.preview", "one row, marked where it carries loss", _preview, needs=_ROWS, level="warn"),
 )

@@ -1,4 +1,4 @@
-"""The machine itself: operating system, Python, memory, user, clock, and what a container must give."""
+"""Checks of the machine: operating system, Python, memory, user, clock, and the container's settings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune.wording import clock
 
 OLDEST_DRIVER = 525  # the first that runs CUDA 12
 DRIVER = "sudo apt install nvidia-driver-570-server, then restart"
-MADE = datetime(2026, 11, 1, tzinfo=UTC)  # before this program was: a clock that says less is wrong
-SHM_GIB = 0.25  # Docker gives 0.0625 unless told otherwise
+MADE = datetime(2026, 11, 1, tzinfo=UTC)  # this program's release; an earlier clock is wrong
+SHM_GIB = 0.25  # Docker's default is 0.0625
 
 
 def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
-    """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are what to type where it does not."""
+    """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are the fixes if missing or too old."""
     if machine.driver is None:
         return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", absent)
     if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
@@ -56,7 +56,7 @@ def _mac(machine: Machine) -> Finding:
     if release < 14:
         return failed(f"{found}; PyTorch's bfloat16 needs macOS 14", update)
     if release < 15:
-        return warned(f"{found}; macOS 15 or later is asked for", update)
+        return warned(f"{found}; macOS 15 or later is expected", update)
     return passed(found)
 
 
@@ -86,9 +86,9 @@ def _user(preflight: Preflight) -> Finding:
     try:
         name = getpass.getuser()
     except (KeyError, OSError):
-        return failed(f"user id {os.getuid()} has no name here, and torch's caches ask for one", fix)
+        return failed(f"user id {os.getuid()} has no user name, which torch's caches need", fix)
     if not os.access(home, os.W_OK):
-        return warned(f"{name}, whose HOME {home} cannot be written", fix)
+        return warned(f"{name}, HOME {home} is not writable", fix)
     return passed(f"{name}, HOME {home}")
 
 
@@ -96,7 +96,7 @@ def _clock(preflight: Preflight) -> Finding:
     now = datetime.now(UTC)
     found = clock(now)
     if now < MADE:
-        text = f"{found}, before this program was made ({MADE:%Y-%m}): certificates of web servers look invalid"
+        text = f"{found}, earlier than this program's release ({MADE:%Y-%m}): web certificates look invalid"
         linux = preflight.machine.system == "Linux"
         return failed(text, "sudo timedatectl set-ntp true" if linux else "sudo sntp -sS time.apple.com")
     return passed(found)
@@ -117,7 +117,7 @@ def _init(preflight: Preflight) -> Finding:
     if not preflight.machine.container:
         return skipped("not in a container")
     if preflight.machine.process_1:
-        text = "this program is process 1, which must collect dead processes and gets no default signals"
+        text = "this program is process 1, which must reap child processes and has no default signal handlers"
         return warned(text, "docker run --init, or init: true in compose.yaml")
     return passed("process 1 is not this program")
 
@@ -127,7 +127,7 @@ CHECKS = (
     Check("host.python", "Python 3.11 to 3.13", _python),
     Check("host.memory", "memory, and this container's limit of it", _memory, level="warn"),
     Check("host.user", "the user has a name and a writable HOME", _user),
-    Check("host.clock", "the clock is not before this program was made", _clock),
+    Check("host.clock", "the clock is not earlier than this program's release", _clock),
     Check("container.shm", "/dev/shm is not Docker's small default", _shm, level="warn"),
     Check("container.init", "an init is process 1", _init, level="warn"),
 )

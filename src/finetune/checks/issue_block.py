@@ -1,4 +1,4 @@
-"""What is pasted into an issue: machine, versions, config and every check's finding, without names and secrets."""
+"""A block to paste into an issue: machine, versions, config and all check results, without names or secrets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from finetune.wording import clean
 VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 BEGIN, END = "----- paste from here -----", "----- to here -----"
 THE_USERS_OWN = ("data.preview",)  # its detail is a row of the data
-SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")  # how a variable is called that holds one
+SECRET = re.compile("(TOKEN|KEY|SECRET|PASSWORD)$")  # names of variables that hold secrets
 
 
 def block(results: Iterable[Result], preflight: Preflight, source: str) -> list[str]:
-    """Lines to paste; `source` says which file the config came from and why."""
+    """The lines to paste; `source` says which file the config came from, and why."""
     machine, config = preflight.machine, preflight.config
     memory = f"{machine.memory_gib:.1f} GiB of memory, {machine.memory_free_gib:.1f} free"
     found = {name: libraries.installed(name) or "not installed" for name in VERSIONS}

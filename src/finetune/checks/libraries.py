@@ -1,4 +1,4 @@
-"""The Python libraries: the locked versions are here, they import, and they compute what they should."""
+"""Checks of the Python libraries: the locked versions are installed, and they import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.wording import first_line, listed
 if TYPE_CHECKING:
     from packaging.version import Version
 
-# Older than locked is a failure for these, since nothing older was tested; another version of any other is a warning.
+# A version older than the lock fails for these, since no older one was tested; any other difference is a warning.
 DECISIVE = (
     "torch",
     "transformers",
@@ -28,21 +28,21 @@ DECISIVE = (
     "mistral-common",
 )
 IMPORTED = ("torch", "numpy", "tokenizers", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "trl")
-
-
-LISTED = 5  # libraries named in one finding, then a count
+LISTED = 5  # libraries listed in one finding; the rest are counted
 
 
 def lock_file(preflight: Preflight) -> Path:
-    """The lock that this environment was made from; on a Mac the demo runs on the Mac's, in an image on the image's."""
+    """The lock of this environment: the image's in an image, the Mac's for the demo on a Mac, else the platform's."""
     platform, on_macos = preflight.platform, preflight.machine.system == "Darwin"
     name = cli.IMAGE_LOCK or (on_macos and platform.mac_lock) or platform.name
     return ROOT / "requirements" / f"{name}.lock"
 
 
 def locked(lock: Path) -> dict[str, Version]:
-    """Name and version of each library that `lock` installs here."""
-    from packaging.requirements import Requirement  # here and below: a fifth of the time of `--help` otherwise
+    """Name and version of each library that `lock` installs on this machine."""
+    from packaging.requirements import (
+        Requirement,
+    )  # imported late, here and below: it would add a fifth to the time of `--help`
     from packaging.version import Version
 
     found = {}
@@ -55,7 +55,7 @@ def locked(lock: Path) -> dict[str, Version]:
 
 
 def installed(name: str) -> Version | None:
-    """The version of a library that is here; None where it is not."""
+    """The installed version of a library, or None."""
     from importlib import metadata
 
     from packaging.version import Version
@@ -95,7 +95,7 @@ def _imports(preflight: Preflight) -> Finding:
     for name in IMPORTED:
         try:
             importlib.import_module(name)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what broken installations raise
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:  # broken installations raise these
             broken.append(f"{name}: {first_line(error)}")
     if broken:
         return failed("cannot be imported: " + "; ".join(broken), preflight.platform.repair)

@@ -1,4 +1,4 @@
-"""What checks and plan look at: config, machine and what follows from both, each worked out once, when asked for."""
+"""What checks and plan read: config, machine and everything derived from them, each computed once, on demand."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Preflight:
-    """One config on one machine. What cannot be worked out raises its UserError whenever it is asked for.
+    """One config on one machine. A fact that cannot be computed raises its UserError on each access.
 
-    `receipt` is the file of another run that this one should be equal to; `report` hears of what takes long.
+    `receipt` is the receipt file of the run to compare with; `report` receives progress of slow work.
     """
 
     def __init__(self, config: Config, machine: Machine, receipt: Path | None = None, report: Report = SILENT) -> None:
@@ -34,19 +34,19 @@ class Preflight:
 
     @property
     def platform(self) -> Platform:
-        """The row of facts that the config was checked against."""
+        """The facts of the config's platform."""
         return PLATFORMS[self.config.platform]
 
     @cached_property
     def torch(self) -> Torch:
-        """What the installed torch reaches."""
+        """What the installed torch can use."""
         return read_torch()
 
     @cached_property
     def working_set_gib(self) -> float | None:
-        """What a Mac's GPU may use before macOS swaps, as torch says or by the Mac's size; None elsewhere.
+        """What a Mac's GPU may use before macOS swaps, from torch or from the Mac's size; None elsewhere.
 
-        For the m4 config on another machine, that of a Mac with 32 GB.
+        With the m4 config on another machine: that of a Mac with 32 GB.
         """
         if not self.platform.unified_memory:
             return None
@@ -65,13 +65,13 @@ class Preflight:
 
     @cached_property
     def fitting(self) -> Fitting:
-        """The expected peak against the memory there is."""
+        """The expected peak against the available memory."""
         limits = memory_limits(self.platform, self.machine, self.working_set_gib)
         return compare(self.config, self.geometry, limits)
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The local base's folder, whose tokenizer is looked at; None for the Hub's, which is known without it."""
+        """The folder of a local base; None for the Hub's, whose tokenizer is known without it."""
         return resolve(self.config.model.name) if is_local(self.config.model.name) else None
 
     @cached_property

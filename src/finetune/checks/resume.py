@@ -1,4 +1,4 @@
-"""What a start would do with the run that is there, and whether it is the training of a receipt."""
+"""Checks of an existing run: what a start would do with it, and whether it matches a receipt."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ def _state(preflight: Preflight) -> Finding:
     if not any(checkpoints.glob("*")):
         return passed(f"would start {folder.name} from step 0")
     decision = decide(checkpoints, fingerprint(preflight.config, preflight.prepared))
-    lost = f"the best adapter, of step {decision.best_step}, is not whole and would be made again"
+    lost = f"the best adapter, of step {decision.best_step}, is lost and would be trained again"
     notes = [
-        *(f"{damaged.name} is not whole ({why}) and would be set aside" for damaged, why in decision.damaged),
+        *(f"{damaged.name} is damaged ({why}) and would be set aside" for damaged, why in decision.damaged),
         *(f"{repeated.name} would be set aside: {lost}" for repeated in decision.repeated),
         *_set_aside(checkpoints),
     ]
     if decision.nothing_whole:
-        return failed(f"no checkpoint in {checkpoints} is whole: {'; '.join(notes)}", f"{TRAIN} --fresh")
+        return failed(f"every checkpoint in {checkpoints} is damaged: {'; '.join(notes)}", f"{TRAIN} --fresh")
     if decision.checkpoint is not None:
-        return _resume(f"would go on from {decision.checkpoint.name}", notes, decision.changes)
+        return _resume(f"would resume from {decision.checkpoint.name}", notes, decision.changes)
     found = "; ".join([f"would start {folder.name} from step 0", *notes])
-    return warned(found, f"{TRAIN} --fresh starts anew") if decision.repeated else passed(found)
+    return warned(found, f"{TRAIN} --fresh starts a new run") if decision.repeated else passed(found)
 
 
 def _set_aside(checkpoints: Path) -> list[str]:
-    """What earlier starts have set aside, and why where that can still be seen."""
+    """Checkpoints set aside by earlier starts, with the reason where it can still be found."""
     from finetune.files import SEAL
     from finetune.runs.checkpoints import ASIDE, damage
 
@@ -56,25 +56,23 @@ def _resume(resumes: str, notes: list[str], changes: Sequence[str]) -> Finding:
     found = "; ".join([resumes, *notes])
     if changes:
         return failed(f"{found}, but changed since: {'; '.join(changes)}", f"{TRAIN} --fresh, or --resume-changed")
-    return warned(found, f"{TRAIN} --fresh starts anew") if notes else passed(found)
+    return warned(found, f"{TRAIN} --fresh starts a new run") if notes else passed(found)
 
 
 def _receipt(preflight: Preflight) -> Finding:
     from finetune.runs import receipt
 
-    assert preflight.receipt is not None  # only chosen where there is one
+    assert preflight.receipt is not None  # this check is only selected with --receipt
     ours = receipt.make(preflight.config, preflight.prepared)
     differ, by_design = receipt.differences(ours, receipt.read(preflight.receipt))
     apart = f"; by design: {'; '.join(by_design)}" if by_design else ""
     if differ:
-        return failed(
-            f"not the same training: {'; '.join(differ)}{apart}", "make data and config here what they were there"
-        )
+        return failed(f"not the same training: {'; '.join(differ)}{apart}", "use the same data and config as that run")
     return passed(f"the same training as {preflight.receipt}{apart}")
 
 
 _ROWS = ("data.rows",)
 CHECKS = (
-    Check("state.run", "what a start would do: a new run, or go on from which checkpoint", _state, needs=_ROWS),
-    Check("receipt", "with --receipt: this is the training that the receipt is of", _receipt, needs=_ROWS),
+    Check("state.run", "what a start would do: a new run, or resume, and from which checkpoint", _state, needs=_ROWS),
+    Check("receipt", "with --receipt: this is the training the receipt describes", _receipt, needs=_ROWS),
 )

@@ -1,4 +1,4 @@
-"""What a check is, and the runner: rows in, results out. Nothing here prints."""
+"""What a check is, and the runner: checks in, results out. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune.machine.platforms import PLATFORMS
 if TYPE_CHECKING:
     from finetune.checks.preflight import Preflight
 
-NO_FIX = "mend that, or set another value with --set"
-CRASHED = "report it; --skip {id} goes on without it"
+NO_FIX = "fix it, or set another value with --set"
+CRASHED = "report this bug; --skip {id} runs without the check"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one look found: `detail` with its number, and for a warning or a failure what to type or edit."""
+    """What a check found: `detail` with its figures, and for a warning or a failure the fix to type or edit."""
 
     status: Literal["pass", "warn", "fail", "skip"]
     detail: str
@@ -28,22 +28,22 @@ class Finding:
 
 
 def passed(detail: str) -> Finding:
-    """As it should be."""
+    """As expected."""
     return Finding("pass", detail)
 
 
 def warned(detail: str, fix: str) -> Finding:
-    """Works, and is worth a look before hours are paid."""
+    """Works, but look at it before you pay for GPU time."""
     return Finding("warn", detail, fix)
 
 
 def failed(detail: str, fix: str) -> Finding:
-    """No run may start on this."""
+    """No run may start with this."""
     return Finding("fail", detail, fix)
 
 
 def skipped(why: str) -> Finding:
-    """Not looked at, and why."""
+    """Not checked, and why."""
     return Finding("skip", why)
 
 
@@ -51,9 +51,9 @@ def skipped(why: str) -> Finding:
 class Check:
     """One row of the registry.
 
-    `looks_at` is what `--list` and docs/checks.md say of it; `level` is the worst it may find; `needs` are checks
-    before it without whose success it means nothing. `network`: it may take a probe's 5 s, so it runs beside others.
-    `deep`: it loads the model, so only `--deep` runs it.
+    `looks_at` is its description in `--list` and docs/checks.md; `level` is the worst status it may report; `needs` are
+    earlier checks that must succeed first. `network` checks may take a probe's 5 s, so they run in parallel with the
+    others. `deep` checks load the model, so they run only with `--deep`.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Result:
-    """A finding with its check's id and what it took. `exit_code` is a failure's own, where its kind has one."""
+    """A finding with its check's id and duration. `exit_code` is that of the error the check raised, if any."""
 
     id: str
     status: str
@@ -78,14 +78,14 @@ class Result:
     exit_code: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As `--json` has it."""
+        """The result as `--json` prints it."""
         values = asdict(self)
         del values["exit_code"]
         return values
 
 
 def run(checks: Iterable[Check], preflight: Preflight) -> Iterator[Result]:
-    """Each check's result, in the registry's order; a check that crashes is one finding, not the end."""
+    """Each check's result, in the registry's order; a check that crashes fails alone, and the others run."""
     checks = tuple(checks)
     probes = [check for check in checks if check.network]
     results: dict[str, Result] = {}
@@ -110,7 +110,7 @@ def _result(check: Check, preflight: Preflight) -> Result:
     except UserError as error:
         fix = "\n".join(map(str.strip, (error.fix or NO_FIX).splitlines()))
         finding, own_code = Finding(check.level, error.found, fix), error.exit_code
-    except Exception as error:  # noqa: BLE001  # a bug in one check must not hide what the others find
+    except Exception as error:  # noqa: BLE001  # a bug in one check must not hide the results of the others
         text = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         finding = Finding(check.level, f"this check crashed: {text}", CRASHED.format(id=check.id))
     if finding.status == "fail" and check.level == "warn":
@@ -120,7 +120,7 @@ def _result(check: Check, preflight: Preflight) -> Result:
 
 
 def exit_code(results: Iterable[Result], strict: bool = False) -> int:
-    """0, or 3 where any check but the data's failed, else the data's own code (4 bad, 2 not there)."""
+    """0; 3 if any check outside the data group failed; else the code of the data error (4 bad, 2 absent)."""
     bad = [result for result in results if result.status == "fail" or (strict and result.status == "warn")]
     if not bad:
         return 0
@@ -130,7 +130,7 @@ def exit_code(results: Iterable[Result], strict: bool = False) -> int:
 
 
 def summary(results: Iterable[Result], code: int) -> dict[str, Any]:
-    """What `--json` has of results; `code` is the exit code that they come to."""
+    """The results as `--json` prints them; `code` is the exit code they lead to."""
     results = list(results)
     worst = "fail" if code else "warn" if any(result.status == "warn" for result in results) else "pass"
     return {"schema_version": 1, "status": worst, "checks": [result.as_dict() for result in results]}

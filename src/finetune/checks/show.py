@@ -1,4 +1,4 @@
-"""Checks in the terminal: made before a training, a line per result, and how many there are of each status."""
+"""Checks in the terminal: run before training, one line per result, and a count for each status."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from finetune.terminal import Terminal
 from finetune.wording import clean, counted
 
 STATUSES = {"pass": ("pass", "green"), "warn": ("WARN", "yellow"), "fail": ("FAIL", "red"), "skip": ("skip", "dim")}
-DETAIL_COLUMN = 33  # where what a check found begins
+DETAIL_COLUMN = 33  # where the detail of a check begins
 
 
 def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool, terminal: Terminal) -> list[Result]:
-    """Make the checks of `scripts/validate_environment.py`, of a dry run those of data and tokens; show warnings.
+    """Run the checks of `scripts/validate_environment.py` (a dry run: those of data and tokens) and show warnings.
 
-    Raises CheckFailed with all that failed.
+    Raises CheckFailed listing every failure.
     """
     only = ("data", "tokens") if dry_run else ()
     chosen = checks.select(preflight.config.platform, only, skipped | {*checks.TRAINING_DOES})
@@ -34,13 +34,13 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
     failed = [result for result in results if result.status == "fail"]
     if failed:
         lines = (f"  {result.id}: {result.detail}\n    {result.fix}" for result in failed)
-        fix = f"mend that, or leave it out: --skip {','.join(result.id for result in failed)}"
+        fix = f"fix it, or skip it with --skip {','.join(result.id for result in failed)}"
         raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *lines]), fix, between="\n")
     return results
 
 
 def show_result(terminal: Terminal, result: Result) -> None:
-    """A check's status in a word, what was found, and what to type where something is wrong."""
+    """Print a check's status, what it found, and the fix if something is wrong."""
     word, color = STATUSES[result.status]
     detail = _indented(result.detail, DETAIL_COLUMN)
     terminal.say(f"  {terminal.paint(word, color)}  {result.id:<{DETAIL_COLUMN - 9}} {detail}")
@@ -50,7 +50,7 @@ def show_result(terminal: Terminal, result: Result) -> None:
 
 
 def _indented(text: str, columns: int) -> str:
-    """`text` as it follows `columns` characters of a line."""
+    """`text` with its later lines indented by `columns`."""
     return clean(text).replace("\n", "\n" + " " * columns)
 
 

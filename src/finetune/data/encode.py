@@ -378,8 +378,8 @@ def encode_batches(batches: Iterator[Lines], recipe: Recipe, workers: int) -> It
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool:
-            killed = "a process that encodes rows was killed, probably for want of memory"
-            raise OutOfResource(killed, "free some and try again") from None
+            killed = "a process that encodes rows was killed, probably out of memory"
+            raise OutOfResource(killed, "free some memory and try again") from None
 
 
 _encoder: Encoder

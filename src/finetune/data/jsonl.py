@@ -153,7 +153,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise BadRow(f"key {_short(Counter(keys).most_common(1)[0][0])} stands twice in one object")
+        raise BadRow(f"key {_short(Counter(keys).most_common(1)[0][0])} appears twice in one object")
     return mapping
 
 

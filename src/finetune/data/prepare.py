@@ -256,7 +256,7 @@ def _check_splits(splits: dict[str, Split], entries: list[_Entry], max_rows: int
         if too_long:
             why, advice = f" ({too_long} were longer than model.max_seq_length)", "raise model.max_seq_length"
         elif without_loss:
-            why, advice = f" (in {without_loss} no turn carries loss)", "take weight 0 off the answers to be learnt"
+            why, advice = f" (in {without_loss} no turn carries loss)", "remove weight 0 from the answers to train on"
         raise DataError(f"data: {where} leaves no row to train on{why}", advice)
     if validation.statistics.rows == 0:
         where = str(entries[-1].file.path) if entries[-1].file.split == "validation" else where
@@ -268,9 +268,9 @@ def _check_splits(splits: dict[str, Split], entries: list[_Entry], max_rows: int
     pair = first_pair(train, validation, "digests")
     if pair:
         shared = len(np.intersect1d(train.kept("digests"), validation.kept("digests")))
-        count = "1 row stands" if shared == 1 else f"{shared:,} rows stand"
+        count = "1 row is" if shared == 1 else f"{shared:,} rows are"
         first = f"{pair[0]} is {pair[1]}"
-        raise DataError(f"data: {count} in train and validation both, the first: {first}", "remove them from one")
+        raise DataError(f"data: {count} in both train and validation, the first: {first}", "remove them from one")
     leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
     validation.statistics.normalised_leaks = int(leaks.sum())
     validation.statistics.first_leak = first_pair(train, validation, "normalised")

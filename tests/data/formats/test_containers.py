@@ -124,7 +124,7 @@ def test_an_array_read_in_blocks_is_the_array(
 BROKEN = {
     "cut short": ('[{"a": 1}, {"a": ', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
     "without its end": ('[{"a": 1}', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
-    "with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]', "FILE: row 2: key 'a' stands twice in one object; remove it"),
+    "with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]', "FILE: row 2: key 'a' appears twice in one object; remove it"),
     "nested too deep": (f'[{{"a": {"[" * 3000}{"]" * 3000}}}]', "FILE: row 1: nested too deep; remove it"),
 }
 
@@ -162,7 +162,7 @@ def test_a_quote_that_is_not_closed_does_not_swallow_the_rest(tmp_path: Path) ->
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     assert failure(file(tmp_path, "prompt,completion,prompt\na,b,c\n", "rows.csv")) == (
-        "FILE:1: column 'prompt' is there twice; rename one of them"
+        "FILE:1: column 'prompt' appears twice; rename one of them"
     )
 
 

@@ -170,7 +170,7 @@ CANNOT_BE_KEPT = {
     "no text": ({"prompt": None, "completion": "B"}, "a message has content that is null, wanted text"),
     "two answers": (
         {"messages": [{"role": "user", "content": "A"}, *[{"role": "assistant", "content": "B"}] * 2]},
-        "two turns of one role in a row; --merge-turns joins them",
+        "two consecutive turns of one role; --merge-turns joins them",
     ),
     "unknown keys": ({"a": 1, "b": 2}, "no known format (keys 'a', 'b')"),
     "no object": (7, "no known format (not an object)"),
@@ -224,7 +224,7 @@ def test_merged_turns_have_the_ids_that_mistral_common_gives_the_turns_as_they_a
 
     made, account = converted(str(FILES / "two_turns.jsonl"), tmp_path, merge_turns=True)
     assert made[0] == conversation("Hello\n\nAnyone there?", "Yes.")
-    assert summary(account) == "2 of 2; turns of one role in a row joined by a blank line (--merge-turns) (1)"
+    assert summary(account) == "2 of 2; consecutive turns of one role joined by a blank line (--merge-turns) (1)"
     asked = [UserMessage(content="Hello"), UserMessage(content="Anyone there?"), AssistantMessage(content="Yes.")]
     request: Any = ChatCompletionRequest(messages=[*asked, UserMessage(content="x")])
     theirs = MistralTokenizer.v1().encode_chat_completion(request).tokens
@@ -241,7 +241,7 @@ def test_answers_of_different_weights_are_not_merged(tmp_path: Path) -> None:
     made, account = converted(rows_file(tmp_path, *({"messages": row} for row in rows)), tmp_path, merge_turns=True)
     assert made == [weighted(conversation("A", "B\n\nB"), 0), conversation("A\n\nA", "B\n\nB")]
     assert {what: tally.first for what, tally in account.dropped.items()} == {
-        "two turns of one role in a row with different weights": [3]
+        "two consecutive turns of one role with different weights": [3]
     }
 
 

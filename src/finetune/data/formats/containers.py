@@ -204,7 +204,7 @@ def _csv(container: Container) -> Numbered:
             columns = next(table, [])
             twice = [column for column in columns if columns.count(column) > 1]
             if twice:
-                raise DataError(f"{container.path}:1: column {twice[0]!a} is there twice", "rename one of them")
+                raise DataError(f"{container.path}:1: column {twice[0]!a} appears twice", "rename one of them")
             for cells in table:
                 number, ended = ended + 1, table.line_num
                 if len(cells) == len(columns):

@@ -23,8 +23,8 @@ FIRST = 5  # numbers of rows that are kept of each change and each reason
 MOST_REASONS = 1000  # different ones that are counted
 HELD_OUT = 0.1  # share of the values of --split-by, where none of them names a split
 HELD_OUT_NAMES = {"validation", "valid", "val", "dev", "eval", "test"}
-MERGED = "turns of one role in a row joined by a blank line (--merge-turns)"
-UNANSWERED = "last message left out: nothing answers it"
+MERGED = "consecutive turns of one role joined by a blank line (--merge-turns)"
+UNANSWERED = "last message dropped: it has no answer"
 SYSTEM_ADDED = "system message added (--system)"
 
 
@@ -110,7 +110,7 @@ def _refuse_taken(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, wanted a file", fix=f"name one in it: {path / 'train.jsonl'}")
     if path.exists():
-        raise ConfigError(f"{path} is there already, and nothing is overwritten", fix="name another file")
+        raise ConfigError(f"{path} already exists, and nothing is overwritten", fix="name another file")
 
 
 def _open_partial(path: Path, files: ExitStack) -> TextIO:
@@ -184,7 +184,7 @@ def _check_turns(roles: list[Any]) -> None:
     if roles[:1] == ["assistant"]:
         raise BadRow("begins with the assistant, wanted user")
     if any(roles[place] == role and role in ("user", "assistant") for place, role in enumerate(roles[1:])):
-        raise BadRow("two turns of one role in a row; --merge-turns joins them")
+        raise BadRow("two consecutive turns of one role; --merge-turns joins them")
 
 
 def _led_by(system: str, messages: Turns, notes: Notes) -> Turns:
@@ -204,7 +204,7 @@ def _merged(messages: Turns, notes: Notes) -> Turns:
         texts = [before.get("content"), turn["content"]]
         if before.get("role") == turn["role"] and all(isinstance(text, str) for text in texts):
             if turn["role"] == "assistant" and _weight(before) != _weight(turn):
-                raise BadRow("two turns of one role in a row with different weights")
+                raise BadRow("two consecutive turns of one role with different weights")
             merged[-1] = {**before, **turn, "content": "\n\n".join(filter(None, texts))}
             notes.changes[MERGED] = 1
         else:
