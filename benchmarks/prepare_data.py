@@ -1,4 +1,4 @@
-"""Rows a second and peak memory of data preparation (read, check, tokenise, label, pack), beside TRL's own.
+"""Rows a second and peak memory of data preparation (read, check, tokenize, label, pack), beside TRL's own.
 
     .venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 3 --output benchmarks/results/NAME.json
 
@@ -140,7 +140,7 @@ def measure(name: str, path: Path) -> dict[str, float]:
     return {**json.loads(output.splitlines()[-1]), "peak_mib": peak / 2**20}
 
 
-def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def summarize(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Medians of each variant."""
     summary = {}
     for name, results in rounds.items():
@@ -177,7 +177,7 @@ def main() -> None:
                 rounds[name].append(measure(name, quarter if "quarter" in name else whole))
                 print(f"round {number + 1}: {name}: {rounds[name][-1]['seconds']:.1f} s", file=sys.stderr)
 
-    summary = summarise(rounds)
+    summary = summarize(rounds)
     print(f"{'':<30}{'rows/s':>10}{'tokens/s':>12}{'peak MiB':>10}")
     for name, row in summary.items():
         print(f"{name:<30}{row['rows_per_second']:>10,}{row['tokens_per_second']:>12,}{row['peak_mib']:>10,}")

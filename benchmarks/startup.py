@@ -108,7 +108,7 @@ def heaviest(command: Command) -> dict[str, float]:
     return {name: microseconds / 1000 for microseconds, name in longest}
 
 
-def summarise(command: Command, starts: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(command: Command, starts: list[dict[str, Any]]) -> dict[str, Any]:
     """Minimum and median of each clock."""
     (code,) = {start["exit"] for start in starts}  # a command that ends in two ways was not measured
     clocks = {
@@ -133,7 +133,7 @@ def main() -> None:
             for command in chosen:
                 starts[command.name].append(measure(command))
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        summary = {command.name: summarise(command, starts[command.name]) for command in chosen}
+        summary = {command.name: summarize(command, starts[command.name]) for command in chosen}
         for command in chosen:
             summary[command.name]["heaviest_imports_ms"] = heaviest(command)
     show(summary)

@@ -246,7 +246,7 @@ def measure_steps(case: Case) -> dict[str, Any]:
     losses = [result["loss"] for results in rounds.values() for result in results]
     if max(losses) - min(losses) > 1e-4 * max(losses):
         raise SystemExit(f"{case.name}: the variants do not train alike: losses {losses}")
-    return {**summarise(rounds, ("cpu_ms", "wall_ms")), "rounds": rounds}
+    return {**summarize(rounds, ("cpu_ms", "wall_ms")), "rounds": rounds}
 
 
 def model_folder(case: Case) -> tempfile.TemporaryDirectory[str]:
@@ -257,7 +257,7 @@ def model_folder(case: Case) -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def summarise(rounds: dict[str, list[dict[str, float]]], clocks: tuple[str, ...]) -> dict[str, Any]:
+def summarize(rounds: dict[str, list[dict[str, float]]], clocks: tuple[str, ...]) -> dict[str, Any]:
     """Medians, and for the first clock the ratio of each to the first variant, taken round by round."""
     medians = {
         name: {clock: round(statistics.median(result[clock] for result in results), 3) for clock in clocks}
@@ -289,7 +289,7 @@ def measure_checkpoints(case: Case) -> dict[str, Any]:
             for name, one in (("TRL", plain), ("ours", made)):
                 rounds[name].append(checkpoint_seconds(one, sealed=name == "ours"))
                 print(f"checkpoint: {name}: {rounds[name][-1]}", file=sys.stderr)
-    return {**summarise(rounds, ("save", "load")), "rounds": rounds}
+    return {**summarize(rounds, ("save", "load")), "rounds": rounds}
 
 
 def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:

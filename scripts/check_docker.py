@@ -499,7 +499,7 @@ CHECKS = {  # id: what looks, and the checks without whose success it means noth
 
 # The command ----------------------------------------------------------------------------------------------------------
 
-WORDS = {"pass": ("pass", 32), "warn": ("WARN", 33), "fail": ("FAIL", 31), "skip": ("skip", 2)}  # and their colours
+WORDS = {"pass": ("pass", 32), "warn": ("WARN", 33), "fail": ("FAIL", 31), "skip": ("skip", 2)}  # and their colors
 
 
 def results(host: Host) -> Iterator[dict[str, Any]]:
@@ -518,10 +518,10 @@ def results(host: Host) -> Iterator[dict[str, Any]]:
         yield {"id": name, "status": status, "detail": detail, "fix": fix, "seconds": seconds}
 
 
-def in_lines(result: dict[str, Any], colour: bool) -> str:
+def in_lines(result: dict[str, Any], color: bool) -> str:
     """A result for the terminal; control characters in what others said are escaped."""
     word, code = WORDS[result["status"]]
-    word, arrow = (f"\033[{code}m{text}\033[0m" if colour else text for text in (word, "->"))
+    word, arrow = (f"\033[{code}m{text}\033[0m" if color else text for text in (word, "->"))
     text = f"  {word}  {result['id']:<24} {escaped(result['detail'])}"
     return f"{text}\n{'':<33}{arrow} {escaped(result['fix'])}" if result["fix"] else text
 

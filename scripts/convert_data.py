@@ -74,7 +74,7 @@ def next_command(outputs: dict[str, Path]) -> str:
 def document(account: Account, source: str, outputs: dict[str, Path]) -> dict[str, Any]:
     """What `--json` prints."""
     written = {name: {"path": str(path), "rows": account.written[name]} for name, path in outputs.items()}
-    return {"recognised": source, **asdict(account), "written": written, "next": next_command(outputs)}
+    return {"recognized": source, **asdict(account), "written": written, "next": next_command(outputs)}
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def main() -> None:
         if options.output.name == HELD_OUT:
             raise ConfigError(f"OUT is {options.output}, which --split-by writes too", fix="name it train.jsonl")
     source = open_source(options.source)
-    terminal.decision("recognised", f"{options.source} is {source.what}")
+    terminal.decision("recognized", f"{options.source} is {source.what}")
     account = convert(source, outputs, chosen)
     show(terminal, account, source.unit)
     for name, path in outputs.items():

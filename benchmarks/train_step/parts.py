@@ -9,7 +9,7 @@ from typing import Any
 # Tried in this order. The first three claim all that runs within an operator of such a name: AdamW multiplies, too.
 WITHIN = {
     "optimizer": r"optimizer\.step|adam|koptimizer|multi_tensor|clip_grad",
-    "dequantise": r"dequant",
+    "dequantize": r"dequant",
     "attention": r"attention|flash|fmha|sdpa|varlen",
 }
 BY_NAME = {

@@ -12,7 +12,7 @@ from finetune.config.schema import Config
 from finetune.plan.checkpointed_layers import with_layers
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 from finetune.plan.throughput import conditions
-from finetune.prove.flops import utilisation
+from finetune.prove.flops import utilization
 from train_step.variants import OURS, TUNED, VARIANTS
 
 # Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
@@ -46,7 +46,7 @@ def speed(rounds: list[dict[str, Any]], config: Config, geometry: Geometry) -> d
     lengths = [length for step in first["row_lengths"][timed] for length in step]
     seconds = [sum(one["step_seconds"][timed]) for one in rounds]
     layers = first["checkpointed_layers"]
-    used = utilisation(config, geometry, lengths, layers, statistics.median(seconds), first["device"])
+    used = utilization(config, geometry, lengths, layers, statistics.median(seconds), first["device"])
     return {
         "tokens_per_second": round(sum(lengths) / statistics.median(seconds), 2),
         "tokens_per_second_of_rounds": [round(sum(lengths) / one, 2) for one in seconds],

@@ -193,7 +193,7 @@ def transformers_trainer(work: Work) -> Any:
 
 
 def trl_trainer(work: Work, **more: Any) -> Any:
-    """SFTTrainer with its own defaults: checkpointing, loss in tiles, bf16 adapter weights on a quantised base."""
+    """SFTTrainer with its own defaults: checkpointing, loss in tiles, bf16 adapter weights on a quantized base."""
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 

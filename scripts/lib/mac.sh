@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What setup_m4.sh and run_m4.sh share: coloured lines, which Mac can train, the variables of MPS. Sourced, not called.
+# What setup_m4.sh and run_m4.sh share: colored lines, which Mac can train, the variables of MPS. Sourced, not called.
 set -euo pipefail
 
 RED='' GREEN='' YELLOW='' NC=''

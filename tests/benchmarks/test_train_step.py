@@ -64,14 +64,14 @@ def test_full_rows_leave_nothing_to_pad_or_to_pack() -> None:
         (["nvjet_tst_256x128_64x4_2x1_v_bz_coopB_TNT"], "matmul"),
         (["sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n"], "matmul"),
         (["void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>"], "attention"),
-        (["void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>"], "dequantise"),
+        (["void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>"], "dequantize"),
         (["void kOptimizer32bit2State<float, 1>"], "optimizer"),
         (["void at::native::vectorized_elementwise_kernel<4, at::native::MulFunctor>"], "element-wise"),
         (["ncclDevKernel_AllReduce"], "element-wise"),
         (["cudaLaunchKernel"], "other"),
         (["aten::mm", "aten::matmul", "aten::linear"], "matmul"),
         (["aten::addcdiv_", "Optimizer.step#AdamW.step"], "optimizer"),
-        (["aten::mul", "bitsandbytes::dequantize_4bit", "MatMul4Bit"], "dequantise"),
+        (["aten::mul", "bitsandbytes::dequantize_4bit", "MatMul4Bit"], "dequantize"),
         (["aten::bmm", "aten::_scaled_dot_product_attention_math"], "attention"),
     ],
 )
@@ -89,7 +89,7 @@ def test_a_real_profile_is_told_apart_to_the_last_millisecond() -> None:
         optimizer.step()
     found = milliseconds(profile, 10_000)
     assert min(found[part] for part in ("matmul", "element-wise", "optimizer")) > 0
-    assert found["dequantise"] == found["attention"] == 0
+    assert found["dequantize"] == found["attention"] == 0
     assert sum(found.values()) == pytest.approx(10_000)
 
 

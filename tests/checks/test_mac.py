@@ -66,11 +66,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_packed_and_expanded_end_in_the_same_adapter_bit_for_bit(trained: Path) -> None:
     adapters = [(trained / name / "adapter_model.safetensors").read_bytes() for name in ("packed", "expanded")]
     assert adapters[0] == adapters[1]
-    learnt = [
+    learned = [
         value for name, value in load_file(trained / "packed" / "adapter_model.safetensors").items() if "_B" in name
     ]
-    assert learnt
-    assert all(value.abs().sum() > 0 for value in learnt)  # else the equality would say nothing
+    assert learned
+    assert all(value.abs().sum() > 0 for value in learned)  # else the equality would say nothing
 
 
 @pytest.mark.parametrize("storage", ["packed", "expanded"])

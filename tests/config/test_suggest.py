@@ -32,7 +32,7 @@ def test_what_is_not_offered_is_neither_a_key_nor_a_synonym() -> None:
         ("lroa.r", "lora.r"),
         ("training.micro_batchsize", "training.per_device_train_batch_size"),
         ("training.epoch", "training.num_train_epochs"),
-        ("training.optimiser", "training.optim"),
+        ("training.optimizer", "training.optim"),
         ("training.train_file", "dataset.train_file"),
         ("model.sequence_length", "model.max_seq_length"),
         ("sytem_prompt", "system_prompt"),

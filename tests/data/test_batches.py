@@ -144,8 +144,8 @@ def test_a_turn_of_weight_0_has_no_labels_in_a_batch_and_gives_no_gradient(tiny_
     case.model.get_base_model().model.norm.register_forward_hook(keep)
     batch = case.batch([0, 1, 2])
     labels = batch["labels"][0]
-    learnt = labels[labels != -100].tolist()
-    said = load_chat(None).tokenizer.decode(learnt, skip_special_tokens=False)
+    learned = labels[labels != -100].tolist()
+    said = load_chat(None).tokenizer.decode(learned, skip_special_tokens=False)
     assert said == "So long.</s> Because.</s> Hello</s>"
     case.loss_and_gradients(batch)
     (found,) = hidden
@@ -154,7 +154,7 @@ def test_a_turn_of_weight_0_has_no_labels_in_a_batch_and_gives_no_gradient(tiny_
     assert of_places.tolist() == [*(labels[1:] != -100).tolist(), False]
 
 
-def test_the_logits_of_a_row_do_not_depend_on_its_neighbours(case: Case) -> None:
+def test_the_logits_of_a_row_do_not_depend_on_its_neighbors(case: Case) -> None:
     length = len(case.prepared.train.row(11)[1])
     alone = case.logits(case.batch([11]))
     for rows in ([3, 11], [11, 3], [0, 11, 4], [7, 4, 11, 3]):

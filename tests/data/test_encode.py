@@ -66,7 +66,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "certified": 5,
         "control_tokens": 0,
         "first_control_token": None,
-        "normalised_leaks": 0,
+        "normalized_leaks": 0,
         "first_leak": None,
         "opening_leaks": 0,
         "first_opening": None,

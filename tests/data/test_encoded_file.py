@@ -91,7 +91,7 @@ def test_another_length_or_split_encodes_no_row_again(
 OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "system prompt": ({"system_prompt": SYSTEM_PROMPT}, {}),
     "certificate": ({"certificate": True}, {}),
-    "which turns are learnt": ({"train_on": "last"}, {}),
+    "which turns are learned": ({"train_on": "last"}, {}),
     "rows read": ({}, {"max_rows": 10}),
 }  # fmt: skip
 

@@ -276,7 +276,7 @@ def test_variants_of_one_conversation_are_all_held_out_or_all_trained_on(case: C
     for rows in (prepared.train, prepared.validation):
         assert {count for _, count in Counter((line - 1) // 5 for line in lines(rows)).items()} == {5}
     counts = prepared.statistics["validation"]
-    assert (counts.normalised_leaks, counts.opening_leaks) == (0, 0)
+    assert (counts.normalized_leaks, counts.opening_leaks) == (0, 0)
 
 
 def test_a_system_message_makes_another_conversation(case: Case) -> None:
@@ -292,7 +292,7 @@ def test_rows_that_begin_as_a_training_row_does_are_counted_for_what_they_are(tw
     copies = [conversation(*(message["content"].upper() for message in rows[index])) for index in (1, 2)]
     write(two_files.validation, *numbered(1, start=50), "", copies[0], *others, copies[1])
     counts = two_files.prepare().statistics["validation"]
-    assert (counts.normalised_leaks, counts.opening_leaks) == (2, 2)
+    assert (counts.normalized_leaks, counts.opening_leaks) == (2, 2)
     assert counts.first_leak == (two_files.in_train(2), two_files.in_validation(3))
     assert counts.first_opening == (two_files.in_train(2), two_files.in_validation(5))
 

@@ -43,9 +43,9 @@ def test_a_validation_row_that_is_a_training_row_but_for_whitespace_and_case_is_
 ) -> None:
     write(two_files.validation, *numbered(2, start=100), "", copy, copy)
     counts = two_files.prepare().statistics
-    assert counts["validation"].normalised_leaks == 2
+    assert counts["validation"].normalized_leaks == 2
     assert counts["validation"].first_leak == (two_files.in_train(3), two_files.in_validation(4))
-    assert (counts["train"].normalised_leaks, counts["train"].first_leak) == (0, None)
+    assert (counts["train"].normalized_leaks, counts["train"].first_leak) == (0, None)
 
 
 OTHERS = {
@@ -61,7 +61,7 @@ OTHERS = {
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
 def test_whatever_else_differs_is_no_copy(two_files: Case, other: Messages) -> None:
     write(two_files.validation, other)
-    assert two_files.prepare().statistics["validation"].normalised_leaks == 0
+    assert two_files.prepare().statistics["validation"].normalized_leaks == 0
 
 
 def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
@@ -76,7 +76,7 @@ def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
 def test_copies_within_one_split_are_no_leak(case: Case) -> None:
     write(case.train, *numbered(5), conversation("question 1", "answer 1"))
     write(case.validation, *numbered(1, start=50), conversation("question 50", "answer 50"))
-    assert case.prepare().statistics["validation"].normalised_leaks == 0
+    assert case.prepare().statistics["validation"].normalized_leaks == 0
 
 
 # --- rows
@@ -95,7 +95,7 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
             part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, 9, False), ["id"]) for line, _ in rows][
                 start : start + chunk_rows
             ]
-            encoded = [Encoded(ids, labelled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
+            encoded = [Encoded(ids, labeled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
             writer.write_batch(to_arrow(encode._chunk(part, encoded, [True] * len(part))))
     file = EncodedFile(path, "rows.jsonl")
     split = Split(EncodedFiles([file]))
@@ -106,7 +106,7 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
     return split.rows(), split.close()
 
 
-def labelled(row: list[int]) -> list[int]:
+def labeled(row: list[int]) -> list[int]:
     return [token if token % 2 else IGNORED for token in row]
 
 
@@ -116,7 +116,7 @@ def test_rows_read_back_as_they_were_written(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, list[int]]], chunk_rows: int
 ) -> None:
     read, hashes = written(tmp_path_factory.mktemp("rows"), rows, chunk_rows)
-    assert contents(read) == [(line, row, labelled(row)) for line, row in rows]
+    assert contents(read) == [(line, row, labeled(row)) for line, row in rows]
     assert read.lengths.tolist() == [len(row) for _, row in rows]
     assert hashes == written(tmp_path_factory.mktemp("rows"), rows, 100)[1]
 
@@ -128,14 +128,14 @@ ROWS = [(3, [1, 10, 11]), (5, [1, 12, 13, 15]), (9, [1, 17])]
 def test_a_dataset_has_one_example_a_row(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset(None)
     assert [dataset[index] for index in range(len(dataset))] == [
-        {"input_ids": row, "labels": labelled(row), "lines": [f"rows.jsonl:{line}"]} for line, row in ROWS
+        {"input_ids": row, "labels": labeled(row), "lines": [f"rows.jsonl:{line}"]} for line, row in ROWS
     ]
 
 
 def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_path: Path) -> None:
     dataset = written(tmp_path, ROWS, 2)[0].dataset([[1], [0, 2]])
     assert [dataset[index] for index in range(len(dataset))] == [
-        {"input_ids": ROWS[1][1], "labels": labelled(ROWS[1][1]), "lines": ["rows.jsonl:5"], "seq_lengths": [4]},
+        {"input_ids": ROWS[1][1], "labels": labeled(ROWS[1][1]), "lines": ["rows.jsonl:5"], "seq_lengths": [4]},
         {
             "input_ids": [1, 10, 11, 1, 17],
             "labels": [1, IGNORED, 11, 1, 17],
@@ -147,6 +147,6 @@ def test_a_packed_dataset_has_one_example_a_sequence_with_lines_and_lengths(tmp_
 
 def test_the_token_hash_is_of_the_int32_stream_in_file_order(tmp_path: Path) -> None:
     hashes = written(tmp_path, ROWS, 2)[1]
-    for name, stream in (("input_ids", lambda row: row), ("labels", labelled)):
+    for name, stream in (("input_ids", lambda row: row), ("labels", labeled)):
         values = np.array([token for _, row in ROWS for token in stream(row)], "<i4")
         assert hashes[name] == hashlib.sha256(values.tobytes()).hexdigest()

@@ -157,22 +157,22 @@ def test_loss_lies_on_the_assistants_text_and_its_end_token_only(mistral: Chat) 
 
 
 @settings(max_examples=100, deadline=None)
-@given(messages=conversations(), learnt=st.lists(st.booleans(), min_size=3, max_size=3))
+@given(messages=conversations(), learned=st.lists(st.booleans(), min_size=3, max_size=3))
 def test_without_weight_an_answer_has_the_same_ids_and_no_labels_as_mistral_finetune_masks_it(
-    mistral: Chat, reference: Reference, messages: Messages, learnt: list[bool]
+    mistral: Chat, reference: Reference, messages: Messages, learned: list[bool]
 ) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     plain = mistral.encode([messages])[0]
-    for message, it_is in zip(answers, learnt, strict=False):
+    for message, it_is in zip(answers, learned, strict=False):
         message |= {} if it_is else {"weight": 0}
     row = mistral.encode([messages])[0]
     assert row == mistral.encode_as_saved([messages])[0]
     assert (row.input_ids, row.labels) == reference.encode(messages)
     assert row.input_ids == plain.input_ids
     turn = np.searchsorted(plain.turn_ends, np.arange(len(row.labels)), side="right")
-    masked = [label if learnt[place] else IGNORED for label, place in zip(plain.labels, turn, strict=True)]
+    masked = [label if learned[place] else IGNORED for label, place in zip(plain.labels, turn, strict=True)]
     assert row.labels == masked
-    assert row.turn_ends == [end for end, it_is in zip(plain.turn_ends, learnt, strict=False) if it_is]
+    assert row.turn_ends == [end for end, it_is in zip(plain.turn_ends, learned, strict=False) if it_is]
 
 
 def test_the_ids_of_a_short_conversation_are_these(mistral: Chat) -> None:

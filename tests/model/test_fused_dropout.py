@@ -36,7 +36,7 @@ def test_a_layer_computed_again_makes_the_same_noise(interpreted: list[dict[str,
     assert [case["again"] for case in interpreted] == [True, True, True]
 
 
-def test_noise_keeps_its_share_and_neighbours_and_seeds_are_independent(interpreted: list[dict[str, Any]]) -> None:
+def test_noise_keeps_its_share_and_neighbors_and_seeds_are_independent(interpreted: list[dict[str, Any]]) -> None:
     for case, kept in zip(interpreted, (0.7, 0.95, 1.0), strict=True):
         assert case["values"] == ([1.0] if kept == 1 else [0.0, 1.0])
         assert case["kept"] == pytest.approx(kept, abs=0.018)  # 5 standard deviations of 20,400 at 0.7

@@ -1,4 +1,4 @@
-"""A base that was quantised once is loaded packed by later starts, with the same bits, and only where it is whole."""
+"""A base that was quantized once is loaded packed by later starts, with the same bits, and only where it is whole."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from support.bases import layers
 
 
 class Loads:
-    """Loads `config`'s base for a device on which nothing can be quantised (`meta` stands for MPS); what each said."""
+    """Loads `config`'s base for a device on which nothing can be quantized (`meta` stands for MPS); what each said."""
 
     def __init__(self, config: Config, cache: Path, patch: pytest.MonkeyPatch) -> None:
-        self.config, self.cache, self.quantised = config, cache, 0
+        self.config, self.cache, self.quantized = config, cache, 0
         self.said: list[str] = []
         self.values: dict[str, torch.Tensor] = {}
         self.folder = packed_base.folder_of(cache, config.model, config.quantization)
         quantize, verify = bitsandbytes.functional.quantize_4bit, model_module.verify_base
 
         def counted(*arguments: Any, **options: Any) -> Any:
-            self.quantised += 1
+            self.quantized += 1
             return quantize(*arguments, **options)
 
         def seen(base: Any, *arguments: Any) -> None:
@@ -49,7 +49,7 @@ class Loads:
 
     def __call__(self, storage: str = "expanded") -> Any:
         self.said.clear()
-        self.quantised = 0
+        self.quantized = 0
         quantization = self.config.changed("quantization", storage=storage).quantization
         report = Report(
             decision=lambda what, because: self.said.append(f"{what}: {because}"),
@@ -70,15 +70,15 @@ def loads(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reque
     return Loads(changed, tmp_path / "cache", monkeypatch)
 
 
-def test_the_second_load_quantises_nothing_and_has_the_same_bits(loads: Loads) -> None:
+def test_the_second_load_quantizes_nothing_and_has_the_same_bits(loads: Loads) -> None:
     loads()
     values, state, about = loads.values, loads.state, loads.about
-    assert loads.quantised == 14
+    assert loads.quantized == 14
     assert loads.said == [
         f"packed base: quantized on the CPU in 6 min; kept in {loads.folder}, 0.0 GiB, for later starts"
     ]
     loads()
-    assert loads.quantised == 0
+    assert loads.quantized == 0
     assert loads.said == [f"packed base: loaded from {loads.folder} in 6 min, not quantized again"]
     assert len(values) == 14 and all(torch.equal(loads.values[name], value) for name, value in values.items())
     assert loads.state.keys() == state.keys()
@@ -96,13 +96,13 @@ def once(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loa
 
 def test_a_packed_base_is_kept_too_and_moved_packed(once: Loads) -> None:
     base = once("packed")
-    assert once.quantised == 0
+    assert once.quantized == 0
     assert {value.device.type for value in (*base.parameters(), *base.buffers())} == {"meta"}
     states = [base.get_submodule(name).weight.quant_state for name in layers()]
     assert {(it.absmax.device.type, it.state2.absmax.device.type) for it in states} == {("meta", "meta")}
 
 
-def test_where_the_device_quantises_itself_nothing_is_kept(config: Config, tmp_path: Path) -> None:
+def test_where_the_device_quantizes_itself_nothing_is_kept(config: Config, tmp_path: Path) -> None:
     load_base(config.model, config.quantization, "cpu", cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
@@ -136,13 +136,13 @@ def flip_a_bit(folder: Path) -> None:
 def test_a_damaged_one_is_deleted_and_made_again(damage: Callable[[Path], None], found: str, once: Loads) -> None:
     damage(once.folder)
     once()
-    assert once.quantised == 14
+    assert once.quantized == 14
     assert once.said == [
         f"warning: {once.folder} is damaged ({found}): deleted, the base will be quantized again",
         f"packed base: quantized on the CPU in 6 min; kept in {once.folder}, 0.0 GiB, for later starts",
     ]
     once()
-    assert once.quantised == 0
+    assert once.quantized == 0
 
 
 def test_an_interrupted_write_leaves_nothing_that_counts(once: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_an_interrupted_write_leaves_nothing_that_counts(once: Loads, monkeypatc
     left.mkdir()
     (left / "model.safetensors").touch()
     once()
-    assert once.quantised == 14
+    assert once.quantized == 14
     assert read_seal(once.folder) and not left.exists()
 
 

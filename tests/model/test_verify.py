@@ -15,7 +15,7 @@ from finetune.model.verify import verify_base, why_not_compiled
 from support.bases import LAYER, base_model, layers
 
 
-def left_unquantised(base: Any) -> None:
+def left_unquantized(base: Any) -> None:
     base.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64, bias=False)
 
 
@@ -31,7 +31,7 @@ def eager_attention(base: Any) -> None:
     base.set_attn_implementation("eager")
 
 
-def quantised_head(base: Any) -> None:
+def quantized_head(base: Any) -> None:
     base.lm_head = bitsandbytes.nn.Linear4bit(64, 32000, bias=False)
 
 
@@ -48,10 +48,10 @@ def on_each_layer(text: str) -> list[str]:
 
 DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] = [
     ("a layer on another device", {}, one_layer_elsewhere, ["model.norm.weight is on meta, expected cpu"]),
-    ("a layer not quantised", {}, left_unquantised, [f"{LAYER} is Linear, expected Linear4bit"]),
+    ("a layer not quantized", {}, left_unquantized, [f"{LAYER} is Linear, expected Linear4bit"]),
     ("a layer without its scales", {}, without_quant_state, [f"{LAYER} is not quantized, expected nf4"]),
     ("fp4", {"bnb_4bit_quant_type": "fp4"}, nothing, on_each_layer("has bnb_4bit_quant_type fp4, expected nf4")),
-    ("no double quantisation", {"bnb_4bit_use_double_quant": False}, nothing,
+    ("no double quantization", {"bnb_4bit_use_double_quant": False}, nothing,
         on_each_layer("has bnb_4bit_use_double_quant False, expected True")),
     ("another compute dtype", {"bnb_4bit_compute_dtype": "bfloat16"}, nothing,
         on_each_layer("has bnb_4bit_compute_dtype bfloat16, expected float32")),
@@ -59,7 +59,7 @@ DOWNGRADES: list[tuple[str, dict[str, Any], Callable[[Any], None], list[str]]] =
     ("another dtype", {}, norm_in_bfloat16,
         ["model.layers.1.input_layernorm.weight has dtype bfloat16, expected float32"]),
     ("another attention", {}, eager_attention, ["attention is eager, expected sdpa"]),
-    ("a quantised output layer", {}, quantised_head, ["lm_head is Linear4bit, expected Linear"]),
+    ("a quantized output layer", {}, quantized_head, ["lm_head is Linear4bit, expected Linear"]),
 ]  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_activations_grow_with_the_tokens_of_a_micro_batch() -> None:
     assert at("backward", "model.max_seq_length=2048")["activations"] == pytest.approx(before / 2)
 
 
-def test_double_quantisation_saves_about_0_4_bit_a_weight_and_only_where_nf4_is_kept() -> None:
+def test_double_quantization_saves_about_0_4_bit_a_weight_and_only_where_nf4_is_kept() -> None:
     double, single = (at("loss", f"quantization.bnb_4bit_use_double_quant={on}")["weights"] for on in ("true", "false"))
     assert (single - double) * GIB * 8 / LINEAR == pytest.approx(0.373, abs=0.001)
     expanded = "quantization.storage=expanded"

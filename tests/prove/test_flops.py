@@ -13,7 +13,7 @@ from finetune.prove.flops import (
     peak_flops,
     recomputed_flops,
     step_flops,
-    utilisation,
+    utilization,
 )
 
 
@@ -41,12 +41,12 @@ def test_checkpointing_half_the_layers_computes_half_the_forward_pass_again(h100
     assert whole == 2 * (6_979_321_856 + 41_943_040) * 4096 + attention_flops(MISTRAL_7B, [4096])
 
 
-def test_utilisation_is_told_only_of_a_device_whose_peak_is_known(h100: Config) -> None:
+def test_utilization_is_told_only_of_a_device_whose_peak_is_known(h100: Config) -> None:
     seconds = step_flops(h100, MISTRAL_7B, [4096] * 16) / (0.4 * 989.4e12)
-    known = utilisation(h100, MISTRAL_7B, [4096] * 16, 32, seconds, "NVIDIA H100 80GB HBM3")
+    known = utilization(h100, MISTRAL_7B, [4096] * 16, 32, seconds, "NVIDIA H100 80GB HBM3")
     assert known["mfu"] == pytest.approx(0.4)
     assert known["hfu"] == pytest.approx(0.4 * 1.48, rel=0.01)
-    assert utilisation(h100, MISTRAL_7B, [4096], 32, 1.0, "CPU only") == {"mfu": None, "hfu": None}
+    assert utilization(h100, MISTRAL_7B, [4096], 32, 1.0, "CPU only") == {"mfu": None, "hfu": None}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ RULES: dict[str, Here | By | Needs] = {
     f"{CHECK} --config m4": Here((0, 3)),
     f"{CHECK} --config m4 --deep": Needs("Mac"),
     ".venv/bin/python scripts/convert_data.py IN data/processed/train.jsonl": By("tests/scripts/test_convert_data.py",
-        "test_it_says_what_it_recognised_changed_and_dropped_and_ends_with_the_dry_run"),
+        "test_it_says_what_it_recognized_changed_and_dropped_and_ends_with_the_dry_run"),
     ".venv/bin/python scripts/make_report.py adapters/RUN": By(PAGE,
         "test_the_script_writes_the_page_and_prints_its_path"),
     ".venv/bin/python scripts/make_report.py adapters/RUN adapters/OTHER": By(PAGE,

@@ -1,4 +1,4 @@
-"""The shipped YAML files are artefacts: each loads, says what it should, and can be read without another."""
+"""The shipped YAML files are artifacts: each loads, says what it should, and can be read without another."""
 
 from __future__ import annotations
 

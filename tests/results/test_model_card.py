@@ -132,7 +132,7 @@ def test_the_hubs_own_parser_reads_back_what_was_written(h100: Config) -> None:
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("loss", 1.23456, "validation")
 
 
-def test_of_an_unknown_base_neither_id_nor_licence_is_invented(local: Config) -> None:
+def test_of_an_unknown_base_neither_id_nor_license_is_invented(local: Config) -> None:
     written = header(model_card(local, MANIFEST | {"base_model": {"name": "folder", "revision": None}}))
     assert {"base_model", "base_model_relation", "license", "language", "datasets"} & written.keys() == set()
 

@@ -128,7 +128,7 @@ def test_fresh_takes_the_number_after_the_highest(
 
 
 @pytest.mark.parametrize(
-    "neighbour",
+    "neighbor",
     [
         f"{NAME}-extra",
         f"{NAME}-02",
@@ -146,19 +146,19 @@ def test_fresh_takes_the_number_after_the_highest(
     ],
 )
 @pytest.mark.parametrize("first", [True, False], ids=["beside-a-run", "alone"])
-def test_a_neighbour_with_a_similar_name_is_not_taken_for_a_run(
-    settings: Config, opened: Callable[..., Run], neighbour: str, first: bool
+def test_a_neighbor_with_a_similar_name_is_not_taken_for_a_run(
+    settings: Config, opened: Callable[..., Run], neighbor: str, first: bool
 ) -> None:
     if first:
         put(settings, "", "interrupted")
-    other = settings.run_folder.with_name(neighbour)
+    other = settings.run_folder.with_name(neighbor)
     other.mkdir(parents=True)
     assert opened().name == NAME
     assert opened(fresh=True).name == f"{NAME}-2"
     assert list(other.iterdir()) == []
 
 
-def test_a_neighbour_that_ends_in_1_is_not_taken_for_a_run(settings: Config, opened: Callable[..., Run]) -> None:
+def test_a_neighbor_that_ends_in_1_is_not_taken_for_a_run(settings: Config, opened: Callable[..., Run]) -> None:
     put(settings, "-1", None)
     assert opened().name == NAME
 

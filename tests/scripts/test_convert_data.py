@@ -38,11 +38,11 @@ def run(
     return running
 
 
-def test_it_says_what_it_recognised_changed_and_dropped_and_ends_with_the_dry_run(run: Run, tmp_path: Path) -> None:
+def test_it_says_what_it_recognized_changed_and_dropped_and_ends_with_the_dry_run(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "my rows.jsonl"
     assert run(FILES / "sharegpt.json", output) == (
         0,
-        f"recognised: {FILES / 'sharegpt.json'} is a JSON array\n"
+        f"recognized: {FILES / 'sharegpt.json'} is a JSON array\n"
         "          4  ShareGPT (conversations/from/value)\n"
         "changed\n"
         "          1  last message dropped: it has no answer: row 2\n"
@@ -60,9 +60,9 @@ def test_it_says_what_it_recognised_changed_and_dropped_and_ends_with_the_dry_ru
 def test_json_is_one_document_with_the_same_account(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "made.jsonl"
     code, out, err = run(FILES / "kto.jsonl", output, "--json")
-    assert (code, err.splitlines()[0]) == (0, f"recognised: {FILES / 'kto.jsonl'} is JSON Lines")
+    assert (code, err.splitlines()[0]) == (0, f"recognized: {FILES / 'kto.jsonl'} is JSON Lines")
     assert json.loads(out) == {
-        "recognised": "JSON Lines",
+        "recognized": "JSON Lines",
         "read": 2,
         "written": {"train": {"path": str(output), "rows": 1}},
         "formats": {"KTO (prompt/completion/label)": {"count": 2, "first": [1, 2]}},

@@ -97,7 +97,7 @@ def tiny_tokens() -> tuple[list[str], list[str]]:
 
 
 def add_tiny_tensors(writer: Any, vocabulary: int, tied: bool) -> None:
-    """Random weights, quantised as in the real file: embedding Q8_0, projections Q4_1, norms F32."""
+    """Random weights, quantized as in the real file: embedding Q8_0, projections Q4_1, norms F32."""
     from gguf import GGMLQuantizationType as Kind
     from gguf.quants import quantize
 

@@ -157,7 +157,7 @@ def marks(bench: Bench, low: str | None, high: str | None) -> None:
 def small_disk_for_the_packed_base(bench: Bench) -> None:
     shards(bench.cached_base())
     disk(bench, 6.0)
-    bench.patch.setattr(paths, "quantised_on", lambda _: "another")  # the bench's only device is the CPU
+    bench.patch.setattr(paths, "quantized_on", lambda _: "another")  # the bench's only device is the CPU
 
 
 def nf4_gives_zeros(bench: Bench) -> None:
@@ -438,7 +438,7 @@ FAULTS = (
                "--include '*.safetensors' '*.json' --force-download")),
     fault("the Hub wants a token", "h100", lambda b: b.hub_answers(401),
           fail("model.access", "http://hub/401 wants a token (401 GatedRepo)", f"export HF_TOKEN=hf_...; {LOCAL}")),
-    fault("the licence was not accepted", "h100", lambda b: b.hub_answers(403),
+    fault("the license was not accepted", "h100", lambda b: b.hub_answers(403),
           fail("model.access", "http://hub/403 refuses this token (403 GatedRepo)",
                f"accept the terms at http://hub/403/mistralai/Mistral-7B-Instruct-v0.2; {LOCAL}")),
     fault("the revision does not exist", "h100", lambda b: b.hub_answers(404),

@@ -1,7 +1,7 @@
 """Prints what fused_dropout's kernels give, as JSON; TRITON_INTERPRET=1 has to be set before Triton is imported.
 
 Relative distances from torch's own operations under the same noise, which is read off the kernel by an A of ones on its
-diagonal; the share that it keeps, also of neighbours both; and whether layers computed again give the same bits.
+diagonal; the share that it keeps, also of neighbors both; and whether layers computed again give the same bits.
 """
 
 from __future__ import annotations

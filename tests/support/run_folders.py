@@ -30,7 +30,7 @@ def start(minutes: tuple[int, int | None], steps: tuple[int, int | None], end: s
 
 def rows(number: int, **more: Any) -> dict[str, Any]:
     """One split's part of the manifest's `rows`."""
-    none = dict.fromkeys(("truncated", "dropped_long", "duplicates", "control_tokens", "normalised_leaks"), 0)
+    none = dict.fromkeys(("truncated", "dropped_long", "duplicates", "control_tokens", "normalized_leaks"), 0)
     lengths = {"p50": 140, "p95": 390, "longest": 9000, "encoded": number, "certified": number, "dropped_bad": []}
     return {**none, **lengths, "histogram": {"edges": [100, 200, 300, 400, 9001], "counts": [50, 30, 15, 5]}, **more}
 

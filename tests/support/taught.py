@@ -51,7 +51,7 @@ def teach(model: Any, chat: Chat, conversations: Iterable[Messages], rate: float
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    raise AssertionError(f"not learnt in {MOST_STEPS} steps: {output.loss}")
+    raise AssertionError(f"not learned in {MOST_STEPS} steps: {output.loss}")
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
     assert all(bool(weight.isfinite().all()) for weight in adapter_weights(trainer.model).values())
 
 
-def test_a_step_without_loss_and_gradient_ends_the_run_since_nothing_is_learnt(
+def test_a_step_without_loss_and_gradient_ends_the_run_since_nothing_is_learned(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of_step(case, 2)

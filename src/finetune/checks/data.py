@@ -114,7 +114,7 @@ def _leakage(preflight: Preflight) -> Finding:
         first, other = validation.first_leak
         where = f"line {first.line} of {shown(Path(first.file))} matches line {other.line} of {other.file}"
         found.append(
-            f"{validation.normalised_leaks:,} validation rows differ from training rows only in spaces and case; "
+            f"{validation.normalized_leaks:,} validation rows differ from training rows only in spaces and case; "
             f"{where}"
         )
     if validation.first_opening is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, Result, failed, passed, skipped, warned
 from finetune.cli import PYTHON, advice
-from finetune.machine.platforms import names, quantised_on
+from finetune.machine.platforms import names, quantized_on
 from finetune.wording import first_line, listed
 
 # Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
@@ -43,7 +43,7 @@ def _qlora(preflight: Preflight) -> Finding:
 
     device, dtype = preflight.platform.device, preflight.config.model.dtype
     storage = preflight.config.quantization.storage
-    lost, (least, most) = linear.nf4_loss(quantised_on(device)), linear.NF4_LOSS
+    lost, (least, most) = linear.nf4_loss(quantized_on(device)), linear.NF4_LOSS
     if not least <= lost <= most:
         text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
         return failed(text, preflight.platform.repair)

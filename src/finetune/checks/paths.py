@@ -11,7 +11,7 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
 from finetune.files import GIB, make_folder, quoted, resolve, shown
-from finetune.machine.platforms import quantised_on
+from finetune.machine.platforms import quantized_on
 from finetune.model import hub, packed_base
 from finetune.plan.memory import memory_parts
 from finetune.runs.folder import find_run
@@ -117,9 +117,9 @@ def _disk(preflight: Preflight) -> Finding:
 
 
 def _packed_gib(preflight: Preflight, cache: Path) -> float:
-    """What the first load will keep, where the CPU quantises for another device; 0 where nothing, or it is there."""
+    """What the first load will keep, where the CPU quantizes for another device; 0 where nothing, or it is there."""
     config, device = preflight.config, preflight.platform.device
-    if quantised_on(device) == device or packed_base.folder_of(cache, config.model, config.quantization).is_dir():
+    if quantized_on(device) == device or packed_base.folder_of(cache, config.model, config.quantization).is_dir():
         return 0
     return memory_parts(config.changed("quantization", storage="packed"), preflight.geometry)["weights"]
 

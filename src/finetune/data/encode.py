@@ -73,7 +73,7 @@ class Statistics:
     before. In `dropped_without_loss` rows no turn carries loss; in `dropped_long` ones none that does fits. Of the
     `encoded` rows, both of these included, `certified` were compared with mistral-common and with the saved tokenizer.
     `control_tokens` rows hold one of the chat format's control tokens as literal text, the first at
-    `first_control_token`. `normalised_leaks` validation rows are a training row's copies but for whitespace and case,
+    `first_control_token`. `normalized_leaks` validation rows are a training row's copies but for whitespace and case,
     the first with places (train, validation) `first_leak`; `opening_leaks` others have a training row's opening, the
     first with places `first_opening`. `duplicates` rows are copies of others, the first at `first_copy`;
     `dropped_duplicates` were left out instead. Of several files' rows `repeated` are there again, and `left_out` are
@@ -101,7 +101,7 @@ class Statistics:
     certified: int = 0
     control_tokens: int = 0
     first_control_token: Place | None = None
-    normalised_leaks: int = 0
+    normalized_leaks: int = 0
     first_leak: tuple[Place, Place] | None = None
     opening_leaks: int = 0
     first_opening: tuple[Place, Place] | None = None
@@ -114,7 +114,7 @@ class Statistics:
 class Chunk:
     """The good rows of some lines, whole.
 
-    [rows]: `lines`, `digests` of the content, `normalised` digests, those of the `openings` (system and first user
+    [rows]: `lines`, `digests` of the content, `normalized` digests, those of the `openings` (system and first user
     message), `literal` (holds a control token as text), `compared` (by the certificate), `lengths` and `turns` (those
     that carry loss). [rows, ROW_HASH_BYTES]: `line_hashes` of the line's bytes, `ids_hashes` and `labels_hashes`.
     [turns], flat: `turn_ends`, the length of the row up to the end of each turn that carries loss. [tokens], flat:
@@ -124,7 +124,7 @@ class Chunk:
     lines: np.ndarray
     line_hashes: np.ndarray
     digests: np.ndarray
-    normalised: np.ndarray
+    normalized: np.ndarray
     openings: np.ndarray
     literal: np.ndarray
     compared: np.ndarray
@@ -160,7 +160,7 @@ class Facts(NamedTuple):
     """What is known of a row without encoding it; each is explained in `Chunk`."""
 
     digest: int
-    normalised: int
+    normalized: int
     opening: int
     literal: bool
 
@@ -268,7 +268,7 @@ def _chunk(rows: list[Row], encoded: list[Encoded], compared: list[bool]) -> Chu
         lines=np.array([row.line for row in rows], np.int32),
         line_hashes=_hash_rows([row.line_hash for row in rows]),
         digests=np.array([row.facts.digest for row in rows], np.uint64),
-        normalised=np.array([row.facts.normalised for row in rows], np.uint64),
+        normalized=np.array([row.facts.normalized for row in rows], np.uint64),
         openings=np.array([row.facts.opening for row in rows], np.uint64),
         literal=np.array([row.facts.literal for row in rows], bool),
         compared=np.array(compared, bool),

@@ -17,17 +17,17 @@ from finetune.data.template import Message, Messages
 from finetune.errors import ConfigError, DataError
 from finetune.files import quoted, shown
 
-MAX_LINE_BYTES = 2**20  # a quarter of a million tokens; tokenising 16 MiB took 24 s and 1.3 GiB
+MAX_LINE_BYTES = 2**20  # a quarter of a million tokens; tokenizing 16 MiB took 24 s and 1.3 GiB
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 SYSTEM_KEYS = ("system", "system_prompt")  # beside "messages", in exports of several tools
 NO_TOOLS = "the chat template of Mistral-7B-Instruct-v0.2 has no tools"
 ONLY_TEXT = "the model reads text only"
-# Keys that would change what is learnt, of a row or of a message; and all that begin with "rejected".
+# Keys that would change what is learned, of a row or of a message; and all that begin with "rejected".
 REFUSED_KEYS = {
     **dict.fromkeys(("tools", "available_tools", "functions", "tool_calls", "tool_call_id", "function_call"), NO_TOOLS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), ONLY_TEXT),
-    "label": "it marks answers as good or bad, and bad ones would be learnt",
+    "label": "it marks answers as good or bad, and bad ones would be learned",
 }
 
 
@@ -106,7 +106,7 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
     Roles are system (first only), then user and assistant in turn, assistant last. Content is text, or a list of text
     parts, joined as mistral-common does. An empty system message is none. One of SYSTEM_KEYS beside "messages" becomes
     the system message. A weight is 0, 1 or null; only 0 on an assistant message says anything, and is kept. Keys that
-    would change what is learnt are refused unless they are null or empty; all other keys beside "messages" are ignored.
+    would change what is learned are refused unless they are null or empty; other keys beside "messages" are ignored.
     `keys` counts the keys that were ignored or became the system message. Raises BadRow.
     """
     if len(line) > MAX_LINE_BYTES:
@@ -167,9 +167,9 @@ def says_something(value: Any) -> bool:
 
 
 def _check_key(key: str) -> None:
-    """Refuse a key beside "messages" that would change what is learnt, or cannot be written down."""
+    """Refuse a key beside "messages" that would change what is learned, or cannot be written down."""
     _check_text(f"the key {_short(key)}", key)
-    reason = "an answer that is not to be learnt" if key.startswith("rejected") else REFUSED_KEYS.get(key)
+    reason = "an answer that is not to be learned" if key.startswith("rejected") else REFUSED_KEYS.get(key)
     if reason:
         raise BadRow(f"has a key {_short(key)}: {reason}")
 

@@ -185,9 +185,9 @@ def _divide(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Spli
             here = chosen.of(slice(start, start + len(kept)))
             splits["train"].add(first + start, chunk, kept, (here.times > turn) & ~here.held_out)
     statistics.encoded += len(chosen.times)
-    statistics.dropped_without_loss += int((~chosen.learnt).sum())
+    statistics.dropped_without_loss += int((~chosen.learned).sum())
     statistics.dropped_duplicates += int(chosen.copies.sum())
-    statistics.left_out += int((chosen.learnt & ~chosen.copies & (chosen.times == 0)).sum())
+    statistics.left_out += int((chosen.learned & ~chosen.copies & (chosen.times == 0)).sum())
     statistics.bad += [(Place(entry.rows.source, line), text) for line, text in sorted(bad)]
     statistics.dropped_bad = len(statistics.bad)
     count_keys(statistics.other_keys, entry.facts["other_keys"])
@@ -271,9 +271,9 @@ def _check_splits(splits: dict[str, Split], entries: list[_Entry], max_rows: int
         count = "1 row is" if shared == 1 else f"{shared:,} rows are"
         first = f"{pair[0]} is {pair[1]}"
         raise DataError(f"data: {count} in both train and validation, the first: {first}", "remove them from one")
-    leaks = np.isin(validation.kept("normalised"), train.kept("normalised"))  # none is exact: that was refused
-    validation.statistics.normalised_leaks = int(leaks.sum())
-    validation.statistics.first_leak = first_pair(train, validation, "normalised")
+    leaks = np.isin(validation.kept("normalized"), train.kept("normalized"))  # none is exact: that was refused
+    validation.statistics.normalized_leaks = int(leaks.sum())
+    validation.statistics.first_leak = first_pair(train, validation, "normalized")
     others = np.isin(validation.kept("openings"), train.kept("openings")) & ~leaks
     validation.statistics.opening_leaks = int(others.sum())
     validation.statistics.first_opening = first_pair(train, validation, "openings", others)

@@ -15,11 +15,11 @@ DIGESTS = 2**64
 class Selection(NamedTuple):
     """How each row is used, [rows].
 
-    `learnt` rows have a turn with loss, `copies` are dropped duplicates, `times` is how often a row is used (0 for
+    `learned` rows have a turn with loss, `copies` are dropped duplicates, `times` is how often a row is used (0 for
     copies and for rows without loss), and `held_out` rows go to validation.
     """
 
-    learnt: np.ndarray
+    learned: np.ndarray
     copies: np.ndarray
     times: np.ndarray
     held_out: np.ndarray
@@ -31,17 +31,17 @@ class Selection(NamedTuple):
 
 def select(files: EncodedFiles, weights: list[float], share: float, drop_copies: bool) -> Selection:
     """Drop copies if `drop_copies`, then apply the weight of each file, then hold out `share` of the rows."""
-    digests, learnt = files.column("digests"), files.turns() > 0
+    digests, learned = files.column("digests"), files.turns() > 0
     copies, held = np.zeros(len(digests), bool), np.zeros(len(digests), bool)
     if drop_copies:
-        copies[learnt] = ~first_copies(digests[learnt])
-    times, wanted = np.zeros(len(digests), np.int64), learnt & ~copies
+        copies[learned] = ~first_copies(digests[learned])
+    times, wanted = np.zeros(len(digests), np.int64), learned & ~copies
     for start, end, weight in zip(files.starts, files.starts[1:], weights, strict=False):
         rows = np.flatnonzero(wanted[start:end]) + start
         times[rows] = taken(digests[rows], weight)
     if share:
         held[times > 0] = held_out(files.column("openings")[times > 0], share)
-    return Selection(learnt, copies, times, held)
+    return Selection(learned, copies, times, held)
 
 
 def taken(digests: np.ndarray, weight: float) -> np.ndarray:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What `Split` keeps of each row; most by its name in `Chunk`.
 NO_ROWS: dict[str, np.ndarray] = {
     "digests": np.empty(0, np.uint64),
-    "normalised": np.empty(0, np.uint64),
+    "normalized": np.empty(0, np.uint64),
     "openings": np.empty(0, np.uint64),
     "full_lengths": np.empty(0, np.int32),
     "indices": np.empty(0, np.int64),
@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("lines", pa.int32()),
         ("line_hashes", _HASH),
         ("digests", pa.uint64()),
-        ("normalised", pa.uint64()),
+        ("normalized", pa.uint64()),
         ("openings", pa.uint64()),
         ("literal", pa.bool_()),
         ("compared", pa.bool_()),

@@ -188,7 +188,7 @@ AUTO_SHARE = 0.9
 WORKING_SET_SHARE = 2 / 3
 
 
-def quantised_on(device: str) -> str:
+def quantized_on(device: str) -> str:
     """The device on which the base is quantized: `device` itself, except the CPU for MPS.
 
     On MPS bitsandbytes (0.50) has no kernels of its own: it uses torch.compile, and plain torch where that fails.

@@ -20,7 +20,7 @@ jit = triton.jit(do_not_specialize=["seed", "dropped", "tokens"])  # they change
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _noise(seed, rows, block, inputs, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Numbers below 2^16, one for each input of a tile: a call of Philox makes those of eight neighbours."""
+    """Numbers below 2^16, one for each input of a tile: a call of Philox makes those of eight neighbors."""
     lanes = block * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     a, b, c, d = tl.randint4x(seed, rows[:, None] * tl.cdiv(inputs, 8) + lanes[None, :])
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))

@@ -21,7 +21,7 @@ from finetune.config.schema import Config, ModelConfig, QuantizationConfig
 from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed
 from finetune.files import resolve, shown
-from finetune.machine.platforms import quantised_on
+from finetune.machine.platforms import quantized_on
 from finetune.model import attention, packed_base
 from finetune.model.hub import GIVE_TOKEN, is_cached
 from finetune.model.load_progress import download_bar, layer_counter, layers_reported
@@ -75,21 +75,21 @@ def load_base(
     not available, or if a module is not what the config asks for.
     """
     attention.register()
-    dtype, quantised = getattr(torch, model.dtype), quantised_on(device)
-    if cache is None or quantised == device:
-        base = _quantised(model, quantization, quantised, report)
+    dtype, quantized = getattr(torch, model.dtype), quantized_on(device)
+    if cache is None or quantized == device:
+        base = _quantized(model, quantization, quantized, report)
     else:
-        base = _kept_or_quantised(model, quantization, packed_base.folder_of(cache, model, quantization), report)
+        base = _kept_or_quantized(model, quantization, packed_base.folder_of(cache, model, quantization), report)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # Else bitsandbytes, evaluating on a CPU with AVX512-BF16, repacks the weights for a bf16 kernel for good,
             # and evaluation would compute with other values than training.
             module.support_avx512bf16_for_cpu = False
-    verify_base(base, model, quantization, quantised, "packed")
+    verify_base(base, model, quantization, quantized, "packed")
     if quantization.storage == "expanded":
         expand(base, dtype, device, report)
         verify_base(base, model, quantization, device, "expanded")
-    elif quantised != device:
+    elif quantized != device:
         _move(base, device, report)
         verify_base(base, model, quantization, device, "packed")
         _say_how_unpacked(device, report)
@@ -105,10 +105,10 @@ def _say_how_unpacked(device: str, report: Report) -> None:
     report.warn(f"{found}; --set quantization.storage=expanded needs neither")
 
 
-def _options(model: ModelConfig, quantised: str) -> dict[str, Any]:
+def _options(model: ModelConfig, quantized: str) -> dict[str, Any]:
     return {
         "dtype": getattr(torch, model.dtype),
-        "device_map": {"": quantised},  # without it transformers silently uses the CPU on a Mac
+        "device_map": {"": quantized},  # without it transformers silently uses the CPU on a Mac
         "attn_implementation": model.attn_implementation,
         "use_safetensors": True,
         "trust_remote_code": False,
@@ -125,7 +125,7 @@ def nf4_config(quantization: QuantizationConfig) -> BitsAndBytesConfig:
     )
 
 
-def _quantised(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
+def _quantized(model: ModelConfig, quantization: QuantizationConfig, device: str, report: Report) -> PreTrainedModel:
     """Load the base from its original weights, quantizing each on `device` as it is read."""
     here = is_local(model.name) or is_cached(model.name, model.revision)
     try:
@@ -151,13 +151,13 @@ def _source(model: ModelConfig) -> str:
     return str(resolve(model.name)) if is_local(model.name) else model.name
 
 
-def _kept_or_quantised(
+def _kept_or_quantized(
     model: ModelConfig, quantization: QuantizationConfig, folder: Path, report: Report
 ) -> PreTrainedModel:
     """Load the packed base from `folder` on the CPU, or quantize it and keep it there."""
     started = time.monotonic()
     if not packed_base.whole(folder, report):
-        base = _quantised(model, quantization, "cpu", report)
+        base = _quantized(model, quantization, "cpu", report)
         folder = packed_base.folder_of(
             folder.parent, model, quantization
         )  # its name depends on the weights, which may have been downloaded just now

@@ -74,13 +74,13 @@ def keep(base: PreTrainedModel, folder: Path, facts: dict[str, Any], report: Rep
     """Keep `base` for later starts; a disk error is a warning. `took`: how long quantizing took."""
     from safetensors import SafetensorError
 
-    quantised = f"quantized on the CPU in {took}"
+    quantized = f"quantized on the CPU in {took}"
     try:
         size = _write(base, folder, facts)
     except (OSError, SafetensorError) as error:
         report.warn(
             f"the packed base cannot be kept in {shown(folder)} ({first_line(error)}): each start will quantize it"
         )
-        report.decision("packed base", quantised)
+        report.decision("packed base", quantized)
         return
-    report.decision("packed base", f"{quantised}; kept in {shown(folder)}, {size:.1f} GiB, for later starts")
+    report.decision("packed base", f"{quantized}; kept in {shown(folder)}, {size:.1f} GiB, for later starts")

@@ -31,7 +31,7 @@ def verify_base(
     ]
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear):
-            packed = storage == "packed" and name != "lm_head"  # the output layer is never quantised
+            packed = storage == "packed" and name != "lm_head"  # the output layer is never quantized
             wanted_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
             if type(module) is not wanted_class:
                 problems.append(f"{name} is {type(module).__name__}, expected {wanted_class.__name__}")

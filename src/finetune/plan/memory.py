@@ -306,7 +306,7 @@ class _Sizes:
         states = batch.tokens * self.geometry.hidden_size
         return self.tile_logits(batch, TILE_COPIES_BACKWARD) + states * (4 + self.platform.nvidia * self.width)
 
-    def dequantised(self) -> float:
+    def dequantized(self) -> float:
         """The largest weight, unpacked for one product, with a float32 scale per 64 weights."""
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         return hidden * intermediate * (self.width + 4 / 64) if self.packed_weights else 0
@@ -323,7 +323,7 @@ class _Sizes:
         kept = intermediate * self.lora_width + self.noise_a_token(("down_proj",)) if adapted else 0
         adapter = batch.tokens * (hidden + intermediate) * self.width
         base = batch.tokens * (intermediate * self.width * (1 + adapted) - kept - self.norm_width * hidden)
-        base += self.dequantised()
+        base += self.dequantized()
         if adapted and self.fused_lora:
             base = self.fused_backward(batch)
             adapter = 0
@@ -340,7 +340,7 @@ class _Sizes:
         gone = hidden * self.norm_width * (2 if same else 1)
         noisy_tokens = min(batch.tokens, NOISE_TOKENS) if self.config.lora.lora_dropout else 0
         noise = 2 * noisy_tokens * intermediate * self.width
-        return batch.tokens * (intermediate * self.width - gone) + max(self.dequantised(), noise)
+        return batch.tokens * (intermediate * self.width - gone) + max(self.dequantized(), noise)
 
     def evaluation(self, batch: Batch) -> dict[str, float]:
         """By part, the largest of three moments: one layer's MLP, its attention, and the loss.
@@ -352,7 +352,7 @@ class _Sizes:
         """
         hidden, intermediate = self.geometry.hidden_size, self.geometry.intermediate_size
         a_feature = batch.tokens * self.width
-        mlp = a_feature * 2 * (hidden + intermediate) + max(2 * intermediate * a_feature, self.dequantised())
+        mlp = a_feature * 2 * (hidden + intermediate) + max(2 * intermediate * a_feature, self.dequantized())
         attention = a_feature * 7 * hidden + 2 * self.attention_weights(batch)
         states = batch.tokens * hidden * self.width
         copied = self.platform.nvidia or batch.rows > 1

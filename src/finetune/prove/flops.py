@@ -49,7 +49,7 @@ def recomputed_flops(config: Config, geometry: Geometry, lengths: Sequence[int],
     return forward * layers / geometry.num_hidden_layers
 
 
-def utilisation(
+def utilization(
     config: Config, geometry: Geometry, lengths: Sequence[int], layers: int, seconds: float, device: str
 ) -> dict[str, float | None]:
     """Return MFU and HFU of a step that took `seconds`, as fractions; None if the device's peak is unknown.

@@ -29,7 +29,7 @@ from finetune.plan.automatic import settled, used
 from finetune.plan.memory import checkpointed_layers, peak_gib
 from finetune.plan.model_shape import DEMO_135M, Geometry, read_geometry
 from finetune.plan.throughput import conditions
-from finetune.prove.flops import utilisation
+from finetune.prove.flops import utilization
 from finetune.prove.process import Ended, run_alone
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def _pace(work: Work) -> dict[str, Any]:
     lengths = [length for row in rows for length in row["seq_lengths"]]  # of all steps except the first
     machine = read_machine()
     device = machine.gpus[0] if machine.gpus else work.platform.label
-    busy = utilisation(config, job.geometry, lengths, layers, seconds, device)
+    busy = utilization(config, job.geometry, lengths, layers, seconds, device)
     speed = round(sum(lengths) / seconds, 1)
     entry = conditions(config, job.geometry) | {"tokens_per_second": speed, "eval_tokens_per_second": None}
     figures = {"steps": SPEED_STEPS, "tokens": sum(lengths), "step_seconds": seconds / SPEED_STEPS}

@@ -1,6 +1,6 @@
 """The run's README.md: a model card as the Hub reads it, which can be uploaded as it is.
 
-It says what the manifest and the config know, and nothing else: no language, no data set id and no licence of a base
+It says what the manifest and the config know, and nothing else: no language, no data set id and no license of a base
 that is not known. What a person or a file was named stands in code spans, where it can end neither header nor Markdown.
 """
 

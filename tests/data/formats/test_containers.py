@@ -1,4 +1,4 @@
-"""A file is recognised by its first bytes, and its rows come as a stream with the numbers that a person would count."""
+"""A file is recognized by its first bytes, and its rows come as a stream with the numbers that a person would count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.formats import containers
-from finetune.data.formats.containers import encoding_of, recognise
+from finetune.data.formats.containers import encoding_of, recognize
 from finetune.data.jsonl import BadRow
 from finetune.errors import DataError
 
@@ -25,7 +25,7 @@ def file(folder: Path, content: bytes | str, name: str = "rows.json") -> Path:
 
 
 def rows(path: Path) -> list[tuple[int, Any]]:
-    return [(number, str(row) if isinstance(row, BadRow) else row) for number, row in recognise(path).rows()]
+    return [(number, str(row) if isinstance(row, BadRow) else row) for number, row in recognize(path).rows()]
 
 
 def failure(path: Path) -> str:
@@ -53,21 +53,21 @@ KINDS = {
 
 @pytest.mark.parametrize(("content", "kind"), KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_a_text_is_recognised_in_any_encoding_whatever_its_name(
+def test_a_text_is_recognized_in_any_encoding_whatever_its_name(
     tmp_path: Path, content: str, kind: str, encoding: str
 ) -> None:
     path = file(tmp_path, content.encode(encoding))
     name = {"utf-8": "", "utf-8-sig": "", "utf-16-le": ", UTF-16LE", "utf-16-be": ", UTF-16BE"}
-    assert recognise(path).described == kind + name.get(encoding, f", {encoding.upper()}")
+    assert recognize(path).described == kind + name.get(encoding, f", {encoding.upper()}")
     plain = file(tmp_path, content, "plain")
     assert rows(path) == rows(plain)
     assert rows(file(tmp_path, gzip.compress(path.read_bytes()), "packed")) == rows(plain)
 
 
 def test_unknown_columns_are_csv_by_the_name_of_the_file(tmp_path: Path) -> None:
-    assert recognise(file(tmp_path, "Q,A\na,b\n", "rows.csv")).kind == "CSV"
-    assert recognise(file(tmp_path, gzip.compress(b"Q,A\na,b\n"), "rows.csv.gz")).described == "CSV, gzip"
-    assert recognise(file(tmp_path, "Q,A\na,b\n", "rows.txt")).kind == "JSON Lines"
+    assert recognize(file(tmp_path, "Q,A\na,b\n", "rows.csv")).kind == "CSV"
+    assert recognize(file(tmp_path, gzip.compress(b"Q,A\na,b\n"), "rows.csv.gz")).described == "CSV, gzip"
+    assert recognize(file(tmp_path, "Q,A\na,b\n", "rows.txt")).kind == "JSON Lines"
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ HELD: dict[str, tuple[list[str], dict[str, str], list[str] | str]] = {
     "`tools`, `available_tools`, `functions`, tool calls, the role `tool`, `images`": (
         [row(USER, ANSWER, available_tools=[{}])], {}, f"has a key 'available_tools': {NO_TOOLS}"),
     "`label`, `rejected...`": (
-        [row(USER, ANSWER, rejected="No.")], {}, "has a key 'rejected': an answer that is not to be learnt"),
+        [row(USER, ANSWER, rejected="No.")], {}, "has a key 'rejected': an answer that is not to be learned"),
     "another key next to `messages`": ([row(USER, ANSWER, id=7)], {}, [f"<s> {LAST}"]),
     "bad rows": (["{}"], {"on_bad_row": "drop"}, []),
     "a duplicate of another row": (
@@ -107,5 +107,5 @@ def test_the_rows_listed_on_the_page_are_learned_with_loss_between_the_marks(cas
         assert case.failure(DataError, recipe).splitlines()[1] == f"  {case.train}:1: {wanted}"
         return
     prepared = case.prepare(recipe, **settings)
-    learnt = [marked(segments(prepared.chat, ids, labels)) for _, ids, labels in contents(prepared.train)]
-    assert learnt == [*wanted, "<s> [INST] Hi [/INST]>> Hello</s><<"]
+    learned = [marked(segments(prepared.chat, ids, labels)) for _, ids, labels in contents(prepared.train)]
+    assert learned == [*wanted, "<s> [INST] Hi [/INST]>> Hello</s><<"]

@@ -93,7 +93,7 @@ def test_an_adapter_whose_self_test_warns_is_safe_with_a_warning(tmp_path: Path)
 
 
 def test_skipped_checks_and_leaks_are_in_the_verdict(tmp_path: Path) -> None:
-    found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalised_leaks=2, opening_leaks=1)}
+    found = {"train": rows(100, certified=0), "validation": rows(10, certified=0, normalized_leaks=2, opening_leaks=1)}
     run = of(tmp_path, manifest(rows=found, skipped_checks=["host.memory", "rehearsal"]))
     assert told(verdicts.safe(run)) == (
         "Yes, with these notes",

@@ -6,7 +6,7 @@ import bitsandbytes
 import torch
 
 from finetune.checks.numerics.compare import distance
-from finetune.machine.platforms import quantised_on
+from finetune.machine.platforms import quantized_on
 
 # Rounding to NF4 in blocks of 64 loses about 9 % of a normal distribution's standard deviation (benchmarks/trials.py);
 # a broken kernel loses either nothing or everything.
@@ -18,7 +18,7 @@ ROWS = (16, 2048)
 
 
 def nf4_loss(device: str) -> float:
-    """Root mean square of what NF4 with double quantisation loses of normal weights, as a share of their deviation."""
+    """Root mean square of what NF4 with double quantization loses of normal weights, as a share of their deviation."""
     weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     packed, state = bitsandbytes.functional.quantize_4bit(
         weights.to(device), quant_type="nf4", compress_statistics=True
@@ -38,12 +38,12 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
     inputs = torch.randn(max(ROWS), 128, generator=generator)
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
     layer.weight = bitsandbytes.nn.Params4bit(weights.clone(), requires_grad=False, quant_type="nf4")
-    layer = layer.to(quantised_on(device))
-    dequantised = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
+    layer = layer.to(quantized_on(device))
+    dequantized = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().cpu()
 
     def plain(device: str, dtype: torch.dtype) -> torch.nn.Module:
         linear = torch.nn.Linear(128, 64, bias=False, device="meta")
-        linear.weight = torch.nn.Parameter(dequantised.to(device, dtype), requires_grad=False)
+        linear.weight = torch.nn.Parameter(dequantized.to(device, dtype), requires_grad=False)
         return linear
 
     def step(

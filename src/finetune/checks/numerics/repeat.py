@@ -23,7 +23,7 @@ def differing(config: Config, device: str) -> list[str]:
     """Which results of PASSES equal forward and backward passes differ; empty where all have the same bits.
 
     Of attention with its projections, and of a whole decoder layer: its output, and the gradients of its input and of
-    LoRA's weights. With the config's attention, dtype and LoRA, on random weights that are not quantised. Raises
+    LoRA's weights. With the config's attention, dtype and LoRA, on random weights that are not quantized. Raises
     ImportError where that attention is not installed.
     """
     register()

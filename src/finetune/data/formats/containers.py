@@ -20,7 +20,7 @@ from finetune.data.jsonl import GZIP, BadRow, open_lines, parse_json, read_lines
 from finetune.errors import DataError
 from finetune.wording import counted
 
-HEAD_BYTES = 2**16  # by which a file is recognised
+HEAD_BYTES = 2**16  # by which a file is recognized
 BLOCK = 2**20  # characters of a JSON array that are read at once
 MOST_OF_A_ROW = 2**26  # characters of one element of a JSON array, above which it is taken to have no end
 DELIMITERS = ",\t;"  # of CSV; the last is Excel's in much of Europe
@@ -88,7 +88,7 @@ def iconv(encoding: str, path: Path) -> str:
     return f"{guess}iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {made}"
 
 
-def recognise(path: Path) -> Container:
+def recognize(path: Path) -> Container:
     """What `path` is. Raises DataError for what is not read, with what to type."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)

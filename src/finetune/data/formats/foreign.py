@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.cli import command
-from finetune.data.formats.containers import iconv, recognise
+from finetune.data.formats.containers import iconv, recognize
 from finetune.data.formats.shapes import PLAIN_TEXT, UNSPOKEN, message_keys, shape_of
 from finetune.data.jsonl import BadRow, open_lines, parse_json, read_lines
 from finetune.errors import DataError
@@ -19,11 +19,11 @@ PROCESSED = "data/processed"
 def refuse(path: Path, name: str) -> None:
     """Raise DataError where `path` is empty, in another encoding, or its first row is that of another format.
 
-    `name` is that of the split, train or validation. What cannot be recognised is not refused.
+    `name` is that of the split, train or validation. What cannot be recognized is not refused.
     """
     if path.stat().st_size == 0:
         raise DataError(f"data: {path} is empty (0 bytes)", 'wanted {"messages": [...]}, one conversation a line')
-    found = recognise(path)
+    found = recognize(path)
     if found.kind != "JSON Lines":
         shape = shape_of(found.first)
         rows = f", its rows are {shape.described}" if shape else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.formats.containers import Container, Numbered, recognise
+from finetune.data.formats.containers import Container, Numbered, recognize
 from finetune.data.jsonl import open_lines
 from finetune.errors import ConfigError, DataError
 from finetune.wording import first_line
@@ -23,7 +23,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read more than once. `what` is what was recognised, `first` the first row, `unit` of numbers."""
+    """Rows that can be read more than once. `what` is what was recognized, `first` the first row, `unit` of numbers."""
 
     what: str
     rows: Callable[[], Numbered]
@@ -40,7 +40,7 @@ def open_source(name: str) -> Source:
     open_lines(path, ", or name a folder or a data set of the Hub (owner/name)").close()
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "nothing to convert")
-    found: Container = recognise(path)
+    found: Container = recognize(path)
     unit = "line" if found.kind in ("JSON Lines", "CSV") else "row"
     return Source(found.described, found.rows, found.first, unit)
 

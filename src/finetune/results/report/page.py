@@ -39,7 +39,7 @@ COUNTS = (  # keys of manifest.rows and their names in the data table
     ("repeated", "repeated because of a file's weight"),
     ("duplicates", "duplicates of another row"),
     ("control_tokens", "with a control token as text"),
-    ("normalised_leaks", "also in the other split, except for case and spacing"),
+    ("normalized_leaks", "also in the other split, except for case and spacing"),
     ("opening_leaks", "same opening as a training row"),
     ("encoded", "encoded, including rows that are too long"),
     ("certified", "of these compared with mistral-common"),

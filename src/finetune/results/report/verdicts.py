@@ -109,7 +109,7 @@ def cautions(run: Evidence) -> list[str]:
     for start in run.starts:
         if changed := start.get("changed"):
             notes.append(f"From step {start['from_step']:,} on, trained with changes: {'; '.join(changed)}.")
-    leaks = run.number("rows", "validation", "normalised_leaks")
+    leaks = run.number("rows", "validation", "normalized_leaks")
     if leaks:
         rows = counted(int(leaks), "held-out conversation")
         notes.append(f"{rows} also in the training data (ignoring case and spacing): the loss is optimistic.")
