@@ -101,10 +101,10 @@ def test_a_user_error_is_a_finding_with_its_fix_as_what_to_type(
 
 
 def test_a_check_of_level_warn_never_fails() -> None:
-    [result] = run([check("a", CheckFailed("broken", "mend it"), level="warn")], NOTHING)
+    [result] = run([check("a", CheckFailed("broken", "fix it"), level="warn")], NOTHING)
     assert (result.status, exit_code([result])) == ("warn", 0)
     with pytest.raises(AssertionError, match=r"^a has level warn and found a failure: broken$"):
-        list(run([check("a", failed("broken", "mend it"), level="warn")], NOTHING))
+        list(run([check("a", failed("broken", "fix it"), level="warn")], NOTHING))
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ def test_the_exit_code_is_the_datas_own_only_where_nothing_else_failed(
 
 
 def test_json_has_five_values_of_each_result() -> None:
-    assert Result("a", "fail", "broken", "mend it", 0.25, 4).as_dict() == {
-        "id": "a", "status": "fail", "detail": "broken", "fix": "mend it", "seconds": 0.25,
+    assert Result("a", "fail", "broken", "fix it", 0.25, 4).as_dict() == {
+        "id": "a", "status": "fail", "detail": "broken", "fix": "fix it", "seconds": 0.25,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def result(id_: str, status: str, detail: str = "found", fix: str = "") -> Resul
 RESULTS = (
     result("gpu.driver", "pass", "driver 550.90.07"),
     result("gpu.processes", "warn", "1 other program", "kill 4711\nor wait"),
-    result("data.rows", "fail", "data: 1 bad row\n  train.jsonl:7: not JSON", "mend it"),
+    result("data.rows", "fail", "data: 1 bad row\n  train.jsonl:7: not JSON", "fix it"),
     result("model.access", "skip", "a local folder needs no Hub"),
 )
 
@@ -46,7 +46,7 @@ def test_checks_stand_under_their_title_each_with_its_status_in_a_word() -> None
         "                                    or wait\n"
         "  FAIL  data.rows                data: 1 bad row\n"
         "                                   train.jsonl:7: not JSON\n"
-        "                                 -> mend it\n"
+        "                                 -> fix it\n"
         "  skip  model.access             a local folder needs no Hub\n"
     )
 

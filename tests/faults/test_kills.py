@@ -96,7 +96,7 @@ def test_a_run_killed_at_random_moments_and_started_again_each_time_loses_nothin
     assert lost == {}
 
 
-STOPPED = re.compile(r"stopped by SIGTERM at step (\d); the same command goes on from checkpoint-(\d)")
+STOPPED = re.compile(r"stopped by SIGTERM at step (\d); the same command resumes from checkpoint-(\d)")
 
 
 @pytest.mark.slow

@@ -139,11 +139,11 @@ ADVICE = "then type the same command again"
 SIZES = r"\S+ has [\d.]+ MiB free, a save takes [\d.]+"
 SAID = {
     "full": rf"no space left: \S+/run has 0\.0 MiB free; free some, {ADVICE}|(no space left: {SIZES}|cannot save: .+ "
-    rf"\({SIZES}\)); (free some|mend that), {ADVICE}",
-    "read-only": rf"\S+/run can no longer be written: Read-only file system \([\d.]+ MiB free\); mend that, {ADVICE}|"
-    rf"cannot save: .*Read-only file system.* \({SIZES}\); mend that, {ADVICE}",
+    rf"\({SIZES}\)); (free some|fix that), {ADVICE}",
+    "read-only": rf"\S+/run can no longer be written: Read-only file system \([\d.]+ MiB free\); fix that, {ADVICE}|"
+    rf"cannot save: .*Read-only file system.* \({SIZES}\); fix that, {ADVICE}",
     "gone": rf"\S+/run is gone \(No such file or directory\); bring it back, {ADVICE}|"
-    rf"cannot save: .*No such file or directory.*; mend that, {ADVICE}",
+    rf"cannot save: .*No such file or directory.*; fix that, {ADVICE}",
 }
 MOMENTS = {
     "a log": "run/metrics.jsonl",

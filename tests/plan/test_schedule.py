@@ -322,7 +322,7 @@ def test_a_budget_stops_the_run_and_the_same_command_goes_on_to_the_bits_of_one_
     # The evaluation before the first step takes 100 s, as each step, evaluation and save does: 800 s are over after
     # step 4, its evaluation and its save make 1000, and another step and its save would make 1200.
     budget = ("training.time_budget_hours=0.3", "training.time_budget_partial=true")
-    stopped = "time budget of 0.3 h used up at step 4; the same command goes on from checkpoint-4"
+    stopped = "time budget of 0.3 h used up at step 4; the same command resumes from checkpoint-4"
     assert command("parts", *budget, clock=ticks()) == (6, stopped)
     assert command.manifest("parts")["status"] == "interrupted"
     run = command.output / "parts" / "run"

@@ -188,7 +188,7 @@ def test_a_save_that_fails_on_the_disk_is_told_with_the_sizes(tmp_path: Path, er
     with pytest.raises(DiskFull) as refused, room_for(tmp_path, 2**20):
         raise error
     text = rf"cannot save: {re.escape(str(error))} \({tmp_path} has [0-9.,]+ MiB free, a save takes 1.0\); "
-    assert re.fullmatch(text + "mend that, then type the same command again", str(refused.value))
+    assert re.fullmatch(text + "fix that, then type the same command again", str(refused.value))
 
 
 def test_a_devices_error_during_a_save_is_no_disks(tmp_path: Path) -> None:

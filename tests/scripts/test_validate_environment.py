@@ -314,7 +314,7 @@ def made(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[
         for check in chosen:
             noted.setdefault(preflight.config.platform, []).append(check.id)
             bad = check.id in noted["bad"]
-            yield Result(check.id, "fail" if bad else "pass", "found", "mend it" if bad else "", 0.0)
+            yield Result(check.id, "fail" if bad else "pass", "found", "fix it" if bad else "", 0.0)
 
     monkeypatch.setattr(script, "run", run)
     return noted
@@ -357,7 +357,7 @@ def test_they_print_a_header_and_each_check(
         "  pass  libraries.imports        found\n"
         "  pass  gpu.torch                found\n"
         "  FAIL  device.flash_attention   found\n"
-        "                                 -> mend it\n"
+        "                                 -> fix it\n"
     )
     script.print_header("a title")
     script.print_check(Result("a", "skip", "not here", "", 0.0))

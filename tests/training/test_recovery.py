@@ -189,6 +189,6 @@ def test_a_signal_after_memory_ran_out_ends_the_run_and_the_same_command_goes_on
             memory = Memory(patch, {6: BACKWARD})
             memory.acts = lambda attempt, number=number: attempt == number and os.kill(os.getpid(), signal.SIGTERM)
             stopped.train(*SETTINGS)
-        assert str(stop.value) == f"stopped by SIGTERM at step {step}; the same command goes on from checkpoint-{step}"
+        assert str(stop.value) == f"stopped by SIGTERM at step {step}; the same command resumes from checkpoint-{step}"
         resumed = stopped.train(*SETTINGS, checkpoint=stopped.run.checkpoints / f"checkpoint-{step}")
         assert ended(stopped, *resumed[:2]) == whole

@@ -361,7 +361,7 @@ def test_a_save_that_fails_is_told_with_what_the_library_says_and_the_sizes(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     refused = fails(case, case.config())
     sizes = f"{case.run.folder}/rehearsal/checkpoints has 500.0 MiB free, a save takes 0.4"
-    assert str(refused) == f"rehearsal: cannot save: {error} ({sizes}); mend that, then type the same command again"
+    assert str(refused) == f"rehearsal: cannot save: {error} ({sizes}); fix that, then type the same command again"
     assert refused.exit_code == 6  # type: ignore[attr-defined]
 
 

@@ -193,7 +193,7 @@ def test_a_signal_between_two_tokens_saves_the_step_and_a_resume_has_the_bits_of
         start()
     assert start.asked <= 13  # the base's seven, then the third token of the tuned model and the ends of its batch
     assert stopped.value.exit_code == 128 + number
-    text = f"stopped by {number.name} at step 2; the same command goes on from checkpoint-2"
+    text = f"stopped by {number.name} at step 2; the same command resumes from checkpoint-2"
     assert str(stopped.value) == text
     assert start.written() == []
     checkpoint = case.run.checkpoints / "checkpoint-2"

@@ -56,7 +56,7 @@ def test_a_signal_in_the_last_micro_batch_of_a_step_ends_the_run_with_a_checkpoi
         stopper.leave(4)
     assert (stopped.value.exit_code, str(stopped.value)) == (
         143,
-        "stopped by SIGTERM at step 4; the same command goes on from checkpoint-4",
+        "stopped by SIGTERM at step 4; the same command resumes from checkpoint-4",
     )
 
 
@@ -102,7 +102,7 @@ def test_a_signal_in_an_evaluation_saves_its_step_and_the_same_command_makes_it_
         signalled(monkeypatch, step)
         with pytest.raises(Stopped) as stopped:
             later.train(*STEPPED)
-        goes_on = f"the same command goes on from checkpoint-{step}"
+        goes_on = f"the same command resumes from checkpoint-{step}"
         assert str(stopped.value) == f"stopped by SIGTERM at step {step}; {goes_on}"
         checkpoint = later.run.checkpoints / f"checkpoint-{step}"
         assert read_seal(checkpoint)["eval_loss"] is None
@@ -157,7 +157,7 @@ def test_a_signal_in_a_micro_batch_discards_its_step_and_the_same_command_makes_
         computed = signalled_in_micro_batch(monkeypatch, number, step)
         with pytest.raises(Stopped) as stopped:
             later.train(*ACCUMULATED)
-        goes_on = f"the same command goes on from checkpoint-{step}"
+        goes_on = f"the same command resumes from checkpoint-{step}"
         assert str(stopped.value) == f"stopped by SIGTERM at step {step}; {goes_on}"
         assert (computed, later.checkpoints()) == ([*range(1, number + 1)], [f"checkpoint-{step}"])
         checkpoint = later.run.checkpoints / f"checkpoint-{step}"
@@ -168,12 +168,12 @@ def test_a_signal_in_a_micro_batch_discards_its_step_and_the_same_command_makes_
 def test_a_signal_in_the_step_after_a_save_writes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*ACCUMULATED, "training.save_steps=4")
     signalled_in_micro_batch(monkeypatch, 2, 4)
-    with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+    with pytest.raises(Stopped, match=r"at step 4; the same command resumes from checkpoint-4$"):
         case.train(*settings)
     checkpoint = case.run.checkpoints / "checkpoint-4"
     written = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
     signalled_in_micro_batch(monkeypatch, 2, 4)
-    with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+    with pytest.raises(Stopped, match=r"at step 4; the same command resumes from checkpoint-4$"):
         case.train(*settings, checkpoint=checkpoint)
     assert {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == written
 
@@ -188,7 +188,7 @@ def test_a_signal_in_the_first_step_saves_nothing(case: Case, monkeypatch: pytes
 def test_a_signal_in_an_evaluation_that_was_due_leaves_it_due(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for checkpoint in (None, case.run.checkpoints / "checkpoint-4"):
         signalled(monkeypatch, 4)
-        with pytest.raises(Stopped, match=r"at step 4; the same command goes on from checkpoint-4$"):
+        with pytest.raises(Stopped, match=r"at step 4; the same command resumes from checkpoint-4$"):
             case.train(*STEPPED, checkpoint=checkpoint)
     assert case.checkpoints() == ["checkpoint-4"]
     assert evaluates_first(case.run.checkpoints / "checkpoint-4")

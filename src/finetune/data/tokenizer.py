@@ -2,7 +2,7 @@
 
 A conversation is first cut into pieces (plain text, or a control token by name), and each text piece is encoded by
 itself with control tokens switched off. So text in a message can never become a control token, there is exactly one
-`<s>`, and the loss lies on assistant text and its end token only, where its weight is not 0.
+`<s>`, and loss is computed only on assistant text and its end token, if its weight is not 0.
 
 Mistral's ids come from SentencePiece and the file that mistral-common ships for Instruct v0.1 and v0.2: in batches, the
 call that mistral-common makes text by text. They must equal mistral-common's own, which `Reference` asks, and those of

@@ -108,7 +108,7 @@ def _escaped(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as a code span on one line: fenced by more backticks than stand beside each other in it."""
+    """`text` as a code span on one line: fenced by more backticks than appear in a row in it."""
     line = " ".join(clean(str(text)).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     room = " " if line.startswith("`") or line.endswith("`") else ""

@@ -37,7 +37,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
         of_a_file = re.search("PytorchStreamWriter|inline_container|unexpected pos", str(error))
         if isinstance(error, RuntimeError) and not of_a_file:
             raise  # a device's, no disk's
-        raise DiskFull(f"cannot save: {error} ({sizes})", "mend that, then type the same command again") from error
+        raise DiskFull(f"cannot save: {error} ({sizes})", "fix that, then type the same command again") from error
 
 
 def step_of(folder: Path) -> int:

@@ -31,7 +31,7 @@ WAIT_FOR_NAME_SECONDS = 1.0
 class Run:
     """One run's folder. `finished` when its manifest says complete; `lock` is held as long as this process lives.
 
-    `died` names the start before this one where it ended without a word, as a killed one does.
+    `died` names the start before this one if that ended without a message, as a killed one does.
     """
 
     folder: Path

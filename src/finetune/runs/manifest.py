@@ -225,4 +225,4 @@ def _check_writable(folder: Path, error: Exception) -> None:
             pass
     except OSError as refused:
         found = f"{where} can no longer be written: {refused.strerror} ({free_mib:,.1f} MiB free)"
-        raise OutOfResource(found, f"mend that, {advice}") from error
+        raise OutOfResource(found, f"fix that, {advice}") from error

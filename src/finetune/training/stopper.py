@@ -119,5 +119,5 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
         if reason is not None:
             exit_code, what = reason
             checkpoints = saved(self.run.checkpoints)
-            goes_on = f"goes on from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
+            goes_on = f"resumes from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
             raise Stopped(exit_code, f"{what} at step {step}", f"the same command {goes_on}")
