@@ -489,9 +489,7 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
     command = interrupted.command.elsewhere(tmp_path / "output")
     done = command()
     assert done.returncode == 0, done.stderr
-    assert (
-        f"resume: from checkpoint-{interrupted.step}, the newest checkpoint that is whole" in done.stdout.splitlines()
-    )
+    assert f"resume: from checkpoint-{interrupted.step}, the newest intact checkpoint" in done.stdout.splitlines()
     adapter = command.output / "run-2" / "adapter_model.safetensors"
     assert sha256(adapter) == sha256(finished.folder / "adapter_model.safetensors")
     logged = (command.output / "run-2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -541,7 +539,7 @@ def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
     assert done.stderr == (
         "config: 1 problem\n"
         f"  changed since checkpoint-{interrupted.step}: config.training.learning_rate: 0.001 -> 0.0003\n"
-        "--fresh starts a new run, --resume-changed goes on all the same\n"
+        "--fresh starts a new run, --resume-changed resumes anyway\n"
     )
     assert names(command.output / "run-2" / "checkpoints") == interrupted.checkpoints()  # nothing was set aside
 
@@ -551,8 +549,8 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     done = command("--set", "training.learning_rate=3e-4", "--resume-changed")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert "warning: going on although changed: config.training.learning_rate: 0.001 -> 0.0003" in said
-    assert f"resume: from checkpoint-{interrupted.step}, the newest checkpoint that is whole" in said
+    assert "warning: resuming although changed: config.training.learning_rate: 0.001 -> 0.0003" in said
+    assert f"resume: from checkpoint-{interrupted.step}, the newest intact checkpoint" in said
     steps = [line.split(":")[0] for line in said if line.startswith("step ")]
     assert steps == [f"step {step}/6" for step in (3, 4, 4, 5, 6, 6) if step > interrupted.step]
     manifest = read_manifest(command.output / "run-2")

@@ -190,7 +190,7 @@ def test_an_output_folder_of_somebody_else_is_told_with_how_to_get_it(project: P
     assert done.stderr.splitlines()[-2:] == [
         "config: 1 problem",
         "  output.dir: adapters/refused/checkpoints: Permission denied; make it yours (sudo chown -R $(id -u) FOLDER), "
-        "or set it to a folder that can be written",
+        "or set it to a writable folder",
     ]
 
 

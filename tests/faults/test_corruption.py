@@ -102,8 +102,8 @@ def test_damage_in_any_file_of_a_checkpoint_sets_it_aside_and_the_one_before_it_
         for text, damage in damages(folder / name):
             damage(folder / name)
             answer = copy.found(folder)
-            aside = f"warning: checkpoint-4 is not whole ({name} {text}); set aside as damaged-checkpoint-4.1"
-            goes_on = "resume: from checkpoint-2, the newest checkpoint that is whole"
+            aside = f"warning: checkpoint-4 is damaged ({name} {text}); set aside as damaged-checkpoint-4.1"
+            goes_on = "resume: from checkpoint-2, the newest intact checkpoint"
             if answer != ("checkpoint-2", [aside, goes_on]):
                 wrong.append((name, damage.__name__, answer))
     assert wrong == []
@@ -145,11 +145,11 @@ def test_where_a_checkpoint_lost_its_seal_or_gained_a_file_the_one_before_it_is_
     folder = copy.run.checkpoints / "checkpoint-4"
     (folder / SEAL).unlink()
     reason = f"no {SEAL}: its save was not finished"
-    said = f"warning: checkpoint-4 is not whole ({reason}); set aside as damaged-checkpoint-4.1"
+    said = f"warning: checkpoint-4 is damaged ({reason}); set aside as damaged-checkpoint-4.1"
     assert copy.found(folder)[1][0] == said
     (folder / "more.bin").write_bytes(b"")
     reason = "more.bin was not there when it was saved"
-    said = f"warning: checkpoint-4 is not whole ({reason}); set aside as damaged-checkpoint-4.1"
+    said = f"warning: checkpoint-4 is damaged ({reason}); set aside as damaged-checkpoint-4.1"
     assert copy.found(folder)[1][0] == said
 
 
@@ -158,7 +158,7 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_del
         flip(100)(copy.run.checkpoints / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(CheckFailed) as refused:
         apply(decide(copy.run.checkpoints, copy.fingerprint), False, Terminal(False, io.StringIO()))
-    assert str(refused.value) == f"no checkpoint in {copy.run.checkpoints} is whole; --fresh starts a new run"
+    assert str(refused.value) == f"no checkpoint in {copy.run.checkpoints} is intact; --fresh starts a new run"
     assert names(copy.run.checkpoints) == {"best", "damaged-checkpoint-2.1", "damaged-checkpoint-4.1"}
 
 
@@ -178,7 +178,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_bits_of_one_without(
     damage(command.checkpoints / name)
     ended = warm(command)
     assert ended.code == 0, ended.text
-    assert "resume: from checkpoint-2, the newest checkpoint that is whole" in ended.text.splitlines()
+    assert "resume: from checkpoint-2, the newest intact checkpoint" in ended.text.splitlines()
     assert differences(command, whole.result) == []
 
 
@@ -190,7 +190,7 @@ def test_a_start_that_sets_a_checkpoint_aside_writes_so_into_the_manifest(
     ended = warm(command)
     assert ended.code == 0, ended.text
     first, second = json.loads((command.folder / "manifest.json").read_text(encoding="utf-8"))["starts"]
-    aside = f"checkpoint-4 is not whole (scheduler.pt {CHANGED}); set aside as damaged-checkpoint-4.1"
+    aside = f"checkpoint-4 is damaged (scheduler.pt {CHANGED}); set aside as damaged-checkpoint-4.1"
     assert (first["set_aside"], second["set_aside"], second["changed"]) == ([], [aside], [])
     assert aside in (command.folder / "report.html").read_text(encoding="utf-8")
 
@@ -215,7 +215,7 @@ def test_where_the_base_has_other_weights_than_before_the_run_is_refused(
         [
             "config: 1 problem",
             f"  changed since checkpoint-4: base_weights: {before} -> {weights_digest(command.base)}",
-            "--fresh starts a new run, --resume-changed goes on all the same",
+            "--fresh starts a new run, --resume-changed resumes anyway",
         ],
     )
     assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}

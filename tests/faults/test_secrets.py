@@ -92,7 +92,7 @@ def test_a_checkpoint_whose_pickle_would_run_code_runs_none_and_is_set_aside_eve
     ended = warm(command)
     assert ended.code == 0, ended.text
     reason = f"{name} holds more than tensors and plain values"
-    said = f"warning: checkpoint-4 is not whole ({reason}); set aside as damaged-checkpoint-4.1"
+    said = f"warning: checkpoint-4 is damaged ({reason}); set aside as damaged-checkpoint-4.1"
     assert said in ended.text.splitlines()
     assert differences(command, whole.result) == []
     assert not ran.exists()

@@ -127,7 +127,7 @@ def test_an_output_folder_that_became_read_only_is_told_and_the_checkpoint_stays
     disk.remount("ro")
     ended = warm(command)
     disk.remount("rw")
-    wanted = f"output.dir: {command.checkpoints}: Read-only file system; set it to a folder that can be written"
+    wanted = f"output.dir: {command.checkpoints}: Read-only file system; set it to a writable folder"
     assert (ended.code, ended.text.splitlines()[-1].strip()) == (2, wanted)
     assert names(command.checkpoints) == {"best", "checkpoint-2", "checkpoint-4"}
     ended = warm(command)
@@ -182,5 +182,5 @@ def test_a_disk_that_fails_in_mid_run_is_exit_6_with_what_to_do_and_the_run_goes
     assert not (command.folder / "adapter_model.safetensors").exists() or moment == "the manifest"
     ended = warm(command)
     assert ended.code == 0, ended.text
-    assert f"resume: from {max(sealed).name}, the newest checkpoint that is whole" in ended.text.splitlines()
+    assert f"resume: from {max(sealed).name}, the newest intact checkpoint" in ended.text.splitlines()
     assert differences(command, whole.result) == []

@@ -329,7 +329,7 @@ def test_a_budget_stops_the_run_and_the_same_command_goes_on_to_the_bits_of_one_
     assert not (run / "adapter_model.safetensors").exists()
     capsys.readouterr()
     assert command("parts", "training.time_budget_hours=5", clock=ticks()) == (0, "")  # the budget may change
-    assert "resume: from checkpoint-4, the newest checkpoint that is whole" in capsys.readouterr().out.splitlines()
+    assert "resume: from checkpoint-4, the newest intact checkpoint" in capsys.readouterr().out.splitlines()
     assert command.metrics("parts") == command.metrics("whole")
     adapters = [command.output / folder / "run" / "adapter_model.safetensors" for folder in ("parts", "whole")]
     assert sha256(adapters[0]) == sha256(adapters[1])

@@ -108,7 +108,7 @@ def test_where_the_best_is_damaged_it_is_the_newest_that_is_whole(run: Path) -> 
     assert adapter.folder == run / "checkpoints" / "checkpoint-6"
     changed = "adapter_model.safetensors is not what was saved (sha256 differs)"
     assert printed[::2] == [
-        f"warning: best is not whole ({changed}), so another checkpoint is looked for",
+        f"warning: best is damaged ({changed}), so another checkpoint is used",
         f"adapter: {run}/checkpoints/checkpoint-6, step 6, saved without an evaluation; the run is not finished",
     ]
 
@@ -116,7 +116,7 @@ def test_where_the_best_is_damaged_it_is_the_newest_that_is_whole(run: Path) -> 
 def test_a_run_without_a_checkpoint_has_no_adapter_yet(run: Path) -> None:
     shutil.rmtree(stopped(run) / "checkpoints")
     assert refused(CheckFailed, run) == (
-        f"{run} has no adapter yet: the run is not finished, and no checkpoint of it is whole; "
+        f"{run} has no adapter yet: the run is not finished, and none of its checkpoints is intact; "
         "the command that began it goes on with it; type that first"
     )
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
     folder = run / "checkpoints" / "checkpoint-4"
     damage(folder)
     assert refused(CheckFailed, folder) == (
-        f"{folder} is not whole: adapter_model.safetensors is not what was saved (sha256 differs); "
+        f"{folder} is damaged: adapter_model.safetensors is not what was saved (sha256 differs); "
         "name another checkpoint, or the run's folder"
     )
 

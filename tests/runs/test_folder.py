@@ -285,5 +285,5 @@ def test_a_folder_that_belongs_to_another_says_how_to_get_it(tmp_path: Path, mon
         make_folder(tmp_path / "adapters")
     assert str(caught.value).endswith(
         f"output.dir: {tmp_path}/adapters: Permission denied; make it yours (sudo chown -R $(id -u) FOLDER), or set it "
-        "to a folder that can be written"
+        "to a writable folder"
     )

@@ -176,8 +176,8 @@ def test_a_first_start_is_open_and_begins_now(tmp_path: Path) -> None:
 
 
 def test_a_start_says_what_it_accepted_what_it_set_aside_and_what_it_rehearsed(tmp_path: Path) -> None:
-    (start,) = begin(tmp_path, 4, ("lora.r: 16 -> 8",), ("checkpoint-6 is not whole",), {"hours": 2.5})
-    assert (start["changed"], start["set_aside"]) == (["lora.r: 16 -> 8"], ["checkpoint-6 is not whole"])
+    (start,) = begin(tmp_path, 4, ("lora.r: 16 -> 8",), ("checkpoint-6 is damaged",), {"hours": 2.5})
+    assert (start["changed"], start["set_aside"]) == (["lora.r: 16 -> 8"], ["checkpoint-6 is damaged"])
     assert start["rehearsal"] == {"hours": 2.5}
 
 

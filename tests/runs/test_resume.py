@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(
     whole, newest = checkpoint(tmp_path, 8), checkpoint(tmp_path, 10)
     damage(newest)
     kept = content(newest)
-    note = f"checkpoint-10 is not whole ({text}); set aside as damaged-checkpoint-10.1"
+    note = f"checkpoint-10 is damaged ({text}); set aside as damaged-checkpoint-10.1"
     assert resumed(tmp_path) == (whole, [note])
     assert names(tmp_path) == ["best", "checkpoint-8", "damaged-checkpoint-10.1"]
     assert content(tmp_path / "damaged-checkpoint-10.1") == kept
@@ -99,11 +99,11 @@ def test_where_none_is_whole_all_are_set_aside_newest_first_and_the_start_is_ref
     remove_the_seal(checkpoint(tmp_path, 4))
     said = StringIO()
     for warnings in (
-        f"warning: checkpoint-4 is not whole ({NO_SEAL}); set aside as damaged-checkpoint-4.1\n"
-        f"warning: checkpoint-2 is not whole ({CHANGED}); set aside as damaged-checkpoint-2.1\n",
+        f"warning: checkpoint-4 is damaged ({NO_SEAL}); set aside as damaged-checkpoint-4.1\n"
+        f"warning: checkpoint-2 is damaged ({CHANGED}); set aside as damaged-checkpoint-2.1\n",
         "",  # the same command again: what was set aside is refused, too
     ):
-        with pytest.raises(CheckFailed, match=r"is whole; --fresh starts a new run$"):
+        with pytest.raises(CheckFailed, match=r"is intact; --fresh starts a new run$"):
             apply(decide(tmp_path, FINGERPRINT), False, Terminal(stream=said))
         assert said.getvalue() == warnings
         assert names(tmp_path) == ["damaged-checkpoint-2.1", "damaged-checkpoint-4.1"]
@@ -113,7 +113,7 @@ def test_where_none_is_whole_all_are_set_aside_newest_first_and_the_start_is_ref
 def test_a_run_that_was_killed_in_its_first_save_begins_again_and_nothing_is_overwritten(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         unsealed(tmp_path, 4)
-        note = f"checkpoint-4 is not whole ({NO_SEAL}); set aside as damaged-checkpoint-4.{number}"
+        note = f"checkpoint-4 is damaged ({NO_SEAL}); set aside as damaged-checkpoint-4.{number}"
         assert resumed(tmp_path) == (None, [note])
     assert names(tmp_path) == [f"damaged-checkpoint-4.{number}" for number in (1, 2, 3)]
 
@@ -167,7 +167,7 @@ def test_where_it_is_lost_its_step_is_trained_again_and_the_whole_checkpoints_af
     flip_a_byte(tmp_path / "checkpoint-6")
     again = "the best adapter, of step 4, is made again"
     wanted = [
-        f"checkpoint-6 is not whole ({CHANGED}); set aside as damaged-checkpoint-6.1",
+        f"checkpoint-6 is damaged ({CHANGED}); set aside as damaged-checkpoint-6.1",
         f"checkpoint-8 set aside as damaged-checkpoint-8.1: {again}",
         f"checkpoint-4 set aside as damaged-checkpoint-4.1: {again}",
     ]

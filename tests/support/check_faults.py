@@ -831,7 +831,7 @@ FAULTS = (
                f"{PYTHON} src/train.py --fresh starts a new run")),
     fault("no checkpoint is whole", "cpu", lambda b: damage(b.checkpoint(8)),
           fail("state.run",
-               "every checkpoint in /bench/adapters/demo-cpu/checkpoints is damaged: checkpoint-8 is not whole "
+               "every checkpoint in /bench/adapters/demo-cpu/checkpoints is damaged: checkpoint-8 is damaged "
                "(adapter_model.safetensors is not what was saved (sha256 differs)) and would be set aside",
                f"{PYTHON} src/train.py --fresh")),
     fault("every checkpoint was set aside by the start before", "cpu",

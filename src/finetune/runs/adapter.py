@@ -115,10 +115,10 @@ def _of_run(run: Path, terminal: Terminal) -> tuple[Path, str]:
     for folder in [run / "checkpoints" / BEST, *reversed(saved(run / "checkpoints"))]:
         wrong = damage(folder) if folder.is_dir() else None
         if wrong:
-            terminal.warn(f"{folder.name} is not whole ({wrong}), so another checkpoint is looked for")
+            terminal.warn(f"{folder.name} is damaged ({wrong}), so another checkpoint is used")
         elif folder.is_dir():
             return folder, f"{shown(folder)}, {_saved_at(folder)}; the run is not finished"
-    found = f"{shown(run)} has no adapter yet: the run is not finished, and no checkpoint of it is whole"
+    found = f"{shown(run)} has no adapter yet: the run is not finished, and none of its checkpoints is intact"
     raise CheckFailed(found, "the command that began it goes on with it; type that first")
 
 
@@ -129,7 +129,7 @@ def _in_folder(folder: Path) -> tuple[Path, str]:
     if folder.parent.name != "checkpoints":
         return folder, f"{shown(folder)}"
     if wrong := damage(folder):
-        raise CheckFailed(f"{shown(folder)} is not whole: {wrong}", "name another checkpoint, or the run's folder")
+        raise CheckFailed(f"{shown(folder)} is damaged: {wrong}", "name another checkpoint, or the run's folder")
     return folder, f"{shown(folder)}, {_saved_at(folder)}"
 
 

@@ -87,10 +87,10 @@ def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[
         notes.append(sentence)
 
     for folder, found in decision.damaged:
-        note(f"{folder.name} is not whole ({found}); set aside as {set_aside(folder).name}")
+        note(f"{folder.name} is damaged ({found}); set aside as {set_aside(folder).name}")
     _refuse(decision, accept_changes)
     for change in decision.changes:
-        terminal.warn(f"going on although changed: {change}")
+        terminal.warn(f"resuming although changed: {change}")
     best = settle_best(decision.checkpoints, decision.best)
     if decision.best_damage:
         note(f"the best adapter so far is not used ({decision.best_damage}); set aside as {set_aside(best).name}")
@@ -100,16 +100,16 @@ def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[
         lost = f"the best adapter, of step {decision.best_step}, is made again"
         note(f"{folder.name} set aside as {aside.name}: {lost}")
     if decision.checkpoint:
-        terminal.decision("resume", f"from {decision.checkpoint.name}, the newest checkpoint that is whole")
+        terminal.decision("resume", f"from {decision.checkpoint.name}, the newest intact checkpoint")
     return notes
 
 
 def _refuse(decision: Decision, accept_changes: bool) -> None:
     if decision.nothing_whole:
-        raise CheckFailed(f"no checkpoint in {decision.checkpoints} is whole", "--fresh starts a new run")
+        raise CheckFailed(f"no checkpoint in {decision.checkpoints} is intact", "--fresh starts a new run")
     if decision.checkpoint and decision.changes and not accept_changes:
         problems = (f"changed since {decision.checkpoint.name}: {change}" for change in decision.changes)
-        fix = "--fresh starts a new run, --resume-changed goes on all the same"
+        fix = "--fresh starts a new run, --resume-changed resumes anyway"
         raise ConfigError(*problems, fix=fix, between="\n")
 
 
