@@ -573,7 +573,7 @@ def test_an_output_folder_that_cannot_be_made_is_exit_2(finished: Finished, tmp_
         assert done.returncode == 2
         assert re.fullmatch(
             rf"config: 1 problem\n  output\.dir: {tmp_path}/file/runs/\S+: Not a directory; "
-            r"set it to a folder that can be written\n",
+            r"set it to a writable folder\n",
             done.stderr,
         )
 
