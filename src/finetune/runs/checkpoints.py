@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not used: a sha256 manifest is written last. The best are kept, others thinned out."""
+"""Checkpoints are used only if complete: their sha256 seal is written last. The best are kept, others deleted."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ASIDE = "damaged-"
 
 @contextmanager
 def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Write `needed_bytes` below `folder` within the block, or raise DiskFull with path and sizes.
+    """Write `needed_bytes` in `folder` within the block, or raise DiskFull with path and sizes.
 
-    Looked at before, so that a full disk leaves no half-written file; and after a failure, which libraries tell in many
-    ways (an OSError, torch's RuntimeError, safetensors' own).
+    Free space is checked first, so that a full disk leaves no half-written file; and after a failure, which libraries
+    report in many ways (an OSError, torch's RuntimeError, safetensors' own error).
     """
-    free_bytes = shutil.disk_usage(folder).free  # fails where the folder is gone, which a library would make anew
+    free_bytes = shutil.disk_usage(folder).free  # fails if the folder is gone, which a library would create again
     sizes = f"{shown(folder)} has {free_bytes / 2**20:,.1f} MiB free, a save takes {needed_bytes / 2**20:,.1f}"
     if free_bytes < needed_bytes:
         raise DiskFull(f"no space left: {sizes}", "free some, then type the same command again")
@@ -36,7 +36,7 @@ def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         of_a_file = re.search("PytorchStreamWriter|inline_container|unexpected pos", str(error))
         if isinstance(error, RuntimeError) and not of_a_file:
-            raise  # a device's, no disk's
+            raise  # from the device, not the disk
         raise DiskFull(f"cannot save: {error} ({sizes})", "fix that, then type the same command again") from error
 
 
@@ -46,32 +46,32 @@ def step_of(folder: Path) -> int:
 
 
 def saved(checkpoints: Path) -> list[Path]:
-    """The `checkpoint-N` folders, oldest first, whole or not."""
+    """The `checkpoint-N` folders, oldest first, intact or not."""
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rsplit("-", 1)[1].isdigit()]
     return sorted(found, key=step_of)
 
 
-# What torch raises for a file that is not what it writes, or that its weights_only reading refuses.
+# What torch raises for a file it did not write, or that weights_only refuses.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError)
 
 
 def refuse_code(folder: Path) -> None:
-    """Raise ValueError where a file holds Python objects: reading them would run code, and a seal is no signature."""
-    import torch  # here, so that who only wants a hash need not wait for it
+    """Raise ValueError if a file contains Python objects: loading them runs code, and a seal is not a signature."""
+    import torch  # here, so that callers who only need a hash do not wait for it
     from transformers.trainer_pt_utils import safe_globals
 
     for path in sorted(folder.glob("*.pt*")):
         try:
-            with safe_globals():  # as transformers reads them; mapped, so no tensor is read here
+            with safe_globals():  # as transformers does; memory-mapped, so no tensor is read
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UNREADABLE:
             raise ValueError(f"{path.name} holds more than tensors and plain values") from None
 
 
 def damage(folder: Path) -> str | None:
-    """Why the sealed `folder` cannot be used; None where it is whole.
+    """Why the sealed `folder` cannot be used; None if it is intact.
 
-    Raises CheckFailed where this user has no right to read it: that says nothing of what is in it.
+    Raises CheckFailed if this user may not read it, which says nothing about its content.
     """
     try:
         read_seal(folder)
@@ -87,7 +87,7 @@ def damage(folder: Path) -> str | None:
 
 
 def replace_best(checkpoints: Path, whole: Path) -> None:
-    """Put the sealed folder `whole` in the place of the best adapter; at every moment one of the two is there."""
+    """Replace the best adapter with the sealed folder `whole`; at every moment one of the two exists."""
     best, old = checkpoints / BEST, checkpoints / f"{BEST}.old"
     shutil.rmtree(old, ignore_errors=True)
     if best.is_dir():
@@ -97,9 +97,9 @@ def replace_best(checkpoints: Path, whole: Path) -> None:
 
 
 def find_best(checkpoints: Path, fingerprint: dict[str, Any]) -> tuple[Path | None, str | None]:
-    """The folder of the best adapter so far, and why it cannot be used: damaged, or of another run.
+    """The folder of the best adapter so far, and why it cannot be used: it is damaged, or from another run.
 
-    A kill inside replace_best leaves it in a folder beside `best`, from which `settle_best` renames it.
+    A kill inside replace_best leaves it in a folder next to `best`, from which `settle_best` renames it.
     """
     folders = [checkpoints / BEST]
     if not folders[0].is_dir():
@@ -113,7 +113,7 @@ def find_best(checkpoints: Path, fingerprint: dict[str, Any]) -> tuple[Path | No
 
 
 def settle_best(checkpoints: Path, found: Path | None) -> Path:
-    """Finish what a kill inside replace_best left: `found` becomes `best`, the rest is removed."""
+    """Clean up after a kill inside replace_best: rename `found` to `best` and remove the rest."""
     if found is not None and found.name != BEST:
         found.rename(checkpoints / BEST)
     for folder in _beside_best(checkpoints):
@@ -126,7 +126,7 @@ def _beside_best(checkpoints: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename what cannot be used, so that nothing is deleted that a person might still want."""
+    """Quarantine what cannot be used by renaming it, so that nothing a person might still want is deleted."""
     number = 1
     while (aside := folder.with_name(f"{ASIDE}{folder.name}.{number}")).exists():
         number += 1
@@ -134,9 +134,9 @@ def set_aside(folder: Path) -> Path:
 
 
 def thin_out(checkpoints: Path, keep: int) -> None:
-    """Remove all sealed checkpoints but the `keep` best by eval_loss and the newest.
+    """Delete all sealed checkpoints except the newest and the `keep` best by eval_loss.
 
-    Those without one, saved between two evaluations, come after those that have one, the newest first.
+    Those saved between two evaluations, which have no eval_loss, rank after the others, the newest first.
     """
     ranks = {}
     for folder in saved(checkpoints):
@@ -148,5 +148,5 @@ def thin_out(checkpoints: Path, keep: int) -> None:
     best = sorted(ranks, key=lambda folder: ranks[folder])[:keep]
     for folder in list(ranks)[:-1]:
         if folder not in best:
-            (folder / SEAL).unlink()  # first, so that a half-removed folder is never taken for whole
+            (folder / SEAL).unlink()  # first, so that a half-deleted folder is never taken for a complete one
             shutil.rmtree(folder)

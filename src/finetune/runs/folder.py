@@ -1,4 +1,4 @@
-"""Run folders: which one a command means, and that only one program writes it."""
+"""Run folders: which one a command refers to, and the lock that lets only one process write it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from finetune.config.schema import Config
 
 MANIFEST, METRICS = "manifest.json", "metrics.jsonl"
-REJECTED = "rejected"  # where an adapter lies that failed its self-test
+REJECTED = "rejected"  # for an adapter that failed its self-test
 WAIT_FOR_NAME_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder. `finished` when its manifest says complete; `lock` is held as long as this process lives.
+    """One run's folder. `finished` means its manifest says complete; `lock` is held while this process lives.
 
     `died` names the start before this one if that ended without a message, as a killed one does.
     """
@@ -46,16 +46,16 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     def drop_if_unused(self) -> None:
-        """Remove the folder where nothing was written but the lock: a command that was stopped while loading."""
+        """Remove the folder if only the lock was written: the command was stopped while loading."""
         if not self.finished and not (self.folder / MANIFEST).exists() and not any(self.checkpoints.iterdir()):
             shutil.rmtree(self.folder)
 
     def close(self) -> None:
-        """End this start in order: from here on the lock names nobody."""
+        """End this start cleanly: from now on the lock names nobody."""
         with suppress(OSError):  # a disk that is read-only or gone since has ended this start, which says so
             if self.lock is not None:
                 self.lock.truncate(0)
@@ -63,7 +63,7 @@ class Run:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest in a run's folder; nothing where there is none, or none that can be read."""
+    """The manifest in a run's folder; empty if there is none or it cannot be read."""
     try:
         content = read_json(folder / MANIFEST)
     except (OSError, ValueError):
@@ -72,9 +72,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
-    """The folder of the run that this config's command means, and whether that run is finished; nothing is written.
+    """The folder of the run this config's command refers to, and whether that run is finished; nothing is written.
 
-    Of run_name, run_name-2, run_name-3, ... it is the newest that is not finished; where all are, the newest; with
+    Of run_name, run_name-2, run_name-3, ... it is the newest unfinished one; if all are finished, the newest; with
     `fresh` the next number.
     """
     taken = _taken(config.run_folder)
@@ -88,9 +88,9 @@ def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
 
 
 def open_run(config: Config, fresh: bool) -> Run:
-    """The run of `find_run`, its folder made and locked unless it is finished.
+    """Open the run of `find_run`; unless it is finished, create and lock its folder.
 
-    Raises OutOfResource where another process holds the lock.
+    Raises OutOfResource if another process holds the lock.
     """
     folder, finished = find_run(config, fresh)
     if finished:
@@ -101,7 +101,7 @@ def open_run(config: Config, fresh: bool) -> Run:
 
 
 def lock_holder(folder: Path) -> str | None:
-    """Who is writing this run folder just now, and how to stop it; None for nobody."""
+    """Who is writing this run folder now, and how to stop it; None for nobody."""
     try:
         with (folder / "lock").open(encoding="utf-8") as stream:
             try:
@@ -114,7 +114,7 @@ def lock_holder(folder: Path) -> str | None:
 
 
 def _taken(first: Path) -> list[Path]:
-    """What stands at the names of this run and its fresh ones, in their order."""
+    """The existing paths of this run and its fresh ones, in order."""
     pattern = re.compile(re.escape(first.name) + r"(-([2-9]|[1-9][0-9]+))?")
     return sorted(
         (path for path in first.parent.glob("*") if pattern.fullmatch(path.name)),
@@ -127,9 +127,9 @@ def _number(first: Path, folder: Path) -> int:
 
 
 def _held_by(stream: TextIO) -> tuple[str, str]:
-    """Who holds this lock and what to do about it, from the two lines that the holder wrote.
+    """Who holds this lock and what to do about it, from the two lines the holder wrote.
 
-    They are waited for: a holder writes them a moment after it has the lock.
+    Waits for them: the holder writes them a moment after it gets the lock.
     """
     until = time.monotonic() + WAIT_FOR_NAME_SECONDS
     while True:
@@ -142,7 +142,7 @@ def _held_by(stream: TextIO) -> tuple[str, str]:
 
 
 def _lock(folder: Path) -> tuple[TextIO, str | None]:
-    """The lock, and who held it last where that start did not end in order."""
+    """The lock, and who held it last if that start did not end cleanly."""
     stream = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

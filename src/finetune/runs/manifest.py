@@ -1,4 +1,4 @@
-"""manifest.json: what a run is, known before its first step, and how each of its starts ended."""
+"""manifest.json: what a run is, as known before its first step, and how each of its starts ended."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ VERSIONED = (
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that decide what a run computes."""
+    """Installed versions of the libraries that determine what a run computes."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def git_commit() -> str | None:
-    """The commit of this program's folder, or that its image was built from; None where neither is known."""
+    """The commit of this program, from GIT_COMMIT or git; None if neither knows it."""
     if commit := os.environ.get("GIT_COMMIT"):
         return commit
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -63,10 +63,10 @@ def git_commit() -> str | None:
 
 
 def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What must be equal for a checkpoint to go on: config (but what may change), tokens, tokenizer, versions.
+    """What must be equal to resume from a checkpoint: config (except what may change), tokens, tokenizer, versions.
 
-    And the variables that decide how the platform computes, and of a base in a folder its weights, which a base on the
-    Hub has by its revision.
+    Also the variables that decide how the platform computes, and the weights of a base in a folder, which for a base on
+    the Hub are given by its revision.
     """
     tree = config.as_dict()
     for path in marked(Mark.MAY_CHANGE):
@@ -104,7 +104,7 @@ def _totals(counts: Statistics) -> dict[str, int]:
 
 
 def _rows(counts: Statistics, several_files: bool) -> dict[str, Any]:
-    """All other counts; of the bad rows each with its line, and its file where there are several."""
+    """All other counts; for each bad row its line, and its file if there are several."""
     bad = [
         ({"file": place.file} if several_files else {}) | {"line": place.line, "found": text}
         for place, text in counts.bad
@@ -114,37 +114,37 @@ def _rows(counts: Statistics, several_files: bool) -> dict[str, Any]:
 
 
 def _recorded(value: Any, several_files: bool) -> Any:
-    """A place, or a pair of places, as its line, and its file where there are several."""
+    """A place, or a pair of places, as its line, and its file if there are several."""
     if isinstance(value, Place):
         return str(value) if several_files else value.line
     return [_recorded(place, several_files) for place in value] if isinstance(value, tuple) else value
 
 
 def write_config(run: Run, config: Config, prepared: Prepared) -> None:
-    """config.yaml, resolved; and receipt.json, by which another machine can tell whether it trains the same thing."""
+    """Write the resolved config.yaml, and receipt.json, which tells another machine whether it trains the same thing."""
     (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
 
 class Manifest:
-    """manifest.json of one run: what it is, how each of its starts ended, and what came of it; written whole each time.
+    """manifest.json of one run: what it is, how each of its starts ended, and its result; written whole each time.
 
-    `content` is all but its status, and error where it failed.
+    `content` is everything except its status, and the error if it failed.
     """
 
     def __init__(self, run: Run, content: dict[str, Any]) -> None:
         self.run, self.content = run, content
 
     def document(self, status: str) -> dict[str, Any]:
-        """As it is written."""
+        """The document as it is written."""
         return {"status": status, **self.content}
 
     def started(
         self, decision: Decision, set_aside: Sequence[str], used: dict[str, Any], rehearsal: dict[str, Any] | None
     ) -> None:
-        """Record that a start begins, and that the one before it was killed where that did not end.
+        """Record that a start begins, and, if the one before did not end, that it was killed.
 
-        `set_aside`: a sentence for each folder; `used` is in place of `auto`; `rehearsal` is what that measured.
+        `set_aside`: a sentence for each folder; `used` replaces `auto`; `rehearsal` is what that measured.
         """
         starts = read_manifest(self.run.folder).get("starts", [])
         if starts and starts[-1]["end"] is None:
@@ -177,10 +177,10 @@ class Manifest:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record it where the block raises.
+        """Record an exception of the block.
 
-        Libraries tell in many ways that a disk is full, read-only or gone, so where nothing more can be written into
-        the run's folder, OutOfResource is raised in their place.
+        Libraries report in many ways that a disk is full, read-only or gone; if nothing more can be written into the
+        run's folder, OutOfResource is raised instead.
         """
         try:
             yield
@@ -212,7 +212,7 @@ def _utc(seconds: float) -> str:
 
 
 def _check_writable(folder: Path, error: Exception) -> None:
-    """Raise OutOfResource from `error` where nothing can be written into `folder`."""
+    """Raise OutOfResource from `error` if nothing can be written into `folder`."""
     advice, where = "then type the same command again", shown(folder)
     try:
         free_mib = shutil.disk_usage(folder).free / 2**20

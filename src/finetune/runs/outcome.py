@@ -1,4 +1,4 @@
-"""What a training ended with."""
+"""The result of a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training came to, all starts together. Losses are mean nats a supervised token."""
+    """The result of a training over all its starts. Losses are mean nats per supervised token."""
 
     steps: int
     train_loss: float

@@ -1,8 +1,8 @@
-"""The handoff receipt: what a run trains, so that another machine can tell whether it is about to train the same thing.
+"""The receipt: what a run trains, so that another machine can tell whether it would train the same thing.
 
 A Mac at 2,048 tokens and an H100 at 4,096 agree on the conversations, their ids and labels before truncation, the
-split, tokenizer, template and the config keys that decide what is learned. Truncation, packing and how the machine
-computes differ by design, and are told apart. Paths are not compared, contents are.
+split, tokenizer, template and the config keys that determine what is learned. Truncation, packing and how the machine
+computes differ by design and are reported separately. Contents are compared, paths are not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a start resumes: decided without a change to anything, then carried out."""
+"""Where a run resumes: decided without changing anything, then applied."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune.wording import leaves
 class Decision:
     """What a start does with the checkpoints of its run.
 
-    It resumes from `checkpoint`, the newest that can be used, or begins the run (None). `changes`: what is not as it
-    was when that was saved. `damaged`: (folder, what is wrong) of newer ones, which are set aside. `nothing_whole`:
-    there were whole ones, none is left, and the start is refused. `best`: the best adapter's folder, not used where
-    `best_damage` says why. Where it is lost, the whole checkpoints of its step `best_step` and later are `repeated`:
-    set aside too, so that training makes it again. `used`: what the run used in place of `auto`, as its checkpoint or
-    best adapter records; None at the beginning.
+    It resumes from `checkpoint`, the newest usable one, or begins the run (None). `changes`: what differs from when
+    that was saved. `damaged`: (folder, what is wrong) of newer checkpoints, which are set aside. `nothing_whole`: there
+    were intact checkpoints, none is left, and the start is refused. `best`: the best adapter's folder; `best_damage`
+    says why it is not used. If it is lost, the intact checkpoints of its step `best_step` and later are `repeated`: set
+    aside too, so that training produces it again. `used`: what the run used for `auto`, as recorded by its checkpoint
+    or best adapter; None at the beginning.
     """
 
     checkpoints: Path
@@ -39,12 +39,12 @@ class Decision:
 
     @property
     def step(self) -> int:
-        """The step that the start resumes from; 0 for the beginning."""
+        """The step to resume from; 0 for the beginning."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
 
 def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
-    """What a start of a training with this fingerprint does. Nothing is changed."""
+    """Decide what a start with this fingerprint does, without changing anything."""
     best, best_damage = find_best(checkpoints, fingerprint)
     best_lost = best is None or best_damage is not None
     damaged: list[tuple[Path, str]] = []
@@ -69,16 +69,16 @@ def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
 
 
 def _any_sealed(checkpoints: Path) -> bool:
-    """Whether any checkpoint was ever whole: one without a seal was killed in its save, maybe the run's first."""
+    """Whether any checkpoint was ever complete: one without a seal was killed during its save, maybe the first."""
     folders = [*saved(checkpoints), *checkpoints.glob(f"{ASIDE}checkpoint-*")]
     return any((folder / SEAL).exists() for folder in folders)
 
 
 def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[str]:
-    """Carry out `decision`: a sentence for each folder that was set aside, each said as a warning too.
+    """Apply `decision`; return a sentence for each folder that was set aside, each printed as a warning too.
 
-    Raises CheckFailed where no checkpoint is whole, and ConfigError where something changed and `accept_changes` is
-    false; nothing but damaged checkpoints is set aside then.
+    Raises CheckFailed if no checkpoint is intact, and ConfigError if something changed and `accept_changes` is false;
+    in both cases only damaged checkpoints are set aside.
     """
     notes = []
 
@@ -114,14 +114,14 @@ def _refuse(decision: Decision, accept_changes: bool) -> None:
 
 
 def best_step(folder: Path) -> int:
-    """The step of the least eval_loss so far, as the checkpoint in `folder` knows; one after its own where none was."""
+    """The step of the lowest eval_loss by the checkpoint in `folder`; the step after its own if there is none."""
     history = read_json(folder / "trainer_state.json")["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return min(losses, key=lambda step: losses[step], default=step_of(folder) + 1)
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Each leaf that differs between two trees, as `path: then -> now`."""
+    """Yield each leaf that differs between two trees, as `path: then -> now`."""
     was, is_now = leaves(then), leaves(now)
     for path in sorted(was.keys() | is_now.keys()):
         if was.get(path) != is_now.get(path):

@@ -1,7 +1,7 @@
-"""lora.init_from: the adapter that a run begins with in place of a new one.
+"""lora.init_from: the adapter a run starts from instead of a new one.
 
-PEFT loads the tensors that fit and says nothing of the others, so what must be equal is compared before: the base, the
-chat template, LoRA's settings, and the name and shape of every tensor.
+PEFT loads the tensors that fit and ignores the rest silently, so everything that must match is compared first: the
+base, the chat template, LoRA's settings, and the name and shape of every tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune.wording import first_line, listed
 
 TEMPLATE = "chat_template.jinja"
 FIX = "name the folder of a finished run of this base with these settings, or null for a new adapter"
-# Of adapter_config.json: kinds of LoRA that this program does not train, each with the values that mean without it.
+# In adapter_config.json: kinds of LoRA this program does not train, each with the values that mean it is off.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     **dict.fromkeys(("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"), (None, False)),
@@ -33,12 +33,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def folder_of(config: Config) -> Path | None:
-    """The folder of lora.init_from; None where the run begins with a new adapter."""
+    """The folder of lora.init_from; None if the run starts with a new adapter."""
     return None if config.lora.init_from is None else resolve(config.lora.init_from)
 
 
 def digest(config: Config) -> str | None:
-    """The sha256 of the weights that the run begins with; None for a new adapter. Raises ConfigError."""
+    """The sha256 of the weights the run starts from; None for a new adapter. Raises ConfigError."""
     folder = folder_of(config)
     if folder is None:
         return None
@@ -56,9 +56,9 @@ def _digest_of(path: Path, mtime_ns: int) -> str:
 
 
 def require(config: Config, template: str, geometry: Geometry) -> None:
-    """Raise ConfigError with all that keeps the adapter of lora.init_from from being trained on by this run.
+    """Raise ConfigError with every reason why this run cannot start from the adapter of lora.init_from.
 
-    `template` is the chat template of the run. Dropout, which is no part of an adapter, may differ.
+    `template` is the chat template of the run. Dropout, which is not part of an adapter, may differ.
     """
     folder = folder_of(config)
     if folder is None:
