@@ -121,7 +121,7 @@ def _recorded(value: Any, several_files: bool) -> Any:
 
 
 def write_config(run: Run, config: Config, prepared: Prepared) -> None:
-    """Write the resolved config.yaml, and receipt.json, which tells another machine whether it trains the same thing."""
+    """Write the resolved config.yaml and receipt.json, which tells another machine whether it trains the same thing."""
     (run.folder / "config.yaml").write_text(yaml_file.dump(config.as_dict()), encoding="utf-8")
     write_json(run.folder / receipt.FILE, receipt.make(config, prepared))
 
