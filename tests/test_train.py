@@ -113,6 +113,7 @@ MANIFEST: dict[str, type | tuple[type, ...]] = {
     "environment": dict,
     "hardware": dict,
     "git_commit": (str, type(None)),
+    "copy_to": (str, type(None)),
     "skipped_checks": list,
     "same_bits": (str, type(None)),
     "plan": dict,
@@ -558,9 +559,7 @@ def test_resume_changed_goes_on_and_says_with_what(interrupted: Interrupted, tmp
     assert (manifest["status"], [start["changed"] for start in manifest["starts"]]) == ("complete", [[], [change]])
     at = f"rom step {interrupted.step} on"
     assert f"- f{at} with changes: `{change}`" in (command.output / "run-2" / "README.md").read_text().splitlines()
-    assert f"F{at} it was trained with changes: {change}." in unescape(
-        (command.output / "run-2" / "report.html").read_text()
-    )
+    assert f"F{at}, trained with changes: {change}." in unescape((command.output / "run-2" / "report.html").read_text())
 
 
 # --- what cannot be had

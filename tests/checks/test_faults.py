@@ -96,7 +96,7 @@ def test_rows_that_are_there_again_or_left_out_for_the_weight_of_their_file_are_
     found = next(result.detail for result in planted.results() if result.id == "data.rows")
     assert found == (
         "48 to train on, 13 held out (no validation file: 25% of the rows, chosen by content, are held out); "
-        "9 of the training rows are repeats, by the weight of their file; 8 rows left out, for the weight of their "
+        "9 of the training rows are repeats, by the weight of their file; 8 rows left out by the weight of their "
         "file; 60 of 60 compared with mistral-common"
     )
 

@@ -222,7 +222,7 @@ def test_weights_that_belong_to_somebody_else_are_told_with_how_to_share_them(pr
     assert done.returncode == 3
     [found] = json.loads(done.stdout)["checks"]
     assert (found["detail"], found["fix"]) == (
-        "models/tiny: model.safetensors may not be read by this user",
+        "models/tiny: model.safetensors cannot be read by this user",
         "sudo chmod -R a+rX models/tiny",
     )
 

@@ -75,9 +75,8 @@ def test_flash_attn_is_a_second_step_of_the_pinned_version_with_the_line_that_is
         "3-4 hours",
         "5,500-11,000 tokens/s",
         "60-160 million tokens",
-        "60-70 GB of the GPU's 80 GB",
-        "about 13 GiB allocated",
-        "(expected, not measured)",
+        "Memory is 13 GiB with all layers",
+        "(by arithmetic, not measured)",
         "41.9 million trained weights, 0.6 % of the model",
     ],
 )

@@ -399,7 +399,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     # The stand-in's name is not that of the real image, which is left alone.
     tag = f"check-docker-test-{os.getpid()}:h100"
     compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
-    (tmp_path / "compose.yaml").write_text(re.sub("image: mistral-7b-qlora:.*", f"image: {tag}", compose))
+    (tmp_path / "compose.yaml").write_text(re.sub(r"image: \$\{IMAGE.*", f"image: {tag}", compose))
     (tmp_path / "Dockerfile").write_text(
         "FROM scratch\nLABEL lock=h100 flash-attn=build\nVOLUME /cache\n"
         "COPY requirements /app/requirements\nCOPY src /app/src\nCOPY scripts /app/scripts\n"

@@ -116,7 +116,7 @@ def test_a_file_that_is_there_is_exit_2_and_one_without_conversations_exit_4(run
     code, _, err = run(FILES / "kto.jsonl", output)
     assert (code, err) == (
         2,
-        f"config: 1 problem\n  {output} is there already, and nothing is overwritten; name another file\n",
+        f"config: 1 problem\n  {output} already exists, and nothing is overwritten; name another file\n",
     )
 
 

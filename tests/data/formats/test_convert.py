@@ -312,7 +312,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "made.jsonl").write_text("mine")
     with pytest.raises(ConfigError) as caught:
         converted(str(FILES / "lists.jsonl"), tmp_path)
-    assert caught.value.found == f"{tmp_path / 'made.jsonl'} is there already, and nothing is overwritten"
+    assert caught.value.found == f"{tmp_path / 'made.jsonl'} already exists, and nothing is overwritten"
     assert (tmp_path / "made.jsonl").read_text() == "mine"
 
 
