@@ -168,6 +168,11 @@ def resolve(path: str) -> Path:
         return ROOT / path
 
 
+def nearest_folder(path: Path) -> Path:
+    """`path` if it is an existing folder, else the nearest one above it."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder in output.dir. Raises ConfigError if that is impossible."""
     try:

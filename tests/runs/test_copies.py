@@ -161,7 +161,7 @@ def test_a_disk_that_is_not_mounted_is_not_written(run: Run, disk: Folder) -> No
 
 
 class Slow(Folder):
-    """Waits in each copy, and fails where it is told to."""
+    """Blocks in each copy until `go` is set, and fails if `fails` is."""
 
     def __init__(self, folder: Folder) -> None:
         super().__init__(folder.path, folder.other_disk, folder.beside)

@@ -219,7 +219,7 @@ def small_disk_for_the_base(bench: Bench) -> None:
         def stat(self, **_: Any) -> Any:
             return SimpleNamespace(st_dev=-1)
 
-    bench.patch.setattr(paths, "_existing", Elsewhere)
+    bench.patch.setattr(paths, "nearest_folder", Elsewhere)
     bench.free_gib = 5.0
 
 

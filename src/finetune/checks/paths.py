@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, skipped, warned
 from finetune.cli import advice
-from finetune.files import GIB, make_folder, quoted, resolve, shown
+from finetune.files import GIB, make_folder, nearest_folder, quoted, resolve, shown
 from finetune.machine.platforms import quantized_on
 from finetune.model import hub, packed_base
 from finetune.plan.memory import memory_parts
@@ -67,7 +67,7 @@ def _closed(name: str, folder: Path, base: str) -> Path | None:
         for parent, names, _ in os.walk(top):
             names[:] = [name for name in names if "--" not in name or name == base]  # the Hub's: models--OWNER--NAME
             for path in (Path(parent), *(Path(parent, name) for name in names)):
-                if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+                if not os.access(path, os.W_OK | os.X_OK):
                     return path
     return None
 
@@ -104,7 +104,7 @@ def _disk(preflight: Preflight) -> Finding:
     if packed_gib:
         needed_gib, parts = needed_gib + packed_gib, f"{parts}, {packed_gib:.2f} for the packed base"
     if preflight.tokenizer_folder is None and not hub.is_cached(config.model.name, config.model.revision):
-        cache = _existing(caches()["HF_HOME"])
+        cache = nearest_folder(caches()["HF_HOME"])
         if cache.stat().st_dev == folder.stat().st_dev:
             needed_gib, parts = needed_gib + BASE_GIB, f"{parts}, {BASE_GIB} for the base"
         elif shutil.disk_usage(cache).free / GIB < BASE_GIB:
@@ -122,11 +122,6 @@ def _packed_gib(preflight: Preflight, cache: Path) -> float:
     if quantized_on(device) == device or packed_base.folder_of(cache, config.model, config.quantization).is_dir():
         return 0
     return memory_parts(config.changed("quantization", storage="packed"), preflight.geometry)["weights"]
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder above, or this one, that is there."""
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def _wandb(preflight: Preflight) -> Finding:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.cli import advice
 from finetune.errors import ConfigError
+from finetune.wording import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PROBE_SECONDS = 5
@@ -114,7 +115,6 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
 
 def unusable_for_copies(repository: str) -> tuple[str, str] | None:
     """What is wrong with a repository that a run is to be copied to, and what to type; None if nothing is."""
-    from httpx2 import HTTPError  # of which HfHubHTTPError is one, as is a connection that fails
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -125,8 +125,8 @@ def unusable_for_copies(repository: str) -> tuple[str, str] | None:
     except RepositoryNotFoundError:
         found = f"{repository} does not exist on the Hub, or this token cannot see it"
         return found, f"hf repos create {repository} --private, or {GIVE_TOKEN}"
-    except (HTTPError, OSError) as error:
-        found = f"{repository} cannot be written: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # noqa: BLE001  # each version of huggingface_hub has another HTTP client
+        found = f"{repository} cannot be written: {first_line(error)}"
         return found, f"{GIVE_TOKEN}, of a token that may write"
     if not private:
         found = f"{repository} is public, and a run contains paths, sample answers and hashes of your data"

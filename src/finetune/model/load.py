@@ -158,9 +158,8 @@ def _kept_or_quantized(
     started = time.monotonic()
     if not packed_base.whole(folder, report):
         base = _quantized(model, quantization, "cpu", report)
-        folder = packed_base.folder_of(
-            folder.parent, model, quantization
-        )  # its name depends on the weights, which may have been downloaded just now
+        # The folder's name depends on the weights, which may have been downloaded just now.
+        folder = packed_base.folder_of(folder.parent, model, quantization)
         facts = {"base": model.name, "revision": model.revision}
         packed_base.keep(base, folder, facts, report, duration(time.monotonic() - started))
         return base

@@ -53,9 +53,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         if isinstance(error, RuntimeError) and is_memory_error(error):
             raise
         text = f"KeyError {error}" if isinstance(error, KeyError) else str(error)
-        why = " ".join(
-            line.strip() for line in text.splitlines()[:2]
-        )  # for a size mismatch, the second line says which
+        why = " ".join(line.strip() for line in text.splitlines()[:2])  # the second names a size mismatch
         raise CheckFailed(f"{shown(folder)}: PEFT cannot load this adapter: {why}") from None
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if unmatched := sorted(tensors.keys() ^ loaded.keys()):

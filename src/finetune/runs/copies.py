@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.schema import HUB, OutputConfig
-from finetune.files import SEAL, HashedFile, quoted, resolve, seal_facts, sha256
+from finetune.files import SEAL, HashedFile, nearest_folder, quoted, resolve, seal_facts, sha256
 from finetune.model import hub
 from finetune.runs.checkpoints import BEST, replace_best, saved, thin_out
 from finetune.runs.folder import MANIFEST, Run, read_manifest
-from finetune.wording import Report
+from finetune.wording import Report, first_line
 
 SNAPSHOT = "copying"  # in the run's folder while it is copied: hard links, so nothing changes under the copy
 WAIT_SECONDS = 300.0  # at the end of a start, for a copy that is under way
@@ -30,7 +30,7 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, usually of another disk than `beside`, where runs are; if it is not there, the disk is not mounted."""
+    """A folder, usually on another disk than `beside`, where runs are; if it is absent, the disk is not mounted."""
 
     path: Path
     other_disk: bool
@@ -67,7 +67,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository on the Hub, `owner/name`; every copy is one commit, so none is ever visible in part."""
+    """A model repository on the Hub, `owner/name`; each copy is one commit, and its history keeps the others."""
 
     id: str
 
@@ -110,8 +110,7 @@ def target_of(output: OutputConfig) -> Folder | Repository | None:
 
 def on_other_disk(path: Path, beside: Path) -> bool:
     """Whether `path` exists and is on another disk than `beside`, or than the nearest folder above that exists."""
-    nearest = next(folder for folder in (beside, *beside.parents) if folder.is_dir())
-    return path.is_dir() and path.stat().st_dev != nearest.stat().st_dev
+    return path.is_dir() and path.stat().st_dev != nearest_folder(beside).stat().st_dev
 
 
 def same_run(ours: Path, copy: Path) -> bool:
@@ -196,7 +195,7 @@ class Copies:
     def _put(self, snapshot: Path) -> None:
         try:
             self.target.put(snapshot, self.run.name)
-        except Exception as error:  # noqa: BLE001  # in a thread: it is reported, and the training goes on
+        except Exception as error:  # noqa: BLE001  # runs in a thread: report it; training continues
             self._problem = _reason(error)
 
     def _snapshot(self) -> Path:
@@ -264,4 +263,4 @@ def _reason(error: Exception) -> str:
     """Why a copy failed, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
