@@ -60,7 +60,7 @@ def common(folder: Path) -> dict[str, Any]:
         "build": {
             "context": str(folder),
             "dockerfile": "docker/Dockerfile",
-            "args": {"CUDA": "", "LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": ""},
+            "args": {"CUDA": "", "BASE_DIGEST": "", "LOCK": "h100", "FLASH_ATTN": "build", "MAX_JOBS": ""},
         },
         "cap_add": ["SETUID", "SETGID", "KILL"],
         "cap_drop": ["ALL"],
@@ -179,9 +179,7 @@ def test_every_variable_of_compose_is_in_env_example_and_works_when_the_number_s
     read = read_by_compose(tmp_path)
     train = read["services"]["train-h100"]
     args = train["build"]["args"]
-    assert {name: args[name] for name in ("CUDA", "LOCK", "FLASH_ATTN", "MAX_JOBS")} == {
-        name: offered[name] for name in ("CUDA", "LOCK", "FLASH_ATTN", "MAX_JOBS")
-    }
+    assert args == {name: offered[name] for name in ("CUDA", "BASE_DIGEST", "LOCK", "FLASH_ATTN", "MAX_JOBS")}
     assert train["user"] == f"{offered['UID']}:{offered['GID']}"
     assert train["image"] == offered["IMAGE"]
     assert train["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == [offered["GPU"]]

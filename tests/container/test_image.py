@@ -55,6 +55,7 @@ def test_the_image_says_what_it_is_and_starts_the_training_as_nobody_special(ins
         "org.opencontainers.image.revision": "",  # of a published image only
         "org.opencontainers.image.licenses": "Apache-2.0",
         "org.opencontainers.image.base.name": "nvidia/cuda:12.1.1-base-ubuntu22.04",
+        "org.opencontainers.image.base.digest": "",  # only if BASE_DIGEST chose it
         "lock": "cpu",
         "flash-attn": "skip",
     }
@@ -196,6 +197,13 @@ def test_another_registry_is_one_variable_of_compose(project: Project) -> None:
     done = project.compose("build", "plan", CUDA="nowhere.invalid/cuda:1")
     assert done.returncode != 0
     assert re.search(r"nowhere\.invalid/(cuda:|v2/cuda/manifests/)1-base-ubuntu22\.04", done.stderr), done.stderr
+
+
+def test_a_digest_chooses_the_base_image_and_no_other_is_taken(project: Project) -> None:
+    digest = f"sha256:{'0' * 64}"
+    done = project.compose("build", "plan", BASE_DIGEST=digest)
+    assert done.returncode != 0
+    assert f"nvidia/cuda:12.1.1-base-ubuntu22.04@{digest}" in done.stderr
 
 
 def test_nvidias_package_lists_are_not_asked(project: Project) -> None:

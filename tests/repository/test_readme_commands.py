@@ -129,6 +129,7 @@ RULES: dict[str, Here | By | Needs] = {
     "docker compose build --build-arg http_proxy=http://HOST:PORT --build-arg https_proxy=http://HOST:PORT":
         Needs("network"),
     "docker login": Needs("network"),
+    "docker buildx imagetools inspect nvidia/cuda:12.1.1-base-ubuntu22.04": Needs("network"),
     "docker compose build": By("tests/container/conftest.py", '"build"'),
     "GIT_COMMIT=$(git rev-parse HEAD) docker compose run --rm train-h100": By("tests/support/docker_project.py",
         '"GIT_COMMIT": COMMIT'),

@@ -22,7 +22,7 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 def _driver(preflight: Preflight) -> Finding:
     absent = f"{DRIVER}; or --config cpu for the demo"
     if preflight.machine.container:
-        validate = "docker compose run --rm validate, which asks for the GPU"
+        validate = "docker compose run --rm validate asks for the GPU; on a rented pod: choose one with a GPU"
         absent = advice(validate, "on the host: ./scripts/check_docker.py")
     return nvidia_driver(preflight.machine, absent, f"{DRIVER} (on the host, not in a container)")
 
