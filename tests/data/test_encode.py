@@ -232,6 +232,13 @@ def test_the_control_tokens_of_a_format_are_what_it_writes_round_messages(
     assert control_tokens(chat_format) == tokens
 
 
+@settings(max_examples=100, deadline=None)
+@given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
+def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
+    slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
+    assert encode._folded_digests(conversation(*texts)) == encode._folded_digests(slow)
+
+
 @pytest.mark.parametrize(
     ("one", "other", "alike"),
     [
@@ -540,6 +547,6 @@ def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[tuple[int, bool]]
         ids = list(range(ends[-1]))
         encoded.append(Encoded(ids, ids, [end for end, (_, with_loss) in zip(ends, turns, strict=True) if with_loss]))
     facts = encode.Facts(0, 0, 0, False)
-    chunk = encode._chunk([encode.Row(1, [], facts, [])] * len(rows), encoded, [False] * len(rows))
+    chunk = encode._chunk([encode.Row(1, bytes(16), [], facts, [])] * len(rows), encoded, [False] * len(rows))
     cut = [truncate(row, limit) for row in encoded]
     assert chunk.kept(limit).tolist() == [len(row.input_ids) if row else 0 for row in cut]

@@ -1,4 +1,4 @@
-"""A data file is encoded once: another length or split encodes nothing again."""
+"""A data file is encoded once: another length or split encodes nothing, and a few more rows only these."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from finetune.data import encode, encoded_file
 from finetune.data import prepare as prepare_module
 from finetune.data.tokenizer import Chat
 from finetune.errors import DataError
-from support.conversations import conversation
+from support.conversations import conversation, weighted
 from support.prepared import (
+    NO_TURN_FITS,
     RECIPE,
     SHORT,
     SYSTEM_PROMPT,
@@ -133,6 +134,68 @@ def test_changed_code_makes_new_entries(two_files: Case, monkeypatch: pytest.Mon
     (code / name).write_text((code / name).read_text() + "\n# another version\n")
     two_files.prepare()
     assert len(two_files.caches()) == 4
+
+
+def encoded_lines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of each line that is encoded from now on."""
+    seen: list[int] = []
+    encode_lines = encode.Encoder.encode
+
+    def watched(self: encode.Encoder, numbered_lines: encode.Lines) -> encode.Outcome:
+        seen.extend(number for number, _ in numbered_lines)
+        return encode_lines(self, numbered_lines)
+
+    monkeypatch.setattr(encode.Encoder, "encode", watched)
+    return seen
+
+
+def test_of_a_file_with_other_weights_only_the_rows_that_have_them_are_encoded(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(case.train, *numbered(20), TWO_TURNS, weighted(SHORT, 0))
+    case.prepare()
+    write(case.train, *numbered(20), weighted(TWO_TURNS, 0, 1), weighted(SHORT, 0))
+    seen = encoded_lines(monkeypatch)
+    found = case.prepare()
+    assert seen == [21]
+    case.cache = case.folder / "another-cache"
+    assert same(found, case.prepare())
+
+
+def test_of_a_file_with_a_few_more_rows_only_these_are_encoded(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded_file, "CHUNK_LINES", 16)
+    keyed = [json.dumps({"id": number, "messages": row}) for number, row in enumerate(numbered(98))]
+    write(case.train, *keyed, "{}", TWO_TURNS)
+    case.prepare(on_bad_row="drop")
+    write(case.train, TWO_TURNS, *keyed[50:], SHORT, "", "[]", *keyed[:50], NO_TURN_FITS)
+    seen = encoded_lines(monkeypatch)
+    found = case.prepare(on_bad_row="drop")
+    assert seen == [50, 52, 103]
+    case.cache = case.folder / "another-cache"
+    assert same(found, case.prepare(on_bad_row="drop"))
+    assert found.statistics["train"].other_keys == {"id": 98}
+
+
+def test_rows_that_were_not_compared_are_encoded_again_where_they_must_be(
+    two_files: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_files.prepare(replace(RECIPE, certificate=False))
+    seen = encoded_lines(monkeypatch)
+    strict = two_files.prepare(replace(RECIPE, certificate="every_row"))
+    assert (len(seen), strict.statistics["train"].certified) == (7, 5)
+    write(two_files.train, *numbered(6))
+    two_files.prepare(replace(RECIPE, certificate="every_row"))
+    assert len(seen) == 8
+
+
+def test_rows_of_a_damaged_entry_are_not_taken(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_files.prepare()
+    for name in two_files.caches():
+        os.truncate(two_files.cache / name / "rows.arrow", 100)
+    seen = encoded_lines(monkeypatch)
+    write(two_files.train, *numbered(6))
+    two_files.prepare()
+    assert len(seen) == 6 + 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -92,10 +92,11 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
     path = folder / "rows.arrow"
     with pa.ipc.new_file(str(path), SCHEMA) as writer:
         for start in range(0, len(rows), chunk_rows):
-            part = rows[start : start + chunk_rows]
-            read = [encode.Row(line, [], encode.Facts(7, 8, 9, False), ["id"]) for line, _ in part]
-            encoded = [Encoded(ids, labeled(ids), [len(ids)]) for _, ids in part]
-            writer.write_batch(to_arrow(encode._chunk(read, encoded, [True] * len(part))))
+            part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, 9, False), ["id"]) for line, _ in rows][
+                start : start + chunk_rows
+            ]
+            encoded = [Encoded(ids, labeled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
+            writer.write_batch(to_arrow(encode._chunk(part, encoded, [True] * len(part))))
     file = EncodedFile(path, "rows.jsonl")
     split = Split(EncodedFiles([file]))
     for first, batch in zip(file.starts, file.batches, strict=False):

@@ -47,6 +47,12 @@ class Cache:
         os.utime(folder)  # the newest are those used last
         return folder, facts
 
+    def whole(self, start: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Folder and facts of each entry whose key begins with `start`, but for damaged ones."""
+        folders = [path for path in self._entries() if path.name.startswith(f"{PREFIX}{start}")]
+        found = [(path, _facts(path)[0]) for path in folders if path.suffix not in (PARTIAL, DAMAGED)]
+        return [(path, facts) for path, facts in found if facts is not None]
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with (self.folder / f"{PREFIX}lock").open("a+") as lock:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,12 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
-from finetune.data.encode import CHUNK_LINES, Chunk, Recipe, encode_batches
+from finetune.data.cache import Cache
+from finetune.data.encode import CHUNK_LINES, Certificate, Lines, Recipe, encode_batches, row_hash
 from finetune.data.formats import foreign
 from finetune.data.jsonl import read_lines, unpacked
-from finetune.data.store import SCHEMA, to_arrow
+from finetune.data.store import SCHEMA, EncodedFile, Known, merged, to_arrow
 from finetune.data.tokenizer import Chat
 from finetune.errors import CheckFailed, DataError
 from finetune.files import HashedFile, sha256, shown
@@ -27,6 +29,7 @@ from finetune.wording import Report, duration
 
 ROWS = "rows.arrow"
 LIBRARIES = ("mistral-common", "sentencepiece", "tokenizers")
+STRICTNESS: list[Certificate] = [False, True, "every_row"]
 MOST_KEYS = 100  # different keys beside "messages" that are counted; a file may have a new one in each row
 PARALLEL_FROM_BYTES = 4_000_000  # below this, starting worker processes takes longer than the work
 MOST_WORKERS = 8  # each holds two tokenizers in some 80 MiB, and one process has to write what they send
@@ -47,17 +50,14 @@ class Encoding:
 
     source: Source
     recipe: Recipe
-    chat: Chat
     workers: int | None
-    report: Report
+    cache: Cache
+    recipe_key: str
 
     def key(self) -> str:
-        """Hash what decides which tokens the rows become: content, template, tokenizer, libraries and this code."""
-        here, recipe = Path(__file__).parent, self.recipe
-        code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store")]
-        of_recipe = [self.chat.fingerprint, recipe.system_prompt, recipe.train_on, recipe.certificate]
-        parts = [self.source.sha256, self.source.max_rows, of_recipe, list(map(version, LIBRARIES)), code]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        """Begins with the recipe, which entries that can lend rows have in common."""
+        content = _short_hash([self.source.sha256, self.source.max_rows, self.recipe.certificate])
+        return f"{self.recipe_key}-{content}"
 
     def fill(self, folder: Path) -> dict[str, Any]:
         """Write the rows into `folder`, in file order; returns what is known of the file beside them."""
@@ -65,32 +65,59 @@ class Encoding:
         bad: list[tuple[int, str]] = []
         keys: dict[str, int] = {}
         with (folder / ROWS).open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-            for rows in self._chunks(bad):
-                writer.write_batch(to_arrow(rows))
-                count_keys(keys, Counter(key for row in rows.other_keys for key in row))
-        return {"bad": bad, "other_keys": keys}
+            for batch in self._batches(bad):
+                writer.write_batch(batch)
+                count_keys(keys, Counter(key for row in batch.column("other_keys").to_pylist() for key in row))
+        return {"certificate": self.recipe.certificate, "bad": bad, "other_keys": keys}
 
-    def _chunks(self, bad: list[tuple[int, str]]) -> Iterator[Chunk]:
+    def _known(self) -> Known:
+        """Rows of other entries, of which the certificate compared as many at least."""
+        others = self.cache.whole(self.recipe_key)
+        wanted = STRICTNESS.index(self.recipe.certificate)
+        lenders = [folder for folder, facts in others if STRICTNESS.index(facts["certificate"]) >= wanted]
+        return Known([EncodedFile(folder / ROWS) for folder in lenders])
+
+    def _batches(self, bad: list[tuple[int, str]]) -> Iterator[pa.RecordBatch]:
         """The rows of the file, which must be the bytes that its sum is of, and have mistral-common's tokens.
 
-        `bad` gets the bad rows.
+        A line that an entry of the cache has already is not encoded again. `bad` gets the bad rows.
         """
         _, path, sha256, max_rows = self.source
         size = path.stat().st_size
         workers = self.workers if self.workers is not None else worker_count() if size >= PARALLEL_FROM_BYTES else 0
-        pace = _Pace(path, size, max_rows, self.report)
+        pace, known = _Pace(path, size, max_rows, self.cache.report), self._known()
+        waiting: deque[pa.RecordBatch] = deque()
+
+        def unknown(lines: Lines) -> Lines:
+            numbers = known.find([row_hash(line) for _, line in lines])
+            there = numbers >= 0
+            waiting.append(known.take(numbers[there], np.array([number for number, _ in lines])[there]))
+            return [line for line, is_there in zip(lines, there, strict=True) if not is_there]
+
         with HashedFile(path) as file, unpacked(file) as stream:
             lines = islice(read_lines(stream), max_rows)
-            batches = iter(lambda: list(islice(lines, CHUNK_LINES)), [])
+            batches = map(unknown, iter(lambda: list(islice(lines, CHUNK_LINES)), []))
             for outcome in encode_batches(batches, self.recipe, workers):
                 if outcome.mismatch:
                     found = f"certificate: {path}:{outcome.mismatch}"
                     raise CheckFailed(found, "Report this row: no run may start on it.", between="\n")
                 bad += outcome.bad
-                yield outcome.rows
-                pace.tell(len(outcome.rows.lines), file.bytes_read)
+                batch = merged([waiting.popleft(), to_arrow(outcome.rows)])
+                yield batch
+                pace.tell(batch.num_rows, file.bytes_read)
             if file.sha256() != sha256:
                 raise DataError(f"data: {path} changed while it was read", "try again when nothing writes to it")
+
+
+def recipe_key(recipe: Recipe, chat: Chat) -> str:
+    """Template, tokenizer, libraries and this code: whatever decides which tokens a line becomes."""
+    here = Path(__file__).parent
+    code = [sha256(here / f"{name}.py") for name in ("template", "tokenizer", "jsonl", "encode", "store")]
+    return _short_hash([chat.fingerprint, recipe.system_prompt, recipe.train_on, list(map(version, LIBRARIES)), code])
+
+
+def _short_hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Pace:

@@ -18,7 +18,7 @@ import numpy as np
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
 from finetune.data.encode import Chunk, Place, Recipe, Statistics
-from finetune.data.encoded_file import ROWS, Encoding, Source, count_keys
+from finetune.data.encoded_file import ROWS, Encoding, Source, count_keys, recipe_key
 from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines
@@ -89,11 +89,11 @@ def prepare(
     if recipe.certificate is True and sum(file.path.stat().st_size for file in files) < SAMPLED_FROM_BYTES:
         recipe = replace(recipe, certificate="every_row")
     keeping_all = replace(cache, kept=max(cache.kept, len(files)))
+    key = recipe_key(recipe, chat)
     entries = []
     for file in files:
         digest, max_rows = sha256(file.path), dataset.max_rows if file.split == "train" else None
-        source = Source(file.split, file.path, digest, max_rows)
-        encoding = Encoding(source, recipe, chat, workers, cache.report)
+        encoding = Encoding(Source(file.split, file.path, digest, max_rows), recipe, workers, keeping_all, key)
         folder, facts = keeping_all.entry(encoding.key(), encoding.fill)
         entries.append(_Entry(file, digest, EncodedFile(folder / ROWS, str(file.path)), facts))
     splits, rows = _divided(entries, recipe, dataset)

@@ -30,6 +30,7 @@ _HASH = pa.binary(ROW_HASH_BYTES)
 SCHEMA = pa.schema(
     [
         ("lines", pa.int32()),
+        ("line_hashes", _HASH),
         ("digests", pa.uint64()),
         ("normalized", pa.uint64()),
         ("openings", pa.uint64()),
@@ -126,6 +127,48 @@ class EncodedFiles:
         """Where a row was read."""
         file, batch, inside = self.find(index)
         return Place(file.source, batch.column("lines")[inside].as_py())
+
+
+class Known:
+    """Rows of earlier encoded files, found by the hash of their line."""
+
+    def __init__(self, files: list[EncodedFile]) -> None:
+        self._rows = EncodedFiles(files)
+        hashes = [_hashes(batch.column("line_hashes")) for file in files for batch in file.batches]
+        whole = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
+        self._order = np.argsort(whole)
+        self._hashes = whole[self._order]
+
+    def find(self, hashes: list[bytes]) -> np.ndarray:
+        """The number of a row with each of the hashes, -1 where there is none, [hashes]."""
+        if not len(self._hashes):
+            return np.full(len(hashes), -1)
+        wanted = np.array(hashes, self._hashes.dtype)
+        places = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        return np.where(self._hashes[places] == wanted, self._order[places], -1)
+
+    def take(self, numbers: np.ndarray, lines: np.ndarray) -> pa.RecordBatch:
+        """The rows with these `numbers`, as on these `lines` of another file and in their order; both [rows]."""
+        parts: dict[int, tuple[pa.RecordBatch, list[int], list[int]]] = {}
+        for number, line in zip(numbers.tolist(), lines.tolist(), strict=True):
+            _, batch, inside = self._rows.find(number)
+            _, rows, of_lines = parts.setdefault(id(batch), (batch, [], []))
+            rows.append(inside)
+            of_lines.append(line)
+        taken = [
+            batch.take(pa.array(rows)).set_column(0, "lines", pa.array(of_lines, pa.int32()))
+            for batch, rows, of_lines in parts.values()
+        ]
+        return merged(taken)
+
+
+def merged(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """The rows of all batches in the order of their lines."""
+    batches = [batch for batch in batches if batch.num_rows]
+    if len(batches) == 1:
+        return batches[0]
+    table = pa.Table.from_batches(batches, SCHEMA).sort_by("lines").combine_chunks()
+    return (table.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)])[0]
 
 
 class Split:
