@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.version import Version
 
-from finetune.config.load import ROOT
+from finetune.config.load import ROOT, load_config
 from finetune.machine.platforms import PLATFORMS
 
 FILE = ROOT / "environment-remote.yml"
 TEXT = FILE.read_text(encoding="utf-8")
 COMMENTS = " ".join(line.lstrip("# ") for line in TEXT.splitlines() if line.startswith("#"))
+NOTES = (ROOT / "configs" / "training_config_h100.yaml").read_text(encoding="utf-8")
 FLOORS = {"torch": "2.1.0", "transformers": "4.36.0", "peft": "0.7.0", "trl": "0.7.4", "bitsandbytes": "0.41.0"}
 
 
@@ -65,3 +67,25 @@ def test_flash_attn_is_a_second_step_of_the_pinned_version_with_the_line_that_is
     assert said in script
     assert all(f"{setting}" in script for setting in ("FLASH_ATTENTION_FORCE_BUILD=TRUE", ":-90", "NVCC_THREADS:-1"))
     assert "FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS=90 NVCC_THREADS=1 MAX_JOBS=N" in COMMENTS
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "3-4 hours",
+        "5,500-11,000 tokens/s",
+        "60-160 million tokens",
+        "Memory is 13 GiB with all layers",
+        "(by arithmetic, not measured)",
+        "41.9 million trained weights, 0.6 % of the model",
+    ],
+)
+def test_its_figures_are_those_of_the_configs_notes(said: str) -> None:
+    assert said in COMMENTS
+    assert said in NOTES
+
+
+def test_its_lora_values_are_the_configs() -> None:
+    lora = load_config("h100", [])[0].lora
+    assert f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} on all seven linear layers" in COMMENTS
+    assert len(lora.target_modules) == 7

@@ -40,6 +40,63 @@ OWN = {
     "tracking.run_name": ("mistral-7b-qlora-h100", "mistral-7b-qlora-m4"),
 }
 
+# The same on both.
+SHARED = {
+    "model.name": "mistralai/Mistral-7B-Instruct-v0.2",
+    "model.revision": "63a8b081895390a26e140280378bc85ec8bce07a",
+    "model.dtype": "bfloat16",
+    "quantization.load_in_4bit": True,
+    "quantization.bnb_4bit_quant_type": "nf4",
+    "quantization.bnb_4bit_use_double_quant": True,
+    "quantization.bnb_4bit_compute_dtype": "bfloat16",
+    "lora.r": 16,
+    "lora.lora_alpha": 32,
+    "lora.lora_dropout": 0.05,
+    "lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "lora.bias": "none",
+    "lora.task_type": "CAUSAL_LM",
+    "lora.init_from": None,
+    "training.num_train_epochs": 3,
+    "training.max_steps": -1,
+    "training.learning_rate": 0.0002,
+    "training.lr_scheduler_type": "cosine",
+    "training.warmup_ratio": 0.03,
+    "training.weight_decay": 0.01,
+    "training.max_grad_norm": 0.3,
+    "training.bf16": True,
+    "training.fp16": False,
+    "training.gradient_checkpointing": True,
+    "training.packing": True,
+    "training.save_total_limit": 3,
+    "training.metric_for_best_model": "eval_loss",
+    "training.load_best_model_at_end": True,
+    "training.early_stopping_patience": 5,
+    "training.save_minutes": 30,
+    "training.time_budget_hours": None,
+    "training.time_budget_partial": False,
+    "training.seed": 42,
+    "dataset.train_file": "data/processed/train.jsonl",
+    "dataset.validation_file": "data/processed/val.jsonl",
+    "dataset.validation_split": 0.1,
+    "dataset.max_rows": None,
+    "dataset.max_validation_rows": None,
+    "dataset.train_on": "all",
+    "dataset.truncation": True,
+    "dataset.padding_side": "right",
+    "dataset.on_bad_row": "fail",
+    "dataset.max_bad_share": 0.1,
+    "dataset.on_duplicate": "keep",
+    "dataset.certificate": True,
+    "dataset.sample_prompts": None,
+    "system_prompt": None,
+    "tracking.report_to": "wandb",
+    "tracking.project": "mistral-7b-qlora",
+    "tracking.cost_per_hour": None,
+    "output.dir": "adapters",
+    "output.copy_to": None,
+    "output.copy_checkpoints": False,
+}
+
 
 def platform_file(name: str) -> Path:
     return ROOT / "configs" / f"training_config_{name}.yaml"
@@ -82,6 +139,10 @@ def quoted_settings(text: str) -> list[list[str]]:
     return commands
 
 
+def test_five_config_files_are_shipped() -> None:
+    assert len(FILES) == 5
+
+
 @every_file
 def test_a_shipped_config_loads(path: Path, tmp_path: Path) -> None:
     load(path, tmp_path)
@@ -107,6 +168,13 @@ def test_the_macs_demo_is_the_macs_run_but_for_a_small_base_its_length_data_and_
 def test_a_platform_file_restates_every_key_of_the_base_in_its_order(name: str) -> None:
     base, platform = (leaves(yaml_file.load_yaml(path)) for path in (BASE_FILE, platform_file(name)))
     assert list(platform) == list(base)
+
+
+@both_platforms
+def test_a_platform_file_holds_exactly_these_values(name: str, tmp_path: Path) -> None:
+    own = {key: values[("h100", "m4").index(name)] for key, values in OWN.items()}
+    assert leaves(load(platform_file(name), tmp_path).as_dict()) == SHARED | own
+    assert leaves(yaml_file.load_yaml(platform_file(name))) == SHARED | own
 
 
 def test_the_two_platforms_differ_in_their_own_keys_only(tmp_path: Path) -> None:
