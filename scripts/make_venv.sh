@@ -38,7 +38,7 @@ for wanted in "${locks[@]}"; do
       fail "could not make .venv; on Ubuntu: sudo apt install python$version-venv, then the same command again" 2
     fi
   fi
-  echo "installing $wanted"
+  echo "installing $wanted (minutes without output)"
   if [[ $wanted == requirements/cpu.lock && -z ${PIP_FIND_LINKS:-} && -z ${PIP_EXTRA_INDEX_URL:-} ]]; then
     # PyPI's torch for Linux brings gigabytes of CUDA; PyTorch's own index has the CPU build of the same version.
     pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' "$wanted")" ||

@@ -2,7 +2,7 @@
 # From a fresh clone to a trained adapter: environment, demo base model, validation, training, base and tuned answers.
 #   scripts/quickstart.sh [ARGUMENT...]      arguments go to the training, for example --fresh
 # In the container image, whose environment is made, it only builds the base model, validates and trains.
-# No GPU, no account. May be run again: what is there and whole is kept, and a finished run gets a fresh one beside it.
+# No GPU, no account. Safe to run again: what is complete is kept, and a finished run gets a new one next to it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null

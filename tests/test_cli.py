@@ -193,6 +193,21 @@ def test_a_wrong_argument_is_exit_2_with_the_usage(arguments: list[str]) -> None
     assert err.startswith("usage: train.py ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--dryrun"], "--dryrun; did you mean --dry-run?"),
+        (["--confg=cpu"], "--confg=cpu; did you mean --config?"),
+        (["--fresh", "--epochs", "3"], "--epochs 3"),
+        (["cpu"], "cpu"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_one_that_is_spelled_most_like_it(
+    arguments: list[str], fault: str
+) -> None:
+    assert train(*arguments)[2].splitlines()[-1] == f"train.py: error: unrecognized arguments: {fault}"
+
+
 def test_an_unknown_config_lists_the_choices() -> None:
     text = "config: 1 problem\n  --config h200: no such file; type a path or one of: h100, m4, cpu\n"
     assert train("--config", "h200", "--dry-run") == (2, "", text)
@@ -263,8 +278,12 @@ SCRIPTS = [TRAIN, *sorted((ROOT / "scripts").glob("*.py"))]
 
 @pytest.mark.parametrize(
     ("script", "arguments"),
-    [*((script, ["--help"]) for script in SCRIPTS), (TRAIN, ["--config", "h100", "--set", "lora.rr=1"])],
-    ids=[*(script.name for script in SCRIPTS), "typo"],
+    [
+        *((script, ["--help"]) for script in SCRIPTS),
+        (TRAIN, ["--config", "h100", "--set", "lora.rr=1"]),
+        (ROOT / "scripts" / "chat.py", ["adapters/no-such-run", "--ask", "x"]),
+    ],
+    ids=[*(script.name for script in SCRIPTS), "typo", "a run to chat with that is not there"],
 )
 def test_nothing_slow_is_imported_before_there_is_work_for_it(script: Path, arguments: list[str]) -> None:
     code = (

@@ -11,7 +11,7 @@ choose_fresh() {  # choose_fresh RUN_NAME: sets $fresh to --fresh where a run of
     elif [[ -d $folder ]]; then unfinished=$folder; fi
   done
   if [[ -n $finished && -z $unfinished ]]; then
-    echo "$finished is finished; this run is a fresh one beside it"
+    echo "$finished is finished; this run is a new one next to it"
     # shellcheck disable=SC2034  # for who sources this
     fresh=--fresh
   fi

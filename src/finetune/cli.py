@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import json
 import logging
@@ -20,9 +21,19 @@ from finetune.files import ROOT
 from finetune.wording import clean
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistyped flag with the one that is spelled most like it."""
+
+    def error(self, message: str) -> NoReturn:
+        typed = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        near = difflib.get_close_matches(typed, self._option_string_actions, 1)
+        unknown = typed.startswith("-") and near
+        super().error(f"{message}; did you mean {near[0]}?" if unknown else message)
+
+
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--json`, for a command that reads no config."""
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made = _Parser(description=description, allow_abbrev=False)
     made.add_argument("--json", action="store_true", help="one JSON document on stdout, text on stderr")
     return made
 

@@ -78,6 +78,7 @@ def test_the_time_says_who_measured_the_speed_and_short_ones_are_in_minutes() ->
         "hours_expected_from": "25-50 tokens/s",
     }
     assert changed(**expected)["time"] == "15 min to 2.5 h at 25-50 tokens/s"
+    assert changed(**expected | {"hours_expected": (1e-5, 2e-5)})["time"] == "under 1 s at 25-50 tokens/s"
 
 
 def test_the_cost_is_told_where_an_hour_has_a_price() -> None:

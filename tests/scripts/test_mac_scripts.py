@@ -219,7 +219,11 @@ def test_macos_15_and_later_are_taken_and_14_with_a_warning(tmp_path: Path, vers
 def test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock(mac: Place, there: list[str], chosen: str) -> None:
     for name in there:
         mac.conda(name)
-    assert mac.run("setup_m4") == (0, f"making .venv with {chosen}\ninstalling requirements/m4.lock\n{READY}", "")
+    assert mac.run("setup_m4") == (
+        0,
+        f"making .venv with {chosen}\ninstalling requirements/m4.lock (minutes without output)\n{READY}",
+        "",
+    )
     prefix = mac.folder / ".venv"
     wanted = f"{chosen} (osx-arm64) [create] [--yes] [--quiet] [--prefix] [{prefix}] [--override-channels]"
     lines = mac.log.read_text(encoding="utf-8").splitlines()
@@ -237,7 +241,7 @@ def test_a_conda_that_is_a_shell_function_is_found_by_its_variable(mac: Place, t
 
 
 def test_without_any_of_them_python_alone_makes_the_environment(mac: Place) -> None:
-    said = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n{READY}"
+    said = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock (minutes without output)\n{READY}"
     assert mac.run("setup_m4") == (0, said, "")
     assert mac.log.read_text(encoding="utf-8").splitlines()[-2:] == [LOCKED, CHECKED]
 
@@ -295,7 +299,11 @@ def test_a_lock_that_changed_is_installed_into_what_is_there(mac: Place) -> None
     assert mac.run("setup_m4")[0] == 0
     with (mac.folder / "requirements" / "m4.lock").open("a", encoding="utf-8") as lock:
         lock.write("# changed\n")
-    assert mac.run("setup_m4") == (0, f"installing requirements/m4.lock\n{READY}", "")
+    assert mac.run("setup_m4") == (
+        0,
+        f"installing requirements/m4.lock (minutes without output)\n{READY}",
+        "",
+    )
     assert not mac.logged("conda")
 
 
@@ -312,7 +320,7 @@ def test_a_conda_that_fails_is_exit_6_and_the_next_try_goes_on(mac: Place, when:
 
 
 def test_what_the_checks_found_is_the_exit_code_and_the_demo_is_offered(mac: Place) -> None:
-    out = "making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n"
+    out = "making .venv with Python 3.11.0\ninstalling requirements/m4.lock (minutes without output)\n"
     out += f"the environment is ready in .venv\nthe checks\n{DEMO}"
     err = "the environment is ready, and the checks found what is still to do before a training (above)\n"
     assert mac.run("setup_m4", CHECKS="3") == (3, out, err)
@@ -460,7 +468,7 @@ def test_a_demo_beside_a_finished_one_is_fresh_until_it_resumes(demo: Place) -> 
     (demo.folder / "adapters" / "demo-m4").mkdir(parents=True)
     (demo.folder / "adapters" / "demo-m4" / "manifest.json").write_text('{"status": "complete"}', encoding="utf-8")
     code, out, _ = demo.run("run_m4", "--demo")
-    assert (code, out.splitlines()[0]) == (0, "adapters/demo-m4 is finished; this run is a fresh one beside it")
+    assert (code, out.splitlines()[0]) == (0, "adapters/demo-m4 is finished; this run is a new one next to it")
     assert demo.logged("python [src") == [f"{DEMO_TRAIN} [--fresh]", DEMO_TRAIN]
 
 
@@ -491,7 +499,7 @@ def test_a_demo_that_a_person_stops_is_not_resumed(demo: Place, number: signal.S
 
 
 def test_on_a_mac_it_is_the_macs_setup(mac: Place) -> None:
-    setup = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock\n{READY}"
+    setup = f"making .venv with Python 3.11.0\ninstalling requirements/m4.lock (minutes without output)\n{READY}"
     assert mac.run("setup_local") == (0, f"found macOS: scripts/setup_m4.sh\n{setup}", "")
     assert mac.run("setup_local", CHECKS="3")[0] == 3
 
@@ -533,7 +541,7 @@ def test_on_any_other_linux_it_is_the_environment_of_the_demo(tmp_path: Path, nv
         place.program("nvidia-smi", "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9")
     wanted = (
         "found Linux on x86_64 without an NVIDIA driver: the demo on its CPU\n"
-        "making .venv with Python 3.11.0\ninstalling requirements/cpu.lock\n"
+        "making .venv with Python 3.11.0\ninstalling requirements/cpu.lock (minutes without output)\n"
         "the environment is ready in .venv; next: scripts/quickstart.sh\n"
     )
     assert place.run("setup_local") == (0, wanted, "")

@@ -248,10 +248,13 @@ def answered_otherwise(rows: list[list[tuple[str, str]]]) -> list[list[tuple[str
     return [[*row[:-1], ("assistant", "I do not know.")] for row in rows]
 
 
-def thirty_hours(bench: Bench) -> None:
-    make_plan = preflight.make_plan
-    bench.patch.setattr(preflight, "make_plan", lambda *known: replace(make_plan(*known), hours=30.0))
-    bench.set("training.time_budget_hours=2")
+def takes(hours: float, budget: float) -> Callable[[Bench], None]:
+    def plant(bench: Bench) -> None:
+        make_plan = preflight.make_plan
+        bench.patch.setattr(preflight, "make_plan", lambda *known: replace(make_plan(*known), hours=hours))
+        bench.set(f"training.time_budget_hours={budget}")
+
+    return plant
 
 
 def two_nights(bench: Bench) -> None:
@@ -803,9 +806,12 @@ FAULTS = (
                "close other programs, or --set training.per_device_eval_batch_size=2")),
     fault("a run that nothing makes small enough", "cpu", lambda b: b.has(memory_free_gib=0.5),
           fail("plan.memory", "PEAK GiB expected, 0.5 GiB free", "close other programs")),
-    fault("a run longer than its budget", "h100", thirty_hours,
+    fault("a run longer than its budget", "h100", takes(30.0, budget=2),
           warn("plan.hours", "30.0 h expected, training.time_budget_hours is 2",
-               "--set training.num_train_epochs=0.2, or --set training.time_budget_hours=33.0")),
+               "--set training.num_train_epochs=0.2, or --set training.time_budget_hours=33")),
+    fault("a run of minutes that is longer than its budget", "cpu", takes(0.04, budget=0.02),
+          warn("plan.hours", "2 min expected, training.time_budget_hours is 0.02",
+               "--set training.num_train_epochs=1, or --set training.time_budget_hours=0.05")),
     fault("more tokens than a Mac trains on in a night", "m4", two_nights,
           warn("plan.hours", "3,024,000 tokens over all epochs take 16.8-33.6 h on m4 (25-50 tokens/s, by arithmetic "
                "for 10 GPU cores, not measured); 12 h are 1.1-2.2 million",

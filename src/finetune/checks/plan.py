@@ -19,6 +19,7 @@ from finetune.plan.describe import time_text
 from finetune.plan.plan import hours_problem
 from finetune.plan.schedule import check_budget
 from finetune.runs.folder import Run
+from finetune.wording import duration
 
 
 def _steps(preflight: Preflight) -> Finding:
@@ -49,12 +50,12 @@ def _hours(preflight: Preflight) -> Finding:
         limit = "" if budget is None else f"; the rehearsal will compare with training.time_budget_hours {budget:g}"
         found = time_text(plan) if plan.hours_expected else "not measured on this platform"
         return skipped(f"{found}{limit}")
-    found = f"{plan.hours:.1f} h expected"
+    found = f"{duration(3600 * plan.hours)} expected"
     if budget is None or plan.hours <= budget:
         return passed(found)
     epochs = math.floor(100 * training.num_train_epochs * budget / plan.hours) / 100  # rounded up it would not fit
     share = f"--set training.num_train_epochs={epochs:g}"
-    whole = f"--set training.time_budget_hours={plan.hours * 1.1:.1f}"
+    whole = f"--set training.time_budget_hours={math.ceil(round(110 * plan.hours, 6)) / 100:g}"
     return warned(f"{found}, training.time_budget_hours is {budget:g}", f"{share}, or {whole}")
 
 

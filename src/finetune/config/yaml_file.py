@@ -11,11 +11,15 @@ from typing import Any
 import yaml
 
 from finetune.errors import ConfigError
-from finetune.wording import first_line
+from finetune.wording import first_line, show
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_INTEGER = 2**63 - 1
+FIXES = {  # by what PyYAML says
+    "found character '\\t' that cannot start any token": "; indent with spaces",
+    "mapping values are not allowed here": "; quote text that contains ': '",
+}
 PLAIN = f"aliases (*name), tags (!name) and more than {MAX_DEPTH} levels are not supported"
 
 # YAML 1.1 wants a dot in a float, so PyYAML reads 2e-4 as text. This is the YAML 1.2 form.
@@ -79,8 +83,8 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
             if node is None:
                 return {}, {}
             if not isinstance(node, yaml.MappingNode):
-                found = f"found a {node.tag.rsplit(':', 1)[-1]}, wanted a mapping of sections"
-                raise ConfigError(f"{where}:{node.start_mark.line + 1}: {found}")
+                found = show(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
+                raise ConfigError(f"{where}:{node.start_mark.line + 1}: found {found}, wanted a mapping of sections")
             places = dict(_places(node, where, ""))
             tree = loader.construct_document(node)
             if loader.duplicates:
@@ -91,7 +95,8 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from None
+        problem = error.problem or error.context or ""
+        raise ConfigError(f"{where}{line}: {problem}{FIXES.get(problem, '')}") from None
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{where}:{number}: not YAML: {first_line(error)}") from None

@@ -73,7 +73,8 @@ def time_text(plan: Plan) -> str:
     """How long the run takes, by a measured speed or by an expectation, and where that comes from."""
     if plan.hours_expected is not None:
         least, most = (duration(3600 * hours) for hours in plan.hours_expected)
-        return f"{least} to {most} at {plan.hours_expected_from}"
+        text = "under 1 s" if 3600 * plan.hours_expected[1] < 1 else f"{least} to {most}"
+        return f"{text} at {plan.hours_expected_from}"
     if plan.hours is None:
         return "not measured"
     text = duration(3600 * plan.hours)
