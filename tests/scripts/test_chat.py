@@ -10,17 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import MistralForCausalLM
 
 from finetune.files import ROOT
 from finetune.model.generate import reply_to
-from support.commands import load_script
 from support.pseudo_terminal import Session, screen
 from support.taught import BRIEF, KEEPER, ME, NOBODY, SHIPS, WHO, WHY, Taught, turns
 
+Run = Callable[..., tuple[int, str, str]]
 SCRIPT = ROOT / "scripts" / "chat.py"
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "INPUTRC")},
@@ -126,71 +125,60 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(taught: Taught, tmp_path: Pat
 # For scripts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def chat(ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the command in this process; exit code, stdout and stderr."""
-
-    def running(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", line(*arguments)[1:])
-        return ended(load_script("chat").main)
-
-    return running
-
-
-def test_ask_prints_the_answer_and_nothing_else_on_stdout(chat: Any, taught: Taught) -> None:
-    assert chat(taught.run, "--ask", f" {WHO}") == (
+def test_ask_prints_the_answer_and_nothing_else_on_stdout(run: Run, taught: Taught) -> None:
+    assert run(taught.run, "--ask", f" {WHO}") == (
         0,
         f"{KEEPER}\n",
         f"config: {taught.run}/config.yaml\nadapter: {taught.run}, eval_loss 1.2500 (step 4)\n",
     )
-    assert chat(taught.run, "--ask", WHO, "--system", BRIEF)[1] == f"{ME}\n"
+    assert run(taught.run, "--ask", WHO, "--system", BRIEF)[1] == f"{ME}\n"
 
 
-def test_json_is_one_document(chat: Any, taught: Taught) -> None:
-    code, out, _ = chat(taught.run, "--ask", WHO, "--system", BRIEF, "--json")
+def test_json_is_one_document(run: Run, taught: Taught) -> None:
+    code, out, _ = run(taught.run, "--ask", WHO, "--system", BRIEF, "--json")
     assert (code, json.loads(out)) == (
         0, {"question": WHO, "system": BRIEF, "answer": ME, "tokens": 2, "ended": True},
     )  # fmt: skip
 
 
-def test_an_answer_without_an_end_is_a_warning_on_stderr(chat: Any, taught: Taught) -> None:
+def test_an_answer_without_an_end_is_a_warning_on_stderr(run: Run, taught: Taught) -> None:
     limit = len(taught.chat.encode_prompt(turns(WHO, system=BRIEF))) + 2
-    code, out, err = chat(taught.run, "--ask", WHO, "--system", BRIEF, "--set", f"model.max_seq_length={limit}")
+    code, out, err = run(taught.run, "--ask", WHO, "--system", BRIEF, "--set", f"model.max_seq_length={limit}")
     assert (code, out) == (0, f"{ME}\n")
     warning = "warning: the answer has no end within 2 tokens, up to model.max_seq_length"
     assert err.splitlines()[-1] == warning
 
 
-def test_lines_from_a_pipe_are_one_conversation(chat: Any, taught: Taught, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_from_a_pipe_are_one_conversation(run: Run, taught: Taught, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{WHO}\n{WHY}\n"))
-    code, out, _ = chat(taught.run)
+    code, out, _ = run(taught.run)
     assert (code, out.splitlines()[2:]) == (0, [*HELP, KEEPER, "", *SHIPS.split("\n"), "", ""])
 
 
 # What cannot be talked to ---------------------------------------------------------------------------------------------
 
 
-def test_each_fault_has_its_message_and_exit_code(chat: Any, taught: Taught, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(taught.run, tmp_path / "run"))
+def test_each_fault_has_its_message_and_exit_code(run: Run, taught: Taught, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(taught.run, tmp_path / "run"))
     plain = tmp_path / "plain"
-    shutil.copytree(run / "checkpoints" / "best", plain)
+    shutil.copytree(copy / "checkpoints" / "best", plain)
     (plain / "adapter_model.safetensors").write_bytes(b"abc")
-    (run / "adapter_model.safetensors").write_bytes(b"abc")
+    (copy / "adapter_model.safetensors").write_bytes(b"abc")
     ends = {
         code: err.splitlines()[-1].strip()
         for code, _, err in (
-            chat(tmp_path, "--ask", "x"),
-            chat(run, "--ask", "x"),
+            run(tmp_path, "--ask", "x"),
+            run(copy, "--ask", "x"),
         )
     }
     assert set(ends) == {2, 3}
     assert ends[2].startswith(f"{tmp_path}: no adapter_config.json in it; name a run's folder")
-    assert ends[3].startswith(f"{run}/adapter_model.safetensors is not what the run saved; copy it again")
-    code, out, err = chat(plain, "--ask", "x", "--set", f"output.dir={tmp_path}")
+    assert ends[3].startswith(f"{copy}/adapter_model.safetensors is not what the run saved; copy it again")
+    code, out, err = run(plain, "--ask", "x", "--set", f"output.dir={tmp_path}")
     damaged = f"{plain}: PEFT cannot load this adapter: Error while deserializing header: header too small"
     assert (code, out, err.splitlines()[-1]) == (3, "", damaged)
     tokens = len(taught.chat.encode_prompt(turns("x " * 20)))
-    code, out, err = chat(taught.run, "--ask", "x " * 20, "--set", "model.max_seq_length=16")
+    code, out, err = run(taught.run, "--ask", "x " * 20, "--set", "model.max_seq_length=16")
     found = f"the conversation has {tokens - 1} tokens, and model.max_seq_length is 16: no answer fits"
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].strip() == f"{found}; ask something shorter, or start over with /reset"
@@ -203,5 +191,5 @@ def test_each_fault_has_its_message_and_exit_code(chat: Any, taught: Taught, tmp
         (("--ask", " "), "--ask: empty; type a question"),
     ],
 )
-def test_what_makes_no_sense_is_exit_2(chat: Any, arguments: tuple[str, ...], fault: str) -> None:
-    assert chat("run", *arguments) == (2, "", f"config: 1 problem\n  {fault}\n")
+def test_what_makes_no_sense_is_exit_2(run: Run, arguments: tuple[str, ...], fault: str) -> None:
+    assert run("run", *arguments) == (2, "", f"config: 1 problem\n  {fault}\n")

@@ -17,23 +17,11 @@ import yaml
 from finetune.config import yaml_file
 from finetune.config.load import load_config
 from finetune.files import ROOT
-from support.commands import load_script
 
 SCRIPT = ROOT / "scripts" / "config_loader.py"
 Run = Callable[..., tuple[int, str, str]]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SCHEMA = json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("config_loader")
-
-
-@pytest.fixture
-def run(script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]]) -> Run:
-    """Runs the command in this process; returns exit code, stdout, stderr."""
-    return lambda *arguments: ended(lambda: script.main(list(arguments)))
 
 
 def jsonschema_errors(tree: dict[str, Any]) -> list[str]:
@@ -65,13 +53,7 @@ def test_a_platforms_name_is_as_good_as_its_file(run: Run) -> None:
     assert yaml_file.parse(run("h100")[1], "stdout")[0]["platform"] == "h100"
 
 
-def test_settings_are_in_what_is_printed(run: Run) -> None:
-    code, out, _ = run("h100", "--set", "lora.r=8", "--set", "training.learning_rate=2e-5", "--json")
-    tree = json.loads(out)
-    assert (code, tree["lora"]["r"], tree["training"]["learning_rate"]) == (0, 8, 2e-5)
-
-
-@pytest.mark.parametrize("text", ["2e-4", "1E3", "null", "yes", "0x10", "16", "a: b", "é", " x "])
+@pytest.mark.parametrize("text", ["2e-4", "null", "yes", "0x10", "a: b", "é", " x "])
 def test_text_that_looks_like_something_else_is_still_text_when_read_back(run: Run, text: str) -> None:
     setting = f"tracking.project={json.dumps(text)}"
     _, out, _ = run("h100", "--set", setting)
@@ -82,18 +64,15 @@ def test_text_that_looks_like_something_else_is_still_text_when_read_back(run: R
 @pytest.mark.parametrize(
     ("key", "as_yaml", "as_json"),
     [
-        ("lora.r", "16\n", "16\n"),
         ("training.learning_rate", "0.0002\n", "0.0002\n"),
         ("training.bf16", "true\n", "true\n"),
         ("system_prompt", "null\n", "null\n"),
         ("tracking.run_name", "mistral-7b-qlora-h100\n", '"mistral-7b-qlora-h100"\n'),
-        ("dataset.sample_prompts", "null\n", "null\n"),
         (
             "output",
             "dir: adapters\ncopy_to: null\ncopy_checkpoints: false\n",
             '{\n  "dir": "adapters",\n  "copy_to": null,\n  "copy_checkpoints": false\n}\n',
         ),
-        ("output.dir", "adapters\n", '"adapters"\n'),
     ],
 )
 def test_one_value_is_printed_bare_or_as_json(run: Run, key: str, as_yaml: str, as_json: str) -> None:
@@ -105,10 +84,8 @@ def test_one_value_is_printed_bare_or_as_json(run: Run, key: str, as_yaml: str, 
     ("key", "ending"),
     [
         ("lora.rr", "; did you mean lora.r?"),
-        ("rank", "; did you mean lora.r?"),
         ("learning_rate", "; did you mean training.learning_rate?"),
         ("zzzzzz", ""),
-        ("", ""),
     ],
 )
 def test_an_unknown_key_is_exit_2_with_the_likeliest_known_one(run: Run, key: str, ending: str) -> None:
@@ -123,7 +100,7 @@ def test_a_config_error_is_exit_2_with_its_text_on_stderr(run: Run) -> None:
     assert err == "config: 1 problem\n  --set lora.r=many  lora.r: found 'many' (text), wanted a whole number\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"], ["h100", "m4"], ["h100", "--get"], ["--json"]])
+@pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"]])
 def test_wrong_usage_is_exit_2(run: Run, arguments: list[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
@@ -146,11 +123,8 @@ def test_an_editor_finds_the_schema_and_accepts_every_shipped_config(path: Path)
     ("tree", "where"),
     [
         ({"lora": {"rank": 8}}, "lora"),
-        ({"lora": {"r": 0}}, "lora.r"),
         ({"training": {"learning_rate": 2}}, "training.learning_rate"),
         ({"training": {"optim": "adam"}}, "training.optim"),
-        ({"training": {"bf16": "yes"}}, "training.bf16"),
-        ({"platform": "h200"}, "platform"),
         ({"seed": 1}, ""),
     ],
 )

@@ -7,35 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from finetune.cli import command
 from finetune.files import ROOT
-from support.commands import load_script
 from support.data_page import FILES
 
 SCRIPT = ROOT / "scripts" / "convert_data.py"
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("convert_data")
-
-
-@pytest.fixture
-def run(
-    script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Runs the command in this process; returns exit code, stdout, stderr."""
-
-    def running(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        return ended(script.main)
-
-    return running
 
 
 def test_it_says_what_it_recognized_changed_and_dropped_and_ends_with_the_dry_run(run: Run, tmp_path: Path) -> None:
@@ -89,7 +69,7 @@ def test_the_flags_reach_the_conversion(run: Run, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["prompt", "prompt=", "=Q", "prompt=Q,,=A", "prompt=Q,completion"])
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "prompt=Q,,=A"])
 def test_columns_that_are_no_pairs_are_exit_2(run: Run, tmp_path: Path, text: str) -> None:
     assert run(FILES / "excel.csv", tmp_path / "made.jsonl", "--columns", text) == (
         2,

@@ -1,18 +1,18 @@
-"""docker/flash_attn.sh among stand-ins of Python, nvcc, cores and memory: every branch, word for word."""
+"""docker/flash_attn.sh among stand-ins for Python, nvcc, cores and memory."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from finetune.config.load import ROOT
+from finetune.files import ROOT
+from support.shell_scripts import Programs, found
 
 TOOLS = ("bash", "cp", "dirname", "mkdir", "mktemp", "mv", "rmdir", "sed")
 VERSION = "2.8.3.post2"
@@ -22,7 +22,6 @@ MISSING = f"flash-attn: not in docker/wheels, so compiled: {WHEEL}\n"
 
 # Tells the version of torch and of itself; builds a wheel as flash-attn names it; tags it; records all else of a build.
 PYTHON = """\
-#!{programs}/bash
 case "$1 $2" in
   "-c "*metadata*) [[ -n "$TORCH" ]] && exec {python} -I -S -c "
 import importlib.metadata
@@ -45,30 +44,20 @@ esac
 """
 
 
-class Place:
+class Place(Programs):
     """A copy of the script and of its list, and all programs and facts that it may find."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.programs, self.log = folder, folder / "bin", folder / "log"
-        for name in ("bin", "docker/wheels", "requirements", "tmp"):
-            (folder / name).mkdir(parents=True)
-        shutil.copy(ROOT / "docker" / "flash_attn.sh", folder / "docker")
-        for name in ("flash-attn.txt", "flash-attn.lock"):
-            shutil.copy(ROOT / "requirements" / name, folder / "requirements")
-        for tool in TOOLS:
-            (self.programs / tool).symlink_to(found(tool))
-        python = PYTHON.format(programs=self.programs, python=sys.executable, version=VERSION)
-        self.program("python", python.split("\n", 1)[1])
+        lists = ("requirements/flash-attn.txt", "requirements/flash-attn.lock")
+        super().__init__(folder, ("docker/flash_attn.sh", *lists), TOOLS)
+        for name in ("docker/wheels", "tmp"):
+            (self.folder / name).mkdir()
+        self.program("python", PYTHON.format(python=sys.executable, version=VERSION))
         self.program("nvcc", "exit 9")
         self.program("uname", "[[ $1 == -m ]] || exit 9\necho x86_64")
-        self.program("awk", f'[[ $2 == /proc/meminfo ]] || exit 9\nexec {found("awk")} "$1" {folder}/meminfo')
-        self.program("cat", f'exec {found("cat")} "{folder}/${{1##*/}}"')
+        self.program("awk", f'[[ $2 == /proc/meminfo ]] || exit 9\nexec {found("awk")} "$1" "{self.folder}/meminfo"')
+        self.program("cat", f'exec {found("cat")} "{self.folder}/${{1##*/}}"')
         self.machine(cores=12, free_gib=64)
-
-    def program(self, name: str, text: str) -> None:
-        path = self.programs / name
-        path.write_text(f"#!{self.programs}/bash\n{text}\n", encoding="utf-8")
-        path.chmod(0o755)
 
     def machine(self, cores: int, free_gib: float) -> None:
         self.program("nproc", f"echo {cores}")
@@ -94,31 +83,21 @@ class Place:
         return {path.name: path.read_text(encoding="utf-8").strip() for path in (self.folder / "wheels").iterdir()}
 
 
-def found(tool: str) -> str:
-    path = shutil.which(tool)
-    assert path is not None, tool
-    return path
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def peaks() -> list[float]:
-    """GiB of each file that was compiled, over all results."""
-    results = (ROOT / "benchmarks" / "results").glob("*-flash-attn-build-*.json")
-    return [job["peak_gib"] for path in results for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
-
-
 def test_the_memory_of_a_file_is_the_largest_that_was_measured_rounded_up() -> None:
+    results = (ROOT / "benchmarks" / "results").glob("*-flash-attn-build-*.json")
+    peak = max(job["peak_gib"] for path in results for job in json.loads(path.read_text(encoding="utf-8"))["jobs"])
     script = (ROOT / "docker" / "flash_attn.sh").read_text(encoding="utf-8")
-    assert re.findall(r"^gib_per_file=(\d+)$", script, re.MULTILINE) == [str(math.ceil(max(peaks())))]
+    assert f"\ngib_per_file={math.ceil(peak)}\n" in script
 
 
 @pytest.mark.parametrize(
     ("cores", "free_gib", "jobs"),
-    [(12, 64, 9), (8, 64, 8), (2, 23.5, 2), (16, 20.99, 2), (16, 21, 3), (26, 200, 26), (4, 7, 1)],
+    [(12, 64, 9), (8, 64, 8), (16, 20.99, 2), (16, 21, 3), (4, 7, 1)],
 )
 def test_as_many_files_at_once_as_there_are_cores_and_as_memory_holds(
     place: Place, cores: int, free_gib: float, jobs: int
@@ -144,7 +123,6 @@ def test_too_little_memory_for_one_file_is_said_and_one_is_compiled(place: Place
         ("memory.max", str(15 * 2**30), 2),
         ("memory.limit_in_bytes", str(15 * 2**30), 2),
         ("memory.max", "max", 9),
-        ("memory.max", str(500 * 2**30), 9),
         ("memory.limit_in_bytes", "9223372036854771712", 9),
     ],
 )
@@ -195,10 +173,7 @@ def test_a_wheel_that_fits_the_locked_torch_is_taken_without_a_compiler_or_torch
     "other",
     [
         WHEEL.replace("2.10.0torch", "2.9.1torch"),
-        WHEEL.replace("cp311", "cp312"),
         WHEEL.replace("sm90", "sm80"),
-        WHEEL.replace("post2", "post1"),
-        WHEEL.replace("x86_64", "aarch64"),
         f"flash_attn-{VERSION}-cp311-cp311-linux_x86_64.whl",
     ],
 )
@@ -240,10 +215,7 @@ def test_skip_leaves_an_empty_folder_and_needs_neither_python_nor_nvcc(place: Pl
     [
         ((), {"FLASH_ATTN": "yes"}, 'flash-attn: FLASH_ATTN is "yes"; give build or skip\n'),
         ((), {"NVCC_THREADS": "0"}, f'flash-attn: NVCC_THREADS is "0"; {WHOLE}'),
-        *(
-            ((), {"MAX_JOBS": given}, f'{MISSING}flash-attn: MAX_JOBS is "{given}"; {WHOLE}')
-            for given in ("0", "-1", "two", "1.5")
-        ),
+        ((), {"MAX_JOBS": "1.5"}, f'{MISSING}flash-attn: MAX_JOBS is "1.5"; {WHOLE}'),
         (("wheels", "more"), {}, "flash-attn: usage: docker/flash_attn.sh FOLDER\n"),
     ],
 )

