@@ -201,7 +201,7 @@ def test_another_registry_is_one_variable_of_compose(project: Project) -> None:
 
 def test_a_digest_chooses_the_base_image_and_no_other_is_taken(project: Project) -> None:
     digest = f"sha256:{'0' * 64}"
-    done = project.compose("build", "plan", BASE_DIGEST=digest)
+    done = build(project.folder, "system", BASE_DIGEST=digest)
     assert done.returncode != 0
     assert f"nvidia/cuda:12.1.1-base-ubuntu22.04@{digest}" in done.stderr
 
