@@ -126,8 +126,8 @@ def test_a_full_disk_is_told_with_the_folder_its_size_and_what_to_remove(folder:
         folder.cache.entry("a", fill)
     where = folder.cache.folder
     assert str(failure.value) == (
-        f"no space left for encoded rows in {where}, where 0.0 GiB of them are kept; "
-        f"free some, or rm -r '{where}'/rows-*: they are made again when needed"
+        f"no space left for encoded rows in {where} (0.0 GiB are kept there); "
+        f"free some, or rm -r '{where}'/rows-*, which is made again when needed"
     )
     assert folder.names() == ["rows-before"]
 
@@ -166,7 +166,7 @@ def test_a_second_process_says_whom_it_waits_for_and_takes_what_that_one_made(fo
             if second.said:
                 break
             time.sleep(0.02)
-        assert second.said == [f"waiting for process 7 on a-machine, which encodes rows into {folder.cache.folder}"]
+        assert second.said == [f"waiting for process 7 on a-machine, which makes encoded rows in {folder.cache.folder}"]
         first = folder.cache.folder / "rows-a.partial"
         first.mkdir()
         folder.fill(first)

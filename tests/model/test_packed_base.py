@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
-import transformers
 
 from finetune.config.schema import Config
-from finetune.files import SEAL, read_seal
+from finetune.errors import OutOfResource
 from finetune.model import load as model_module
 from finetune.model import packed_base
 from finetune.model.load import load_base
@@ -29,7 +27,7 @@ class Loads:
         self.config, self.cache, self.quantized = config, cache, 0
         self.said: list[str] = []
         self.values: dict[str, torch.Tensor] = {}
-        self.folder = packed_base.folder_of(cache, config.model, config.quantization)
+        self.folder = folder_of(cache, config)
         quantize, verify = bitsandbytes.functional.quantize_4bit, model_module.verify_base
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -58,6 +56,14 @@ class Loads:
         return load_base(self.config.model, quantization, "meta", report, self.cache)
 
 
+def folder_of(cache: Path, config: Config) -> Path:
+    return packed_base.cache_in(cache).folder_of(packed_base.key(config.model, config.quantization))
+
+
+def made(loads: Loads) -> str:
+    return f"packed base: quantized on the CPU in 6 min, and kept in {loads.folder} for later starts"
+
+
 def unpacked(base: Any) -> dict[str, torch.Tensor]:
     weights = {name: base.get_submodule(name).weight for name in layers()}
     return {name: bitsandbytes.functional.dequantize_4bit(it.data, it.quant_state) for name, it in weights.items()}
@@ -74,9 +80,7 @@ def test_the_second_load_quantizes_nothing_and_has_the_same_bits(loads: Loads) -
     loads()
     values, state, about = loads.values, loads.state, loads.about
     assert loads.quantized == 14
-    assert loads.said == [
-        f"packed base: quantized on the CPU in 6 min; kept in {loads.folder}, 0.0 GiB, for later starts"
-    ]
+    assert loads.said == [made(loads)]
     loads()
     assert loads.quantized == 0
     assert loads.said == [f"packed base: loaded from {loads.folder} in 6 min, not quantized again"]
@@ -107,76 +111,39 @@ def test_where_the_device_quantizes_itself_nothing_is_kept(config: Config, tmp_p
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_seal_says_what_was_packed_and_by_which_libraries(once: Loads) -> None:
-    facts = read_seal(once.folder)
-    assert set(facts.pop("files")) == {"config.json", "generation_config.json", "model.safetensors"}
-    assert facts == {
-        "base": once.config.model.name,
-        "revision": None,
-        "bitsandbytes": bitsandbytes.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def flip_a_bit(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        (flip_a_bit, "model.safetensors is not what was saved (sha256 differs)"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / SEAL).unlink(), f"no {SEAL}: its save was not finished"),
-    ],
-)
-def test_a_damaged_one_is_deleted_and_made_again(damage: Callable[[Path], None], found: str, once: Loads) -> None:
-    damage(once.folder)
+def test_a_damaged_one_is_set_aside_and_made_again(once: Loads) -> None:
+    (once.folder / "config.json").unlink()
     once()
     assert once.quantized == 14
-    assert once.said == [
-        f"warning: {once.folder} is damaged ({found}): deleted, the base will be quantized again",
-        f"packed base: quantized on the CPU in 6 min; kept in {once.folder}, 0.0 GiB, for later starts",
-    ]
-    once()
-    assert once.quantized == 0
+    damaged = f"warning: {once.folder} is damaged (config.json is missing)"
+    assert once.said == [f"{damaged}: set aside as {once.folder.name}.damaged, and made again", made(once)]
+    assert once.folder.with_name(f"{once.folder.name}.damaged").is_dir()
 
 
-def test_an_interrupted_write_leaves_nothing_that_counts(once: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_fetched_now_are_quantized_once(once: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of what is kept depends on them."""
     shutil.rmtree(once.folder)
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(packed_base, "seal", interrupted)
-        once()
-    assert [path.name for path in once.cache.iterdir()] == ["lock"]
-    left = once.folder.with_name(f"{once.folder.name}.partial")  # what a kill leaves
-    left.mkdir()
-    (left / "model.safetensors").touch()
+    monkeypatch.setattr(model_module, "is_local", lambda _: False)
+    monkeypatch.setattr(model_module, "is_cached", lambda *_: False)
+    monkeypatch.setattr(model_module, "_source", lambda model: model.name)
     once()
-    assert once.quantized == 14
-    assert read_seal(once.folder) and not left.exists()
+    assert (once.quantized, once.said) == (14, [made(once)])
 
 
-def test_a_disk_that_does_not_take_it_is_a_warning_and_the_load_succeeds(once: Loads) -> None:
+def test_a_disk_that_does_not_take_it_ends_the_load(once: Loads) -> None:
     shutil.rmtree(once.folder)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        once()
+        with pytest.raises(OutOfResource) as failure:
+            once()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert once.said == [
-        f"warning: the packed base cannot be kept in {once.folder} "
-        "(Error while serializing: I/O error: File too large (os error 27)): each start will quantize it",
-        "packed base: quantized on the CPU in 6 min",
-    ]
-    assert [path.name for path in once.cache.iterdir()] == ["lock"]
+    assert str(failure.value) == (
+        "the packed base cannot be saved: Error while serializing: I/O error: File too large (os error 27); "
+        "free some space"
+    )
+    assert [path.name for path in once.cache.iterdir()] == ["packed-lock"]
 
 
 def test_other_weights_settings_and_libraries_have_a_folder_of_their_own(
@@ -185,7 +152,7 @@ def test_other_weights_settings_and_libraries_have_a_folder_of_their_own(
     config = once.config
 
     def name(changed: Config) -> str:
-        return packed_base.folder_of(once.cache, changed.model, changed.quantization).name
+        return folder_of(once.cache, changed).name
 
     copy = tmp_path / "copy"
     shutil.copytree(config.model.name, copy)

@@ -119,7 +119,9 @@ def _disk(preflight: Preflight) -> Finding:
 def _packed_gib(preflight: Preflight, cache: Path) -> float:
     """What the first load will keep, where the CPU quantizes for another device; 0 where nothing, or it is there."""
     config, device = preflight.config, preflight.platform.device
-    if quantized_on(device) == device or packed_base.folder_of(cache, config.model, config.quantization).is_dir():
+    if quantized_on(device) == device:
+        return 0
+    if packed_base.cache_in(cache).folder_of(packed_base.key(config.model, config.quantization)).is_dir():
         return 0
     return memory_parts(config.changed("quantization", storage="packed"), preflight.geometry)["weights"]
 

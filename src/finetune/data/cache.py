@@ -1,4 +1,4 @@
-"""Encoded rows on disk: sealed folders, checked when they are opened, made by one process, the newest kept."""
+"""What takes long to make, on disk: sealed folders, checked when opened, made by one process, the newest kept."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from finetune.errors import OutOfResource
 from finetune.files import GIB, make_folder, quoted, read_seal, seal, seal_facts, shown
 from finetune.wording import SILENT, Report
 
-KEPT = 5  # entries, those just used included
-PREFIX = "rows-"  # the folder holds the packed base, too
 PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The entries below `folder`, of which so many are `kept`, and where to say what becomes of them."""
+    """The entries in `folder` whose names begin with `prefix`, each holding `what`; the newest `kept` stay."""
 
     folder: Path
     report: Report = SILENT
-    kept: int = KEPT
+    kept: int = 5
+    prefix: str = "rows-"
+    what: str = "encoded rows"
+
+    def folder_of(self, key: str) -> Path:
+        """The folder of an entry, made or not."""
+        return self.folder / f"{self.prefix}{key}"
 
     def entry(self, key: str, fill: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder of `key` and its facts. Where it is not there, or not as it was sealed, `fill` makes both.
@@ -36,7 +40,7 @@ class Cache:
         `fill` writes into the empty folder that it gets. Another process that makes an entry is waited for. Raises
         OutOfResource where the disk is full.
         """
-        folder = self.folder / f"{PREFIX}{key}"
+        folder = self.folder_of(key)
         facts = _facts(folder)[0]
         if facts is None:
             make_folder(self.folder)
@@ -49,18 +53,18 @@ class Cache:
 
     def whole(self, start: str) -> list[tuple[Path, dict[str, Any]]]:
         """Folder and facts of each entry whose key begins with `start`, but for damaged ones."""
-        folders = [path for path in self._entries() if path.name.startswith(f"{PREFIX}{start}")]
+        folders = [path for path in self._entries() if path.name.startswith(f"{self.prefix}{start}")]
         found = [(path, _facts(path)[0]) for path in folders if path.suffix not in (PARTIAL, DAMAGED)]
         return [(path, facts) for path, facts in found if facts is not None]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / f"{PREFIX}lock").open("a+") as lock:
+        with (self.folder / f"{self.prefix}lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                self.report.warn(f"waiting for {lock.read()}, which encodes rows into {shown(self.folder)}")
+                self.report.warn(f"waiting for {lock.read()}, which makes {self.what} in {shown(self.folder)}")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -78,7 +82,7 @@ class Cache:
 
     def _make(self, folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Make an entry, whole or not at all, and remove what is old. The lock is ours: partial ones are nobody's."""
-        for stale in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
+        for stale in self.folder.glob(f"{self.prefix}*{PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=True)
         partial = folder.with_name(f"{folder.name}{PARTIAL}")
         try:
@@ -99,15 +103,14 @@ class Cache:
 
     def _entries(self) -> list[Path]:
         """The newest first; damaged ones, too."""
-        found = [path for path in self.folder.glob(f"{PREFIX}*") if path.is_dir()]
+        found = [path for path in self.folder.glob(f"{self.prefix}*") if path.is_dir()]
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
     def _disk_full(self) -> OutOfResource:
         size = sum(file.stat().st_size for entry in self._entries() for file in entry.iterdir()) / GIB
-        kept = f"no space left for encoded rows in {shown(self.folder)}, where {size:.1f} GiB of them are kept"
-        return OutOfResource(
-            kept, f"free some, or rm -r {quoted(self.folder)}/{PREFIX}*: they are made again when needed"
-        )
+        found = f"no space left for {self.what} in {shown(self.folder)} ({size:.1f} GiB are kept there)"
+        again = f"rm -r {quoted(self.folder)}/{self.prefix}*, which is made again when needed"
+        return OutOfResource(found, f"free some, or {again}")
 
 
 def _facts(folder: Path) -> tuple[dict[str, Any] | None, str]:

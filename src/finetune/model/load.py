@@ -9,17 +9,13 @@ from typing import Any
 import bitsandbytes
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from finetune.config.base_model import is_local
 from finetune.config.schema import Config, ModelConfig, QuantizationConfig
 from finetune.data.tokenizer import Chat
-from finetune.errors import CheckFailed
+from finetune.errors import CheckFailed, OutOfResource
 from finetune.files import resolve, shown
 from finetune.machine.platforms import quantized_on
 from finetune.model import attention, packed_base
@@ -79,7 +75,7 @@ def load_base(
     if cache is None or quantized == device:
         base = _quantized(model, quantization, quantized, report)
     else:
-        base = _kept_or_quantized(model, quantization, packed_base.folder_of(cache, model, quantization), report)
+        base = _kept_or_quantized(model, quantization, cache, report)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # Else bitsandbytes, evaluating on a CPU with AVX512-BF16, repacks the weights for a bf16 kernel for good,
@@ -154,21 +150,32 @@ def _source(model: ModelConfig) -> str:
 def _kept_or_quantized(
     model: ModelConfig, quantization: QuantizationConfig, folder: Path, report: Report
 ) -> PreTrainedModel:
-    """Load the packed base from `folder` on the CPU, or quantize it and keep it there."""
-    started = time.monotonic()
-    if not packed_base.whole(folder, report):
-        base = _quantized(model, quantization, "cpu", report)
-        # The folder's name depends on the weights, which may have been downloaded just now.
-        folder = packed_base.folder_of(folder.parent, model, quantization)
-        facts = {"base": model.name, "revision": model.revision}
-        packed_base.keep(base, folder, facts, report, duration(time.monotonic() - started))
+    """Load the packed base that is kept in `folder`, or quantize it on the CPU and keep it there."""
+    started, cache = time.monotonic(), packed_base.cache_in(folder, report)
+    here = is_local(model.name) or is_cached(model.name, model.revision)
+    base = None if here else _quantized(model, quantization, "cpu", report)  # the key depends on what this downloads
+
+    def fill(entry: Path) -> dict[str, Any]:
+        nonlocal base
+        if base is None:
+            base = _quantized(model, quantization, "cpu", report)
+        try:
+            base.save_pretrained(entry)
+        except SafetensorError as error:  # its own error for a full disk
+            raise OutOfResource(f"the packed base cannot be saved: {first_line(error)}", "free some space") from None
+        return {"base": model.name, "revision": model.revision}
+
+    kept, _ = cache.entry(packed_base.key(model, quantization), fill)
+    took = duration(time.monotonic() - started)
+    if base is not None:
+        report.decision("packed base", f"quantized on the CPU in {took}, and kept in {shown(kept)} for later starts")
         return base
     with layers_reported(model.name, report):
-        base = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, **_options(model, "cpu"))
-    base.name_or_path = base.config.name_or_path = _source(model)
+        loaded = AutoModelForCausalLM.from_pretrained(str(kept), local_files_only=True, **_options(model, "cpu"))
+    loaded.name_or_path = loaded.config.name_or_path = _source(model)
     took = duration(time.monotonic() - started)
-    report.decision("packed base", f"loaded from {shown(folder)} in {took}, not quantized again")
-    return base
+    report.decision("packed base", f"loaded from {shown(kept)} in {took}, not quantized again")
+    return loaded
 
 
 def _move(base: PreTrainedModel, device: str, report: Report) -> None:
