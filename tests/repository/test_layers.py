@@ -176,34 +176,20 @@ def test_imports_go_down_and_only_platforms_and_device_name_devices(path: Path) 
     ("name", "source", "fault"),
     [
         ("config.load", "import torch", "config.load imports torch"),
-        ("machine.device", "import torch", "machine.device imports torch"),
-        ("config.load", "import torch.nn as nn", "config.load imports torch"),
         ("plan.plan", "def f():\n    from transformers import AutoConfig", "plan.plan imports transformers"),
-        ("config.rules", "try:\n    import numpy\nexcept ImportError: pass", "config.rules imports numpy"),
         ("terminal", "if TYPE_CHECKING:\n    pass\nelse:\n    import pyarrow", "terminal imports pyarrow"),
-        ("data.encode", "import torch", "data.encode imports torch"),
         ("checks.gpu", "import torch", "checks.gpu imports torch"),
-        ("plan.plan", "from finetune.data.jsonl import read_lines",
-            "plan.plan imports finetune.data.jsonl, which is on a floor above"),
         ("data.prepare", "def f():\n    from finetune.runs import folder",
             "data.prepare imports finetune.runs.folder, which is on a floor above"),
-        ("machine.platforms", "import finetune.config.schema",
-            "machine.platforms imports finetune.config.schema, which is on a floor above"),
-        ("training.trainer", "from finetune.results.export import write_adapter",
-            "training.trainer imports finetune.results.export, which is on a floor above"),
         ("model.load", "device = 'cuda'", "model.load names a device: 'cuda'"),
-        ("model.load", "device = f'cuda:{index}'", "model.load names a device: 'cuda:'"),
         ("train.py", "open_device('mps')", "train.py names a device: 'mps'"),
         *(
             (name, code, f"{name} decides by a platform's name: {code}")
             for name, code in (
                 ("checks.host", "platform.name == 'h100'"),
-                ("checks.host", "'m4' != name"),
                 ("train.py", "device in ('other', 'cpu')"),
                 ("plan.memory", "PROGRAM_GIB['h100']"),
-                ("plan.memory", "{'m4': 0.56}"),
                 ("machine.device", "platform.name == 'cpu'"),
-                ("machine.device", "name == 'h100'"),
             )
         ),
         ("checks.host", "match name:\n    case 'h100':\n        pass",
@@ -217,7 +203,6 @@ def test_the_guard_fails_on_a_source_that_is_out_of_order(name: str, source: str
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("config.load", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("terminal", "import yaml\nfrom finetune.plan import plan\nfrom finetune.errors import UserError"),
         ("model.load", "import torch\nfrom finetune.config.schema import ModelConfig\ntorch.cuda.synchronize()"),
         ("model.load", '"""Runs on cuda and mps."""\ndef f():\n    """On cuda."""\n    # mps\n    return "bumps"'),
@@ -225,10 +210,6 @@ def test_the_guard_fails_on_a_source_that_is_out_of_order(name: str, source: str
         ("machine.device", "if platform.device == 'cuda': pass\npresent = {'cuda': True, 'mps': False, 'cpu': True}"),
         ("checks.host", "advice = '--config h100'\nplatform: Literal['h100', 'm4', 'cpu']\ntensor.to('cpu')"),
         ("checks.gpu", "def look():\n    from finetune.checks.numerics import linear"),
-        ("checks.numerics.linear", "import torch"),
-        ("machine.device", "def peak_memory_gib():\n    import torch"),
-        ("data.encode", "import numpy"),
-        ("results.report.charts", "import numpy\nfrom matplotlib.figure import Figure"),
     ],
 )
 def test_the_guard_lets_pass_what_is_in_order(name: str, source: str) -> None:

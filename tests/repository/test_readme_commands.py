@@ -61,6 +61,7 @@ HARDWARE = {"H100", "Mac", "network", "another machine", IDLE}
 CHECK = ".venv/bin/python scripts/validate_environment.py"
 TRIED = "--set dataset.max_rows=40 --set dataset.validation_file=null"
 SERVICES, IMAGE = "tests/container/test_services.py", "tests/container/test_image.py"
+VALIDATE = "tests/scripts/test_validate_environment.py"
 PAGE = "tests/results/report/test_page.py"
 MAC, SHELL = "tests/scripts/test_mac_scripts.py", "tests/scripts/test_shell_scripts.py"
 RULES: dict[str, Here | By | Needs] = {
@@ -68,7 +69,7 @@ RULES: dict[str, Here | By | Needs] = {
     "./scripts/test.sh": By(".ci/run", "./scripts/test.sh --slow"),
     "./scripts/test.sh --slow": By(".ci/run", "./scripts/test.sh --slow"),
     "./scripts/test.sh --h100-torch": By(".ci/run", "./scripts/test.sh --h100-torch"),
-    "./scripts/setup_local.sh": By(MAC, "test_on_any_other_linux_it_is_the_environment_of_the_demo"),
+    "./scripts/setup_local.sh": By(SHELL, "test_on_any_other_linux_it_is_the_environment_of_the_demo"),
     "./scripts/setup_m4.sh": By(MAC, "test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock"),
     "./scripts/run_m4.sh --demo": By(MAC, "test_the_demo_is_made_stopped_after_its_first_checkpoint_and_resumed"),
     "./scripts/run_m4.sh": By(MAC, "test_it_trains_with_the_arguments_as_they_were_typed"),
@@ -89,7 +90,8 @@ RULES: dict[str, Here | By | Needs] = {
         "test_what_uv_run_installs_is_what_the_lock_has"),
     "./scripts/check_docker.py": By("tests/scripts/test_check_docker.py",
         "test_a_bare_python_fetches_docker_py_once_and_answers"),
-    f"{CHECK} --config h100": Here((0, 3)),
+    f"{CHECK} --config h100": By("tests/repository/test_readme_commands.py",
+        "docker compose run --rm validate --receipt adapters/local-try"),  # the same command, with a receipt
     f"{CHECK} --config m4": Here((0, 3)),
     f"{CHECK} --config m4 --deep": Needs("Mac"),
     ".venv/bin/python scripts/convert_data.py IN data/processed/train.jsonl": By("tests/scripts/test_convert_data.py",
@@ -142,7 +144,8 @@ RULES: dict[str, Here | By | Needs] = {
     "docker compose run --rm plan": By(SERVICES, "test_plan_says_in_the_image_what_the_same_command_says_natively"),
     "docker compose run --rm validate": By(SERVICES, "test_validate_without_a_gpu_finds_that_and_says_where_to_look"),
     "docker compose run --rm validate --deep": Needs("H100"),
-    "docker compose run --rm validate --receipt adapters/RUN/receipt.json": Here((0, 3), "  pass  receipt "),
+    "docker compose run --rm validate --receipt adapters/RUN/receipt.json": By(VALIDATE,
+        "test_a_receipt_that_agrees_is_0_and_that_of_another_training_is_3"),
     f"docker compose run --rm validate --receipt adapters/local-try/receipt.json {TRIED}": Here((0, 3),
         "  pass  receipt "),
     "docker compose run --rm train-h100": By(SERVICES, 'project.run("train-h100"'),
@@ -163,7 +166,8 @@ RULES: dict[str, Here | By | Needs] = {
     "uv venv --python 3.11": Needs("network"),
     "uv pip install --require-hashes --requirement requirements/h100.lock": By("docker/Dockerfile", "--require-hashes"),
     ".venv/bin/python src/train.py --config h100 --set model.attn_implementation=auto": Needs("H100"),
-    f"{CHECK} --config h100 --set model.attn_implementation=auto": Here((0, 3)),
+    f"{CHECK} --config h100 --set model.attn_implementation=auto": By("tests/config/test_load.py",
+        "model.attn_implementation=auto"),
     "docker save mistral-7b-qlora:h100 | ssh h100 docker load": Needs("another machine"),
     "docker pull REGISTRY/mistral-7b-qlora:TAG": Needs("network"),
     "ssh -N -L 6006:127.0.0.1:6006 h100": Needs("another machine"),
@@ -227,11 +231,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
-    for run, tried in (("RUN", ()), ("local-try", TRIED.split()[1::2])):
-        path = folder / "adapters" / run
-        path.mkdir(parents=True)
-        config = load_config("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *tried])[0]
-        write_json(path / "receipt.json", receipt.make(config, Preflight(config, read_machine()).prepared))
+    path = folder / "adapters" / "local-try"
+    path.mkdir(parents=True)
+    config = load_config("h100", [f"dataset.train_file={ROOT}/data/sample/train.jsonl", *TRIED.split()[1::2]])[0]
+    write_json(path / "receipt.json", receipt.make(config, Preflight(config, read_machine()).prepared))
     return folder
 
 
