@@ -174,17 +174,3 @@ def test_with_a_cache_rows_would_see_each_other_so_the_trainer_takes_none(case: 
     case.model.register_forward_pre_hook(lambda _, __, named: taken.append(named["use_cache"]), with_kwargs=True)
     case.loss_and_gradients(batch)
     assert taken == [False]
-
-
-def test_without_position_ids_rows_would_see_each_other_and_these_tests_would_tell(case: Case) -> None:
-    batch = case.batch(ROWS)
-    del batch["position_ids"]
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])  # TRL counts tokens by one or the other
-    loss, gradients = case.weighted(ROWS)
-    _, leaking_loss, leaking_gradients = case.loss_and_gradients(batch)
-    assert float(abs(leaking_loss - loss) / loss) > 10 * TOLERANCE
-    assert distance(leaking_gradients, gradients) > 1000 * TOLERANCE
-    first = len(case.prepared.train.row(ROWS[0])[1])
-    difference = (case.logits(batch) - case.logits(case.batch(ROWS))).abs()
-    assert difference[first:].max() > 0.1
-    assert difference[:first].max() < 1e-5  # the first row has none before it to see

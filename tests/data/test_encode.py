@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from finetune.data import encode, encoded_file
 from finetune.data import prepare as prepare_module
-from finetune.data.encode import Certificate, Encoder, Statistics, control_tokens, truncate, with_system_prompt
-from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, ChatFormat, Encoded, Messages
+from finetune.data.encode import Certificate, Encoder, Statistics, truncate, with_system_prompt
+from finetune.data.template import IGNORED, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference
 from finetune.errors import CheckFailed, DataError, OutOfResource
 from support.conversations import conversation, weighted
@@ -96,13 +96,6 @@ def test_a_row_that_was_cut_ends_with_its_last_whole_turn(case: Case) -> None:
     prepared = case.prepare(replace(RECIPE, max_seq_length=20))
     whole = the_chat(None).encode([conversation("Hi", "Hello")])[0]
     assert contents(prepared.train) == [(1, whole.input_ids, whole.labels)]
-
-
-def test_a_row_in_which_no_turn_fits_is_dropped_and_counted(case: Case) -> None:
-    write(case.train, SHORT, NO_TURN_FITS)
-    write(case.validation, conversation("Hi", "No"))
-    prepared = case.prepare(replace(RECIPE, max_seq_length=16))
-    assert (prepared.statistics["train"].dropped_long, lines(prepared.train)) == (1, [1])
 
 
 THREE = conversation("Hi", "Hello", "Hi", "Yes", "Hi", "No")  # 31 tokens, its turns end at 11, 21 and 31
@@ -218,20 +211,6 @@ def test_a_dropped_row_and_the_configs_own_prompt_are_not_counted_for_control_to
     assert (counts.rows, counts.dropped_long, counts.control_tokens) == (1, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("chat_format", "tokens"),
-    [
-        (MISTRAL_FORMAT, ("</s>", "<s>", "<unk>", "[/INST]", "[INST]")),
-        (CHATML_FORMAT, ("<|endoftext|>", "<|im_end|>", "<|im_start|>")),
-    ],
-    ids=["Mistral", "ChatML"],
-)
-def test_the_control_tokens_of_a_format_are_what_it_writes_round_messages(
-    chat_format: ChatFormat, tokens: tuple[str, ...]
-) -> None:
-    assert control_tokens(chat_format) == tokens
-
-
 @settings(max_examples=100, deadline=None)
 @given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
 def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
@@ -267,11 +246,6 @@ class LyingReference(Reference):
         if messages[-1]["content"] == "Answer 2":
             return [*input_ids[:-1], 7], [*labels[:-1], 7]
         return input_ids, labels
-
-
-def test_the_certificate_compares_every_row(two_files: Case) -> None:
-    statistics = two_files.prepare(replace(RECIPE, certificate=True)).statistics
-    assert (statistics["train"].certified, statistics["validation"].certified) == (5, 2)
 
 
 def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,10 +351,7 @@ def test_of_the_usual_rows_the_certificate_compares_one_in_twenty_chosen_by_cont
     assert compared_lines(monkeypatch, rows[::-1]) == [2001 - line for line in lines[::-1]]
 
 
-def test_the_sample_has_rows_of_both_sides_of_a_split(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "SAMPLED_FROM_BYTES", 0)
-    write(case.train, *numbered(600))
-    case.prepare(replace(RECIPE, certificate=True), validation_split=0.5)
+def test_the_sample_has_rows_of_both_sides_of_a_split() -> None:
     sampled = [digest for digest in map(encode._digest, numbered(600)) if digest % encode.SAMPLED_ONE_IN == 0]
     assert 0 < sum(digest < 2**63 for digest in sampled) < len(sampled)
 
@@ -405,12 +376,6 @@ def test_the_system_prompt_leads_only_rows_without_one(case: Case) -> None:
     wanted = the_chat(None).encode([conversation("Hi", "Yes", system=SYSTEM_PROMPT), rows[1]])
     assert contents(prepared.train) == [(line, row.input_ids, row.labels) for line, row in enumerate(wanted, 1)]
     assert prepared.statistics["train"].certified == 2
-
-
-def test_no_system_prompt_leaves_every_row_as_it_is() -> None:
-    assert with_system_prompt(SHORT, None) == SHORT
-    assert with_system_prompt(SHORT, SYSTEM_PROMPT) == conversation("Hi", "Hello", system=SYSTEM_PROMPT)
-    assert with_system_prompt(conversation("a", "b", system="c"), SYSTEM_PROMPT) == conversation("a", "b", system="c")
 
 
 # --- worker processes
@@ -476,14 +441,6 @@ def test_the_order_of_rows_is_in_the_hashes_of_ids_and_labels_only(case: Case) -
     assert [name for name in wholes[0] if wholes[0][name] != wholes[1][name]] == ["input_ids", "labels"]
 
 
-def test_a_cut_row_is_counted_in_the_split_it_goes_to(case: Case) -> None:
-    write(case.train, SHORT)
-    write(case.validation, TWO_TURNS)
-    counts = case.prepare(replace(RECIPE, max_seq_length=16)).statistics
-    assert (counts["train"].truncated, counts["validation"].truncated) == (0, 1)
-    assert (counts["train"].longest, counts["validation"].longest) == (11, 21)
-
-
 def test_a_worker_that_is_killed_is_told_as_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __init__(self, *arguments: Any) -> None: ...
@@ -505,34 +462,6 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(monkeypatch: pytest.M
 
 
 # --- truncation
-
-THREE_TURNS = Encoded(list(range(10)), [*[IGNORED] * 2, 2, *[IGNORED] * 3, 6, 7, IGNORED, 9], [3, 8, 10])
-
-
-@pytest.mark.parametrize(
-    ("limit", "kept", "turn_ends"), [(9, 8, [3, 8]), (8, 8, [3, 8]), (7, 3, [3]), (4, 3, [3]), (3, 3, [3])]
-)
-def test_a_long_row_is_cut_at_the_end_of_the_last_whole_assistant_turn_that_fits(
-    limit: int, kept: int, turn_ends: list[int]
-) -> None:
-    wanted = Encoded(THREE_TURNS.input_ids[:kept], THREE_TURNS.labels[:kept], turn_ends)
-    assert truncate(THREE_TURNS, limit) == wanted
-
-
-@pytest.mark.parametrize("limit", [2, 1])
-def test_a_row_in_which_no_turn_fits_is_none(limit: int) -> None:
-    assert truncate(THREE_TURNS, limit) is None
-
-
-@pytest.mark.parametrize("limit", [10, 11, 1000])
-def test_a_row_that_fits_is_left_as_it_is(limit: int) -> None:
-    assert truncate(THREE_TURNS, limit) is THREE_TURNS
-
-
-def test_a_cut_row_is_the_row_of_its_first_turns(mistral: Chat) -> None:
-    short = mistral.encode([conversation("a", "b", system="c")])[0]
-    long = mistral.encode([conversation("a", "b", "d", "e", system="c")])[0]
-    assert truncate(long, len(long.input_ids) - 1) == short
 
 
 @settings(max_examples=100, deadline=None)

@@ -44,7 +44,7 @@ def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize(("bad", "more"), [(20, []), (21, ["  ... and 1 more"]), (600, ["  ... and 580 more"])])
+@pytest.mark.parametrize(("bad", "more"), [(20, []), (21, ["  ... and 1 more"])])
 def test_twenty_bad_rows_are_listed_and_the_others_counted(case: Case, bad: int, more: list[str]) -> None:
     write(case.train, SHORT, *["{}"] * bad, *numbered(bad))
     listed = [f'  {case.train}:{line}: no "messages" key (found no key)' for line in range(2, 22)]
@@ -97,14 +97,6 @@ def test_a_validation_file_of_another_format_is_named_before_the_training_file_i
         f"data: {two_files.validation}: this looks like prompt and completion (prompt/completion)\n"
         f"Convert it: {command('scripts/convert_data.py')} {two_files.validation} "
         f"{foreign.converted(two_files.validation, 'validation')}"
-    )
-
-
-def test_bad_rows_of_the_validation_file_are_told_with_its_name(two_files: Case) -> None:
-    write(two_files.validation, SHORT, "{}")
-    assert two_files.failure(DataError) == (
-        f'data: 1 bad row\n  {two_files.validation}:2: no "messages" key (found no key)\n'
-        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
 
@@ -250,14 +242,6 @@ def test_neither_length_nor_system_prompt_moves_a_row(case: Case) -> None:
     assert len({tuple(lines(case.prepare(recipe).validation)) for recipe in recipes}) == 1
 
 
-def test_the_same_row_twice_is_on_one_side_of_a_split(case: Case) -> None:
-    write(case.train, *numbered(30), *numbered(30))
-    prepared = case.prepare()
-    assert all((line + 30 in lines(prepared.train)) for line in lines(prepared.train) if line <= 30)
-    duplicates = [prepared.statistics[name].duplicates for name in ("train", "validation")]
-    assert sum(duplicates) == 30
-
-
 def variants(number: int) -> list[Messages]:
     """A conversation in which only the answer, case, spaces, forms of characters or later turns differ."""
     question = f"Is it {number} %?"
@@ -297,7 +281,7 @@ def test_rows_that_begin_as_a_training_row_does_are_counted_for_what_they_are(tw
     assert counts.first_opening == (two_files.in_train(2), two_files.in_validation(5))
 
 
-@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (5, 1), (20, 2), (37, 4), (99, 10)])
+@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (37, 4), (99, 10)])
 def test_of_fewer_than_a_hundred_rows_exactly_the_share_is_held_out(case: Case, rows: int, held_out: int) -> None:
     write(case.train, *numbered(rows))
     prepared = case.prepare(validation_split=0.1)
@@ -330,7 +314,7 @@ def test_of_copies_the_first_one_stays_and_the_others_are_counted(two_files: Cas
     assert [prepared.whole[name]["rows"] for name in ("train", "validation")] == [3, 1]
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("share", [0.02, 0.5])
 def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None:
     write(case.train, *numbered(1500))
     held_out = case.prepare(validation_split=share).statistics["validation"].rows
@@ -390,23 +374,6 @@ def test_an_empty_validation_file_is_a_data_error_that_names_it(two_files: Case)
     assert two_files.failure(DataError) == (
         f"data: {two_files.validation} leaves no row for validation (5 to train on); "
         "name a dataset.validation_file, add rows, or raise dataset.validation_split"
-    )
-
-
-def test_a_row_in_both_files_is_a_data_error_that_names_both_lines(two_files: Case) -> None:
-    rows = numbered(5)
-    write(two_files.train, rows[0], "", rows[1], rows[2])
-    write(two_files.validation, "", *numbered(3, start=50), rows[1])
-    message = two_files.failure(DataError)
-    assert message.startswith("data: 1 ")
-    assert f"{two_files.train}:3 is {two_files.validation}:5; remove" in message
-    assert message.endswith("remove them from one")
-
-
-def test_a_row_in_both_files_is_found_whatever_the_system_prompt(two_files: Case) -> None:
-    write(two_files.validation, numbered(1)[0])
-    assert f"{two_files.train}:1 is {two_files.validation}:1" in two_files.failure(
-        DataError, replace(RECIPE, system_prompt=SYSTEM_PROMPT)
     )
 
 
@@ -532,10 +499,11 @@ def test_bad_rows_of_all_files_are_listed_with_their_file(several: Case) -> None
 
 
 def test_a_row_of_a_second_file_that_is_held_out_is_refused_with_both_places(several: Case) -> None:
-    write(several.validation, numbered(1, start=203)[0])
-    assert several.failure(DataError, **named(several, "a.jsonl", "b.jsonl")) == (
+    write(several.validation, "", numbered(1, start=203)[0])
+    led = replace(RECIPE, system_prompt=SYSTEM_PROMPT)
+    assert several.failure(DataError, led, **named(several, "a.jsonl", "b.jsonl")) == (
         f"data: 1 row is in both train and validation, the first: {several.folder}/b.jsonl:4 is "
-        f"{several.validation}:1; remove them from one"
+        f"{several.validation}:2; remove them from one"
     )
 
 
@@ -566,26 +534,8 @@ def test_the_rows_of_more_files_than_are_kept_otherwise_are_all_kept(case: Case)
     assert len(case.caches()) == 7
 
 
-def test_an_absent_file_of_several_is_a_config_error(several: Case) -> None:
-    assert several.failure(ConfigError, **named(several, "a.jsonl", "absent.jsonl")) == (
-        f"config: 1 problem\n  {several.folder}/absent.jsonl: No such file or directory; put your JSONL there, "
-        "or try with --set dataset.train_file=data/sample/train.jsonl"
-    )
-
-
 def test_files_that_leave_no_row_are_a_data_error(case: Case) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (case.folder / name).write_text("\n")
     message = case.failure(DataError, **named(case, "a.jsonl", "b.jsonl"))
     assert message == "data: dataset.train_file leaves no row to train on; add rows"
-
-
-def test_bad_rows_of_both_files_are_listed_at_once(case: Case) -> None:
-    write(case.train, SHORT, "{}")
-    write(case.validation, conversation("Hi", "No"), "[]")
-    assert case.failure(DataError) == (
-        "data: 2 bad rows\n"
-        f'  {case.train}:2: no "messages" key (found no key)\n'
-        f'  {case.validation}:2: found an empty list, wanted an object {{"messages": [...]}}\n'
-        "Fix them, or leave them out with --set dataset.on_bad_row=drop"
-    )
