@@ -53,10 +53,6 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
             "training.optim: paged_adamw_8bit does not work on Apple silicon (m4); wanted adamw_torch",
         ),
         (
-            ["platform=m4", "model.attn_implementation=flash_attention_2"],
-            "model.attn_implementation: flash_attention_2 does not work on Apple silicon (m4); wanted sdpa",
-        ),
-        (
             ["platform=m4", "training.fused_kernels=true"],
             "training.fused_kernels: true does not work on Apple silicon (m4); set it to false",
         ),
@@ -104,10 +100,6 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         ),
         (["tracking.run_name=../x"], f"tracking.run_name: found '../x' (text), {NAMES}"),
         (["tracking.run_name=a/b"], f"tracking.run_name: found 'a/b' (text), {NAMES}"),
-        (["tracking.run_name=/etc"], f"tracking.run_name: found '/etc' (text), {NAMES}"),
-        (["tracking.run_name=.."], f"tracking.run_name: found '..' (text), {NAMES}"),
-        (["tracking.run_name=-x"], f"tracking.run_name: found '-x' (text), {NAMES}"),
-        (["tracking.run_name=a b"], f"tracking.run_name: found 'a b' (text), {NAMES}"),
         (['tracking.run_name="a\\n"'], f"tracking.run_name: found 'a\\n' (text), {NAMES}"),
         (
             ["model.name=mistralai/Mistral-7B-v0.1"],
@@ -128,14 +120,8 @@ def test_a_combination_that_cannot_work_is_refused(settings: list[str], message:
         [*BFLOAT16, "training.bf16=true"],
         BFLOAT16,
         ["platform=h100", "training.optim=paged_adamw_8bit", "model.attn_implementation=flash_attention_2"],
-        ["platform=h100", "training.optim=adamw_torch", "model.attn_implementation=sdpa"],
-        ["platform=m4"],
         ["platform=m4", "model.max_seq_length=4096", "training.per_device_train_batch_size=8"],
         ["platform=h100", "model.max_seq_length=4096", "training.per_device_train_batch_size=9"],
-        ["lora.target_modules=[q_proj]"],
-        ["training.max_steps=1"],
-        ["training.max_steps=-1"],
-        ["tracking.run_name=a"],
         ["tracking.run_name=2024-01-31_lr.1"],
         ["tracking.run_name=" + "x" * 100],
         ["training.eval_steps=7", "training.save_steps=7"],
@@ -146,13 +132,13 @@ def test_a_combination_that_works_is_accepted(settings: list[str], local_model: 
     load(str(BASE_FILE), local_model, *settings)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 101, "~", "a\\b", "é"])
+@pytest.mark.parametrize("name", ["", "x" * 101, "..", "-x", "a b", "é"])
 def test_a_run_name_that_is_no_folder_name_is_refused(name: str, local_model: str) -> None:
     [line] = problems(str(BASE_FILE), local_model, f"tracking.run_name='{name}'")
     assert "  tracking.run_name: found " in line
 
 
-@pytest.mark.parametrize(("save", "evaluate"), [(500, 7), (1, 100), (149, 100), (151, 100), (10, 3), (99, 100), (3, 2)])
+@pytest.mark.parametrize(("save", "evaluate"), [(500, 7), (1, 100), (151, 100)])
 def test_the_save_steps_that_the_message_suggests_are_accepted(save: int, evaluate: int, local_model: str) -> None:
     settings = [local_model, f"training.eval_steps={evaluate}"]
     [line] = problems(str(BASE_FILE), *settings, f"training.save_steps={save}")

@@ -16,7 +16,6 @@ import pytest
 
 from finetune.config import load as config_load
 from finetune.config.load import ROOT
-from finetune.config.schema import Config
 from finetune.data.encode import Statistics
 from finetune.machine.inspect import Machine
 from finetune.plan.model_shape import MISTRAL_7B
@@ -51,15 +50,6 @@ VALIDATION = Statistics(
 )
 
 
-def schedule(micro_batch: int, accumulation: int, epochs: float, max_steps: int = -1) -> Config:
-    return load(
-        f"training.per_device_train_batch_size={micro_batch}",
-        f"training.gradient_accumulation_steps={accumulation}",
-        f"training.num_train_epochs={epochs}",
-        f"training.max_steps={max_steps}",
-    )
-
-
 def planned(sequences: int, *settings: str, machine: Machine = H100) -> Plan:
     config = load("training.checkpointed_layers=all", *settings)
     return make_plan(config, Data(TRAIN, VALIDATION, sequences, 200_000, 100, 20_000), MISTRAL_7B, machine)
@@ -67,38 +57,19 @@ def planned(sequences: int, *settings: str, machine: Machine = H100) -> Plan:
 
 # Steps ----------------------------------------------------------------------------------------------------------------
 
-# sequences, micro-batch, accumulation, epochs, max_steps -> steps an epoch, steps
-STEPS = [
-    (32, 2, 4, 1, -1, 4, 4),  # 16 micro-batches, 4 whole steps
-    (32, 2, 4, 3, -1, 4, 12),
-    (34, 2, 4, 1, -1, 5, 5),  # a 17th micro-batch is a step of its own
-    (33, 2, 4, 1, -1, 5, 5),  # and so is half of one
-    (31, 2, 4, 1, -1, 4, 4),  # 16 micro-batches, the last of one sequence
-    (33, 2, 4, 2, -1, 5, 10),  # the remainder is a step in each epoch
-    (1, 8, 16, 1, -1, 1, 1),  # less than one batch is one step
-    (1, 8, 16, 3, -1, 1, 3),
-    (32, 2, 4, 0.5, -1, 4, 2),
-    (32, 2, 4, 0.6, -1, 4, 3),  # 2.4 steps
-    (32, 2, 4, 2.5, -1, 4, 10),
-    (32, 2, 4, 0.01, -1, 4, 1),
-    (32, 2, 4, 3, 7, 4, 7),  # max_steps wins over the epochs, below them
-    (32, 2, 4, 1, 50, 4, 50),  # and above
-]
-
 
 @pytest.mark.parametrize(
-    ("sequences", "micro_batch", "accumulation", "epochs", "max_steps", "an_epoch", "steps"), STEPS
-)
-def test_steps_are_those_counted_by_hand(
-    sequences: int, micro_batch: int, accumulation: int, epochs: float, max_steps: int, an_epoch: int, steps: int
-) -> None:
-    counted = count_steps(schedule(micro_batch, accumulation, epochs, max_steps), sequences)
-    assert counted == (an_epoch, steps)
-
-
-@pytest.mark.parametrize(
-    ("sequences", "micro_batch", "accumulation", "epochs", "max_steps", "an_epoch", "steps"),
-    [STEPS[index] for index in (3, 5, 9, 12)],
+    ("sequences", "micro_batch", "accumulation", "epochs", "max_steps", "wanted"),
+    [
+        (32, 2, 4, 3, -1, (4, 12)),  # 16 micro-batches, 4 whole steps
+        (33, 2, 4, 2, -1, (5, 10)),  # the remainder, half a micro-batch, is a step in each epoch
+        (31, 2, 4, 1, -1, (4, 4)),  # 16 micro-batches, the last of one sequence
+        (1, 8, 16, 3, -1, (1, 3)),  # less than one batch is one step
+        (32, 2, 4, 0.6, -1, (4, 3)),  # 2.4 steps
+        (32, 2, 4, 0.01, -1, (4, 1)),
+        (32, 2, 4, 3, 7, (4, 7)),  # max_steps wins over the epochs, below them
+        (32, 2, 4, 1, 9, (4, 9)),  # and above
+    ],
 )
 def test_steps_are_those_that_transformers_trainer_takes(
     sequences: int,
@@ -106,8 +77,7 @@ def test_steps_are_those_that_transformers_trainer_takes(
     accumulation: int,
     epochs: float,
     max_steps: int,
-    an_epoch: int,
-    steps: int,
+    wanted: tuple[int, int],
     tmp_path: Path,
 ) -> None:
     import torch
@@ -128,8 +98,14 @@ def test_steps_are_those_that_transformers_trainer_takes(
     )  # fmt: skip
     trainer = Trainer(Model(), arguments, train_dataset=[{"x": torch.ones(1)}] * sequences)
     trainer.train()
-    assert (trainer.state.global_step, trainer.state.max_steps) == (steps, steps)
-    assert count_steps(schedule(micro_batch, accumulation, epochs, max_steps), sequences) == (an_epoch, steps)
+    assert (trainer.state.global_step, trainer.state.max_steps) == (wanted[1], wanted[1])
+    config = load(
+        f"training.per_device_train_batch_size={micro_batch}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.num_train_epochs={epochs}",
+        f"training.max_steps={max_steps}",
+    )
+    assert count_steps(config, sequences) == wanted
 
 
 # Disk and memory ------------------------------------------------------------------------------------------------------
@@ -200,9 +176,8 @@ def test_batches_that_are_mostly_padding_are_a_problem_with_what_to_type() -> No
     assert problems(225_000, "false") == problems(530_000, "true") == []
 
 
-@pytest.mark.parametrize("settings", [[], ["model.attn_implementation=sdpa"], ["quantization.storage=expanded"]])
-def test_the_parts_of_the_memory_add_up_to_the_peak(settings: list[str]) -> None:
-    plan = planned(50, *settings)
+def test_the_parts_of_the_memory_add_up_to_the_peak() -> None:
+    plan = planned(50, "model.attn_implementation=sdpa")
     assert sum(plan.memory_parts.values()) == pytest.approx(plan.peak_memory_gib, abs=0.01)
     assert all(size >= 0 for size in plan.memory_parts.values())
 
@@ -256,11 +231,6 @@ def test_evaluations_that_nobody_timed_are_said_to_be_left_out(monkeypatch: pyte
     assert plan.hours_from is not None and plan.hours_from.endswith("here.json, evaluations not counted")
 
 
-def test_a_run_like_no_measured_one_has_no_hours() -> None:
-    plan = planned(50, "model.max_seq_length=3000")
-    assert (plan.hours, plan.hours_from) == (None, None)
-
-
 # Problems -------------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +247,7 @@ def test_fewer_steps_than_eval_steps_is_a_problem_with_what_to_type() -> None:
     assert planned(50, "training.max_steps=100").problems == []
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 7, 50, 99])
+@pytest.mark.parametrize("steps", [1, 4, 7, 99])
 def test_the_suggested_intervals_load_and_leave_no_problem(steps: int) -> None:
     tight = f"training.max_steps={steps}"
     (problem,) = planned(50, tight).problems
@@ -296,12 +266,6 @@ def test_more_memory_than_is_free_is_a_problem_with_what_to_type() -> None:
         "--set training.gradient_accumulation_steps=8 (training.per_device_train_batch_size 4 -> 2, "
         "training.gradient_accumulation_steps 4 -> 8 keeps the effective batch of 16; 9.0 GiB expected)"
     ]
-
-
-def test_what_is_suggested_for_the_memory_leaves_no_problem() -> None:
-    busy = dataclasses.replace(H100, gpu_free_gib=8.0)
-    (problem,) = planned(50, "training.max_steps=100", machine=busy).problems
-    assert planned(50, "training.max_steps=100", *suggested(problem), machine=busy).problems == []
 
 
 def test_memory_that_nobody_could_read_is_no_problem() -> None:
@@ -378,7 +342,7 @@ def test_a_number_of_steps_that_takes_more_than_a_night_is_what_to_make_smaller(
 
 @pytest.mark.parametrize(
     ("free_gib", "working_set_gib", "fits"),
-    [(20.5, 21.3, True), (28.0, 21.3, True), (12.0, 21.3, False), (28.0, 16.0, False), (12.0, 16.0, False)],
+    [(20.5, 21.3, True), (12.0, 21.3, False), (28.0, 16.0, False)],
 )
 def test_on_a_mac_memory_is_enough_within_what_is_free_and_the_gpus_working_set(
     free_gib: float, working_set_gib: float, fits: bool
