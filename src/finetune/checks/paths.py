@@ -89,7 +89,9 @@ def _caches(preflight: Preflight) -> Finding:
             wrong[name] = f"{closed} cannot be written: it belongs to uid {closed.stat().st_uid}"
     if wrong:
         removed = "docker compose --profile program down --volumes, which also removes the downloaded base model"
-        fresh = f"give adapters back to the user who filled it, or {removed}"
+        fresh = (
+            f"correct HF_CACHE in .env if it is set; else give adapters back to the user who filled it, or {removed}"
+        )
         each = "; ".join(wrong[name] for name in folders if name in wrong)
         return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in folders if name in wrong)}", fresh))
     return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
