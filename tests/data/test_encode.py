@@ -105,7 +105,7 @@ THREE = conversation("Hi", "Hello", "Hi", "Yes", "Hi", "No")  # 31 tokens, its t
     ("weights", "limit", "kept"),
     [
         ((1, 1, 0), 31, 31), ((0, 0, 1), 31, 31), ((1, 0, 1), 30, 11), ((0, 1, 1), 30, 21), ((1, 1, 0), 20, 11),
-        ((0, 1, 1), 20, None), ((0, 0, 1), 30, None), ((1, 1, 1), 21, 21), ((1, 1, 1), 11, 11), ((1, 1, 1), 10, None),
+        ((0, 1, 1), 20, None), ((0, 0, 1), 30, None), ((1, 1, 1), 21, 21), ((1, 1, 1), 11, 11),
     ],
 )  # fmt: skip
 def test_a_row_is_cut_after_the_last_turn_with_loss_that_fits(
