@@ -263,13 +263,22 @@ COPIES = "me/copies"
 
 
 class Repositories(BaseHTTPRequestHandler):
-    """A Hub with me/copies, private or not, which the token may write or not; with no other repository."""
+    """A Hub with me/copies, private or not, which the token may write or not; with no other repository.
+
+    It has one file: run/manifest.json.
+    """
 
     private, writable = True, True
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         asked = self.path.split("?")[0]
-        if not asked.startswith(f"/api/models/{COPIES}"):
+        if asked.startswith(f"/{COPIES}/resolve/main/"):
+            there = asked.endswith("/main/run/manifest.json")
+            self._answer(200, {"status": "complete"}) if there else self._answer(404, {}, "EntryNotFound")
+        elif not asked.startswith(f"/api/models/{COPIES}"):
             self._answer(404, {"error": "Repository not found"}, "RepoNotFound")
         elif "auth-check" in asked:
             self._answer(200, {}) if self.writable else self._answer(403, {"error": "Forbidden: this token only reads"})
@@ -281,11 +290,27 @@ class Repositories(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "c0ffee")
+        self.send_header("ETag", '"e7a9"')
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+@pytest.fixture
+def repositories(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Repositories) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
 
 
 ABSENT = (
@@ -307,26 +332,25 @@ PUBLIC = (
         ("me/absent", True, True, ABSENT),
     ],
 )
+@pytest.mark.usefixtures("repositories")
 def test_a_repository_for_copies_is_private_and_this_token_may_write_it(
     name: str, private: bool, writable: bool, wrong: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(Repositories, "private", private)
     monkeypatch.setattr(Repositories, "writable", writable)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Repositories) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        found = hub.unusable_for_copies(name)
-        server.shutdown()
+    found = hub.unusable_for_copies(name)
     if wrong is None:
         assert found is None
     else:
         assert found is not None
         assert found[0].startswith(wrong[0])
         assert found[1] == wrong[1]
+
+
+@pytest.mark.usefixtures("repositories")
+def test_a_file_of_a_repository_is_read_where_it_is_there() -> None:
+    assert hub.read_file(COPIES, "run/manifest.json") == b'{"status": "complete"}'
+    assert hub.read_file(COPIES, "run-2/manifest.json") is None
 
 
 def test_a_hub_that_does_not_answer_is_no_place_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,15 @@ class Hub:
         self.files = {f"{path_in_repo}/{name}": content for name, content in tree(folder_path).items()}
         return SimpleNamespace(oid="c0ffee")
 
+    def file_exists(self, repository: str, path: str) -> bool:
+        return (repository, path in self.files) == ("me/copies", True)
+
+    def hf_hub_download(self, repository: str, path: str, local_dir: str) -> str:
+        file = Path(local_dir, path)
+        file.parent.mkdir(parents=True)
+        file.write_bytes(self.files[path])
+        return str(file)
+
     def get_paths_info(self, repository: str, paths: list[str], revision: str) -> list[RepoFile]:
         assert (repository, revision) == ("me/copies", "c0ffee")
         return [self.known(path) for path in paths if path != self.damage or not path.endswith("metrics.jsonl")]
@@ -270,6 +279,17 @@ def test_a_copy_on_the_hub_is_one_commit_in_place_of_the_last(run: Run, monkeypa
     assert copied(run, Repository("me/copies")) == ["copied: hf://me/copies/run"]
     assert there.asked == {"repo_id": "me/copies", "delete_patterns": "*", "commit_message": "Copy run"}
     assert {BEST, "run/manifest.json"} <= set(there.files)
+
+
+def test_another_runs_copy_on_the_hub_is_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", there)
+    assert [copied(run, Repository("me/copies")) for _ in range(2)] == [["copied: hf://me/copies/run"]] * 2
+    before = there.files
+    write_json(run.folder / "manifest.json", {"starts": [{"started": "tomorrow"}]})
+    another = "hf://me/copies/run: contains another run"
+    assert copied(run, Repository("me/copies"))[0].startswith(f"not copied to hf://me/copies/run: {another}; ")
+    assert there.files is before
 
 
 @pytest.mark.parametrize("damage", [BEST, "run/manifest.json", "run/metrics.jsonl"])

@@ -212,6 +212,13 @@ def copy_of_another_run(bench: Bench) -> None:
     bench.set(f"output.copy_to={bench.folder}/copies")
 
 
+def copy_of_another_run_on_the_hub(bench: Bench) -> None:
+    bench.patch.setattr(paths.hub, "unusable_for_copies", {"me/copies": None}.__getitem__)
+    there = {("me/copies", "demo-cpu/manifest.json"): b'{"starts": [{"started": "yesterday"}]}'}
+    bench.patch.setattr(paths.hub, "read_file", lambda *asked: there[asked])
+    bench.set("output.copy_to=hf://me/copies")
+
+
 def small_disk_for_the_base(bench: Bench) -> None:
     """The Hub's cache on a disk of its own, with 5 GiB free."""
 
@@ -681,6 +688,10 @@ FAULTS = (
     fault("another run was copied there", "cpu", copy_of_another_run,
           fail("paths.copy", "/bench/copies/demo-cpu contains another run",
                "cp -r /bench/copies/demo-cpu /bench/adapters, which resumes that one, "
+               "or --set tracking.run_name=NAME")),
+    fault("another run was copied to that repository", "cpu", copy_of_another_run_on_the_hub,
+          fail("paths.copy", "hf://me/copies/demo-cpu contains another run",
+               "hf download me/copies --include 'demo-cpu/*' --local-dir /bench/adapters, which resumes that one, "
                "or --set tracking.run_name=NAME")),
     fault("the disk is too small for base and checkpoints", "h100", lambda b: disk(b, 10.0),
           fail("paths.disk",

@@ -149,26 +149,30 @@ def _copy(preflight: Preflight) -> Finding:
     target = copies.target_of(output)
     if target is None:
         return skipped("output.copy_to is null")
-    if isinstance(target, copies.Repository):
-        problem = hub.unusable_for_copies(target.id)
-        if problem:
-            return failed(problem[0], problem[1])
-        return passed(f"{target.id} is private, and this token can write to it")
-    folder = target.path
-    if not folder.is_dir():
-        return failed(f"{shown(folder)} does not exist", f"mount the disk, or mkdir -p {quoted(folder)}")
-    reason = _write(folder)
-    if reason:
-        fix = f"sudo chown $(id -u) {quoted(folder)}, or --set output.copy_to=FOLDER"
-        return failed(f"{shown(folder)} cannot be written: {reason}", fix)
     run = find_run(preflight.config, fresh=False)[0]
-    if not copies.same_run(run, folder / run.name):
-        resume = f"cp -r {quoted(folder / run.name)} {quoted(run.parent)}, which resumes that one"
-        return failed(f"{shown(folder / run.name)} contains another run", f"{resume}, or --set tracking.run_name=NAME")
+    problem = _unwritable(target.path) if isinstance(target, copies.Folder) else hub.unusable_for_copies(target.id)
+    if problem:
+        return failed(problem[0], problem[1])
+    if not copies.same_run(run, target.manifest(run.name)):
+        fix = f"{target.back(run)}, which resumes that one, or --set tracking.run_name=NAME"
+        return failed(f"{target.place(run.name)} contains another run", fix)
+    if isinstance(target, copies.Repository):
+        return passed(f"{target.id} is private, and this token can write to it")
     if not target.other_disk:
-        found = f"{shown(folder)} is on the same disk as output.dir, so the copy is lost with it"
+        found = f"{shown(target.path)} is on the same disk as output.dir, so the copy is lost with it"
         return warned(found, "--set output.copy_to=FOLDER on another disk, or hf://OWNER/NAME")
-    return passed(f"{shown(folder)}: written, synced, renamed")
+    return passed(f"{shown(target.path)}: written, synced, renamed")
+
+
+def _unwritable(folder: Path) -> tuple[str, str] | None:
+    """What is wrong with a folder that a run is to be copied to, and what to type; None if nothing is."""
+    if not folder.is_dir():
+        return f"{shown(folder)} does not exist", f"mount the disk, or mkdir -p {quoted(folder)}"
+    reason = _write(folder)
+    if reason is None:
+        return None
+    fix = f"sudo chown $(id -u) {quoted(folder)}, or --set output.copy_to=FOLDER"
+    return f"{shown(folder)} cannot be written: {reason}", fix
 
 
 _ROWS = ("data.rows",)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from finetune.cli import advice
 from finetune.errors import ConfigError
@@ -132,3 +133,16 @@ def unusable_for_copies(repository: str) -> tuple[str, str] | None:
         found = f"{repository} is public, and a run contains paths, sample answers and hashes of your data"
         return found, f"hf repos settings {repository} --private"
     return None
+
+
+def read_file(repository: str, path: str) -> bytes | None:
+    """Return a file of a model repository; None if it is not there. Raises what huggingface_hub raises."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    api = HfApi(endpoint())
+    if not api.file_exists(repository, path):
+        return None
+    disable_progress_bars()
+    with TemporaryDirectory() as folder:
+        return Path(api.hf_hub_download(repository, path, local_dir=folder)).read_bytes()

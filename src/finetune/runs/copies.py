@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.config.schema import HUB, OutputConfig
 from finetune.files import SEAL, HashedFile, nearest_folder, quoted, resolve, seal_facts, sha256
@@ -44,13 +46,20 @@ class Folder:
         """What copies `run` by hand."""
         return f"cp -r {quoted(run)} {quoted(self.path)}"
 
+    def back(self, run: Path) -> str:
+        """What copies it back to `run`."""
+        return f"cp -r {quoted(self.path / run.name)} {quoted(run.parent)}"
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of the run called `name` there; empty if there is none."""
+        return read_manifest(self.path / name)
+
     def put(self, snapshot: Path, name: str) -> None:
         """Copy `snapshot`; each part of the previous copy stays until the new one is whole. Raises OSError."""
         if not self.path.is_dir() or (self.other_disk and not on_other_disk(self.path, self.beside)):
             raise OSError(errno.ENODEV, "the disk is not mounted", str(self.path))
         folder = self.path / name
-        if not same_run(snapshot, folder):
-            raise FileExistsError(errno.EEXIST, "contains another run", str(folder))
+        require_same_run(snapshot, self, name)
         checkpoints = folder / "checkpoints"
         checkpoints.mkdir(parents=True, exist_ok=True)
         # In this order a kill loses nothing: a checkpoint relies on the metrics and the best adapter before it, and the
@@ -79,12 +88,22 @@ class Repository:
         """What copies `run` by hand."""
         return f"hf upload {self.id} {quoted(run)} {run.name} --exclude lock"
 
+    def back(self, run: Path) -> str:
+        """What copies it back to `run`."""
+        return f"hf download {self.id} --include {quoted(Path(run.name, '*'))} --local-dir {quoted(run.parent)}"
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of the run called `name` there; empty if there is none. Raises what huggingface_hub raises."""
+        content = hub.read_file(self.id, f"{name}/{MANIFEST}")
+        return {} if content is None else dict(json.loads(content))
+
     def put(self, snapshot: Path, name: str) -> None:
         """Upload `snapshot` in place of the previous copy. Raises OSError and what huggingface_hub raises."""
         from huggingface_hub import HfApi, RepoFile
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
+        require_same_run(snapshot, self, name)
         api = HfApi(hub.endpoint())
         commit = api.upload_folder(
             repo_id=self.id, folder_path=snapshot, path_in_repo=name, delete_patterns="*", commit_message=f"Copy {name}"
@@ -113,10 +132,16 @@ def on_other_disk(path: Path, beside: Path) -> bool:
     return path.is_dir() and path.stat().st_dev != nearest_folder(beside).stat().st_dev
 
 
-def same_run(ours: Path, copy: Path) -> bool:
-    """Whether `copy` is absent or a copy of the run in `ours`: both manifests begin with the same start."""
-    there = read_manifest(copy).get("starts")
-    return not there or there[0]["started"] == read_manifest(ours).get("starts", [{}])[0].get("started")
+def same_run(ours: Path, there: dict[str, Any]) -> bool:
+    """Whether a copy's manifest is empty or that of the run in `ours`: both begin with the same start."""
+    starts = there.get("starts")
+    return not starts or starts[0]["started"] == read_manifest(ours).get("starts", [{}])[0].get("started")
+
+
+def require_same_run(ours: Path, target: Folder | Repository, name: str) -> None:
+    """Raise FileExistsError if `target` has another run called `name`."""
+    if not same_run(ours, target.manifest(name)):
+        raise FileExistsError(errno.EEXIST, "contains another run", target.place(name))
 
 
 class Copies:
