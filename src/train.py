@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from finetune import checks, cli
@@ -102,6 +103,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
         made = job.trainer(decision.checkpoint, tracking)
         made.recovery = recovery.Recovery(made, terminal, record.memory_ran_out, seal["used"])
         watchers = job.watchers(seal, outlook.pace, tracking.all(), copies, terminal)
+        watchers.keeper.describe = partial(export.describe_best, job, record)
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)
         show.show_answers(terminal, answers)

@@ -268,8 +268,19 @@ def test_the_model_card_is_that_of_the_manifest(finished: Finished) -> None:
     assert str(finished.command.base) not in card
 
 
+def test_the_folder_of_the_best_adapter_has_a_card_and_the_tokenizer(finished: Finished) -> None:
+    """So a copy that was made before the end can be used by itself."""
+    best = finished.folder / "checkpoints" / "best"
+    card = (best / "README.md").read_text(encoding="utf-8")
+    facts = {"status": "interrupted", "self_test": None}
+    assert card == model_card(load_config("cpu", finished.command.settings())[0], finished.manifest | facts)
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (best / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
 def test_the_model_cards_code_loads_the_adapter_and_answers(finished: Finished, tmp_path: Path) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (finished.folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    card = (finished.folder / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
     for folder in (finished.folder, finished.command.base):
         (tmp_path / folder.name).symlink_to(folder)
     assert "max_new_tokens=200" in code

@@ -228,6 +228,20 @@ def test_the_self_tests_verdict_is_in_the_card_where_there_is_one(h100: Config) 
     assert f"{verdict}- `finite`: `448 tensors`\n- `answers_end`: `4 of 4`\n\n## Training data\n" in text
 
 
+def test_the_card_of_a_best_adapter_says_that_the_training_was_not_finished(h100: Config) -> None:
+    so_far = MANIFEST | {"status": "interrupted", "eval_loss": 1.5, "best_step": 1000}
+    for name in ("steps", "seconds", "tokens_per_second", "peak_memory_gib", "eval_loss_before", "stopped_early"):
+        del so_far[name]
+    text = body(model_card(h100, so_far))
+    assert (
+        "\n\n**The training was not finished when this was written.** This adapter, of step 1,000, had the lowest "
+        "eval_loss so far; it was not loaded again and tested.\n\n## Use\n"
+    ) in text
+    assert "\nadapter = 'mistral-7b-qlora-h100/checkpoints/best'  # this folder\n" in text
+    assert "\n|---|---|\n| this adapter (step 1000) | 1.5000 |\n\n" in text
+    assert "not finished" not in body(model_card(h100, MANIFEST))
+
+
 @pytest.mark.parametrize("status, mark", [("fail", "failed"), ("warn", "warning")])
 def test_the_card_says_which_check_failed_or_warns(h100: Config, status: Any, mark: str) -> None:
     finite, ended = SelfCheck("finite", "pass", "448 tensors"), SelfCheck("answers_end", status, "2 of 4")

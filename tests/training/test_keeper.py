@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerControl
 
 from finetune.errors import DiskFull
-from finetune.files import read_seal
+from finetune.files import read_seal, seal_facts
 from finetune.runs.checkpoints import saved
 from finetune.runs.folder import Run
 from finetune.training.keeper import Keeper
@@ -60,6 +60,14 @@ def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper)
         seen.append((facts["step"], facts["eval_loss"]))
     assert seen == [(0, 3.0), (100, 2.0), (100, 2.0), (100, 2.0), (400, 1.5), (400, 1.5)]
     assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
+
+
+def test_what_describes_the_best_adapter_is_sealed_with_it(keeper: Keeper) -> None:
+    keeper.describe = lambda folder, facts: folder.joinpath("README.md").write_text(f"{facts['eval_loss']}") and None
+    evaluated(keeper, 100, 2.0)
+    best = keeper.run.checkpoints / "best"
+    assert (best / "README.md").read_text() == "2.0"
+    assert sorted(seal_facts(best)["files"]) == ["README.md", "adapter_model.safetensors"]
 
 
 def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import SelfTestFailed
 from finetune.files import sha256, share, shown
 from finetune.machine.device import peak_memory_gib
 from finetune.results.model_card import model_card
 from finetune.results.self_test import SelfTest, Untrained, self_test
+from finetune.runs.adapter import WEIGHTS
 from finetune.runs.folder import REJECTED, Run
 from finetune.runs.manifest import Manifest
 from finetune.runs.outcome import Outcome
@@ -41,7 +43,7 @@ def write_adapter(
         "tokens_per_second": round(outcome.tokens_per_second, 1),
         "peak_memory_gib": round(peak_gib, 2),
         "seconds": round(outcome.seconds, 1),
-        "adapter_sha256": sha256(partial / "adapter_model.safetensors"),
+        "adapter_sha256": sha256(partial / WEIGHTS),
         "self_test": found.as_dict(),
         "samples": samples,
     }
@@ -54,6 +56,17 @@ def write_adapter(
     shutil.rmtree(run.folder / REJECTED, ignore_errors=True)  # left by an earlier start of this run
     manifest.complete()
     return found
+
+
+def describe_best(job: Job, manifest: Manifest, folder: Path, facts: dict[str, Any]) -> None:
+    """Write tokenizer and model card into the folder of the best adapter so far; then it can be used by itself.
+
+    `facts` has its step and eval_loss.
+    """
+    job.tokenizer.save_pretrained(folder)
+    best = {"best_step": facts["step"], "eval_loss": facts["eval_loss"], "adapter_sha256": sha256(folder / WEIGHTS)}
+    card = model_card(job.config, manifest.document("interrupted") | best)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:

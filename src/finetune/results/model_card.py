@@ -18,6 +18,7 @@ from finetune.config.schema import Config, Mark, marked
 from finetune.config.yaml_file import get_config_value
 from finetune.files import resolve
 from finetune.plan.automatic import in_words
+from finetune.runs.checkpoints import BEST
 from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
@@ -25,12 +26,16 @@ CLIENT = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # all 
 
 
 def model_card(config: Config, manifest: dict[str, Any]) -> str:
-    """README.md in the Hub's format, of a complete run's manifest; with `self_test`, its verdict."""
-    hub, tree = hub_base(config), config.as_dict()
+    """README.md in the Hub's format, of a complete run's manifest; with `self_test`, its verdict.
+
+    Of an unfinished run's manifest, with what is known of the best adapter so far, for the folder of that.
+    """
+    hub, tree, finished = hub_base(config), config.as_dict(), manifest["status"] == "complete"
     found = {
         "header": metadata(config, manifest).to_yaml(),
         "name": config.run_name,
-        "folder": config.run_folder.name,
+        "finished": finished,
+        "folder": config.run_folder.name if finished else f"{config.run_folder.name}/checkpoints/{BEST}",
         "hub": hub,
         "base": str(manifest["base_model"]["name"]),
         "revision": config.model.revision if hub else None,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         """`facts` go into every seal: the run's fingerprint, and what replaces `auto`."""
         self.run, self.facts, self.keep = run, facts, keep
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self.describe: Callable[[Path, dict[str, Any]], None] | None = None  # adds to a best adapter's folder
         self._saved = 0.0
         self.eval_losses: dict[int, float] = {}
         folder = run.checkpoints / BEST
@@ -67,6 +69,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         shutil.rmtree(partial, ignore_errors=True)
         with room_for(self.run.checkpoints, adapter_bytes(model)):
             model.save_pretrained(partial, save_embedding_layers=False)
+            if self.describe is not None:
+                self.describe(partial, facts)
             seal(partial, facts)
             replace_best(self.run.checkpoints, partial)
 
