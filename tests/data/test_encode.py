@@ -144,7 +144,7 @@ def test_with_train_on_last_only_the_last_answer_carries_loss(case: Case) -> Non
     assert (cut.rows, cut.dropped_long, cut.dropped_without_loss) == (1, 1, 1)
 
 
-def test_rows_that_differ_in_weights_only_are_copies_of_which_the_first_with_loss_may_be_kept(case: Case) -> None:
+def test_rows_that_differ_in_weights_only_are_copies(case: Case) -> None:
     write(case.train, weighted(TWO_TURNS, 0, 0), weighted(TWO_TURNS, 0, 1), TWO_TURNS, SHORT)
     write(case.validation, conversation("Hi", "No"))
     assert case.prepare().statistics["train"].duplicates == 1
@@ -254,7 +254,7 @@ def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch
     assert (statistics["train"].certified, statistics["validation"].certified) == (0, 0)
 
 
-def test_a_row_whose_tokens_are_not_mistral_commons_fails_the_certificate_by_file_and_line(
+def test_a_row_with_other_tokens_than_mistral_common_fails_by_file_and_line(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "Reference", LyingReference)

@@ -145,7 +145,7 @@ def test_without_a_validation_file_a_share_of_the_rows_is_held_out(case: Case) -
     assert sum(prepared.statistics[name].rows for name in ("train", "validation")) == 40
 
 
-def test_of_the_training_file_only_so_many_rows_are_read_and_its_share_is_held_out_of_these(case: Case) -> None:
+def test_max_rows_reads_the_first_rows_and_holds_out_a_share_of_these(case: Case) -> None:
     write(case.train, *numbered(130), "", *numbered(10, start=130), "{}")
     whole, few = (
         case.prepare(validation_split=0.25, on_bad_row="drop"),

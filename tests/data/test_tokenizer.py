@@ -82,7 +82,7 @@ def test_awkward_text_in_any_message_gives_mistrals_own_ids_and_labels(
 
 @settings(max_examples=300, deadline=None)
 @given(messages=conversations())
-def test_any_conversation_gives_mistrals_own_ids_and_labels_in_a_batch_and_by_the_saved_tokenizer(
+def test_any_conversation_gives_mistrals_own_ids_and_labels(
     mistral: Chat, reference: Reference, messages: Messages
 ) -> None:
     assert encoded(mistral, messages) == reference.encode(messages)
@@ -158,7 +158,7 @@ def test_loss_lies_on_the_assistants_text_and_its_end_token_only(mistral: Chat) 
 
 @settings(max_examples=100, deadline=None)
 @given(messages=conversations(), learned=st.lists(st.booleans(), min_size=3, max_size=3))
-def test_without_weight_an_answer_has_the_same_ids_and_no_labels_as_mistral_finetune_masks_it(
+def test_an_answer_of_weight_0_has_the_same_ids_and_no_labels(
     mistral: Chat, reference: Reference, messages: Messages, learned: list[bool]
 ) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]

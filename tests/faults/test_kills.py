@@ -100,9 +100,7 @@ STOPPED = re.compile(r"stopped by SIGTERM at step (\d); the same command resumes
 
 
 @pytest.mark.slow
-def test_a_run_stopped_at_random_moments_saves_the_step_it_did_and_started_again_loses_nothing(
-    warm: Warm, whole: Whole, tmp_path: Path
-) -> None:
+def test_a_run_stopped_at_random_moments_loses_nothing(warm: Warm, whole: Whole, tmp_path: Path) -> None:
     lost = {}
     for seed in share(list(range(STOPS))):
         chance = random.Random(1000 + seed)

@@ -38,7 +38,7 @@ def test_the_run_ends_with_the_same_bits_and_its_manifest_and_page_say_what_happ
     assert all(sentence in ended.text.splitlines() and sentence in page for sentence in sentences)
 
 
-def test_with_all_layers_checkpointed_it_is_exit_6_with_advice_and_the_same_command_loses_nothing(
+def test_with_all_layers_checkpointed_it_is_exit_6_and_the_same_command_loses_nothing(
     warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:
     command = whole.command.at(tmp_path / "output", *CHECKPOINTED)

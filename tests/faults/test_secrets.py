@@ -78,7 +78,7 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_whose_pickle_would_run_code_runs_none_and_is_set_aside_even_with_a_right_seal(
+def test_a_pickle_that_would_run_code_runs_none_and_is_set_aside_even_if_sealed(
     warm: Warm, whole: Whole, stopped: Command, tmp_path: Path, name: str
 ) -> None:
     import torch

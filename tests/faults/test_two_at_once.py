@@ -101,7 +101,7 @@ SKIP = ("--skip", "host,libraries,device,rehearsal,paths")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8, 1.2], ids="{:.0%} of a checkpoint".format)
-def test_a_disk_that_fills_up_is_exit_6_with_path_and_sizes_and_the_last_checkpoint_stays_whole(
+def test_a_disk_that_fills_up_is_exit_6_and_the_last_checkpoint_stays_whole(
     warm: Warm, whole: Whole, stopped: Command, disk: SmallDisk, share: float
 ) -> None:
     command = copied(stopped, disk)
@@ -168,7 +168,7 @@ def last_point(whole: Whole, path: str) -> int:
     "moment", MOMENTS if NIGHTLY else ["a log", "a checkpoint's optimizer", "a checkpoint's folder"]
 )
 @pytest.mark.parametrize("fault", SAID)
-def test_a_disk_that_fails_in_mid_run_is_exit_6_with_what_to_do_and_the_run_goes_on_when_it_is_mended(
+def test_a_disk_that_fails_in_mid_run_is_exit_6_and_the_run_resumes_once_it_is_fixed(
     warm: Warm, whole: Whole, disk: SmallDisk, fault: str, moment: str
 ) -> None:
     command = whole.command.at(disk.folder / "output")

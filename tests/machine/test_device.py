@@ -80,7 +80,7 @@ def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(("own", "in_effect"), [(None, "1"), ("0", "0")])
-def test_on_an_h100_backwards_are_repeatable_and_sums_exact_unless_the_user_set_it_otherwise(
+def test_an_h100_repeats_its_backwards_unless_the_user_set_it_otherwise(
     own: str | None, in_effect: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     torch_sees(monkeypatch, nvidia=True, mps=False)

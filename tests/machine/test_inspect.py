@@ -292,7 +292,7 @@ def test_the_low_power_mode_of_a_pro_or_max_has_another_name(
 
 
 @pytest.mark.parametrize(("level", "free_gib"), [(70, 22.4), ("unknown", 9.0)])
-def test_a_macs_free_memory_is_by_macos_own_level_which_counts_the_pages_of_files_just_read(
+def test_a_macs_free_memory_is_by_macos_own_level(
     level: object, free_gib: float, mac: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=32 * 2**30, available=9 * 2**30))

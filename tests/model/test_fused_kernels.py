@@ -60,7 +60,7 @@ def test_loss_and_all_gradients_are_those_of_transformers_own(
 
 
 @pytest.mark.slow
-def test_in_bfloat16_loss_and_gradients_are_no_further_from_float32_than_transformers_own(tiny_mistral: Path) -> None:
+def test_in_bfloat16_it_is_no_further_from_float32_than_transformers_own(tiny_mistral: Path) -> None:
     exact = settings(tiny_mistral, "lora.lora_dropout=0")
     wanted = loss_and_gradients(in_training(exact, fused=False), exact)
     config = settings(tiny_mistral, "lora.lora_dropout=0", *BFLOAT16)

@@ -51,7 +51,7 @@ def greedy(model: Any, chat: Chat, prompt: list[int], tokens: int) -> str:
     return chat.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
 
-def test_replies_are_greedy_and_in_order_whatever_the_random_state_and_the_models_own_settings(
+def test_replies_are_greedy_and_in_order_whatever_the_random_state(
     model: Any, chat: Chat, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.generation_config, "do_sample", True)

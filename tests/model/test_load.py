@@ -204,7 +204,7 @@ def test_a_packed_layer_is_gone_before_the_next_is_expanded(config: Config, monk
     assert there == list(range(14, 0, -1))
 
 
-def test_for_a_device_without_4_bit_kernels_the_base_is_quantized_and_expanded_on_the_cpu(
+def test_without_4_bit_kernels_the_base_is_quantized_and_expanded_on_the_cpu(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`meta` stands for MPS: a device that is neither CUDA's nor the CPU, and on which no value can be computed."""

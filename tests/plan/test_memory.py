@@ -99,7 +99,7 @@ def test_every_case_of_an_h100_is_expected_to_fit_and_the_levers_are_among_them(
 
 
 @pytest.mark.slow
-def test_each_moment_of_a_training_is_predicted_within_two_per_cent_of_what_torch_allocates(
+def test_each_moment_is_predicted_within_two_per_cent_of_what_torch_allocates(
     measured: dict[str, Any],
 ) -> None:
     assert max(errors(measured)) < BOUND
@@ -216,7 +216,7 @@ def test_with_checkpointing_a_layer_keeps_its_input_until_its_backward() -> None
     assert last["activations"] * GIB == tokens * (32 * 4096 * 2 + ends + 256_224)
 
 
-def test_layers_that_are_not_checkpointed_keep_everything_and_no_other_is_alive_beside_them() -> None:
+def test_layers_that_are_not_checkpointed_keep_everything() -> None:
     every, some = at("loss"), at("loss", "training.checkpointed_layers=24")
     tokens, layer = 4 * 4096, 256_224
     assert some["activations"] * GIB == every["activations"] * GIB + 8 * tokens * (layer - 4096 * 2)

@@ -212,7 +212,7 @@ def at_speed(monkeypatch: pytest.MonkeyPatch, evaluation: float | None, *setting
     return planned(50, *settings)
 
 
-def test_hours_are_the_tokens_of_all_epochs_and_evaluations_at_the_speeds_that_were_measured(
+def test_hours_are_the_tokens_of_epochs_and_evaluations_at_the_measured_speeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = at_speed(monkeypatch, 2000.0, "training.eval_steps=2", "training.save_steps=2")
@@ -376,7 +376,7 @@ def test_a_speed_that_was_measured_stands_above_arithmetic(monkeypatch: pytest.M
     ]
 
 
-def test_on_an_h100_hours_are_expected_and_more_than_a_day_is_a_problem_with_what_to_type() -> None:
+def test_on_an_h100_more_than_a_day_is_a_problem_with_what_to_type() -> None:
     assert planned(50).hours_expected == pytest.approx(
         (3 * 180_000 / 11_000 / 3600, 3 * 180_000 / 5_500 / 3600), abs=1e-4
     )
@@ -396,7 +396,7 @@ def test_where_nobody_has_an_expectation_no_number_of_tokens_is_too_large() -> N
     assert make_plan(demo, Data(rows, VALIDATION, 2_500_000, 10**10, 100, 20_000), MISTRAL_7B, large).problems == []
 
 
-def test_evaluations_that_read_more_than_a_third_of_the_training_are_a_problem_with_what_to_type() -> None:
+def test_evaluations_above_a_third_of_the_training_are_a_problem_with_what_to_type() -> None:
     often = ("training.max_steps=12", "training.eval_steps=1", "training.save_steps=1")
     held_out = dataclasses.replace(VALIDATION, rows=1_000, tokens=100_000)
 

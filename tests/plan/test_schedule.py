@@ -249,7 +249,7 @@ def test_a_budget_that_the_last_step_overruns_does_not_take_the_finished_run_awa
     assert (last, end > 3600 * budget.hours, budget.used_up) == (30, True, False)
 
 
-def test_steps_are_taken_to_last_as_long_as_the_longest_so_far_also_where_nothing_was_measured_before() -> None:
+def test_a_step_is_expected_to_last_as_long_as_the_longest_so_far() -> None:
     clock, schedule = Clock(), Schedule(0, 300, 100, 400, 400)
     last, end = simulated(TimeBudget(995 / 3600, Pace(), clock), clock, schedule, lambda step: 90 * (step == 3))
     assert last == 81  # 81 steps of 10 s and 90 s more are over, and another step might take 100 s

@@ -222,7 +222,7 @@ def settings(text: str) -> list[str]:
     return re.findall(r"--set ([^\s`]+)", text)
 
 
-def test_changes_against_full_memory_have_one_order_here_in_the_config_and_in_what_a_refusal_suggests() -> None:
+def test_changes_against_full_memory_have_one_order_everywhere() -> None:
     here = [settings(change) for change, _, _ in against_full_memory() if "--set" in change]
     notes = (ROOT / "configs" / "training_config_h100.yaml").read_text(encoding="utf-8")
     listed = notes.split("# Out of memory: ")[1].split("#   If memory is left over")[0]

@@ -117,7 +117,7 @@ def test_of_several_files_each_place_has_its_file(tmp_path: Path) -> None:
     assert sorted(filter(None, places)) == [10, 12]
 
 
-def test_a_variable_that_decides_how_the_gpu_computes_is_recorded_and_a_change_of_it_is_no_resume(
+def test_a_variable_that_decides_how_the_gpu_computes_may_not_change_on_resume(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load_config("h100", [])[0]

@@ -195,7 +195,7 @@ def test_what_changes_no_weight_is_not_compared(machine: Machine, setting: str) 
     assert differences(machine.receipt("h100", setting), machine.receipt("h100")) == ([], [])
 
 
-def test_another_system_prompt_changes_the_tokens_of_both_splits_but_not_the_conversations(machine: Machine) -> None:
+def test_another_system_prompt_changes_tokens_but_not_conversations(machine: Machine) -> None:
     theirs, ours = machine.receipt("m4"), machine.receipt("h100", "system_prompt=Be kind.")
     changed = of_split("train", "ids", "labels") + of_split("validation", "ids", "labels")
     wanted = [*hashes(ours, theirs, *changed), 'system_prompt: null -> "Be kind."']
@@ -216,7 +216,7 @@ def test_other_turns_to_learn_change_the_labels_but_not_the_tokens(machine: Mach
     )
 
 
-def test_a_local_try_on_the_first_rows_is_not_the_whole_run_and_is_the_same_try_elsewhere(machine: Machine) -> None:
+def test_a_local_try_is_not_the_whole_run_and_is_the_same_try_elsewhere(machine: Machine) -> None:
     theirs, whole = machine.receipt("m4", "dataset.max_rows=3"), machine.receipt("h100")
     changed = of_split("train", "content", "ids", "labels")
     wanted = ["train: rows: 3 -> 6", *hashes(whole, theirs, *changed), "dataset.max_rows: 3 -> null"]

@@ -157,7 +157,7 @@ def test_a_damaged_best_adapter_is_set_aside(tmp_path: Path) -> None:
     assert resumed(tmp_path)[1] == [f"the best adapter so far is not used ({text}); set aside as damaged-best.1"]
 
 
-def test_where_it_is_lost_its_step_is_trained_again_and_the_whole_checkpoints_after_it_are_no_reason_to_refuse(
+def test_a_lost_best_adapter_is_trained_again_from_the_checkpoint_before_it(
     tmp_path: Path,
 ) -> None:
     for step in (2, 4, 6, 8):

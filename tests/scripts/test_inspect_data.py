@@ -152,9 +152,7 @@ def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
     assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, wanted a file; ")
 
 
-def test_a_file_of_another_format_is_exit_4_with_its_name_and_the_command_that_converts_it(
-    run: Run, tmp_path: Path
-) -> None:
+def test_a_file_of_another_format_is_exit_4_with_the_command_that_converts_it(run: Run, tmp_path: Path) -> None:
     path = written(tmp_path, b'{"prompt": "Hello", "completion": "Hi"}')
     assert run(path)[0::2] == (
         4,

@@ -285,7 +285,7 @@ def test_a_resumed_run_keeps_what_it_began_with_untried_and_ends_with_the_same_b
     assert same(adapter_weights(outlook.job.model), whole)
 
 
-def test_a_card_on_which_it_does_not_fit_checkpoints_more_layers_and_ends_with_the_same_bits(
+def test_a_smaller_card_checkpoints_more_layers_and_ends_with_the_same_bits(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = case.config(*LORA, *SAVES, "training.checkpointed_layers=auto")

@@ -115,7 +115,7 @@ def test_where_a_micro_batch_takes_seconds_there_is_a_line_for_each_step_only(mo
 
 
 @pytest.mark.usefixtures("at_noon")
-def test_on_a_terminal_a_slow_micro_batch_is_shown_with_the_last_loss_and_the_time_that_is_left(
+def test_a_terminal_shows_a_slow_micro_batch_with_the_last_loss_and_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")

@@ -181,7 +181,7 @@ def test_memory_that_runs_out_in_an_evaluation_or_the_optimizer_ends_the_run(
 
 
 @pytest.mark.slow
-def test_a_signal_after_memory_ran_out_ends_the_run_and_the_same_command_goes_on_to_the_same_bits(case: Case) -> None:
+def test_a_signal_after_memory_ran_out_ends_the_run_and_a_resume_has_the_same_bits(case: Case) -> None:
     whole = undisturbed(case)
     for number, step in ((8, 1), (13, 3)):  # in the step that is computed again, and in a later one
         stopped = later(case, str(number))

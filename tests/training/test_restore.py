@@ -51,7 +51,7 @@ def test_weights_modes_hooks_wrappers_random_numbers_and_singletons_are_put_back
     assert not frozen.requires_grad
 
 
-def test_whatever_the_block_does_to_parameters_and_gradients_is_undone_also_where_it_raises(case: Case) -> None:
+def test_whatever_the_block_does_to_parameters_is_undone_also_where_it_raises(case: Case) -> None:
     model = loaded(case.config())
     base, adapter = (
         model.get_input_embeddings().weight,

@@ -185,7 +185,7 @@ def test_the_adapter_has_the_same_bits_with_and_without_samples(case: Case) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_between_two_tokens_saves_the_step_and_a_resume_has_the_bits_of_a_whole_run(
+def test_a_signal_between_two_tokens_saves_the_step_and_a_resume_has_the_same_bits(
     case: Case, number: signal.Signals, tmp_path: Path
 ) -> None:
     start = Start(case, number=number)

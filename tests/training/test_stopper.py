@@ -40,7 +40,7 @@ def test_a_signal_is_answered_with_when_the_run_stops_and_how_to_quit_now(
     assert capfd.readouterr() == ("", f"{number.name}: stopping after this micro-batch; {again} to quit now\n")
 
 
-def test_a_signal_in_the_last_micro_batch_of_a_step_ends_the_run_with_a_checkpoint_of_that_step(
+def test_a_signal_in_the_last_micro_batch_saves_that_step(
     stopper: Stopper,
 ) -> None:
     control = TrainerControl()
@@ -93,7 +93,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "prediction_step", prediction_step)
 
 
-def test_a_signal_in_an_evaluation_saves_its_step_and_the_same_command_makes_it_first_to_the_same_bits(
+def test_after_a_signal_in_an_evaluation_the_same_command_evaluates_first_to_the_same_bits(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ended(case, *case.train(*STEPPED)[:2])
@@ -148,7 +148,7 @@ def counted(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def test_a_signal_in_a_micro_batch_discards_its_step_and_the_same_command_makes_it_to_the_same_bits(
+def test_a_signal_in_a_micro_batch_discards_its_step_and_a_resume_has_the_same_bits(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ended(case, *case.train(*ACCUMULATED, "training.save_minutes=0.00001", "training.save_total_limit=9")[:2])

@@ -34,7 +34,7 @@ def test_seconds_and_speed_are_of_all_starts_of_a_run(
     assert later.metrics()[-2]["num_tokens"] == tokens
 
 
-def test_micro_batches_but_the_last_of_a_step_are_shown_with_the_tokens_of_the_step_so_far(
+def test_micro_batches_are_shown_with_the_tokens_of_the_step_so_far(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")

@@ -316,7 +316,7 @@ def test_a_training_outlives_the_death_of_wandbs_own_process(
         ("refuses", 0, "it stopped uploading"),
     ],
 )
-def test_a_server_that_fails_after_the_start_holds_nobody_and_can_be_sent_everything_later(
+def test_a_server_that_fails_after_the_start_can_be_sent_everything_later(
     tiny_mistral: Path, conversations: Path, tmp_path: Path, failing: str, exit_code: int, reason: str
 ) -> None:
     with ExitStack() as server:

@@ -25,7 +25,7 @@ from support.whole_trainings import BETWEEN, EVERY_STEP, UNEVEN, scripted
 # --- steps
 
 
-def test_the_operations_of_a_batch_are_those_that_transformers_counts_and_the_parameters_are_counted_once(
+def test_the_operations_of_a_batch_are_those_that_transformers_counts(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = case.trainer()
@@ -110,7 +110,7 @@ def test_a_save_by_the_clock_between_two_evaluations_goes_on_bit_identically(
         (4, False, 6, 5, True), (4, False, 4, 5, False), (4, False, 99, None, False),
     ],
 )  # fmt: skip
-def test_a_run_is_over_at_its_last_step_if_that_is_evaluated_or_at_the_end_of_its_patience(
+def test_a_run_is_over_at_its_last_evaluated_step_or_at_the_end_of_its_patience(
     case: Case, tmp_path: Path, step: int, due: bool, waited: int, patience: int | None, over: bool
 ) -> None:
     control, stopping = TrainerControl(should_evaluate=due), EarlyStoppingCallback()

@@ -203,7 +203,7 @@ def test_a_label_of_another_kind_and_keys_of_messages_are_named_as_not_read(tmp_
     }
 
 
-def test_reasons_are_counted_together_whatever_the_place_and_the_first_five_rows_are_named(tmp_path: Path) -> None:
+def test_reasons_are_counted_together_and_the_first_five_rows_named(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
     empty = [{"messages": [*turns * times, {"role": "user", "content": " "}, turns[1]]} for times in range(7)]
     account = converted(rows_file(tmp_path, *empty, {"messages": turns}), tmp_path)[1]
