@@ -90,6 +90,11 @@ def test_a_value_inside_a_section_that_is_set_is_blamed_on_the_setting(local_mod
     assert found == (f"--set {setting}  lora.r: found 'x' (text), wanted a whole number",)
 
 
+def test_all_settings_that_cannot_be_read_are_reported_at_once(local_model: str) -> None:
+    found = problems(str(BASE_FILE), local_model, "a", "lora.r=8", "b=[1", "c")
+    assert [line.split(":")[0] for line in found] == ["--set a", "--set b=[1", "--set c"]
+
+
 def test_a_dotted_key_in_a_file_is_told_apart_from_a_setting(tmp_path: Path, local_model: str) -> None:
     path = written(tmp_path, "lora.r: 8\n")
     [line] = problems(path, local_model)

@@ -54,7 +54,7 @@ def load_config(choice: str | None, settings: Iterable[str] = ()) -> tuple[Confi
     path, reason = config_file(choice)
     merged, places = yaml_file.read(BASE_FILE)
     unread: list[str] = []
-    sources = [partial(yaml_file.read, path), *(partial(yaml_file.override, [setting]) for setting in settings)]
+    sources = [partial(yaml_file.read, path), *(partial(yaml_file.override, setting) for setting in settings)]
     for source in sources:
         try:
             values, value_places = source()

@@ -174,33 +174,16 @@ def validate_required_fields(config: dict[str, Any], fields: Iterable[str]) -> N
         raise ConfigError(*(f"{field}: missing; add it to the config file" for field in missing))
 
 
-def override(settings: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`--set dotted.key=yaml_value` arguments as one mapping, with the argument as each key's place."""
-    merged: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    problems: list[str] = []
-    for setting in settings:
-        try:
-            keys, value, below = _setting(setting)
-        except ConfigError as error:
-            problems += error.problems
-            continue
-        for key in reversed(keys):
-            value = {key: value}
-        merged = deep_merge(merged, value)
-        places |= {".".join([*keys, *path.split(".")[1:]]): f"--set {setting}" for path in below}
-    if problems:
-        raise ConfigError(*problems)
-    return merged, places
-
-
-def _setting(setting: str) -> tuple[list[str], Any, Iterable[str]]:
-    """The keys and the value of one `--set`, and the dotted paths in it, below "value"."""
+def override(setting: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A `--set dotted.key=yaml_value` argument as a mapping, and the argument as the place of each key in it."""
     path, equals, text = setting.partition("=")
-    keys = path.strip().split(".")
+    keys, argument = path.strip().split("."), f"--set {setting}"
     if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-        raise ConfigError(f"--set {setting}: wanted dotted.key=value, for example --set training.max_steps=50")
-    tree, places = parse(f"value: {text}", f"--set {setting}")
+        raise ConfigError(f"{argument}: wanted dotted.key=value, for example --set training.max_steps=50")
+    tree, places = parse(f"value: {text}", argument)
     if tree.keys() != {"value"}:
-        raise ConfigError(f"--set {setting}: wanted one value")
-    return keys, tree["value"], places
+        raise ConfigError(f"{argument}: wanted one value")
+    value = tree["value"]
+    for key in reversed(keys):
+        value = {key: value}
+    return value, {".".join([*keys, *below.split(".")[1:]]): argument for below in places}
