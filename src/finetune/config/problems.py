@@ -46,8 +46,8 @@ class Problems:
         self.found.append(f"{place}  {path}: {text}" if place else f"{path}: {text}")
 
 
-def validated(model: type[Model], value: Any, problems: Problems, prefix: str = "") -> Model | None:
-    """An instance of `model`, or None if it is invalid; then adds each error to `problems`, its path below `prefix`."""
+def validated(model: type[Model], value: Any, problems: Problems) -> Model | None:
+    """An instance of `model`, or None if it is invalid; then adds each error to `problems`."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -57,8 +57,7 @@ def validated(model: type[Model], value: Any, problems: Problems, prefix: str = 
             faults.setdefault(_names(fault, known), []).append(fault)
         for names, found in faults.items():
             path = ".".join(names)
-            where = ".".join(filter(None, (prefix, path)))
-            problems.add(where, _sentence(path, found, known, get_config_value(value, path, value)))
+            problems.add(path, _sentence(path, found, known, get_config_value(value, path, value)))
         return None
 
 

@@ -203,7 +203,10 @@ class Split:
         labels = chunk.labels[tokens]
         self._hashes["input_ids"].update(chunk.input_ids[tokens].tobytes())
         self._hashes["labels"].update(labels.tobytes())
-        self._count_control_tokens(indices[mine & chunk.literal])
+        literal = indices[mine & chunk.literal]
+        self.statistics.control_tokens += len(literal)
+        if len(literal) and self.statistics.first_control_token is None:
+            self.statistics.first_control_token = self._encoded.place(int(literal[0]))
         self.statistics.truncated += int((chunk.lengths[mine] > kept[mine]).sum())
         self.statistics.rows += int(mine.sum())
         self.statistics.tokens += len(labels)
@@ -248,11 +251,6 @@ class Split:
         count = min(len(indices), len(indices) if most is None else most)
         places = np.arange(count) * len(indices) // max(1, count)
         return Rows(self._encoded, indices[places], self.kept("kept_lengths")[places])
-
-    def _count_control_tokens(self, indices: np.ndarray) -> None:
-        self.statistics.control_tokens += len(indices)
-        if len(indices) and self.statistics.first_control_token is None:
-            self.statistics.first_control_token = self._encoded.place(int(indices[0]))
 
 
 def _kept_tokens(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray | slice:

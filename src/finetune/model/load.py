@@ -201,16 +201,13 @@ def expand(base: PreTrainedModel, dtype: torch.dtype, device: str, report: Repor
         reach(name)
         packed = base.get_submodule(name)
         plain = torch.nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-        plain.weight = torch.nn.Parameter(_unpacked(packed).to(device, dtype), requires_grad=False)
+        values = bitsandbytes.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
+        plain.weight = torch.nn.Parameter(values.to(device, dtype), requires_grad=False)
         plain.bias = packed.bias
         base.set_submodule(name, plain)
         del packed.weight  # breaks a reference cycle, so that both are freed now
     base.hf_quantizer.remove_quantization_config(base)
     base.to(device)
-
-
-def _unpacked(layer: Any) -> Any:
-    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def _no_weights(name: str, error: OSError) -> CheckFailed:

@@ -17,6 +17,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
         rows += f" ({plan.rows_evaluated:,} of them evaluated)"
     changed = [(plan.rows_truncated, "cut"), (plan.rows_dropped, "dropped")]
     rows += "".join(f", {count:,} {name}" for count, name in changed if count)
+    evaluations = counted(plan.evaluations, "evaluation")
     return [
         ("rows", rows),
         ("tokens", f"{plan.tokens_train:,} ({supervised:.0%} with loss)"),
@@ -26,7 +27,7 @@ def plan_lines(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.sequences_train:,}, {plan.packing_efficiency:.1%} full, {plan.effective_batch_size} per step",
         ),
         ("steps", f"{plan.steps:,} ({plan.steps_per_epoch:,} per epoch, {plan.warmup_steps:,} of warmup)"),
-        ("", f"{_evaluated(plan)}, {counted(plan.checkpoints, 'checkpoint')}"),
+        ("", f"{evaluations} ({plan.tokens_evaluated:,} tokens), {counted(plan.checkpoints, 'checkpoint')}"),
         ("memory", f"{plan.peak_memory_gib:.1f} GiB expected ({memory_shares(plan)}), {available}"),
         *working_set_rows(plan),
         *([("recomputed", f"layers {plan.checkpointed_from}")] if plan.checkpointed_from else []),
@@ -44,10 +45,6 @@ def certificate_text(plan: Plan) -> str:
     if compared == rows:
         return f"{compared:,} rows equal mistral-common's"
     return f"{compared:,} of {rows:,} rows compared, all equal mistral-common's (dataset.certificate=every_row: all)"
-
-
-def _evaluated(plan: Plan) -> str:
-    return f"{counted(plan.evaluations, 'evaluation')} ({plan.tokens_evaluated:,} tokens)"
 
 
 def working_set_rows(plan: Plan) -> list[tuple[str, str]]:

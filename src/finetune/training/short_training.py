@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -101,7 +102,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         seal(self.checkpoints / f"checkpoint-{state.global_step}", {"step": state.global_step})
         self.save_seconds = self._lap()
-        self.saved = _on_host(_trained(kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"]))
+        trained = _trained(kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
+        self.saved = recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), trained)
 
 
 @dataclass(frozen=True)
@@ -225,15 +227,6 @@ def _trained(model: PeftModel, optimizer: Any, scheduler: Any) -> dict[str, Any]
         "the optimizer's states": optimizer.state_dict(),
         "the learning rate's states": scheduler.state_dict(),
     }
-
-
-def _on_host(tree: Any) -> Any:
-    """Copy nested dicts and lists, with their tensors in host memory."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {name: _on_host(value) for name, value in tree.items()}
-    return [_on_host(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _equal(these: Any, those: Any) -> bool:

@@ -14,7 +14,7 @@ from finetune.cli import command
 from finetune.config import yaml_file
 from finetune.config.base_model import MISTRAL
 from finetune.errors import ConfigError
-from finetune.files import quoted
+from finetune.files import quoted, write_text
 from finetune.plan.automatic import in_words
 from finetune.results.report import charts, run_summary, verdicts
 from finetune.results.report.charts import Line
@@ -63,7 +63,7 @@ def write_comparison(folder: Path, other: Path) -> Path:
 
 
 def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
-    """Render `template` to `path` atomically; without fsync, since it can be written again."""
+    """Render `template` to `path`, whole or not at all."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
@@ -73,9 +73,8 @@ def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
         finalize=lambda value: clean(value) if type(value) is str else value,  # no hidden or direction characters
     )
     text = pages.get_template(template).render(content)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    write_text(path, text)
+    return path
 
 
 def _report(run: Evidence) -> dict[str, Any]:
