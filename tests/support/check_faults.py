@@ -824,8 +824,8 @@ FAULTS = (
           warn("plan.hours", "2 min expected, training.time_budget_hours is 0.02",
                "--set training.num_train_epochs=1, or --set training.time_budget_hours=0.05")),
     fault("more tokens than a Mac trains on in a night", "m4", two_nights,
-          warn("plan.hours", "3,024,000 tokens over all epochs take 16.8-33.6 h on m4 (25-50 tokens/s, by arithmetic "
-               "for 10 GPU cores, not measured); 12 h are 1.1-2.2 million",
+          warn("plan.hours", "3,024,000 tokens over all epochs take 16.8-33.6 h on m4 (25-50 tokens/s and 75-150 in "
+               "evaluations, by arithmetic for 10 GPU cores, not measured); 12 h are 1.1-2.2 million",
                "--set dataset.max_rows=3571 fits into that, or train on the H100 (--config h100)")),
     fault("wandb without a key", "h100", lambda b: b.patch.delenv("WANDB_API_KEY"),
           warn("tracking.wandb", f"wandb will be offline: no WANDB_API_KEY; {FILES}",

@@ -25,6 +25,7 @@ BEFORE = "a rehearsal decides"  # until then, the plan has only the formula
 LEAST_FULL = 0.8  # share of unpacked batches that is not padding; below it, packing is worth it
 MOST_EVALUATED = 1 / 3  # of the training's tokens
 LEAST_EVALUATED = 100  # rows
+EVALUATION_SPEED = 3  # against training, by arithmetic: forward only, without recomputation and backward
 
 
 class RowCounts(Protocol):
@@ -37,6 +38,7 @@ class RowCounts(Protocol):
     dropped_long: int
     dropped_without_loss: int
     dropped_bad: int
+    dropped_duplicates: int
     encoded: int
     certified: int
 
@@ -148,7 +150,7 @@ def make_plan(
         tokens_train=train.tokens,
         supervised_tokens_train=train.supervised_tokens,
         rows_truncated=train.truncated + validation.truncated,
-        rows_dropped=sum(it.dropped_long + it.dropped_without_loss + it.dropped_bad for it in (train, validation)),
+        rows_dropped=sum(map(_dropped, (train, validation))),
         sequences_train=data.sequences,
         packing_efficiency=round(train.tokens / room, 4),
         effective_batch_size=config.effective_batch_size,
@@ -183,6 +185,10 @@ def make_plan(
     return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
 
 
+def _dropped(rows: RowCounts) -> int:
+    return rows.dropped_long + rows.dropped_without_loss + rows.dropped_bad + rows.dropped_duplicates
+
+
 def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
     """Training at the measured speed, plus evaluations if their speed was measured."""
     seconds = _tokens(plan, config) / speed.tokens_per_second
@@ -192,15 +198,20 @@ def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
 
 
 def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> Plan:
+    """The plan with the hours of its training, padding included, and of its evaluations."""
     cores = machine.gpu_cores or expected.gpu_cores
     share = cores / expected.gpu_cores if cores and expected.gpu_cores else 1.0
     slow, fast = (share * speed for speed in expected.tokens_per_second)
-    hours = _tokens(plan, config) / 3600
+    computed = _tokens(plan, config) / (1 if config.training.packing else plan.packing_efficiency)
+    hours = (computed + plan.tokens_evaluated / EVALUATION_SPEED) / 3600
     what = f" for {cores} GPU cores" if expected.gpu_cores else ""
+    padding = "" if config.training.packing else " with padding"
+    speeds = f"{slow:,.0f}-{fast:,.0f} tokens/s{padding}"
+    evaluating = f"{EVALUATION_SPEED * slow:,.0f}-{EVALUATION_SPEED * fast:,.0f} in evaluations"
     return dataclasses.replace(
         plan,
         hours_expected=(round(hours / fast, 4), round(hours / slow, 4)),
-        hours_expected_from=f"{slow:,.0f}-{fast:,.0f} tokens/s, by arithmetic{what}, not measured",
+        hours_expected_from=f"{speeds} and {evaluating}, by arithmetic{what}, not measured",
     )
 
 

@@ -65,10 +65,16 @@ def test_with_several_files_each_shows_its_weight_and_a_bad_row_its_file(tmp_pat
     entry = {"path": "/data/a.jsonl", "sha256": "0123456789abcdef" * 4, "rows": 90}
     files = {"train": entry, "train 2": {**entry, "path": "/data/b.jsonl", "weight": 1.5, "rows": 1200}}
     bad = [{"file": "/data/b.jsonl", "line": 7, "found": "not JSON"}]
-    counts = {"train": rows(100, left_out=4, repeated=50, dropped_bad=bad), "validation": rows(10, opening_leaks=3)}
+    counts = {
+        "train": rows(100, left_out=4, repeated=50, dropped_bad=bad, dropped_duplicates=2),
+        "validation": rows(10, opening_leaks=3),
+    }
     page = Reader(report_page.write(make_run(tmp_path / "run", manifest(data=files, rows=counts))))
     assert page.order(
-        "dropped: bad rows 1 0", "omitted because of a file's weight 4 0", "repeated because of a file's weight 50 0"
+        "dropped: bad rows 1 0",
+        "dropped: duplicates of another row 2 0",
+        "omitted because of a file's weight 4 0",
+        "repeated because of a file's weight 50 0",
     )
     assert "same opening as a training row 0 3" in page.text
     assert page.order("train /data/a.jsonl 90 rows, sha256 0123456789abcdef", "train 2 /data/b.jsonl")

@@ -35,6 +35,7 @@ COUNTS = (  # keys of manifest.rows and their names in the data table
     ("dropped_long", "dropped: no turn with loss fits"),
     ("dropped_without_loss", "dropped: no turn has loss"),
     ("dropped_bad", "dropped: bad rows"),
+    ("dropped_duplicates", "dropped: duplicates of another row"),
     ("left_out", "omitted because of a file's weight"),
     ("repeated", "repeated because of a file's weight"),
     ("duplicates", "duplicates of another row"),
