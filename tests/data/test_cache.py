@@ -82,6 +82,13 @@ def test_a_damaged_entry_is_set_aside_and_made_again(folder: Folder, damage: Cal
     assert folder.names() == ["rows-a", "rows-a.damaged"]
 
 
+def test_a_file_in_place_of_an_entry_is_set_aside(folder: Folder) -> None:
+    folder.cache.folder.mkdir()
+    (folder.cache.folder / "rows-a").touch()
+    assert [folder.entry(), folder.entry()] == [1, 1]
+    assert (folder.cache.folder / "rows-a.damaged").is_file()
+
+
 def test_an_entry_that_is_damaged_twice_is_set_aside_in_place_of_the_first(folder: Folder) -> None:
     for made in (1, 2, 3):
         assert folder.entry() == made

@@ -115,7 +115,7 @@ class Cache:
 
 def _facts(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """The facts of an entry whose every file has the sum that was sealed; else None, and what is wrong, if anything."""
-    if not folder.is_dir():
+    if not folder.exists():
         return None, ""
     try:
         return read_seal(folder), ""
