@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.cli import command
 from finetune.data import jsonl
 from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, open_lines, parse_row, read_lines
 from finetune.data.tokenizer import Chat
@@ -339,7 +340,10 @@ def refused(path: Path) -> str:
 
 
 def test_a_folder_is_a_config_error_that_names_a_file_in_it(tmp_path: Path) -> None:
-    assert refused(tmp_path) == "FILE is a folder, wanted a file; name a file in it, for example FILE/train.jsonl"
+    convert = f"{command('scripts/convert_data.py')} FILE data/processed/train.jsonl"
+    assert refused(tmp_path) == (
+        f"FILE is a folder, wanted a file; name a file in it, or convert what is in it: {convert}"
+    )
     (tmp_path / "mine.jsonl.gz").touch()
     assert refused(tmp_path) == "FILE is a folder, wanted a file; name a file in it, for example FILE/mine.jsonl.gz"
 

@@ -35,6 +35,11 @@ from support.prepared import (
 # --- bad rows
 
 
+def convert(case: Case) -> str:
+    """The command that converts the training file."""
+    return f"{command('scripts/convert_data.py')} {case.train} {foreign.converted(case.train, 'train')}"
+
+
 def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
     write(case.train, SHORT, "", conversation("Hi"))
     assert case.failure(DataError) == (
@@ -87,7 +92,51 @@ def test_a_first_bad_row_of_a_known_format_is_named_once(case: Case) -> None:
     write(case.train, *numbered(30), *[shared] * 30)
     assert case.failure(DataError) == (
         f"data: 30 bad rows, the first {case.train}:31: this looks like ShareGPT (conversations/from/value)\n"
-        f"Convert it: {command('scripts/convert_data.py')} {case.train} {foreign.converted(case.train, 'train')}"
+        f"Convert it: {convert(case)}"
+    )
+
+
+def test_a_known_format_is_named_though_the_first_bad_rows_are_of_none(case: Case) -> None:
+    pair = json.dumps({"prompt": "Hi", "completion": "Hello"})
+    write(case.train, "{", *[pair] * 2)
+    assert case.failure(DataError) == (
+        f"data: 3 bad rows, for example {case.train}:2: this looks like prompt and completion (prompt/completion)\n"
+        f"Convert it: {convert(case)}"
+    )
+
+
+def chat(*messages: dict[str, Any], **keys: Any) -> str:
+    return json.dumps({"messages": messages, **keys})
+
+
+ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+CONVERTED = {
+    "two turns of one role": (chat(ASKED, ASKED, ANSWERED),
+        "message 2 is from user, wanted assistant", " --merge-turns"),
+    "a name": (chat(ASKED | {"name": "Ann"}, ANSWERED),
+        "message 1 has a key 'name', wanted only role and content", ""),
+    "a label": (chat(ASKED, ANSWERED, label=True),
+        "has a key 'label': it marks answers as good or bad, and bad ones would be learned", ""),
+    "no last answer": (chat(ASKED, ANSWERED, ASKED), "ends with user, wanted an assistant message last", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "found", "flag"), CONVERTED.values(), ids=CONVERTED.keys())
+def test_a_row_that_a_conversion_keeps_is_answered_with_its_command(
+    case: Case, row: str, found: str, flag: str
+) -> None:
+    write(case.train, *numbered(1), row, *numbered(2, start=1))
+    told = f"data: 1 bad row\n  {case.train}:2: {found}\nConvert it: {convert(case)}{flag}"
+    assert case.failure(DataError) == f"{told}\nOr leave them out with --set dataset.on_bad_row=drop"
+    write(case.train, "{}", row)
+    assert case.failure(DataError).splitlines()[-1] == f"Convert it: {convert(case)}{flag}"
+
+
+def test_rows_of_unknown_keys_are_answered_with_the_flag_that_names_them(case: Case) -> None:
+    write(case.train, '{"Q": "Hi", "A": "Hello"}')
+    assert case.failure(DataError) == (
+        f"data: 1 bad row\n  {case.train}:1: no \"messages\" key (found 'Q', 'A')\n"
+        f"Convert it: {convert(case)} --columns prompt=Q,completion=A"
     )
 
 

@@ -113,20 +113,20 @@ def _leakage(preflight: Preflight) -> Finding:
     if validation.first_leak is not None:
         first, other = validation.first_leak
         where = f"line {first.line} of {shown(Path(first.file))} matches line {other.line} of {other.file}"
-        found.append(
-            f"{validation.normalized_leaks:,} validation rows differ from training rows only in spaces and case; "
-            f"{where}"
-        )
+        rows = _with_verb(validation.normalized_leaks, "differs", "differ")
+        found.append(f"{rows} from training rows only in spaces and case; {where}")
     if validation.first_opening is not None:
         first, other = validation.first_opening
         where = f"line {first.line} of {shown(Path(first.file))} and line {other.line} of {other.file}"
-        found.append(
-            f"{validation.opening_leaks:,} validation rows have the system and first user message of a training row, "
-            f"for example {where}"
-        )
+        rows = _with_verb(validation.opening_leaks, "has", "have")
+        found.append(f"{rows} the system and first user message of a training row, for example {where}")
     if not found:
         return passed("no validation row has the system and first user message of a training row")
     return warned("; ".join(found), "remove them from one of the two: they make eval_loss look better than it is")
+
+
+def _with_verb(rows: int, one: str, several: str) -> str:
+    return f"{counted(rows, 'validation row')} {one if rows == 1 else several}"
 
 
 def _control_tokens(preflight: Preflight) -> Finding:

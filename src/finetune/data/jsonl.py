@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from finetune.cli import command
 from finetune.data.template import Message, Messages
 from finetune.errors import ConfigError, DataError
 from finetune.files import quoted, shown
@@ -54,13 +55,12 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
 
 def _no_file(path: Path, mode: int) -> tuple[str, str]:
     """What a path is that is no file, and what to type."""
+    copied = "data/processed/train.jsonl"
     if stat.S_ISDIR(mode):
         inside = sorted(entry for entry in path.iterdir() if ".jsonl" in entry.suffixes)
-        return (
-            "is a folder, wanted a file",
-            f"name a file in it, for example {shown(inside[0] if inside else path / 'train.jsonl')}",
-        )
-    copied = "data/processed/train.jsonl"
+        convert = f"{command('scripts/convert_data.py')} {quoted(path)} {copied}"
+        fix = f"for example {shown(inside[0])}" if inside else f"or convert what is in it: {convert}"
+        return "is a folder, wanted a file", f"name a file in it, {fix}"
     if stat.S_ISFIFO(mode):
         found = "is a pipe, which can be read only once, and data is read more than once"
         return found, f"write it to a file first: cat {quoted(path)} > {copied}"
@@ -109,8 +109,6 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
     would change what is learned are refused unless they are null or empty; other keys beside "messages" are ignored.
     `keys` counts the keys that were ignored or became the system message. Raises BadRow.
     """
-    if len(line) > MAX_LINE_BYTES:
-        raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
     row = parse_json(line)
     if not isinstance(row, dict):
         raise BadRow(f'found {_kind(row)}, wanted an object {{"messages": [...]}}')
@@ -135,7 +133,9 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
 
 
 def parse_json(line: bytes) -> Any:
-    """What a line holds as JSON, in UTF-8 and with each key once in an object. Raises BadRow."""
+    """What a line of at most MAX_LINE_BYTES holds as JSON, in UTF-8, each key once in an object. Raises BadRow."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:

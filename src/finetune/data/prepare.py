@@ -215,26 +215,35 @@ def _refuse_bad_rows(entries: list[_Entry], splits: dict[str, Split], dataset: D
     It lists every bad row as file:line and what was found, up to LISTED_PROBLEMS, and counts the others; the name of a
     known format takes the list's place.
     """
-    found_bad = [row for split in splits.values() for row in split.statistics.bad]
-    bad = [f"{place}: {text}" for place, text in found_bad]
+    bad = [row for split in splits.values() for row in split.statistics.bad]
     rows = sum(len(entry.facts["bad"]) for entry in entries) + sum(it.statistics.encoded for it in splits.values())
-    if not bad or (dataset.on_bad_row == "drop" and len(bad) <= dataset.max_bad_share * rows):
+    drop = dataset.on_bad_row == "drop"
+    if not bad or (drop and len(bad) <= dataset.max_bad_share * rows):
         return
-    place, text = found_bad[0]
-    file = next(entry.file for entry in entries if entry.rows.source == place.file)
+    first, text = bad[0]
+    entry = next(entry for entry in entries if entry.rows.source == first.file)
+    path, split = entry.file.path, entry.file.split
+    refused = foreign.some_rows(path, [line for line, _ in entry.facts["bad"][:LISTED_PROBLEMS]])
     found = f"data: {counted(len(bad), 'bad row')}"
-    named = foreign.named_line(file.path, file.split, place.line)
-    if named:
-        raise DataError(f"{found}, the first {place}: {named[0]}", named[1], between="\n")
-    if dataset.on_bad_row == "drop":
+    for line, row in refused.items():
+        named = foreign.named_row(row, path, split)
+        if named:
+            which = "the first" if line == first.line else "for example"
+            raise DataError(f"{found}, {which} {first._replace(line=line)}: {named[0]}", named[1], between="\n")
+    if drop:
         found += f" of {rows:,} ({len(bad) / rows:.0%}), above dataset.max_bad_share ({dataset.max_bad_share:.0%})"
-    listing = lines(bad, LISTED_DROPPED if dataset.on_bad_row == "drop" else LISTED_PROBLEMS)
+    listing = lines([f"{place}: {text}" for place, text in bad], LISTED_DROPPED if drop else LISTED_PROBLEMS)
+    convert = foreign.conversion(list(refused.values()), path, split, 2 * len(bad) > rows)
     if text.startswith("not UTF-8"):
-        fix = f"Make it UTF-8, {iconv('WINDOWS-1252', file.path)}"
+        fix = f"Make it UTF-8, {iconv('WINDOWS-1252', path)}"
     elif 2 * len(bad) > rows:
-        fix = "Fix them: more than half of the rows are bad. docs/data.md has the formats that can be converted"
+        fix = (
+            convert
+            or "Fix them: more than half of the rows are bad. docs/data.md has the formats that can be converted"
+        )
     else:
-        fix = f"Fix them, or leave them out with {_leaving_out(len(bad) / rows, dataset)}"
+        fix = f"{convert}\nOr" if convert else "Fix them, or"
+        fix += f" leave them out with {_leaving_out(len(bad) / rows, dataset)}"
     raise DataError(f"{found}\n{listing}", fix, between="\n")
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data import jsonl
 from finetune.data.formats import containers
 from finetune.data.formats.containers import encoding_of, recognize
 from finetune.data.jsonl import BadRow
@@ -171,6 +172,14 @@ def test_lines_that_are_no_json_do_not_end_the_stream(tmp_path: Path) -> None:
         (1, {"a": 1}),
         (3, "not JSON: Expecting value at column 1"),
         (4, {"a": 2}),
+    ]
+
+
+def test_a_line_that_is_too_long_is_bad_and_says_so(tmp_path: Path) -> None:
+    long = json.dumps({"a": "x" * jsonl.MAX_LINE_BYTES})
+    assert rows(file(tmp_path, f'{long}\n{{"a": 2}}\n')) == [
+        (1, "longer than 1 MiB, wanted one conversation a line"),
+        (2, {"a": 2}),
     ]
 
 

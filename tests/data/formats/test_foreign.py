@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from finetune.cli import command
 from finetune.data.cache import Cache
 from finetune.data.formats import foreign
 from finetune.data.jsonl import NO_TOOLS
@@ -41,6 +42,24 @@ def said(case: Case, path: Path) -> str:
 @pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.format}: {row.example}")
 def test_training_says_of_a_format_what_the_page_says(case: Case, row: Row) -> None:
     assert said(case, example(row, case.folder)) == row.training
+
+
+TABLES = {
+    "no row": ("prompt,completion\n",
+        'data: FILE is CSV without any row; wanted {"messages": [...]}, one conversation a line'),
+    "a bad first row": ("prompt,completion\na,b,c\nd,e\n",
+        "data: FILE is CSV, its first row has 3 cells, the first line has 2\n"
+        f"Convert it: {command('scripts/convert_data.py')} FILE data/processed/train.jsonl"),
+    "no JSON": ('[{"a": ]', "FILE: row 1 is not JSON or cut short: Expecting value; save the file again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), TABLES.values(), ids=TABLES.keys())
+def test_training_says_what_is_wrong_with_a_file_whose_first_row_nobody_can_read(
+    case: Case, content: str, message: str
+) -> None:
+    case.train.write_text(content)
+    assert case.failure(DataError).replace(str(case.train), "FILE") == message
 
 
 NO_FILE: dict[str, Callable[[Path], object]] = {

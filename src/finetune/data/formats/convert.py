@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from finetune.data.formats.shapes import Notes, Turns, messages_of, shape_of
+from finetune.data.formats.shapes import Notes, Turns, messages_of, shape_of, unknown
 from finetune.data.formats.sources import Source
 from finetune.data.jsonl import BadRow, parse_row, says_something
 from finetune.data.template import Messages
@@ -160,8 +160,7 @@ def convert_row(row: Any, options: Options, notes: Notes) -> Messages:
     wanted = {key: row.get(column) for key, column in options.columns.items()} if isinstance(row, dict) else {}
     shape = shape_of(wanted or row)
     if shape is None:
-        keys = f"keys {listed([ascii(key) for key in row], 5)}" if isinstance(row, dict) else "not an object"
-        raise BadRow(f"no known format ({keys})")
+        raise BadRow(unknown(row))
     notes.shapes.append(shape.described)
     if wanted:
         used = options.columns.values()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from finetune.data.jsonl import REFUSED_KEYS, SYSTEM_KEYS, BadRow, joined, says_something
+from finetune.wording import listed
 
 Row = dict[str, Any]
 Turns = list[dict[str, Any]]
@@ -78,6 +79,12 @@ def shape_of(row: Any) -> Shape | None:
             name = "ShareGPT" if inner == ("from", "value") else "chat messages"
             return Shape(name, (key, *inner), partial(_turns_below, key))
     return _shape_of_texts(row)
+
+
+def unknown(row: Any) -> str:
+    """What `shape_of` does not know: `no known format (keys 'Q', 'A')`."""
+    found = f"keys {listed([ascii(key) for key in row], 5)}" if isinstance(row, dict) else "not an object"
+    return f"no known format ({found})"
 
 
 def messages_of(row: Any, shape: Shape, notes: Notes) -> Turns:
