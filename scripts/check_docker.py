@@ -286,7 +286,7 @@ def check_host(host: Host) -> Finding:
 def check_driver(host: Host) -> Finding:
     driver = host.machine["driver"]
     if driver is None:
-        return "fail", "nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER
+        return "fail", "nvidia-smi is missing or does not answer: no working NVIDIA driver", DRIVER
     if number(driver) < (OLDEST_DRIVER,):
         return "fail", f"driver {driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", DRIVER
     return passed(f"driver {driver}")

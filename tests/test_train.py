@@ -485,7 +485,8 @@ def test_ctrl_c_exits_130_and_leaves_checkpoints_but_no_adapter(interrupted: Int
     folder = interrupted.command.output / "run-2"
     assert interrupted.code == 130
     assert interrupted.lines[-1] == (
-        f"stopped by SIGINT at step {interrupted.step}; the same command resumes from checkpoint-{interrupted.step}"
+        f"stopped by SIGINT at step {interrupted.step}; "
+        f"the same command without --fresh resumes from checkpoint-{interrupted.step}"
     )
     assert "SIGINT: stopping after this micro-batch; press Ctrl-C again to quit now" in interrupted.lines
     assert not [line for line in interrupted.lines if "Traceback" in line]

@@ -96,7 +96,7 @@ def test_validate_without_a_gpu_finds_that_and_says_where_to_look(project: Proje
     found = {check["id"]: check for check in json.loads(done.stdout)["checks"]}
     assert [name for name, check in found.items() if check["status"] == "fail"] == ["gpu.driver"]
     assert (found["gpu.driver"]["detail"], found["gpu.driver"]["fix"]) == (
-        "nvidia-smi is not there or does not answer: no NVIDIA driver that works",
+        "nvidia-smi is missing or does not answer: no working NVIDIA driver",
         "on the host: ./scripts/check_docker.py",
     )
     passed = {

@@ -103,7 +103,8 @@ def test_the_newest_run_is_the_one_with_the_highest_number(settings: Config, ope
 
 
 def test_fresh_is_the_plain_name_where_there_is_no_run_yet(opened: Callable[..., Run]) -> None:
-    assert opened(fresh=True).name == NAME
+    run = opened(fresh=True)
+    assert (run.name, run.fresh) == (NAME, True)
 
 
 def test_fresh_counts_on_and_the_plain_command_stays_with_the_newest(opened: Callable[..., Run]) -> None:

@@ -120,7 +120,7 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         [warn("host", "Linux 5.15.0-119-generic on x86_64, in a container: folders and driver seen here are its own",
         "run this on the host")]),
     "no driver": (machine(driver=None, gpus=[]),
-        [fail("driver", "nvidia-smi is not there or does not answer: no NVIDIA driver that works", DRIVER),
+        [fail("driver", "nvidia-smi is missing or does not answer: no working NVIDIA driver", DRIVER),
         skip("device", "needs docker.driver")]),
     "an old driver": (machine(driver="470.256.02"),
         [fail("driver", "driver 470.256.02; CUDA 12 needs 525 or newer", DRIVER),

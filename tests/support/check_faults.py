@@ -478,10 +478,10 @@ FAULTS = (
 
     # The NVIDIA GPU
     fault("no driver outside a container", "h100", lambda b: b.has(driver=None, gpus=(), container=False),
-          fail("gpu.driver", "nvidia-smi is not there or does not answer: no NVIDIA driver that works",
+          fail("gpu.driver", "nvidia-smi is missing or does not answer: no working NVIDIA driver",
                "sudo apt install nvidia-driver-570-server, then restart; or --config cpu for the demo")),
     fault("no driver in a container", "h100", lambda b: b.has(driver=None, gpus=()),
-          fail("gpu.driver", "nvidia-smi is not there or does not answer: no NVIDIA driver that works",
+          fail("gpu.driver", "nvidia-smi is missing or does not answer: no working NVIDIA driver",
                "docker compose run --rm validate asks for the GPU; on a rented pod: choose one with a GPU")),
     fault("a driver of 2021", "h100", lambda b: b.has(driver="470.256.02"),
           fail("gpu.driver", "driver 470.256.02; CUDA 12 needs 525 or newer",

@@ -60,6 +60,14 @@ def test_a_signal_in_the_last_micro_batch_saves_that_step(
     )
 
 
+def test_a_run_started_by_fresh_is_resumed_by_the_command_without_it(tmp_path: Path) -> None:
+    stopper = Stopper(Run(tmp_path, False, None, fresh=True))
+    stopper.signal_number = signal.SIGINT
+    (stopper.run.checkpoints / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(Stopped, match=r"at step 4; the same command without --fresh resumes from checkpoint-4$"):
+        stopper.leave(4)
+
+
 def test_a_signal_in_an_evaluation_ends_it_at_the_next_batch(stopper: Stopper) -> None:
     stopper.on_prediction_step(None, TrainerState(global_step=0), TrainerControl())
     os.kill(os.getpid(), signal.SIGINT)

@@ -21,7 +21,7 @@ SHM_GIB = 0.25  # Docker's default is 0.0625
 def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
     """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are the fixes if missing or too old."""
     if machine.driver is None:
-        return failed("nvidia-smi is not there or does not answer: no NVIDIA driver that works", absent)
+        return failed("nvidia-smi is missing or does not answer: no working NVIDIA driver", absent)
     if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:
         return failed(f"driver {machine.driver}; CUDA 12 needs {OLDEST_DRIVER} or newer", old)
     return passed(f"driver {machine.driver}")

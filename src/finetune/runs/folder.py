@@ -31,13 +31,15 @@ WAIT_FOR_NAME_SECONDS = 1.0
 class Run:
     """One run's folder. `finished` means its manifest says complete; `lock` is held while this process lives.
 
-    `died` names the start before this one if that ended without a message, as a killed one does.
+    `died` names the start before this one if that ended without a message, as a killed one does. `fresh` means that
+    --fresh made it: the command that resumes it is the one without.
     """
 
     folder: Path
     finished: bool
     lock: TextIO | None
     died: str | None = None
+    fresh: bool = False
 
     @property
     def name(self) -> str:
@@ -97,7 +99,7 @@ def open_run(config: Config, fresh: bool) -> Run:
         return Run(folder, True, None)
     make_folder(folder / "checkpoints")
     lock, died = _lock(folder)
-    return Run(folder, False, lock, died)
+    return Run(folder, False, lock, died, fresh)
 
 
 def lock_holder(folder: Path) -> str | None:

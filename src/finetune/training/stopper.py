@@ -120,4 +120,5 @@ class Stopper(TrainerCallback):  # type: ignore[misc]
             exit_code, what = reason
             checkpoints = saved(self.run.checkpoints)
             goes_on = f"resumes from {checkpoints[-1].name}" if checkpoints else "starts again (no checkpoint yet)"
-            raise Stopped(exit_code, f"{what} at step {step}", f"the same command {goes_on}")
+            again = "the same command without --fresh" if self.run.fresh else "the same command"
+            raise Stopped(exit_code, f"{what} at step {step}", f"{again} {goes_on}")

@@ -124,7 +124,10 @@ def test_an_interrupted_run_says_how_it_ended_and_how_to_resume(tmp_path: Path, 
     assert told(verdicts.unfinished(run)) == (
         how,
         "warn",
-        [f"There is no final adapter yet. To resume from the newest checkpoint, repeat the command or run: {go_on}"],
+        [
+            "There is no final adapter yet. To resume from the newest checkpoint, "
+            f"repeat the command (without --fresh) or run: {go_on}"
+        ],
     )
     assert told(verdicts.safe(run)) == ("There is no final adapter", "warn", [])
 

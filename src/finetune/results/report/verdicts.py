@@ -38,8 +38,10 @@ def unfinished(run: Evidence) -> Verdict | None:
         None: f"It is still training, or was killed; its last record is from {place}.",
     }
     end = run.starts[-1]["end"] if run.starts else None
-    resume = f"There is no final adapter yet. To resume from the newest checkpoint, repeat the command or run: {again}"
-    return Verdict("This run is not finished", ways.get(end, ways[None]), "warn", [resume])
+    resume = f"To resume from the newest checkpoint, repeat the command (without --fresh) or run: {again}"
+    return Verdict(
+        "This run is not finished", ways.get(end, ways[None]), "warn", [f"There is no final adapter yet. {resume}"]
+    )
 
 
 def trained(run: Evidence) -> Verdict:
