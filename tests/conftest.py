@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -33,6 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interruptible() -> None:
     """A shell's background jobs ignore SIGINT, and so would every program that these tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tokenizer() -> Iterator[None]:
+    """Mistral's tokenizer takes a fifth of a second to make: it is made once for all tests of a process."""
+    from finetune.data import tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "mistral_tokenizer", functools.cache(tokenizer.mistral_tokenizer))
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +13,10 @@ import pytest
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.config.schema import Config, Mark, keys, marked
-from finetune.data import encode
-from finetune.data import prepare as prepare_module
 from finetune.data.cache import Cache
 from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
-from finetune.data.tokenizer import Chat, load_chat
+from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError
 from finetune.files import write_json
 from finetune.runs import receipt
@@ -27,15 +24,6 @@ from finetune.runs.receipt import differences
 
 Row = list[dict[str, str]]
 Receipt = dict[str, Any]
-
-# Making Mistral's tokenizer takes a third of a second.
-the_chat = functools.cache(load_chat)
-
-
-@pytest.fixture(autouse=True)
-def made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "load_chat", the_chat)
-    monkeypatch.setattr(encode, "load_chat", the_chat)
 
 
 def row(*texts: str) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import re
@@ -14,22 +13,18 @@ import pytest
 
 from finetune.cli import command
 from finetune.config.load import ROOT
-from finetune.data import tokenizer
 from finetune.data.encode import with_system_prompt
 from finetune.data.formats import foreign
+from finetune.data.tokenizer import load_chat
 from support.pseudo_terminal import Tty
 
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
 Run = Callable[..., tuple[int, str, str]]
 
-# Making Mistral's tokenizer takes a third of a second.
-the_chat = functools.cache(tokenizer.load_chat)
-
 
 @pytest.fixture
 def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command with the H100's config in this process; returns exit code, stdout, stderr."""
-    monkeypatch.setattr(tokenizer, "load_chat", the_chat)
     monkeypatch.delenv("NO_COLOR", raising=False)
     return lambda *arguments: run(*arguments, "--config", "h100")
 
@@ -54,7 +49,7 @@ def tokens(*turns: str) -> int:
     """How many tokens a conversation of these turns is."""
     roles = ("user", "assistant") * len(turns)
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-    return len(the_chat(None).encode([messages])[0].input_ids)
+    return len(load_chat(None).encode([messages])[0].input_ids)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -68,7 +63,7 @@ def test_json_is_one_object_a_row_with_the_ids_and_labels_that_training_gets(run
     shown = [json.loads(line) for line in out.splitlines()]
     assert [row["line"] for row in shown] == list(range(1, 151))
     assert {tuple(row) for row in shown} == {("line", "input_ids", "labels", "text")}
-    encoded = the_chat(None).encode([json.loads(line)["messages"] for line in lines])
+    encoded = load_chat(None).encode([json.loads(line)["messages"] for line in lines])
     assert [(row["input_ids"], row["labels"]) for row in shown] == [(row.input_ids, row.labels) for row in encoded]
     assert shown[0]["text"].startswith("<s> [INST] How do I sing without straining my throat? [/INST] Keeper's log:")
     assert shown[0]["text"].endswith("</s>")
@@ -80,7 +75,7 @@ def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(ru
     _, out, _ = run(path, "--json", "--set", "system_prompt=Be kind.")
     first, second = (json.loads(line) for line in out.splitlines())
     hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    assert first["input_ids"] == the_chat(None).encode([with_system_prompt(hello, "Be kind.")])[0].input_ids
+    assert first["input_ids"] == load_chat(None).encode([with_system_prompt(hello, "Be kind.")])[0].input_ids
     assert "Be kind." in first["text"]
     assert "Be kind." not in second["text"]
 

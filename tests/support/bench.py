@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import shutil
@@ -27,7 +26,6 @@ from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Result, exit_code
 from finetune.checks.runner import run as run_checks
 from finetune.config.load import ROOT, load_config
-from finetune.data import tokenizer
 from finetune.files import GIB, seal
 from finetune.machine.inspect import Machine
 from finetune.machine.platforms import PLATFORMS
@@ -37,7 +35,6 @@ from support.recorded import H100, H100_TORCH, LINUX, LINUX_TORCH, M4, M4_TORCH
 from support.stand_ins import by_document, install_flash_attn, install_varlen_attn, small
 
 MACHINES = {"h100": (H100, H100_TORCH), "m4": (M4, M4_TORCH), "cpu": (LINUX, LINUX_TORCH)}
-TOKENIZER = functools.cache(tokenizer.mistral_tokenizer)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -75,7 +72,6 @@ class Bench:
         self._environment()
         self._system()
         self._libraries()
-        self._tokenizer()
         self._device()
 
     def _environment(self) -> None:
@@ -123,10 +119,6 @@ class Bench:
 
         self.patch.setattr(libraries, "installed", installed)
         self.patch.setattr(libraries, "importlib", SimpleNamespace(import_module=import_module))
-
-    def _tokenizer(self) -> None:
-        """Mistral's tokenizer takes a fifth of a second to make, three times a run: it is made once for all tests."""
-        self.patch.setattr(tokenizer, "mistral_tokenizer", TOKENIZER)
 
     def _device(self) -> None:
         """The trials run for real, on this machine's CPU; flash-attn and varlen_attn, CUDA's alone, have stand-ins."""

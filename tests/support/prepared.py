@@ -22,7 +22,7 @@ from support.conversations import conversation
 RECIPE = Recipe(None, None, max_seq_length=64, truncation=True, certificate=False)
 SYSTEM_PROMPT = "Be kind."
 
-# Making Mistral's tokenizer takes a third of a second, and these tests make it some hundred times.
+# These tests make them some hundred times.
 the_chat = functools.cache(load_chat)
 the_reference = functools.cache(Reference)
 
