@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from finetune.cli import advice
 from finetune.errors import ConfigError
+from finetune.files import read_json
 from finetune.wording import first_line
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -48,7 +49,7 @@ def missing_weights(folder: Path) -> list[str]:
     files = [SINGLE]
     if (folder / INDEX).is_file():
         try:
-            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             return [f"{INDEX} cannot be read"]
     elif not (folder / SINGLE).is_file() and any(folder.glob("*.bin")):

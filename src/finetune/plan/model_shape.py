@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.config.base_model import MISTRAL, is_local
 from finetune.errors import ConfigError
-from finetune.files import resolve
+from finetune.files import read_json, resolve
 from finetune.machine.platforms import PLATFORMS
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def read_geometry(config: Config) -> Geometry:
 def _local_geometry(config: Config) -> Geometry:
     path = resolve(config.model.name) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except OSError as error:
         raise ConfigError(f"model.name: {path}: {error.strerror}", fix="wanted a folder with a model in it") from None
     except ValueError as error:

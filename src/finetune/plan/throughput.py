@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError
-from finetune.files import ROOT
+from finetune.files import ROOT, read_json
 from finetune.plan.automatic import used
 from finetune.plan.model_shape import Geometry
 
@@ -60,7 +59,7 @@ def find(config: Config, geometry: Geometry, folder: Path = RESULTS) -> Throughp
     for path in sorted(folder.glob("*.json")):
         shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_json(path)
             entries = document.get("throughput", [])
             for entry in (entry for entry in entries if wanted.items() <= entry.items()):
                 speeds = float(entry["tokens_per_second"]), entry["eval_tokens_per_second"]

@@ -159,7 +159,7 @@ def _checks(work: Work) -> dict[str, Any]:
 def train(work: Work) -> dict[str, Any]:
     """Run STEPS steps of src/train.py on the small base, from loading to the adapter's self-test."""
     _train(work, "whole")
-    manifest = json.loads((work.folder / "whole" / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(work.folder / "whole" / "manifest.json")
     names = ("steps", "train_loss", "eval_loss", "tokens_per_second", "peak_memory_gib")
     return {**{name: manifest[name] for name in names}, "adapter": _adapter(work, "whole")}
 

@@ -17,7 +17,7 @@ from finetune.config.schema import Config, Mark, marked
 from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import ConfigError
-from finetune.files import resolve
+from finetune.files import read_json, resolve
 from finetune.runs import warm_start
 from finetune.wording import leaves, one_line, show
 
@@ -57,11 +57,9 @@ def base_model(config: Config) -> dict[str, str | None]:
 def read(path: Path) -> dict[str, Any]:
     """A receipt that `make` made. Raises ConfigError with what is wrong where the file is none."""
     try:
-        receipt = json.loads(path.read_text(encoding="utf-8-sig"))
+        receipt = read_json(path)
     except OSError as error:
         raise _refused(path, str(error.strerror)) from None
-    except RecursionError:
-        raise _refused(path, "not JSON (nested too deep)") from None
     except ValueError as error:
         raise _refused(path, f"not JSON ({error})") from None
     if not isinstance(receipt, dict) or "schema_version" not in receipt:
