@@ -10,23 +10,12 @@ from finetune import cli
 from finetune.checks.preflight import Preflight
 from finetune.checks.runner import Check, Finding, failed, passed, warned
 from finetune.files import ROOT
+from finetune.machine.platforms import LIBRARIES
 from finetune.wording import first_line, listed
 
 if TYPE_CHECKING:
     from packaging.version import Version
 
-# A version older than the lock fails for these, since no older one was tested; any other difference is a warning.
-DECISIVE = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "mistral-common",
-)
 IMPORTED = ("torch", "numpy", "tokenizers", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "trl")
 LISTED = 5  # libraries listed in one finding; the rest are counted
 
@@ -81,7 +70,7 @@ def _versions(preflight: Preflight) -> Finding:
             continue
         plain = Version(found.public)  # 2.13.0+cpu is 2.13.0
         if plain != version:
-            (older if name in DECISIVE and plain < version else other).append(f"{name} {found} (locked: {version})")
+            (older if name in LIBRARIES and plain < version else other).append(f"{name} {found} (locked: {version})")
     if absent or older:
         parts = {"not installed": absent, "older than tested": older}
         return failed("; ".join(f"{what}: {listed(names, LISTED)}" for what, names in parts.items() if names), fix)

@@ -169,6 +169,13 @@ PLATFORMS = {
 }
 
 
+# What a run computes depends on these: the manifest has their versions, and none older than the lock's was tested.
+LIBRARIES = (
+    *("torch", "transformers", "peft", "trl", "accelerate"),
+    *("datasets", "bitsandbytes", "tokenizers", "mistral-common"),
+)
+
+
 def lays_flat(attention: str) -> bool:
     """Whether packed sequences are laid end to end; with sdpa each is a row, to avoid a mask of all tokens."""
     return attention != "sdpa"

@@ -22,7 +22,7 @@ from finetune.data.encode import Place, Statistics
 from finetune.data.prepare import Prepared
 from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
-from finetune.machine.platforms import PLATFORMS
+from finetune.machine.platforms import LIBRARIES, PLATFORMS
 from finetune.model import hub
 from finetune.runs import receipt, warm_start
 from finetune.runs.checkpoints import saved, step_of
@@ -33,22 +33,10 @@ from finetune.runs.resume import Decision
 FULL_DISK_MIB = 1
 COUNTED_ELSEWHERE = ("rows", "tokens", "supervised_tokens", "bad")  # of Statistics: below `tokens`, and as dropped_bad
 
-VERSIONED = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "tokenizers",
-    "mistral-common",
-)
-
 
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that determine what a run computes."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def git_commit() -> str | None:
