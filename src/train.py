@@ -107,7 +107,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
         outcome = trainer.train(made, config.training, watchers, steps, decision.checkpoint)
         answers = watchers.final_samples(job.model, outcome)
         show.show_answers(terminal, answers)
-        terminal.status("testing the adapter as it was saved")
+        terminal.phase("testing the adapter as it was saved")
         proof = export.write_adapter(job, untrained, record, outcome, answers)
     show.show_self_test(terminal, proof)
     show.show_finished(terminal, run.folder, outcome, job.platform.accelerated)

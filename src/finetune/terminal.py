@@ -53,6 +53,12 @@ class Terminal:
         print(f"\r{text:<{self._status}}", end="", file=self.stream, flush=True)
         self._status = len(text)
 
+    def phase(self, text: str) -> None:
+        """Begin long work: its name as the status on a terminal, as a line in a log."""
+        if not self.live:
+            self.say(text)
+        self.status(text)
+
     def progress(self, text: str) -> None:
         """Show progress: as the status on a terminal, or as a line every LOG_SECONDS in a log."""
         if self.live:

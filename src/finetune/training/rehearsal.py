@@ -114,7 +114,7 @@ def look_ahead(job: Job, decision: Decision, steps: int, left_out: bool, termina
     if over or left_out:
         config = _unrehearsed(settled(job.config, before or {}), job.geometry, capacity, None if over else terminal)
         return Outlook(Pace(), dataclasses.replace(job, config=config), None, over)
-    terminal.status("rehearsing the largest batches")
+    terminal.phase("rehearsing the largest batches")
     found = rehearse(job, job.run.folder / "rehearsal", capacity, decision.step, decision.used)
     _say(found, terminal)
     return Outlook(found.pace, dataclasses.replace(job, config=found.config), found)
