@@ -90,19 +90,16 @@ def test_the_manifest_holds_every_count_of_the_rows(prepared: tuple[Config, Prep
         assert known["rows"][name] == values
 
 
-def test_of_several_files_each_place_has_its_file(tmp_path: Path) -> None:
+def test_each_place_has_its_file(tmp_path: Path) -> None:
     row = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "Yes"}]}\n'
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     paths[0].write_text("".join(row % f"Is it {number}?" for number in range(9)))
     paths[1].write_text(row % "Is it 3?" + "{\n" + row % "Why [INST]?")
 
-    def recorded(*files: object) -> dict[str, Any]:
-        given = f"dataset.train_file=[{', '.join(map(str, files))}]"
-        config, _ = load_config("h100", [given, "dataset.validation_file=null", "dataset.on_bad_row=drop"])
-        recipe = Recipe(None, None, max_seq_length=4096, truncation=True, certificate=False)
-        return describe(config, prepare(config.dataset, recipe, True, Cache(tmp_path / "cache")), hardware={})
-
-    both = recorded(paths[0], f"{{path: {paths[1]}, weight: 2}}")
+    given = f"dataset.train_file=[{paths[0]}, {{path: {paths[1]}, weight: 2}}]"
+    config, _ = load_config("h100", [given, "dataset.validation_file=null", "dataset.on_bad_row=drop"])
+    recipe = Recipe(None, None, max_seq_length=4096, truncation=True, certificate=False)
+    both = describe(config, prepare(config.dataset, recipe, True, Cache(tmp_path / "cache")), hardware={})
     assert [(name, entry.get("weight"), entry["rows"]) for name, entry in both["data"].items()] == [
         ("train", None, 9), ("train 2", 2, 2)
     ]  # fmt: skip
@@ -110,11 +107,6 @@ def test_of_several_files_each_place_has_its_file(tmp_path: Path) -> None:
     assert both["rows"]["train"]["dropped_bad"] == [{"file": str(paths[1]), "line": 2, "found": found}]
     places = [both["rows"][name][key] for name in both["rows"] for key in ("first_copy", "first_control_token")]
     assert sorted(filter(None, places)) == [f"{paths[1]}:1", f"{paths[1]}:3"]
-    paths[0].write_text(paths[0].read_text() + paths[1].read_text())
-    one = recorded(paths[0])["rows"]
-    assert one["train"]["dropped_bad"] == [{"line": 11, "found": found}]
-    places = [one[name][key] for name in one for key in ("first_copy", "first_control_token")]
-    assert sorted(filter(None, places)) == [10, 12]
 
 
 def test_a_variable_that_decides_how_the_gpu_computes_may_not_change_on_resume(

@@ -76,7 +76,7 @@ def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> di
         "config_sha256": config.sha256(),
         "data": prepared.files,
         "tokens": {name: prepared.tokens[name] | _totals(counts) for name, counts in statistics.items()},
-        "rows": {name: _rows(counts, len(config.dataset.train_files) > 1) for name, counts in statistics.items()},
+        "rows": {name: _rows(counts) for name, counts in statistics.items()},
         "base_model": base_model(config),
         "init_adapter": {"folder": config.lora.init_from, "sha256": warm_start.digest(config)},
         "versions": versions(),
@@ -91,21 +91,18 @@ def _totals(counts: Statistics) -> dict[str, int]:
     return {"rows": counts.rows, "total": counts.tokens, "supervised": counts.supervised_tokens}
 
 
-def _rows(counts: Statistics, several_files: bool) -> dict[str, Any]:
-    """All other counts; for each bad row its line, and its file if there are several."""
-    bad = [
-        ({"file": place.file} if several_files else {}) | {"line": place.line, "found": text}
-        for place, text in counts.bad
-    ]
-    others = {name: _recorded(value, several_files) for name, value in asdict(counts).items()} | {"dropped_bad": bad}
+def _rows(counts: Statistics) -> dict[str, Any]:
+    """All other counts, and each bad row with its place."""
+    bad = [{"file": place.file, "line": place.line, "found": text} for place, text in counts.bad]
+    others = {name: _recorded(value) for name, value in asdict(counts).items()} | {"dropped_bad": bad}
     return {name: value for name, value in others.items() if name not in COUNTED_ELSEWHERE}
 
 
-def _recorded(value: Any, several_files: bool) -> Any:
-    """A place, or a pair of places, as its line, and its file if there are several."""
+def _recorded(value: Any) -> Any:
+    """A place as `file:line`, and a pair of places as a list of these."""
     if isinstance(value, Place):
-        return str(value) if several_files else value.line
-    return [_recorded(place, several_files) for place in value] if isinstance(value, tuple) else value
+        return str(value)
+    return [str(place) for place in value] if isinstance(value, tuple) else value
 
 
 def write_config(run: Run, config: Config, prepared: Prepared) -> None:

@@ -26,7 +26,7 @@ SCRIPT = ROOT / "scripts" / "make_report.py"
 def hostile(folder: Path) -> Path:
     """A run whose every free text is hostile."""
     data = {"train": {"path": HOSTILE, "sha256": HOSTILE, "rows": 3}}
-    bad = {"train": rows(100, dropped_bad=[{"line": 4, "found": HOSTILE}]), "validation": rows(10)}
+    bad = {"train": rows(100, dropped_bad=[{"file": HOSTILE, "line": 4, "found": HOSTILE}]), "validation": rows(10)}
     samples = [{"prompt": HOSTILE, "base": HOSTILE, "tuned": HOSTILE}]
     test = {"status": "fail", "checks": [{"name": HOSTILE, "status": HOSTILE, "detail": HOSTILE}]}
     texts = {"data": data, "rows": bad, "error": HOSTILE, "self_test": test, "skipped_checks": [HOSTILE]}
