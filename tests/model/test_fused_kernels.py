@@ -137,6 +137,7 @@ def test_without_a_compiler_the_run_is_refused_with_the_setting_that_does_withou
     )
 
 
+@pytest.mark.slow
 def test_where_a_compiler_fails_the_run_is_refused_with_its_own_error(
     tiny_mistral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,9 @@ def why_not(case: Case, *settings: str) -> str:
 # --- what is taken
 
 
-@pytest.mark.parametrize("precision", [(), BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param((), id="float32"), pytest.param(BFLOAT16, id="bfloat16", marks=pytest.mark.slow)]
+)
 def test_a_path_that_is_right_and_faster_is_used_and_the_table_says_so(case: Case, precision: tuple[str, ...]) -> None:
     config = case.config(*LORA, *precision)
     found = rehearsed(case, config, loaded(config))
@@ -95,6 +97,7 @@ def test_the_row_of_a_device_that_measures_again_has_gib() -> None:
     assert row == ("plain; 32 of 32 layers checkpointed", " 7,900 tokens/s  13.4 GiB  used")
 
 
+@pytest.mark.slow
 def test_true_and_false_are_not_tried_away(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "measure", lambda _: pytest.fail("tried"))
     for value in (True, False):
@@ -179,6 +182,7 @@ def test_a_path_with_another_gradient_is_not_used_also_where_the_loss_is_the_sam
     assert re.fullmatch(text, why_not(case, *LORA))
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_new_adapter_are_compared_where_b_is_not_zero(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +200,7 @@ def test_the_gradients_of_a_new_adapter_are_compared_where_b_is_not_zero(
     assert why_not(case, *LORA).startswith("not used: the gradients differ from plain by ")
 
 
+@pytest.mark.slow
 def test_a_path_that_leaves_dropout_out_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(layer: Any, compute: Any) -> torch.Tensor:
         noise = layer.lora_dropout["default"]
@@ -210,6 +215,7 @@ def test_a_path_that_leaves_dropout_out_is_not_used(case: Case, monkeypatch: pyt
     assert re.fullmatch(text, why_not(case, *LORA))
 
 
+@pytest.mark.slow
 def test_a_path_whose_dropout_is_another_where_a_layer_is_computed_again_is_not_used(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +230,7 @@ def test_a_path_whose_dropout_is_another_where_a_layer_is_computed_again_is_not_
     assert re.fullmatch(text, why_not(case, *LORA))
 
 
+@pytest.mark.slow
 def test_a_path_whose_gradient_has_other_noise_than_its_result_is_not_used(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +243,7 @@ def test_a_path_whose_gradient_has_other_noise_than_its_result_is_not_used(
     assert why_not(case, *LORA) == "not used: dropout differs in the backward pass"
 
 
+@pytest.mark.slow
 def test_a_path_that_runs_out_of_memory_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -285,6 +293,7 @@ def test_a_resumed_run_keeps_what_it_began_with_untried_and_ends_with_the_same_b
     assert same(adapter_weights(outlook.job.model), whole)
 
 
+@pytest.mark.slow
 def test_a_smaller_card_checkpoints_more_layers_and_ends_with_the_same_bits(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

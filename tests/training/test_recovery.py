@@ -92,7 +92,9 @@ def disturbed(case: Case, runs_out: dict[int, str], *settings: str) -> tuple[dic
     return ended(case, outcome, model), memory.steps
 
 
-@pytest.mark.parametrize("fused", ["false", "true"], ids=["PEFT's LoRA", "fused LoRA"])
+@pytest.mark.parametrize(
+    "fused", [pytest.param("false", id="PEFT's LoRA", marks=pytest.mark.slow), pytest.param("true", id="fused LoRA")]
+)
 def test_memory_that_runs_out_in_any_micro_batch_changes_no_bit_of_the_run(case: Case, fused: str) -> None:
     lora, chance = f"training.fused_lora={fused}", random.Random(fused)
     whole = undisturbed(case, lora)

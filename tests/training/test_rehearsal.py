@@ -178,7 +178,9 @@ def trained(case: Case, config: Config, rehearsal_first: bool, checkpoint: Path 
     return {"logged": logged, "adapter": adapter_weights(model)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "packed" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_a_run_after_a_rehearsal_has_the_same_bits_as_one_without_also_where_it_goes_on(case: Case, kind: str) -> None:
     config = case.config(*DROPOUT, "training.save_steps=2", *KINDS[kind])
     without = trained(case, config, rehearsal_first=False)

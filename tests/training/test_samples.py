@@ -184,7 +184,7 @@ def test_the_adapter_has_the_same_bits_with_and_without_samples(case: Case) -> N
     assert torch.equal(random_state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_between_two_tokens_saves_the_step_and_a_resume_has_the_same_bits(
     case: Case, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "prediction_step", prediction_step)
 
 
+@pytest.mark.slow
 def test_after_a_signal_in_an_evaluation_the_same_command_evaluates_first_to_the_same_bits(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def counted(checkpoint: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_micro_batch_discards_its_step_and_a_resume_has_the_same_bits(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

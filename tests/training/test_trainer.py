@@ -191,7 +191,10 @@ def test_the_last_step_is_evaluated_and_saved_whatever_the_intervals(case: Case)
     assert [line.split(":")[0] for line in printed.splitlines()] == ["step 0/3", "step 3/3", "step 3/3"]
 
 
-@pytest.mark.parametrize(("steps", "accumulation"), [(3, 1), (4, 64)], ids=["inside an epoch", "at the end of one"])
+@pytest.mark.parametrize(
+    ("steps", "accumulation"),
+    [pytest.param(3, 1, id="inside an epoch"), pytest.param(4, 64, id="at the end of one", marks=pytest.mark.slow)],
+)
 def test_a_training_that_had_ended_but_was_not_exported_ends_the_same_when_resumed(
     case: Case, steps: int, accumulation: int
 ) -> None:
