@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from finetune.config.base_model import is_local
 from finetune.config.schema import Config, ModelConfig, QuantizationConfig
 from finetune.data.tokenizer import Chat
-from finetune.errors import CheckFailed, OutOfResource
+from finetune.errors import CheckFailed, ConfigError, OutOfResource, UserError
 from finetune.files import resolve, shown
 from finetune.machine.platforms import quantized_on
 from finetune.model import attention, packed_base
@@ -150,7 +150,7 @@ def _source(model: ModelConfig) -> str:
 def _kept_or_quantized(
     model: ModelConfig, quantization: QuantizationConfig, folder: Path, report: Report
 ) -> PreTrainedModel:
-    """Load the packed base that is kept in `folder`, or quantize it on the CPU and keep it there."""
+    """Load the packed base that is kept in `folder`, or quantize it on the CPU and keep it there if possible."""
     started, cache = time.monotonic(), packed_base.cache_in(folder, report)
     here = is_local(model.name) or is_cached(model.name, model.revision)
     base = None if here else _quantized(model, quantization, "cpu", report)  # the key depends on what this downloads
@@ -159,13 +159,15 @@ def _kept_or_quantized(
         nonlocal base
         if base is None:
             base = _quantized(model, quantization, "cpu", report)
-        try:
-            base.save_pretrained(entry)
-        except SafetensorError as error:  # its own error for a full disk
-            raise OutOfResource(f"the packed base cannot be saved: {first_line(error)}", "free some space") from None
+        base.save_pretrained(entry)
         return {"base": model.name, "revision": model.revision}
 
-    kept, _ = cache.entry(packed_base.key(model, quantization), fill)
+    try:
+        kept, _ = cache.entry(packed_base.key(model, quantization), fill)
+    except (ConfigError, OutOfResource, OSError, SafetensorError) as error:  # of the folder, or of a full disk
+        why = error.found if isinstance(error, UserError) else first_line(error)
+        report.warn(f"the packed base cannot be kept in {shown(folder)} ({why}): each start will quantize it")
+        return base if base is not None else _quantized(model, quantization, "cpu", report)
     took = duration(time.monotonic() - started)
     if base is not None:
         report.decision("packed base", f"quantized on the CPU in {took}, and kept in {shown(kept)} for later starts")
