@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from finetune.data.tokenizer import Chat
 from finetune.files import resolve
 from finetune.model.generate import reply_to
 from finetune.results import chat
@@ -29,6 +33,14 @@ from finetune.wording import SILENT
 
 QUESTION, LIMIT = '"Your question"', 200  # what the card asks, and the tokens that it waits for
 BEGINNING = 20  # tokens, by which the base's answer differs from the adapter's
+TOKENS = """
+import json, urllib.request
+def post(path, **body):
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+    return json.load(urllib.request.urlopen(request))
+prompt = post("/apply-template", messages=messages)["prompt"]
+print(json.dumps(post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]))
+"""  # run after the card's code for llama.cpp
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # else pip takes CUDA's, of gigabytes, on Linux
 
 
@@ -79,41 +91,71 @@ class Client:
         return self.run("python", "-c", text.replace(QUESTION, json.dumps(question))).strip()
 
 
-def ours(found: adapter.Adapter, question: str) -> dict[str, str]:
-    """What this program's own chat answers, cut where the card's code cuts; of the base, how its answer begins."""
-    talk = chat.begin(found, None, SILENT)
-    prompt = talk.encoded(talk.with_question(question))
-    tuned = reply_to(talk.model, talk.chat, [prompt], LIMIT) or []
-    with talk.model.disable_adapter():
-        base = reply_to(talk.model, talk.chat, [prompt], BEGINNING) or []
+def answers(model: PeftModel, chat: Chat, prompt: list[int]) -> dict[str, str]:
+    """The greedy answer, cut where the card's code cuts; of the base alone, how its answer begins."""
+    tuned = reply_to(model, chat, [prompt], LIMIT) or []
+    with model.disable_adapter():
+        base = reply_to(model, chat, [prompt], BEGINNING) or []
     return {"tuned": tuned[0].text, "base": base[0].text}
 
 
-def plain(found: adapter.Adapter, question: str, folder: Path) -> dict[str, Any]:
-    """PEFT and transformers alone: seconds to install, to answer, and the answer."""
-    install, code, *_ = blocks((found.folder / "README.md").read_text(encoding="utf-8"))
-    client = Client(folder, found.folder, resolve(found.config.model.name))
+def in_float32(found: adapter.Adapter) -> PeftModel:
+    """The adapter on the base in float32, not quantized, by PEFT: what llama.cpp computes in other numbers."""
+    base = AutoModelForCausalLM.from_pretrained(resolve(found.config.model.name), dtype=torch.float32)
+    return PeftModel.from_pretrained(base, found.folder)
+
+
+def plain(client: Client, install: Block, code: Block, question: str) -> dict[str, Any]:
+    """What PEFT and transformers alone answer, and the seconds to install them and to answer."""
     begun = time.monotonic()
     client.install(install)
     installed = time.monotonic()
     said = client.answer(code, question=question)
-    times = {"install_seconds": installed - begun, "answer_seconds": time.monotonic() - installed}
     return {
         "lines": [install.text, code.text],
         "answer": said,
-        **{key: round(value, 1) for key, value in times.items()},
+        "install_seconds": round(installed - begun, 1),
+        "answer_seconds": round(time.monotonic() - installed, 1),
     }
+
+
+def llama_cpp(client: Client, install: Block, code: Block, question: str) -> dict[str, Any]:
+    """The same of llama.cpp, which includes both conversions, and the token ids that it made of the prompt."""
+    result = plain(client, install, Block(code.language, code.text + TOKENS), question)
+    said, _, prompt = result["answer"].rpartition("\n")
+    return result | {"lines": [install.text, code.text], "answer": said, "prompt": json.loads(prompt)}
+
+
+def same_tokens(chat: Chat, expected: str, found: str) -> int:
+    """How many tokens `expected` has up to where `found` differs."""
+    ids = chat.tokenizer.encode(expected, add_special_tokens=False).ids
+    counts = (count for count in range(len(ids), 0, -1) if found.startswith(chat.tokenizer.decode(ids[:count])))
+    return next(counts, 0)
+
+
+def measure(found: adapter.Adapter, question: str, folder: Path) -> dict[str, Any]:
+    """Each client's answer beside what is expected of it."""
+    talk = chat.begin(found, None, SILENT)
+    prompt = talk.encoded(talk.with_question(question))
+    result: dict[str, Any] = {"question": question, "prompt": prompt, "ours": answers(talk.model, talk.chat, prompt)}
+    result["float32"] = answers(in_float32(found), talk.chat, prompt)
+    code = iter(blocks((found.folder / "README.md").read_text(encoding="utf-8")))
+    for run in (plain, llama_cpp):
+        (folder / run.__name__).mkdir()
+        client = Client(folder / run.__name__, found.folder, resolve(found.config.model.name))
+        result[run.__name__] = run(client, next(code), next(code), question)
+    llama = result["llama_cpp"]
+    return result | {"same_tokens": same_tokens(talk.chat, result["float32"]["tuned"], llama["answer"])}
 
 
 def main() -> None:
     parser = machine.parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run, its base in a folder too")
-    parser.add_argument("--question", default="How do I make a good cup of tea?")
+    parser.add_argument("--question", default="What color is grass?")
     options = parser.parse_args()
     found = adapter.find(str(options.run), [], Terminal(json=True))
-    result: dict[str, Any] = {"question": options.question, "ours": ours(found, options.question)}
     with tempfile.TemporaryDirectory() as folder:
-        result["plain"] = plain(found, options.question, Path(folder))
+        result = measure(found, options.question, Path(folder))
     print(json.dumps(result, indent=2))
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     machine.write(

@@ -266,10 +266,25 @@ def test_the_code_names_base_commit_dtype_and_how_the_base_was_quantized(h100: C
 def test_pips_line_has_the_runs_versions_and_leaves_the_build_of_torch_to_pip(h100: Config) -> None:
     line = "pip install torch==2.10.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 bitsandbytes==0.50.2\n"
     assert f"\n```sh\n{line}```\n" in model_card(h100, MANIFEST)
+    line = "pip install torch==2.10.0 transformers==5.23.0 sentencepiece xllamacpp==2026.10.11549\n"
+    assert f"\n```sh\n{line}pip download " in model_card(h100, MANIFEST)
+
+
+def test_llama_cpp_reads_no_more_than_the_run_and_the_base_is_named(h100: Config, local: Config) -> None:
+    text = model_card(h100, MANIFEST)
+    assert f"\nparams.n_ctx = {h100.model.max_seq_length}\n" in text
+    fetched = f", as `hf download {MISTRAL} --revision {REVISION} --local-dir BASE` writes it. "
+    assert f"BASE the folder of the base model{fetched}" in text
+    text = model_card(local, MANIFEST | {"base_model": {"name": "my-base", "revision": None}})
+    assert "BASE the folder of the base model. " in text
 
 
 def test_the_card_names_the_clients_that_no_test_has_run(h100: Config) -> None:
-    named = "Not run by its tests: llama.cpp, vLLM, `transformers serve`, Ollama, text-generation-inference."
+    named = (
+        "Not run by its tests: `llama-cli` and `llama-server` (which take the same files: `-m base.gguf --lora "
+        "adapter.gguf --chat-template-file ADAPTER/chat_template.jinja`), vLLM, `transformers serve`, Ollama, "
+        "text-generation-inference."
+    )
     assert named in " ".join(model_card(h100, MANIFEST).split())
 
 
@@ -295,7 +310,7 @@ def test_no_name_ends_the_header_or_the_markdown_around_it(text: str, local: Con
     page, wanted = Page(body(card)), Page(body(plain))
     assert [page.kinds[kind] - wanted.kinds[kind] for kind in ("html_block", "html_inline", "link_open")] == [0, 0, 0]
     assert page.kinds["tr_open"] == wanted.kinds["tr_open"] and page.kinds["td_open"] == wanted.kinds["td_open"]
-    assert page.titles[1:] == wanted.titles[1:] and len(page.titles) == 6
+    assert page.titles[1:] == wanted.titles[1:] and len(page.titles) == 8
     name = " ".join(clean(text).split())
     assert page.titles[0] == name
     assert page.spans.count(name) == 5  # the base, its commit, a target module, and twice in the self-test
@@ -317,7 +332,7 @@ class Page:
 def test_the_code_of_a_base_with_any_name_is_still_python_that_loads_it(local: Config) -> None:
     for text in HOSTILE:
         card = model_card(local, MANIFEST | {"base_model": {"name": text, "revision": None}})
-        [(_, code)] = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.DOTALL | re.MULTILINE)
+        (_, code), _ = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.DOTALL | re.MULTILINE)
         [line] = [line for line in code.splitlines() if line.startswith("base = ")]
         names: dict[str, Any] = {}
         exec(line, names)
@@ -338,7 +353,7 @@ def test_the_cards_code_reads_control_tokens_in_a_message_as_text_like_the_train
     chat: Chat, h100: Config, tmp_path: Path
 ) -> None:
     make_tokenizer(chat, "right").save_pretrained(tmp_path)
-    [code] = re.findall(r"^```python\n(.*?)^```$", model_card(h100, MANIFEST), re.DOTALL | re.MULTILINE)
+    code, _ = re.findall(r"^```python\n(.*?)^```$", model_card(h100, MANIFEST), re.DOTALL | re.MULTILINE)
     [encode] = re.findall(r"^def encode.*?^    return ids$", code, re.DOTALL | re.MULTILINE)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     names: dict[str, Any] = {"re": re, "tokenizer": tokenizer}

@@ -7,6 +7,7 @@ that is not known. What a person or a file was named stands in code spans, where
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from finetune.runs.checkpoints import BEST
 from finetune.wording import clean
 
 LICENSE = "apache-2.0"  # Mistral-7B-Instruct-v0.2's
-CLIENT = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # all that the card's code needs
+PEFT = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # all that the card's code for PEFT needs
+CONVERTERS = ("torch", "transformers")  # of those, what llama.cpp's converters need
+LLAMA_CPP = "2026.10.11549"  # the release of xllamacpp that benchmarks/foreign_clients.py was run with
+SAME_TOKENS = 40  # of llama.cpp's answer, at least
 
 
 def model_card(config: Config, manifest: dict[str, Any]) -> str:
@@ -40,7 +44,10 @@ def model_card(config: Config, manifest: dict[str, Any]) -> str:
         "base": str(manifest["base_model"]["name"]),
         "revision": config.model.revision if hub else None,
         "config": config,
-        "installed": _requirements(manifest["versions"]),
+        "installed": _requirements(manifest["versions"], PEFT),
+        "converters": f"{_requirements(manifest['versions'], CONVERTERS)} sentencepiece xllamacpp=={LLAMA_CPP}",
+        "llama_cpp": LLAMA_CPP,
+        "same_tokens": SAME_TOKENS,
         "computed": in_words(manifest),
         "settings": [(path, get_config_value(tree, path)) for path in marked(Mark.IN_CARD)],
     }
@@ -84,9 +91,9 @@ def hub_base(config: Config) -> str | None:
     return MISTRAL if config.model.revision is not None and commit == [config.model.revision] else None
 
 
-def _requirements(versions: dict[str, str]) -> str:
+def _requirements(versions: dict[str, str], names: Sequence[str]) -> str:
     """What pip installs to use the adapter, in the run's versions; which build of torch, as in +cpu, is left to pip."""
-    return " ".join(f"{name}=={versions[name].partition('+')[0]}" for name in CLIENT)
+    return " ".join(f"{name}=={versions[name].partition('+')[0]}" for name in names)
 
 
 def _cards() -> Environment:
