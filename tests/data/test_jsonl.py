@@ -320,7 +320,7 @@ def test_a_damaged_gzip_is_a_data_error_that_says_how_far_it_was_read(
     with open_lines(path) as stream, pytest.raises(DataError) as caught:
         list(read_lines(stream))
     assert str(caught.value) == (
-        f"{path}: the gzip is damaged or cut short after line 0; copy the file again; gzip -t FILE tests it"
+        f"{path}: the gzip is damaged or cut short after line 0; copy the file again; gzip -t {path} tests it"
     )
 
 

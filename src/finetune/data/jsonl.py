@@ -96,8 +96,13 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
             if line.strip():
                 yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        damage = f"the gzip is damaged or cut short after line {number}"
-        raise DataError(f"{stream.name}: {damage}", "copy the file again; gzip -t FILE tests it") from None
+        raise damaged_gzip(Path(stream.name), f" after line {number}") from None
+
+
+def damaged_gzip(path: Path, where: str = "") -> DataError:
+    """What to say of a gzip that cannot be unpacked, and what to type."""
+    fix = f"copy the file again; gzip -t {quoted(path)} tests it"
+    return DataError(f"{path}: the gzip is damaged or cut short{where}", fix)
 
 
 def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune.data.formats.shapes import shape_of
-from finetune.data.jsonl import GZIP, BadRow, open_lines, parse_json, read_lines, unique_keys
+from finetune.data.jsonl import GZIP, BadRow, damaged_gzip, open_lines, parse_json, read_lines, unique_keys
 from finetune.errors import DataError
 from finetune.wording import counted
 
@@ -74,11 +74,7 @@ class Container:
             found = f"{self.path} is not {self.encoding} (byte 0x{error.object[error.start]:02x})"
             raise DataError(found, iconv("WINDOWS-1252", self.path)) from None
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            raise _damaged_gzip(self.path) from None
-
-
-def _damaged_gzip(path: Path) -> DataError:
-    return DataError(f"{path}: the gzip is damaged or cut short", "copy the file again; gzip -t FILE tests it")
+            raise damaged_gzip(self.path) from None
 
 
 def iconv(encoding: str, path: Path) -> str:
@@ -97,7 +93,7 @@ def recognize(path: Path) -> Container:
         try:
             head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, HEAD_BYTES)
         except zlib.error:
-            raise _damaged_gzip(path) from None
+            raise damaged_gzip(path) from None
     for start, (what, advice) in UNREAD.items():
         if head.startswith(start):
             raise DataError(f"{path} is {what}", advice.format(file=shlex.quote(str(path))))
