@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,19 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         converted(str(FILES / "lists.jsonl"), tmp_path)
     assert caught.value.found == f"{tmp_path / 'made.jsonl'} already exists, and nothing is overwritten"
     assert (tmp_path / "made.jsonl").read_text() == "mine"
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    output, source = tmp_path / "made.jsonl", open_source(str(FILES / "lists.jsonl"))
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        yield from source.rows()
+        output.write_text("mine")
+
+    with pytest.raises(ConfigError) as caught:
+        convert(replace(source, rows=rows), {"train": output}, Options())
+    assert caught.value.found == f"{output} already exists, and nothing is overwritten"
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_folder_and_a_place_that_cannot_be_written_are_config_errors(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def convert(source: Source, outputs: dict[str, Path], options: Options) -> Accou
                 raise _nothing_for(path, account)
         for stream in streams.values():
             stream.close()  # before any file is renamed: what is not on the disk yet may not fit
+        for path in outputs.values():
+            _refuse_taken(path)  # it may have been written meanwhile
         for name, path in outputs.items():
             Path(streams[name].name).rename(path)
     return account
