@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays in one process; so does a folder whose files share what took long to make."""
+    """For pytest-xdist: a file stays in one process; so do tests that share what took long to make."""
     for item in items:
         folder = item.path.parent
         shared = folder.name in ("container", "faults")
-        item.add_marker(pytest.mark.xdist_group(str((folder if shared else item.path).relative_to(ROOT))))
+        group = str((folder if shared else item.path).relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group("taught" if "taught" in getattr(item, "fixturenames", ()) else group))
 
 
 @pytest.fixture(scope="session", autouse=True)
