@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from support.bench import Bench
+from support.web import served
 
 ERROR_CODES = {401: "GatedRepo", 403: "GatedRepo", 404: "RevisionNotFound"}
 
@@ -25,16 +25,11 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", ERROR_CODES[status])
         self.end_headers()
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="session")
 def hub_url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served(Answers) as server:
+        yield server
 
 
 @pytest.fixture

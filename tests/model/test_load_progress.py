@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from finetune.model import load_progress
 from finetune.model.load import load_base
 from finetune.model.load_progress import download_bar, layers_reported
 from finetune.wording import Report
+from support.web import served
 
 SIZE = 3_000_000
 
@@ -57,18 +57,13 @@ class Files(SimpleHTTPRequestHandler):
         for _ in range(5):
             self.wfile.write(bytes(SIZE // 5))
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/model.safetensors"
-        server.shutdown()
+    with served(Files) as server:
+        yield f"{server}/model.safetensors"
 
 
 def test_the_hubs_own_download_reports_bytes_of_all_and_draws_nothing(

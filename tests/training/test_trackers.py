@@ -9,12 +9,11 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.training.trackers import TensorBoard, Wandb, make_trackers
 from support.tracked import training
+from support.web import served
 
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
 KNOWN = {"WANDB_API_KEY": "k" * 40, "NETRC": "/nonexistent", "no_proxy": "127.0.0.1"}  # somebody with an account
@@ -236,20 +236,13 @@ class Failing(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, *_args: Any) -> None:
-        pass
-
 
 @contextmanager
 def serving(failing: str | None = None) -> Iterator[str]:
     """The address of a Failing server; after the block nobody listens there."""
     Failing.failing, Failing.losses = failing, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(Failing) as server:
+        yield server
 
 
 @pytest.mark.slow
