@@ -52,7 +52,7 @@ def _keys(preflight: Preflight) -> Finding:
     if counts:
         unread = [f"{key!a} in {counted(count, 'row')}" for key, count in counts.most_common()]
         found.append(f"ignored keys: {listed(unread, LISTED_KEYS)}")
-    return warned("; ".join(found), "nothing, if intended; training reads only messages")
+    return warned("; ".join(found), "nothing, if intended" + ("; training reads only messages" if counts else ""))
 
 
 def _lengths(preflight: Preflight) -> Finding:
