@@ -637,7 +637,7 @@ def test_wandb_without_a_key_asks_nothing_and_logs_offline_beside_tensorboard(
     done = command("--set", "tracking.report_to=wandb", "--set", "training.max_steps=2")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "output" / "run"
-    later = f"wandb sync {folder}/wandb/offline-run-*"
+    later = f"{Path(PYTHON).with_name('wandb')} sync {folder}/wandb/offline-run-*"
     assert f"tracking: wandb is offline (no WANDB_API_KEY); to upload later: {later}" in done.stdout.splitlines()
     assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
     assert len(list(folder.glob("tensorboard/events.out.tfevents.*"))) == 1

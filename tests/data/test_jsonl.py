@@ -368,7 +368,8 @@ def test_a_file_without_permission_is_a_config_error_with_what_to_type(tmp_path:
     path.touch(mode=0)
     with as_nobody():
         assert refused(path) == (
-            f"FILE: Permission denied; make it readable: chmod u+r '{path}', with sudo where it is another user's"
+            f"FILE: Permission denied; make it readable: chmod u+r '{path}', "
+            f"or if it is another user's: sudo chmod a+r '{path}'"
         ).replace(str(path), "FILE")
 
 

@@ -303,7 +303,7 @@ ARCHES = (
 )
 MARKS = "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2"
 SPACE = "free some, --set training.save_total_limit=1, or --set output.dir=FOLDER on another disk"
-SYNC = "wandb sync adapters/RUN/wandb/offline-run-* sends it later"
+SYNC = f"{Path(PYTHON).with_name('wandb')} sync adapters/RUN/wandb/offline-run-* sends it later"
 FILES = "TensorBoard files and metrics.jsonl are written"
 APART = "30 to train on, 10 held out (no validation file: 25% of the rows, chosen by content, are held out)"
 NEW_HOME = "export USER=trainer HOME=/tmp/trainer; mkdir -p $HOME"

@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,15 +20,18 @@ from typing import Any
 import psutil
 import pytest
 
+from finetune.cli import PYTHON
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.errors import Stopped
+from finetune.files import ROOT
 from finetune.runs.folder import Run
 from finetune.terminal import Terminal
 from finetune.training.trackers import TensorBoard, Wandb, make_trackers
 from support.tracked import training
 from support.web import served
 
+WANDB = Path(PYTHON).with_name("wandb")
 KEYS = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR", "WANDB_SILENT", "TENSORBOARD_LOGGING_DIR")
 KNOWN = {"WANDB_API_KEY": "k" * 40, "NETRC": "/nonexistent", "no_proxy": "127.0.0.1"}  # somebody with an account
 
@@ -84,7 +86,7 @@ def wandb_variables(run: Run, mode: str | None) -> dict[str, str | None]:
 
 
 def offline(run: Run, reason: str) -> str:
-    return f"tracking: wandb is offline ({reason}); to upload later: wandb sync {run.folder}/wandb/offline-run-*\n"
+    return f"tracking: wandb is offline ({reason}); to upload later: {WANDB} sync {run.folder}/wandb/offline-run-*\n"
 
 
 def test_no_tracker_sets_nothing_of_wandb(nobody: Run) -> None:
@@ -257,7 +259,7 @@ def test_a_server_that_refuses_or_hangs_is_left_alone_within_seconds(
     assert process.returncode == 0, output
     told = [line for line in output.splitlines() if "wandb is offline" in line]
     assert len(told) == 2 and told[0] == told[1]  # when it is found, and at the end
-    assert told[1].endswith(f"to upload later: wandb sync {tmp_path}/run/wandb/offline-run-*")
+    assert told[1].endswith(f"to upload later: {WANDB} sync {tmp_path}/run/wandb/offline-run-*")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
     assert time.monotonic() - started < 60
@@ -273,7 +275,7 @@ def synced(line: str) -> list[float]:
     """The losses that a server gets when this is typed."""
     with serving() as address:
         surroundings = {**os.environ, **KNOWN, "WANDB_BASE_URL": address}
-        subprocess.run([sys.executable, "-m", *line.split()], env=surroundings, check=True, timeout=60)
+        subprocess.run(line.split(), cwd=ROOT, env=surroundings, check=True, timeout=60)
     return Failing.losses
 
 
@@ -327,7 +329,7 @@ def test_a_server_that_fails_after_the_start_can_be_sent_everything_later(
         finally:
             process.kill()
     assert process.returncode == exit_code, output
-    sync = f"wandb sync --include-online {next((tmp_path / 'run' / 'wandb').glob('run-*'))}"
+    sync = f"{WANDB} sync --include-online {next((tmp_path / 'run' / 'wandb').glob('run-*'))}"
     told = [line for line in output.splitlines() if "wandb" in line]
     assert told == [f"tracking: some wandb data was not uploaded ({reason}); to upload it: {sync}"]
     assert synced(sync) == losses(tmp_path / "run")

@@ -47,7 +47,7 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
             is_gzip = stream.read(len(GZIP)) == GZIP
         return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
     except PermissionError as error:
-        fix = f"make it readable: chmod u+r {quoted(path)}, with sudo where it is another user's"
+        fix = f"make it readable: chmod u+r {quoted(path)}, or if it is another user's: sudo chmod a+r {quoted(path)}"
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=fix) from None
     except OSError as error:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None

@@ -19,7 +19,7 @@ from finetune.errors import ConfigError
 from finetune.files import read_json, resolve, sha256, shown
 from finetune.plan.model_shape import Geometry
 from finetune.runs.adapter import CONFIG, WEIGHTS
-from finetune.wording import first_line, listed
+from finetune.wording import counted, first_line, listed
 
 TEMPLATE = "chat_template.jinja"
 FIX = "name the folder of a finished run of this base with these settings, or null for a new adapter"
@@ -96,18 +96,19 @@ def _template(folder: Path, template: str) -> Iterator[str]:
         yield f"it has no {TEMPLATE}: how its conversations were written is not known"
         return
     if theirs != template:
-        yield f"its {TEMPLATE} is another than the run's"
+        yield f"its {TEMPLATE} differs from the run's"
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]], lora: LoraConfig, geometry: Geometry) -> Iterator[str]:
     wanted = dict(_wanted(lora, geometry))
-    for what, names in (("lacks", wanted.keys() - shapes.keys()), ("has besides", shapes.keys() - wanted.keys())):
+    for what, names in (("lacks", wanted.keys() - shapes.keys()), ("also has", shapes.keys() - wanted.keys())):
         if names:
             yield f"it {what} {listed(sorted(names), 1)}"
     other = sorted(name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name])
     if other:
         first = other[0]
-        yield f"{len(other)} tensors have another shape, the first {first}: {shapes[first]}, wanted {wanted[first]}"
+        differ = counted(len(other), "tensor")
+        yield f"{differ} of another shape, the first {first}: {shapes[first]}, wanted {wanted[first]}"
 
 
 def _wanted(lora: LoraConfig, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune.cli import advice
+from finetune.cli import PYTHON, advice
 from finetune.model.hub import PROBE_SECONDS
 
 NO_KEY, KEY_FILE = "no WANDB_API_KEY", "WANDB_API_KEY_FILE"
@@ -58,5 +58,6 @@ def wandb_sync(run: Path | str, online: str | None = None) -> str:
 
     A Docker host has only the image's wandb.
     """
-    wandb = advice("wandb", 'docker compose run --rm --env WANDB_API_KEY --entrypoint "as-owner wandb" demo')
+    native = str(Path(PYTHON).with_name("wandb"))
+    wandb = advice(native, 'docker compose run --rm --env WANDB_API_KEY --entrypoint "as-owner wandb" demo')
     return f"{wandb} sync {f'--include-online {run}/wandb/{online}' if online else f'{run}/wandb/offline-run-*'}"
