@@ -51,6 +51,19 @@ def test_a_folder_without_data_is_a_config_error(tmp_path: Path) -> None:
     assert caught.value.found.startswith(f"{tmp_path}: no folder that `datasets` can read: ")
 
 
+def test_of_several_configurations_all_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines(tmp_path / f"{name}.jsonl", ROWS)
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("a", "b"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(ConfigError) as caught:
+        open_source(str(tmp_path))
+    assert caught.value.problems == (
+        f"{tmp_path}: no folder that `datasets` can read: Config name is missing. Please pick one among the available "
+        "configs: ['a', 'b']; name a file in it",
+    )
+
+
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_a_config_error_with_the_way_round() -> None:
     code = "import sys; from finetune.data.formats.sources import open_source; open_source('owner/name')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}

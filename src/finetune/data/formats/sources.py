@@ -61,11 +61,17 @@ def _of_datasets(name: str, folder: Path | None) -> Source:
         where = "no data set that the Hub gives" if folder is None else "no folder that `datasets` can read"
         load = f"download it first: hf download --repo-type dataset {name} --local-dir FOLDER"
         fix = "name a file in it" if folder else f"name a file, or {load}"
-        raise ConfigError(f"{name}: {where}: {first_line(error)}", fix=fix) from None
+        raise ConfigError(f"{name}: {where}: {_said(error)}", fix=fix) from None
     others = ", ".join(other for other in found if other != split)
     left = f" (left out: {others})" if others else ""
     what = f"{'a data set of the Hub' if folder is None else 'a folder of `datasets`'}, split {split}{left}"
     return Source(what, lambda: enumerate(found[split], 1), first, "row")
+
+
+def _said(error: Exception) -> str:
+    """What `datasets` says: the first line, and the second where that has the names of the configurations."""
+    choices = [line for line in str(error).splitlines()[1:2] if "configs: " in line]
+    return " ".join([first_line(error), *choices])
 
 
 def _load(name: str, folder: Path | None) -> datasets.DatasetDict | datasets.IterableDatasetDict:
