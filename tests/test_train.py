@@ -370,6 +370,7 @@ def test_the_plan_was_what_happened(finished: Finished) -> None:
     assert plan["steps_per_epoch"] == pytest.approx(STEPS / share, abs=1)
 
 
+@pytest.mark.slow
 def test_checks_that_are_left_out_are_named_in_the_manifest_and_not_made(finished: Finished, tmp_path: Path) -> None:
     command = Command(finished.command.base, finished.command.train_file, tmp_path / "output")
     done = command("--skip", "host,rehearsal")
@@ -380,6 +381,7 @@ def test_checks_that_are_left_out_are_named_in_the_manifest_and_not_made(finishe
     assert finished.manifest["skipped_checks"] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_chooses_its_checkpointed_layers_has_the_same_bits_and_records_the_number(
     finished: Finished, tmp_path: Path
 ) -> None:
@@ -474,6 +476,7 @@ def interrupted(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return Interrupted(command, process.returncode, lines)
 
 
+@pytest.mark.slow
 def test_fresh_makes_a_run_beside_the_finished_one_and_leaves_that_alone(
     finished: Finished, interrupted: Interrupted
 ) -> None:
@@ -513,6 +516,7 @@ def test_a_plain_command_goes_on_from_where_ctrl_c_stopped_to_the_same_bits_as_a
     assert starts == [(0, interrupted.step, "stopped"), (interrupted.step, STEPS, "complete")]
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_an_adapter_has_its_eval_loss_first_and_goes_on_from_there(
     finished: Finished, tmp_path: Path
 ) -> None:
@@ -543,6 +547,7 @@ def test_a_run_that_begins_with_an_adapter_has_its_eval_loss_first_and_goes_on_f
     assert manifest["self_test"]["status"] == "pass"
 
 
+@pytest.mark.slow
 def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
     interrupted: Interrupted, tmp_path: Path
 ) -> None:
@@ -589,6 +594,7 @@ def test_an_output_folder_that_cannot_be_made_is_exit_2(finished: Finished, tmp_
         )
 
 
+@pytest.mark.slow
 def test_a_base_without_weights_is_exit_3_and_leaves_no_run_folder(finished: Finished, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()

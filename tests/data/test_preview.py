@@ -52,7 +52,7 @@ odd_texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip) 
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.tuples(odd_texts, odd_texts), min_size=1, max_size=5), width=st.integers(50, 120))
 def test_a_preview_of_any_row_fits_its_width_on_one_safe_line(
     tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]], width: int

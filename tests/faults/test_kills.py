@@ -17,6 +17,7 @@ STOPS = 20 if NIGHTLY else 4
 SPREAD = 8
 
 
+@pytest.mark.slow
 def test_a_run_in_a_forked_program_is_to_the_bit_the_run_of_a_real_start(whole: Whole, tmp_path: Path) -> None:
     command = whole.command.at(tmp_path / "output")
     done = command.really()

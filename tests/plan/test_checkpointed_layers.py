@@ -78,8 +78,8 @@ def machine(static: float, factor: float, capacity: float) -> tuple[Callable[[in
     return measure, made
 
 
-@pytest.mark.parametrize("static", [0.0, 4.0, 20.0])
-@pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.1, 2.0])
+@pytest.mark.parametrize("static", [0.0, 20.0])
+@pytest.mark.parametrize("factor", [0.5, 1.1, 2.0])
 def test_trials_find_the_fewest_layers_that_fit_however_far_the_formula_is_off(static: float, factor: float) -> None:
     measure, made = machine(static, factor, 79.0)
     found = by_trials(load(AUTO), MISTRAL_7B, 79.0, measure)

@@ -315,6 +315,7 @@ def ticks() -> Callable[[], float]:
     return itertools.count(step=100.0).__next__
 
 
+@pytest.mark.slow
 def test_a_budget_stops_the_run_and_the_same_command_goes_on_to_the_bits_of_one_without(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

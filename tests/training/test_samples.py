@@ -174,6 +174,7 @@ def test_a_line_of_the_terminal_is_cut_and_cannot_steer_it() -> None:
     assert samples_module._new_best(7, {**sample, "tuned": " "}).endswith("-> (nothing)")
 
 
+@pytest.mark.slow
 def test_the_adapter_has_the_same_bits_with_and_without_samples(case: Case) -> None:
     with_samples = adapter_weights(Start(case)()[1])
     random_state = torch.get_rng_state()

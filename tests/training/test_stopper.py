@@ -175,6 +175,7 @@ def test_a_signal_in_a_micro_batch_discards_its_step_and_a_resume_has_the_same_b
         assert ended(later, *later.train(*ACCUMULATED, checkpoint=checkpoint)[:2]) == whole
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_step_after_a_save_writes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*ACCUMULATED, "training.save_steps=4")
     signalled_in_micro_batch(monkeypatch, 2, 4)

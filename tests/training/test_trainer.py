@@ -136,6 +136,7 @@ def test_a_resume_goes_on_with_the_devices_own_random_numbers_bit_identically(
     assert same(adapter_weights(model), adapter_weights(whole))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_platform_brings_no_random_numbers_of_this_device(
     case: Case, request: pytest.FixtureRequest
 ) -> None:
