@@ -127,7 +127,7 @@ def test_an_adapter_that_failed_its_self_test_is_talked_to_only_by_name(run: Pat
     for path in run.glob("adapter_*"):
         shutil.copy(path, rejected)
     assert refused(CheckFailed, stopped(run)) == (
-        f"{run} has no adapter: it failed its self-test; this talks to it all the same: {CHAT} {rejected}"
+        f"{run} has no adapter: it failed its self-test; to talk to it anyway: {CHAT} {rejected}"
     )
     adapter, printed = found(rejected)
     assert (adapter.folder, printed) == (rejected, [f"config: {run}/config.yaml", f"adapter: {rejected}"])

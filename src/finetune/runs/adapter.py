@@ -111,7 +111,7 @@ def _of_run(run: Path, terminal: Terminal) -> tuple[Path, str]:
         return run, f"{shown(run)}, eval_loss {manifest['eval_loss']:.4f} (step {manifest['best_step']})"
     if (run / REJECTED).is_dir():
         found = f"{shown(run)} has no adapter: it failed its self-test"
-        raise CheckFailed(found, f"this talks to it all the same: {command(CHAT)} {quoted(run / REJECTED)}")
+        raise CheckFailed(found, f"to talk to it anyway: {command(CHAT)} {quoted(run / REJECTED)}")
     for folder in [run / "checkpoints" / BEST, *reversed(saved(run / "checkpoints"))]:
         wrong = damage(folder) if folder.is_dir() else None
         if wrong:
