@@ -113,9 +113,7 @@ def test_a_full_disk_is_exit_6_and_says_what_to_do(
     assert ending(error) == (6, "", f"no space left: {what}; free some, then type the same command again\n")
 
 
-def test_too_little_memory_is_exit_6_and_says_what_to_lower(
-    ending: Callable[[BaseException | None], Ending],
-) -> None:
+def test_too_little_memory_is_exit_6_and_says_what_to_lower(ending: Callable[[BaseException | None], Ending]) -> None:
     advice = "lower training.per_device_train_batch_size or model.max_seq_length"
     assert ending(MemoryError()) == (6, "", f"out of memory; {advice}\n")
 

@@ -99,9 +99,7 @@ def test_every_case_of_an_h100_is_expected_to_fit_and_the_levers_are_among_them(
 
 
 @pytest.mark.slow
-def test_each_moment_is_predicted_within_two_per_cent_of_what_torch_allocates(
-    measured: dict[str, Any],
-) -> None:
+def test_each_moment_is_predicted_within_two_per_cent_of_what_torch_allocates(measured: dict[str, Any]) -> None:
     assert max(errors(measured)) < BOUND
 
 

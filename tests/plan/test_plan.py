@@ -213,9 +213,7 @@ def at_speed(monkeypatch: pytest.MonkeyPatch, evaluation: float | None, *setting
     return planned(50, *settings)
 
 
-def test_hours_are_the_tokens_of_epochs_and_evaluations_at_the_measured_speeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_hours_are_the_tokens_of_epochs_and_evaluations_at_the_measured_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = at_speed(monkeypatch, 2000.0, "training.eval_steps=2", "training.save_steps=2")
     assert plan.hours == pytest.approx((3 * 180_000 / 1000 + 7 * 20_000 / 2000) / 3600, abs=1e-4)
     assert plan.hours_from == "1,000 tokens/s on 2 cores of something, benchmarks/results/here.json"

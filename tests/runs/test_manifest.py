@@ -109,9 +109,7 @@ def test_each_place_has_its_file(tmp_path: Path) -> None:
     assert sorted(filter(None, places)) == [f"{paths[1]}:1", f"{paths[1]}:3"]
 
 
-def test_a_variable_that_decides_how_the_gpu_computes_may_not_change_on_resume(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_variable_that_decides_how_the_gpu_computes_may_not_change_on_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("h100", [])[0]
     prepared: Any = SimpleNamespace(tokens={}, files={}, statistics={}, chat=SimpleNamespace(fingerprint=""))
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)

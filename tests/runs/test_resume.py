@@ -157,9 +157,7 @@ def test_a_damaged_best_adapter_is_set_aside(tmp_path: Path) -> None:
     assert resumed(tmp_path)[1] == [f"the best adapter so far is not used ({text}); set aside as damaged-best.1"]
 
 
-def test_a_lost_best_adapter_is_trained_again_from_the_checkpoint_before_it(
-    tmp_path: Path,
-) -> None:
+def test_a_lost_best_adapter_is_trained_again_from_the_checkpoint_before_it(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         losses = [{"step": 4, "eval_loss": 1.0}, {"step": 6, "eval_loss": 2.0}]
         write_json(unsealed(tmp_path, step) / "trainer_state.json", {"log_history": losses[: step // 2]})

@@ -176,9 +176,7 @@ def out_of_memory_below(monkeypatch: pytest.MonkeyPatch, layers: int) -> list[we
     return ended
 
 
-def test_on_a_gpu_what_torch_holds_is_measured_and_a_cpu_is_not_measured_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_gpu_what_torch_holds_is_measured_and_a_cpu_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda: 70 * 2**30)
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 60 * 2**30)
     rows = platforms.PLATFORMS

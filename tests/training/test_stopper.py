@@ -40,9 +40,7 @@ def test_a_signal_is_answered_with_when_the_run_stops_and_how_to_quit_now(
     assert capfd.readouterr() == ("", f"{number.name}: stopping after this micro-batch; {again} to quit now\n")
 
 
-def test_a_signal_in_the_last_micro_batch_saves_that_step(
-    stopper: Stopper,
-) -> None:
+def test_a_signal_in_the_last_micro_batch_saves_that_step(stopper: Stopper) -> None:
     control = TrainerControl()
     stopper.on_step_end(None, TrainerState(global_step=3), control)
     assert (control.should_save, control.should_training_stop) == (False, False)
