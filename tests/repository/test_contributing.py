@@ -1,4 +1,4 @@
-"""A config key is added to a copy of the project as CONTRIBUTING.md says: nothing else has to know of it."""
+"""A config key and a check are added to a copy of the project as CONTRIBUTING.md says: nothing else has to know."""
 
 from __future__ import annotations
 
@@ -13,16 +13,38 @@ import pytest
 
 from finetune.files import ROOT
 
-SECTION = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("**Add a config key.**")[1].split("\n\n**")[0]
+STEPS = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+SECTION = STEPS.split("**Add a config key.**")[1].split("\n\n**")[0]
 LINE = "  label_noise: 0.25                # share of labels replaced at random; no cost\n"
 ABOVE = "  seed: 42 "
 # By file that the steps name: what is put there, and before which text.
-ADDED = {
-    "src/finetune/config/schema.py": ("    label_noise: Share\n", "    seed: "),
-    "configs/training_config.yaml": (LINE, ABOVE),
-    "configs/training_config_h100.yaml": (LINE, ABOVE),
-    "configs/training_config_m4.yaml": (LINE, ABOVE),
-    "tests/repository/test_shipped_configs.py": ('    "training.label_noise": 0.25,\n', '    "training.seed": '),
+KEY = {
+    "src/finetune/config/schema.py": [("    label_noise: Share\n", "    seed: ")],
+    "configs/training_config.yaml": [(LINE, ABOVE)],
+    "configs/training_config_h100.yaml": [(LINE, ABOVE)],
+    "configs/training_config_m4.yaml": [(LINE, ABOVE)],
+    "tests/repository/test_shipped_configs.py": [('    "training.label_noise": 0.25,\n', '    "training.seed": ')],
+}
+# The same for a check.
+CHECK = {
+    "src/finetune/checks/host.py": [
+        (
+            "def _swap(preflight: Preflight) -> Finding:\n"
+            "    used = preflight.machine.swap_used_gib\n"
+            '    found = f"{used:.1f} GiB of swap used"\n'
+            '    return warned(found, "free -h") if used > 100 else passed(found)\n\n\n',
+            "CHECKS = (\n",
+        ),
+        ('    Check("host.swap", "little swap is used", _swap, level="warn"),\n', '    Check("container.shm", '),
+    ],
+    "tests/support/check_faults.py": [
+        (
+            '    fault("a machine that swaps", "cpu", lambda b: b.has(swap_used_gib=120.0),\n'
+            '          warn("host.swap", "120.0 GiB of swap used", "free -h")),\n',
+            '    fault("an Intel Mac", "m4", ',
+        )
+    ],
+    "docs/checks.md": [("| `host.swap` | little swap is used | all |\n", "| `container.shm` | ")],
 }
 # With data that has no rows, what resume and receipt say of two configs that differ in the new key.
 COMPARED = """
@@ -40,16 +62,18 @@ print(json.dumps([[*changes], receipt.differences(receipt.make(now, prepared), r
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which the steps were done, the command that they name included."""
-    folder = tmp_path_factory.mktemp("key") / "project"
-    for name in ("src", "scripts", "configs", "tests", "data", "docs"):
+    """A copy in which all steps were done, the command that they name included."""
+    folder = tmp_path_factory.mktemp("added") / "project"
+    for name in ("src", "scripts", "configs", "tests", "data", "requirements", "benchmarks", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    for name, (added, before) in ADDED.items():
+    for name, additions in [*KEY.items(), *CHECK.items()]:
         text = (folder / name).read_text(encoding="utf-8")
-        assert before in text, name
-        (folder / name).write_text(text.replace(before, added + before, 1), encoding="utf-8")
+        for added, before in additions:
+            assert before in text, (name, before)
+            text = text.replace(before, added + before, 1)
+        (folder / name).write_text(text, encoding="utf-8")
     command, target = re.findall(r"`\.venv/bin/python (scripts/\S+ --schema) > (\S+)`", SECTION)[0]
     (folder / target).write_text(tried(folder, *command.split()), encoding="utf-8")
     return folder
@@ -64,7 +88,7 @@ def tried(folder: Path, *command: str) -> str:
 def test_the_steps_name_each_file_that_a_new_key_needs_and_no_file_that_is_not_there() -> None:
     named = set(re.findall(r"`((?:src|configs|tests)/[\w/.]+)`", SECTION))
     only_for_a_rule = {"src/finetune/config/rules.py", "tests/config/test_rules.py"}
-    assert named == {*ADDED, *only_for_a_rule}
+    assert named == {*KEY, *only_for_a_rule}
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
@@ -97,3 +121,22 @@ def test_without_marks_it_may_not_change_on_resume_and_must_agree_in_a_receipt(p
 def test_the_tests_of_configs_pass_with_it(project: Path) -> None:
     files = ("tests/repository/test_shipped_configs.py", "tests/scripts/test_config_loader.py", "tests/config")
     tried(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+
+
+def test_the_steps_name_the_files_that_a_new_check_needs() -> None:
+    steps = STEPS.split("**Add a check.**")[1].split("\n\n")[0]
+    for name in ("src/finetune/checks/", "tests/support/check_faults.py", "docs/checks.md"):
+        assert name in steps
+
+
+def test_a_check_that_was_added_by_the_steps_is_listed_and_made(project: Path) -> None:
+    script = "scripts/validate_environment.py"
+    assert "host.swap                little swap is used (h100,m4,cpu; warn)\n" in tried(project, script, "--list")
+    assert "  pass  host.swap" in tried(project, script, "--config", "h100", "--only", "host.swap")
+
+
+@pytest.mark.slow
+def test_its_row_among_the_faults_is_found_by_the_tests_of_checks(project: Path) -> None:
+    chosen = "swaps or every_check_has_a_fault or stands_in_its_page or needs_only_what_comes_before"
+    pytest_of_checks = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/checks/test_faults.py")
+    assert "4 passed" in tried(project, *pytest_of_checks, "-k", chosen)

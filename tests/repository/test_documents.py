@@ -1,16 +1,12 @@
-"""README, docs/architecture.md, AGENTS.md and CONTRIBUTING.md are about this tree, and their steps can be followed."""
+"""README, docs/architecture.md and AGENTS.md are about this tree."""
 
 from __future__ import annotations
 
 import ast
 import io
 import re
-import shutil
-import subprocess
-import sys
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -106,73 +102,3 @@ def test_a_file_that_a_comment_names_is_there() -> None:
     missing = [(where, name) for where, name in named if not any(path.endswith(f"/{name}") for path in known)]
     assert len(named) > 10
     assert [it for it in missing if it[1] not in ELSEWHERE] == []
-
-
-# Add a check, as CONTRIBUTING.md says ---------------------------------------------------------------------------------
-
-# By step: the file, what is put there, and before which line.
-ADDED = {
-    "src/finetune/checks/host.py": [
-        (
-            "def _swap(preflight: Preflight) -> Finding:\n"
-            "    used = preflight.machine.swap_used_gib\n"
-            '    found = f"{used:.1f} GiB of swap used"\n'
-            '    return warned(found, "free -h") if used > 100 else passed(found)\n\n\n',
-            "CHECKS = (\n",
-        ),
-        ('    Check("host.swap", "little swap is used", _swap, level="warn"),\n', '    Check("container.shm", '),
-    ],
-    "tests/support/check_faults.py": [
-        (
-            '    fault("a machine that swaps", "cpu", lambda b: b.has(swap_used_gib=120.0),\n'
-            '          warn("host.swap", "120.0 GiB of swap used", "free -h")),\n',
-            '    fault("an Intel Mac", "m4", ',
-        )
-    ],
-    "docs/checks.md": [("| `host.swap` | little swap is used | all |\n", "| `container.shm` | ")],
-}
-CHECKING = "-k swaps or every_check_has_a_fault or stands_in_its_page or needs_only_what_comes_before"
-
-
-@pytest.fixture(scope="module")
-def with_a_new_check(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project to which the steps were done."""
-    folder = tmp_path_factory.mktemp("added") / "project"
-    for name in ("src", "scripts", "configs", "tests", "data", "requirements", "benchmarks", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "pyproject.toml"):
-        shutil.copy(ROOT / name, folder)
-    for name, additions in ADDED.items():
-        text = (folder / name).read_text(encoding="utf-8")
-        for added, before in additions:
-            assert before in text, (name, before)
-            text = text.replace(before, added + before, 1)
-        (folder / name).write_text(text, encoding="utf-8")
-    return folder
-
-
-def tried(folder: Path, *command: str) -> str:
-    line = [sys.executable, *command]
-    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def test_the_steps_name_the_files_that_a_new_check_needs() -> None:
-    steps = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("**Add a check.**")[1].split("\n\n")[0]
-    for name in ("src/finetune/checks/", "tests/support/check_faults.py", "docs/checks.md"):
-        assert name in steps
-
-
-def test_a_check_that_was_added_by_the_steps_is_listed_and_made(with_a_new_check: Path) -> None:
-    script = "scripts/validate_environment.py"
-    assert "host.swap                little swap is used (h100,m4,cpu; warn)\n" in tried(
-        with_a_new_check, script, "--list"
-    )
-    assert "  pass  host.swap" in tried(with_a_new_check, script, "--config", "h100", "--only", "host.swap")
-
-
-@pytest.mark.slow
-def test_its_row_among_the_faults_is_found_by_the_tests_of_checks(with_a_new_check: Path) -> None:
-    pytest_of_checks = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/checks/test_faults.py")
-    assert "4 passed" in tried(with_a_new_check, *pytest_of_checks, CHECKING)
