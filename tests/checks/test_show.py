@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from finetune.checks import show
 from finetune.checks.runner import Result
 from finetune.checks.show import show_result, tally
+from finetune.errors import CheckFailed
 from finetune.terminal import Terminal
 from support.pseudo_terminal import Tty
 
@@ -79,3 +83,19 @@ def test_every_id_leaves_room_before_what_was_found() -> None:
 def test_the_tally_counts_each_status() -> None:
     assert tally(RESULTS) == "1 passed, 1 warning, 1 failed, 1 skipped"
     assert tally([]) == "0 passed, 0 warnings, 0 failed, 0 skipped"
+
+
+@pytest.mark.parametrize(
+    ("ids", "end"),
+    [(["a.b"], "fix it, or skip it with --skip a.b"), (["a.b", "c.d"], "fix them, or skip them with --skip a.b,c.d")],
+)
+def test_a_start_is_refused_with_all_failures_and_the_command_that_skips_them(
+    monkeypatch: pytest.MonkeyPatch, ids: list[str], end: str
+) -> None:
+    failures = [result(id_, "fail", "wrong", "type this") for id_ in ids]
+    monkeypatch.setattr(show, "run", lambda *_: iter(failures))
+    preflight: Any = SimpleNamespace(config=SimpleNamespace(platform="cpu"))
+    with pytest.raises(CheckFailed) as refused:
+        show.require_checks(preflight, frozenset(), False, Terminal(stream=io.StringIO()))
+    found = "".join(f"  {id_}: wrong\n    type this\n" for id_ in ids)
+    assert str(refused.value) == f"checks: {len(ids)} failed\n{found}{end}"

@@ -34,7 +34,8 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
     failed = [result for result in results if result.status == "fail"]
     if failed:
         lines = (f"  {result.id}: {result.detail}\n    {result.fix}" for result in failed)
-        fix = f"fix it, or skip it with --skip {','.join(result.id for result in failed)}"
+        them = "it" if len(failed) == 1 else "them"
+        fix = f"fix {them}, or skip {them} with --skip {','.join(result.id for result in failed)}"
         raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *lines]), fix, between="\n")
     return results
 
