@@ -310,7 +310,7 @@ def check_engine(host: Host) -> Finding:
         there = f"{found} at {host.engine['Address']}, another machine, which does not see these folders"
         return "fail", there, "unset DOCKER_HOST; docker context use default; or run this there"
     if number(host.engine["ServerVersion"]) < number(OLDEST_ENGINE):
-        return "fail", f"{found}, wanted {OLDEST_ENGINE} or newer", f"on Ubuntu: {INSTALL}"
+        return "fail", f"{found}, expected {OLDEST_ENGINE} or newer", f"on Ubuntu: {INSTALL}"
     if "rootless" in options(host):
         text = f"{found}, rootless, which was not tried: a GPU there needs no-cgroups, and memlock may not be raised"
         group = "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place"
@@ -340,7 +340,7 @@ def check_compose(host: Host) -> Finding:
     if host.compose is None:
         return "fail", "docker compose does not answer", fix
     if number(host.compose) < number(OLDEST_COMPOSE):
-        return "fail", f"Compose {host.compose}, wanted {OLDEST_COMPOSE} or newer", fix
+        return "fail", f"Compose {host.compose}, expected {OLDEST_COMPOSE} or newer", fix
     return passed(f"Compose {host.compose}")
 
 
@@ -379,7 +379,7 @@ def check_config(host: Host) -> Finding:
         return "fail", f"Compose refuses compose.yaml or .env: {host.project}", "docker compose config --quiet"
     user = host.service["user"]
     if not re.fullmatch(r"\d+:\d+", user):
-        return "fail", f"UID:GID is {user!r} in .env, wanted numbers", IDS
+        return "fail", f"UID:GID is {user!r} in .env, expected numbers", IDS
     return passed(f"user {'{}:{}'.format(*ids(host))}, image {host.service['image']}")
 
 

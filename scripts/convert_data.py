@@ -42,7 +42,7 @@ def columns(text: str) -> dict[str, str]:
     """`prompt=Q,completion=A` as {"prompt": "Q", "completion": "A"}."""
     pairs = [pair.partition("=") for pair in text.split(",") if text]
     if not all(ours and theirs for ours, _, theirs in pairs):
-        raise ConfigError(f"--columns {text}: wanted pairs, for example prompt=Q,completion=A")
+        raise ConfigError(f"--columns {text}: expected pairs, for example prompt=Q,completion=A")
     return {ours: theirs for ours, _, theirs in pairs}
 
 

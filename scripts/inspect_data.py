@@ -35,12 +35,12 @@ def line_range(text: str) -> range:
     """`3` or `3-7` as line numbers, both ends included."""
     first, _, last = text.partition("-")
     if not re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?", text) or not 1 <= int(first) <= int(last or first):
-        raise ConfigError(f"--rows {text}: wanted a line or a range of lines, for example 3 or 3-7")
+        raise ConfigError(f"--rows {text}: expected a line or a range of lines, for example 3 or 3-7")
     return range(int(first), int(last or first) + 1)
 
 
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
-    """Each wanted row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
+    """Each expected row as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
     from finetune.data.encode import as_trained, truncate
     from finetune.data.formats import foreign
     from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines

@@ -54,14 +54,14 @@ output: adapters
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
         "config: 8 problems\n"
-        "  --set training.seed=1.5  training.seed: found 1.5 (number), wanted a whole number\n"
-        f"  {path}:2  platform: found 'h200' (text), wanted h100 | m4 | cpu; did you mean h100?\n"
-        f"  {path}:4  model.max_seq_length: found '512' (text), wanted a whole number\n"
-        f"  {path}:5  model.dtype: found 'bf16' (text), wanted bfloat16 | float32; did you mean bfloat16?\n"
+        "  --set training.seed=1.5  training.seed: found 1.5 (number), expected a whole number\n"
+        f"  {path}:2  platform: found 'h200' (text), expected h100 | m4 | cpu; did you mean h100?\n"
+        f"  {path}:4  model.max_seq_length: found '512' (text), expected a whole number\n"
+        f"  {path}:5  model.dtype: found 'bf16' (text), expected bfloat16 | float32; did you mean bfloat16?\n"
         f"  {path}:7  lora.rank: unknown key; did you mean lora.r?\n"
-        f"  {path}:10  training.learning_rate: found 20000.0 (number), wanted more than 0 and at most 1\n"
+        f"  {path}:10  training.learning_rate: found 20000.0 (number), expected more than 0 and at most 1\n"
         f"  {path}:11  training.learning_rte: unknown key; did you mean training.learning_rate?\n"
-        f"  {path}:12  output: found 'adapters' (text), wanted a section with keys below it"
+        f"  {path}:12  output: found 'adapters' (text), expected a section with keys below it"
     )
 
 
@@ -81,13 +81,13 @@ def test_a_section_without_keys_is_reported_as_that_and_not_as_missing_keys(
     path = written(tmp_path, text.replace("seed: 1", "system_prompt: hello"))
     settings = [] if text.startswith("model") else [local_model]
     number = text.count("\n")
-    assert problems(path, *settings) == (f"{path}:{number}  {line}, wanted a section with keys below it",)
+    assert problems(path, *settings) == (f"{path}:{number}  {line}, expected a section with keys below it",)
 
 
 def test_a_value_inside_a_section_that_is_set_is_blamed_on_the_setting(local_model: str) -> None:
     setting = "lora={r: x}"
     found = problems(str(BASE_FILE), local_model, setting)
-    assert found == (f"--set {setting}  lora.r: found 'x' (text), wanted a whole number",)
+    assert found == (f"--set {setting}  lora.r: found 'x' (text), expected a whole number",)
 
 
 def test_all_settings_that_cannot_be_read_are_reported_at_once(local_model: str) -> None:
@@ -226,8 +226,8 @@ def test_every_missing_required_key_is_named_at_once(tmp_path: Path, monkeypatch
 def test_problems_of_the_file_and_of_each_set_are_told_together(tmp_path: Path, local_model: str) -> None:
     path = written(tmp_path, "lora:\n  r: 1\n  r: 2\nseed: 1\nseed: 2\n")
     assert problems(path, local_model, "foo", "lora.lora_alpha=abc") == (
-        "--set foo: wanted dotted.key=value, for example --set training.max_steps=50",
-        "--set lora.lora_alpha=abc  lora.lora_alpha: found 'abc' (text), wanted a whole number",
+        "--set foo: expected dotted.key=value, for example --set training.max_steps=50",
+        "--set lora.lora_alpha=abc  lora.lora_alpha: found 'abc' (text), expected a whole number",
         f"{path}:3: duplicate key 'r' (first on line 2); keep one",
         f"{path}:5: duplicate key 'seed' (first on line 4); keep one",
     )

@@ -84,37 +84,45 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("count", "1", "found '1' (text), wanted a whole number"),
-        ("count", True, "found True (true/false), wanted a whole number"),
-        ("share", "2e-4", "found '2e-4' (text), wanted a number"),
-        ("flag", 1, "found 1 (whole number), wanted true or false"),
-        ("note", 7, "found 7 (whole number), wanted text"),
-        ("note", "\ud800", "found '\\ud800' (text), wanted text without half of a surrogate pair"),
-        ("patience", "5", "found '5' (text), wanted a whole number"),
-        ("names", "a", "found 'a' (text), wanted a list of texts"),
-        ("names", ["a", 1], "found ['a', 1] (list), wanted a list of texts"),
-        ("count", 0, "found 0 (whole number), wanted at least 1"),
-        ("share", 0.6, "found 0.6 (number), wanted at least 0 and at most 0.5"),
-        ("rate", 0, "found 0 (whole number), wanted more than 0 and at most 1"),
-        ("rate", math.nan, "found nan (number), wanted more than 0 and at most 1"),
-        ("size", 40000, "found 40000 (whole number), wanted at least 16 and at most 32768"),
-        ("mode", "pakced", "found 'pakced' (text), wanted packed | expanded; did you mean packed?"),
-        ("mode", "fast", "found 'fast' (text), wanted packed | expanded"),
-        ("layers", "al", "found 'al' (text), wanted all | auto | a whole number; did you mean all?"),
-        ("layers", True, "found True (true/false), wanted all | auto | a whole number"),
-        ("layers", -1, "found -1 (whole number), wanted at least 0"),
-        ("name", "", "found '' (text), wanted text that is not empty"),
-        ("files", 3, "found 3 (whole number), wanted a path or a list"),
-        ("files", [], "found [] (list), wanted a path or a list"),
-        ("files", ["a", 3], "found 3 (whole number), wanted a path or a list"),
-        ("files", ["a", {"weight": 2}], "found {'weight': 2} (section), wanted a path or a list"),
-        ("files", [{"path": "b", "weight": 0}], "found {'path': 'b', 'weight': 0} (section), wanted a path or a list"),
+        ("count", "1", "found '1' (text), expected a whole number"),
+        ("count", True, "found True (true/false), expected a whole number"),
+        ("share", "2e-4", "found '2e-4' (text), expected a number"),
+        ("flag", 1, "found 1 (whole number), expected true or false"),
+        ("note", 7, "found 7 (whole number), expected text"),
+        ("note", "\ud800", "found '\\ud800' (text), expected text without half of a surrogate pair"),
+        ("patience", "5", "found '5' (text), expected a whole number"),
+        ("names", "a", "found 'a' (text), expected a list of texts"),
+        ("names", ["a", 1], "found ['a', 1] (list), expected a list of texts"),
+        ("count", 0, "found 0 (whole number), expected at least 1"),
+        ("share", 0.6, "found 0.6 (number), expected at least 0 and at most 0.5"),
+        ("rate", 0, "found 0 (whole number), expected more than 0 and at most 1"),
+        ("rate", math.nan, "found nan (number), expected more than 0 and at most 1"),
+        ("size", 40000, "found 40000 (whole number), expected at least 16 and at most 32768"),
+        ("mode", "pakced", "found 'pakced' (text), expected packed | expanded; did you mean packed?"),
+        ("mode", "fast", "found 'fast' (text), expected packed | expanded"),
+        ("layers", "al", "found 'al' (text), expected all | auto | a whole number; did you mean all?"),
+        ("layers", True, "found True (true/false), expected all | auto | a whole number"),
+        ("layers", -1, "found -1 (whole number), expected at least 0"),
+        ("name", "", "found '' (text), expected text that is not empty"),
+        ("files", 3, "found 3 (whole number), expected a path or a list"),
+        ("files", [], "found [] (list), expected a path or a list"),
+        ("files", ["a", 3], "found 3 (whole number), expected a path or a list"),
+        ("files", ["a", {"weight": 2}], "found {'weight': 2} (section), expected a path or a list"),
+        (
+            "files",
+            [{"path": "b", "weight": 0}],
+            "found {'path': 'b', 'weight': 0} (section), expected a path or a list",
+        ),
         (
             "files",
             [{"path": "b", "weight": 101}],
-            "found {'path': 'b', 'weight': 101} (section), wanted a path or a list",
+            "found {'path': 'b', 'weight': 101} (section), expected a path or a list",
         ),
-        ("files", [{"path": "b", "wieght": 2}], "found {'path': 'b', 'wieght': 2} (section), wanted a path or a list"),
+        (
+            "files",
+            [{"path": "b", "wieght": 2}],
+            "found {'path': 'b', 'wieght': 2} (section), expected a path or a list",
+        ),
     ],
 )
 def test_a_wrong_value_is_quoted_with_its_kind_and_what_was_wanted(key: str, value: Any, message: str) -> None:
@@ -159,14 +167,14 @@ def test_a_missing_key_and_a_section_that_is_none_are_named() -> None:
     assert problems.validated(Tree, {"lora": 5}, faults) is None
     assert faults.found == [
         "section: missing; every key must be there",
-        "lora: found 5 (whole number), wanted a section with keys below it",
+        "lora: found 5 (whole number), expected a section with keys below it",
         "seed: missing; every key must be there",
     ]
 
 
 def test_a_dotted_key_and_the_key_that_it_means_are_told_apart() -> None:
     assert built({}, lora={"r": "x"}, **{"lora.r": 1})[1] == [
-        "lora.r: found 'x' (text), wanted a whole number",
+        "lora.r: found 'x' (text), expected a whole number",
         "lora.r: unknown key; dots are for --set: write r: below lora:",
     ]
 
@@ -175,10 +183,10 @@ def test_all_problems_are_found_at_once_each_with_its_place() -> None:
     places = {"section.count": "f.yaml:3", "section.mode": "--set section.mode=x", "sed": "f.yaml:9"}
     _, found = built({"count": "many", "mode": "x", "flag": None}, places, sed=1)
     assert sorted(found) == [
-        "--set section.mode=x  section.mode: found 'x' (text), wanted packed | expanded",
-        "f.yaml:3  section.count: found 'many' (text), wanted a whole number",
+        "--set section.mode=x  section.mode: found 'x' (text), expected packed | expanded",
+        "f.yaml:3  section.count: found 'many' (text), expected a whole number",
         "f.yaml:9  sed: unknown key; did you mean seed?",
-        "section.flag: found null, wanted true or false",
+        "section.flag: found null, expected true or false",
     ]
 
 

@@ -22,9 +22,9 @@ def test_all_rules_that_are_broken_are_reported_at_once(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "config: 5 problems\n"
         "  --set lora.target_modules=[q]  lora.target_modules: found q, "
-        "wanted some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj\n"
+        "expected some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj\n"
         "  --set model.name=someone/else  model.name: found 'someone/else' (text), "
-        "wanted mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it\n"
+        "expected mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it\n"
         "  --set training.max_steps=0  training.max_steps: "
         "0 trains nothing; set a number of steps, or -1 for num_train_epochs\n"
         f"  {path}:1  quantization.load_in_4bit: false, but QLoRA trains on a 4-bit base; set it to true\n"
@@ -32,8 +32,8 @@ def test_all_rules_that_are_broken_are_reported_at_once(tmp_path: Path) -> None:
     )
 
 
-TARGETS = "wanted some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-NAMES = "wanted letters, digits, '.', '_' and '-', beginning with a letter or digit"
+TARGETS = "expected some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+NAMES = "expected letters, digits, '.', '_' and '-', beginning with a letter or digit"
 BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat16")
 
 
@@ -42,15 +42,15 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
     [
         (
             ["training.optim=paged_adamw_32bit"],
-            "training.optim: paged_adamw_32bit does not work on CPU only (cpu); wanted adamw_torch",
+            "training.optim: paged_adamw_32bit does not work on CPU only (cpu); expected adamw_torch",
         ),
         (
             ["model.attn_implementation=flash_attention_2"],
-            "model.attn_implementation: flash_attention_2 does not work on CPU only (cpu); wanted sdpa",
+            "model.attn_implementation: flash_attention_2 does not work on CPU only (cpu); expected sdpa",
         ),
         (
             ["platform=m4", "training.optim=paged_adamw_8bit"],
-            "training.optim: paged_adamw_8bit does not work on Apple silicon (m4); wanted adamw_torch",
+            "training.optim: paged_adamw_8bit does not work on Apple silicon (m4); expected adamw_torch",
         ),
         (
             ["platform=m4", "training.fused_kernels=true"],
@@ -104,7 +104,7 @@ BFLOAT16 = ("model.dtype=bfloat16", "quantization.bnb_4bit_compute_dtype=bfloat1
         (
             ["model.name=mistralai/Mistral-7B-v0.1"],
             "model.name: found 'mistralai/Mistral-7B-v0.1' (text), "
-            "wanted mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it",
+            "expected mistralai/Mistral-7B-Instruct-v0.2 or a local folder that holds it",
         ),
     ],
 )
@@ -190,10 +190,10 @@ def test_a_constant_learning_rate_has_no_warm_up(local_model: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        (("output.copy_to=hf://me",), "output.copy_to: found 'hf://me' (text), wanted hf://OWNER/NAME or a folder"),
+        (("output.copy_to=hf://me",), "output.copy_to: found 'hf://me' (text), expected hf://OWNER/NAME or a folder"),
         (
             ("output.copy_to=hf://a/b/c",),
-            "output.copy_to: found 'hf://a/b/c' (text), wanted hf://OWNER/NAME or a folder",
+            "output.copy_to: found 'hf://a/b/c' (text), expected hf://OWNER/NAME or a folder",
         ),
         (("output.copy_to=adapters",), "output.copy_to: is output.dir itself; name a folder on another disk"),
         (

@@ -116,10 +116,10 @@ def test_a_duplicate_key_is_refused_with_both_lines_at_every_depth(text: str, me
         ("a: 1\nb: 'x\n", "f.yaml:3: found unexpected end of stream"),
         ("a: 1\nb: c: d\n", "f.yaml:2: mapping values are not allowed here; quote text that contains ': '"),
         ("a: 1\n---\nb: 2\n", "f.yaml:2: but found another document"),
-        ("- a\n", "f.yaml:1: found a list, wanted a mapping of sections"),
-        ("16\n", "f.yaml:1: found '16' (text), wanted a mapping of sections"),
-        ("lora.r\n", "f.yaml:1: found 'lora.r' (text), wanted a mapping of sections"),
-        ("# notes\n\n- a\n", "f.yaml:3: found a list, wanted a mapping of sections"),
+        ("- a\n", "f.yaml:1: found a list, expected a mapping of sections"),
+        ("16\n", "f.yaml:1: found '16' (text), expected a mapping of sections"),
+        ("lora.r\n", "f.yaml:1: found 'lora.r' (text), expected a mapping of sections"),
+        ("# notes\n\n- a\n", "f.yaml:3: found a list, expected a mapping of sections"),
     ],
 )
 def test_what_is_no_plain_mapping_is_refused_with_its_line(text: str, message: str) -> None:
@@ -269,7 +269,7 @@ LONG = ".".join("a" * 2000)
 def test_a_setting_in_the_wrong_form_is_refused_with_an_example(setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         override(setting)
-    wanted = "wanted dotted.key=value, for example --set training.max_steps=50"
+    wanted = "expected dotted.key=value, for example --set training.max_steps=50"
     assert caught.value.problems == (f"--set {setting}: {wanted}",)
 
 

@@ -74,7 +74,7 @@ def test_what_became_of_the_rows_is_counted(case: Case) -> None:
         "histogram": {"edges": list(range(11, 23)), "counts": [3, *[0] * 9, 1]},
         "bad": [
             (case.in_train(4), "not JSON: Expecting value at column 1"),
-            (case.in_train(8), 'found an empty list, wanted an object {"messages": [...]}'),
+            (case.in_train(8), 'found an empty list, expected an object {"messages": [...]}'),
         ],
         "other_keys": {},
     }

@@ -261,7 +261,7 @@ def test_a_line_of_many_megabytes_is_a_bad_row_before_it_costs_anything(case: Ca
     seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert message == (
-        f"data: 1 bad row\n  {case.train}:2: longer than 1 MiB, wanted one conversation a line\n"
+        f"data: 1 bad row\n  {case.train}:2: longer than 1 MiB, expected one conversation a line\n"
         "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
     assert (seconds < 5, peak < 50 * 2**20) == (True, True)

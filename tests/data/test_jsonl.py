@@ -150,26 +150,26 @@ REFUSED = {
     "3,000 deep": (b"[" * 3000 + b"]" * 3000, "not a conversation: nested too deep"),
     "3,000 deep in metadata": (line(USER, ASSISTANT, x=0).replace(b"0}", b'{"a":' * 3000 + b"0" + b"}" * 3001),
         "not a conversation: nested too deep"),
-    "a list": (b"[]", 'found an empty list, wanted an object {"messages": [...]}'),
-    "a list of messages": (json.dumps([USER]).encode(), 'found a list, wanted an object {"messages": [...]}'),
-    "a truth value": (b"true", 'found true or false, wanted an object {"messages": [...]}'),
-    "null": (b"null", 'found null, wanted an object {"messages": [...]}'),
+    "a list": (b"[]", 'found an empty list, expected an object {"messages": [...]}'),
+    "a list of messages": (json.dumps([USER]).encode(), 'found a list, expected an object {"messages": [...]}'),
+    "a truth value": (b"true", 'found true or false, expected an object {"messages": [...]}'),
+    "null": (b"null", 'found null, expected an object {"messages": [...]}'),
     "another format": (b'{"prompt": "a", "completion": "b"}', "no \"messages\" key (found 'prompt', 'completion')"),
     "an empty object": (b"{}", 'no "messages" key (found no key)'),
-    "no list of messages": (b'{"messages": "hello"}', '"messages" is text, wanted a list of messages'),
-    "messages is null": (b'{"messages": null}', '"messages" is null, wanted a list of messages'),
-    "no messages": (line(), '"messages" is an empty list, wanted a list of messages'),
-    "a message is text": (line(USER, "Because."), "message 2 is text, wanted an object with role and content"),
+    "no list of messages": (b'{"messages": "hello"}', '"messages" is text, expected a list of messages'),
+    "messages is null": (b'{"messages": null}', '"messages" is null, expected a list of messages'),
+    "no messages": (line(), '"messages" is an empty list, expected a list of messages'),
+    "a message is text": (line(USER, "Because."), "message 2 is text, expected an object with role and content"),
     "no role": (line({"content": "Why?"}), 'message 1 has no "role"'),
     "no content": (line(USER, {"role": "assistant"}), 'message 2 has no "content"'),
     "content is null": (line(USER, {"role": "assistant", "content": None}),
-        "message 2 has content that is null, wanted text"),
+        "message 2 has content that is null, expected text"),
     "a part that is text": (line({"role": "user", "content": ["Why?"]}, ASSISTANT),
-        'message 1 has a part that is text, wanted {"type": "text", "text": "..."}'),
+        'message 1 has a part that is text, expected {"type": "text", "text": "..."}'),
     "a part without a type": (line({"role": "user", "content": [{"text": "Why?"}]}, ASSISTANT),
-        'message 1 has a part that is an object, wanted {"type": "text", "text": "..."}'),
+        'message 1 has a part that is an object, expected {"type": "text", "text": "..."}'),
     "a part without text": (line({"role": "user", "content": [{"type": "text"}]}, ASSISTANT),
-        'message 1 has a part whose "text" is null, wanted text'),
+        'message 1 has a part whose "text" is null, expected text'),
     "an image among the parts": (
         line({"role": "user", "content": [parts("Why?")[0], {"type": "image_url", "image_url": {}}]}, ASSISTANT),
         "message 1 has a part of type 'image_url': the model reads text only"),
@@ -180,11 +180,14 @@ REFUSED = {
     "empty content": (line(USER, {"role": "assistant", "content": ""}), "message 2 (assistant) is empty"),
     "content of white space": (line({"role": "user", "content": " \n\t\u3000"}), "message 1 (user) is empty"),
     "another key of a message": (line(USER, ASSISTANT | {"prefix": True}),
-        "message 2 has a key 'prefix', wanted only role and content"),
-    "a name": (line(USER | {"name": "Ann"}, ASSISTANT), "message 1 has a key 'name', wanted only role and content"),
-    "a weight between": (line(USER, ASSISTANT | {"weight": 0.5}), "message 2 has weight 0.5, wanted 0, 1 or no weight"),
-    "a weight as text": (line(USER, ASSISTANT | {"weight": "0"}), "message 2 has weight '0', wanted 0, 1 or no weight"),
-    "a user's weight": (line(USER | {"weight": [0]}, ASSISTANT), "message 1 has weight [0], wanted 0, 1 or no weight"),
+        "message 2 has a key 'prefix', expected only role and content"),
+    "a name": (line(USER | {"name": "Ann"}, ASSISTANT), "message 1 has a key 'name', expected only role and content"),
+    "a weight between": (line(USER, ASSISTANT | {"weight": 0.5}),
+        "message 2 has weight 0.5, expected 0, 1 or no weight"),
+    "a weight as text": (line(USER, ASSISTANT | {"weight": "0"}),
+        "message 2 has weight '0', expected 0, 1 or no weight"),
+    "a user's weight": (line(USER | {"weight": [0]}, ASSISTANT),
+        "message 1 has weight [0], expected 0, 1 or no weight"),
     "a tool call": (line(USER, {"role": "assistant", "name": None, "tool_calls": [1]}),
         f"message 2 has a key 'tool_calls': {NO_TOOLS}"),
     "a tool's answer": (line(USER, {"role": "tool", "tool_call_id": "a", "content": "4"}),
@@ -203,27 +206,28 @@ REFUSED = {
     "messages that were rejected": (line(USER, ASSISTANT, rejected_messages=[USER]),
         "has a key 'rejected_messages': an answer that is not to be learned"),
     "a system prompt besides a system message": (line(SYSTEM, USER, ASSISTANT, system="Be long."),
-        'has a key "system" and a system message too, wanted one of them'),
+        'has a key "system" and a system message too, expected one of them'),
     "two system prompts": (line(USER, ASSISTANT, system="Be long.", system_prompt="Be short."),
-        'has a key "system" and system_prompt too, wanted one of them'),
-    "a system prompt that is no text": (line(USER, ASSISTANT, system=["Be long."]), '"system" is a list, wanted text'),
+        'has a key "system" and system_prompt too, expected one of them'),
+    "a system prompt that is no text": (line(USER, ASSISTANT, system=["Be long."]),
+        '"system" is a list, expected text'),
     "half a surrogate pair in a key": (line(USER, ASSISTANT, odd="@").replace(b"odd", rb"\ud83d"),
         "the key '\\ud83d' holds half of a surrogate pair (\\ud800-\\udfff), which is no text"),
     "half a surrogate pair in a system prompt": (line(USER, ASSISTANT, system="@").replace(b"@", rb"\ud83d"),
         '"system" holds half of a surrogate pair (\\ud800-\\udfff), which is no text'),
     "unknown role": (line(USER, {"role": "critic", "content": "4"}),
-        "message 2 has role 'critic', wanted system, user or assistant"),
+        "message 2 has role 'critic', expected system, user or assistant"),
     "role is a list": (line({"role": [], "content": "Why?"}, ASSISTANT),
-        "message 1 has role [], wanted system, user or assistant"),
+        "message 1 has role [], expected system, user or assistant"),
     "a role of a hundred letters": (line({"role": "x" * 100, "content": "Why?"}),
-        f"message 1 has role '{'x' * 36}..., wanted system, user or assistant"),
-    "system in the middle": (line(USER, SYSTEM, ASSISTANT), "message 2 is from system, wanted assistant"),
-    "two users in a row": (line(USER, USER, ASSISTANT), "message 2 is from user, wanted assistant"),
-    "two assistants in a row": (line(USER, ASSISTANT, ASSISTANT), "message 3 is from assistant, wanted user"),
-    "assistant first": (line(ASSISTANT, USER, ASSISTANT), "message 1 is from assistant, wanted user"),
-    "user last": (line(USER, ASSISTANT, USER), "ends with user, wanted an assistant message last"),
-    "only a user": (line(USER), "ends with user, wanted an assistant message last"),
-    "only a system message": (line(SYSTEM), "ends with system, wanted an assistant message last"),
+        f"message 1 has role '{'x' * 36}..., expected system, user or assistant"),
+    "system in the middle": (line(USER, SYSTEM, ASSISTANT), "message 2 is from system, expected assistant"),
+    "two users in a row": (line(USER, USER, ASSISTANT), "message 2 is from user, expected assistant"),
+    "two assistants in a row": (line(USER, ASSISTANT, ASSISTANT), "message 3 is from assistant, expected user"),
+    "assistant first": (line(ASSISTANT, USER, ASSISTANT), "message 1 is from assistant, expected user"),
+    "user last": (line(USER, ASSISTANT, USER), "ends with user, expected an assistant message last"),
+    "only a user": (line(USER), "ends with user, expected an assistant message last"),
+    "only a system message": (line(SYSTEM), "ends with system, expected an assistant message last"),
     "half a surrogate pair": (escaped(r"a\ud83d"),
         "message 2 holds half of a surrogate pair (\\ud800-\\udfff), which is no text"),
     "the other half": (escaped(r"\ude00 b"),
@@ -231,11 +235,11 @@ REFUSED = {
     "halves in the wrong order": (escaped(r"\ude00\ud83d"),
         "message 2 holds half of a surrogate pair (\\ud800-\\udfff), which is no text"),
     "half a pair in a role": (rb'{"messages": [{"role": "\ud800", "content": "a"}]}',
-        r"message 1 has role '\ud800', wanted system, user or assistant"),
+        r"message 1 has role '\ud800', expected system, user or assistant"),
     "an escape sequence in a role": (line({"role": "\x1b[31m", "content": "Why?"}),
-        r"message 1 has role '\x1b[31m', wanted system, user or assistant"),
+        r"message 1 has role '\x1b[31m', expected system, user or assistant"),
     "an escape sequence in a key": (line(USER | {"\x1b[2J": 1}),
-        r"message 1 has a key '\x1b[2J', wanted only role and content"),
+        r"message 1 has a key '\x1b[2J', expected only role and content"),
 }  # fmt: skip
 
 
@@ -287,7 +291,7 @@ LONG_LINES = {
 def test_an_over_long_line_is_refused_and_the_next_has_its_right_number(long: bytes, start: bytes) -> None:
     (first, kept), second = numbered(start + long + b"\n" + line(USER, ASSISTANT) + b"\n")
     assert first == 1
-    assert refusal(kept) == "longer than 1 MiB, wanted one conversation a line"
+    assert refusal(kept) == "longer than 1 MiB, expected one conversation a line"
     assert second == (2, line(USER, ASSISTANT))
 
 
@@ -342,10 +346,10 @@ def refused(path: Path) -> str:
 def test_a_folder_is_a_config_error_that_names_a_file_in_it(tmp_path: Path) -> None:
     convert = f"{command('scripts/convert_data.py')} FILE data/processed/train.jsonl"
     assert refused(tmp_path) == (
-        f"FILE is a folder, wanted a file; name a file in it, or convert what is in it: {convert}"
+        f"FILE is a folder, expected a file; name a file in it, or convert what is in it: {convert}"
     )
     (tmp_path / "mine.jsonl.gz").touch()
-    assert refused(tmp_path) == "FILE is a folder, wanted a file; name a file in it, for example FILE/mine.jsonl.gz"
+    assert refused(tmp_path) == "FILE is a folder, expected a file; name a file in it, for example FILE/mine.jsonl.gz"
 
 
 def test_a_pipe_is_a_config_error_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
@@ -359,7 +363,8 @@ def test_a_pipe_is_a_config_error_and_nobody_waits_for_its_other_end(tmp_path: P
 
 def test_a_device_is_a_config_error() -> None:
     assert refused(Path("/dev/null")) == (
-        "FILE is a device or a socket, wanted a file; write it to a file first, for example data/processed/train.jsonl"
+        "FILE is a device or a socket, expected a file; "
+        "write it to a file first, for example data/processed/train.jsonl"
     )
 
 

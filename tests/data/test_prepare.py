@@ -44,7 +44,7 @@ def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
     write(case.train, SHORT, "", conversation("Hi"))
     assert case.failure(DataError) == (
         "data: 1 bad row\n"
-        f"  {case.train}:3: ends with user, wanted an assistant message last\n"
+        f"  {case.train}:3: ends with user, expected an assistant message last\n"
         "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )
 
@@ -112,12 +112,12 @@ def chat(*messages: dict[str, Any], **keys: Any) -> str:
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CONVERTED = {
     "two turns of one role": (chat(ASKED, ASKED, ANSWERED),
-        "message 2 is from user, wanted assistant", " --merge-turns"),
+        "message 2 is from user, expected assistant", " --merge-turns"),
     "a name": (chat(ASKED | {"name": "Ann"}, ANSWERED),
-        "message 1 has a key 'name', wanted only role and content", ""),
+        "message 1 has a key 'name', expected only role and content", ""),
     "a label": (chat(ASKED, ANSWERED, label=True),
         "has a key 'label': it marks answers as good or bad, and bad ones would be learned", ""),
-    "no last answer": (chat(ASKED, ANSWERED, ASKED), "ends with user, wanted an assistant message last", ""),
+    "no last answer": (chat(ASKED, ANSWERED, ASKED), "ends with user, expected an assistant message last", ""),
 }  # fmt: skip
 
 
@@ -374,7 +374,7 @@ def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None
 def test_an_empty_train_file_is_a_data_error(case: Case) -> None:
     case.train.touch()
     assert case.failure(DataError) == (
-        f'data: {case.train} is empty (0 bytes); wanted {{"messages": [...]}}, one conversation a line'
+        f'data: {case.train} is empty (0 bytes); expected {{"messages": [...]}}, one conversation a line'
     )
 
 
@@ -541,7 +541,7 @@ def test_bad_rows_of_all_files_are_listed_with_their_file(several: Case) -> None
     assert several.failure(DataError, **named(several, "a.jsonl", "b.jsonl")) == (
         "data: 3 bad rows\n"
         f'  {several.folder}/a.jsonl:2: no "messages" key (found no key)\n'
-        f'  {several.folder}/b.jsonl:2: found an empty list, wanted an object {{"messages": [...]}}\n'
+        f'  {several.folder}/b.jsonl:2: found an empty list, expected an object {{"messages": [...]}}\n'
         f"  {several.validation}:3: not JSON: Expecting property name enclosed in double quotes at column 2\n"
         "Fix them, or leave them out with --set dataset.on_bad_row=drop"
     )

@@ -250,7 +250,7 @@ def test_a_foreign_vocabulary_is_refused_with_its_size(tmp_path: Path) -> None:
     own = tmp_path / "tokenizer.json"
     Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2}, "a")).save(str(own))
     assert config_error(tmp_path) == (
-        f"config: 1 problem\n  model.name: {own} is not Mistral-7B-Instruct-v0.2's tokenizer: 3 tokens, wanted 32000"
+        f"config: 1 problem\n  model.name: {own} is not Mistral-7B-Instruct-v0.2's tokenizer: 3 tokens, expected 32000"
     )
 
 
@@ -262,7 +262,7 @@ def test_a_vocabulary_of_the_same_size_is_refused_with_the_token_that_differs(tm
     own.write_text(json.dumps(saved))
     assert config_error(tmp_path) == (
         f"config: 1 problem\n  model.name: {own} is not Mistral-7B-Instruct-v0.2's tokenizer: "
-        f"token {last!r} has id None, wanted 31999"
+        f"token {last!r} has id None, expected 31999"
     )
 
 
@@ -275,8 +275,8 @@ def test_a_vocabulary_with_two_ids_exchanged_is_refused(tmp_path: Path, mistral:
     start = f"config: 1 problem\n  model.name: {own} is not Mistral-7B-Instruct-v0.2's tokenizer: token "
     the, of = vocab["▁of"], vocab["▁the"]
     assert config_error(tmp_path) in (
-        f"{start}'▁the' has id {of}, wanted {the}",
-        f"{start}'▁of' has id {the}, wanted {of}",
+        f"{start}'▁the' has id {of}, expected {the}",
+        f"{start}'▁of' has id {the}, expected {of}",
     )
 
 

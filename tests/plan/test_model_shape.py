@@ -49,7 +49,7 @@ def test_more_layers_to_checkpoint_than_the_model_has_are_refused(platform: str,
     assert read_geometry(load.load_config(platform, [*local, "training.checkpointed_layers=32"])[0]) == MISTRAL_7B
     with pytest.raises(ConfigError) as caught:
         read_geometry(load.load_config(platform, [*local, "training.checkpointed_layers=33"])[0])
-    text = "training.checkpointed_layers: 33, but the model has 32 layers; wanted 0 to 32, all or auto"
+    text = "training.checkpointed_layers: 33, but the model has 32 layers; expected 0 to 32, all or auto"
     assert caught.value.problems == (text,)
 
 
@@ -90,7 +90,7 @@ def test_embeddings_are_not_tied_where_the_file_does_not_say(tmp_path: Path) -> 
 def test_a_folder_without_config_json_is_refused(tmp_path: Path) -> None:
     assert problem(tmp_path, None) == (
         f"config: 1 problem\n  model.name: {tmp_path}/config.json: No such file or directory; "
-        "wanted a folder with a model in it"
+        "expected a folder with a model in it"
     )
 
 
@@ -100,14 +100,14 @@ def test_a_size_that_is_no_positive_whole_number_is_refused_by_its_name(
 ) -> None:
     assert problem(tmp_path, {**SMALL, "num_key_value_heads": size}) == (
         f"config: 1 problem\n  model.name: {tmp_path}/config.json: num_key_value_heads is {shown}; "
-        "wanted positive whole numbers"
+        "expected positive whole numbers"
     )
 
 
 @pytest.mark.parametrize("text", ['"text"', "[]", "null", "7"])
 def test_json_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     assert problem(tmp_path, text) == (
-        f"config: 1 problem\n  model.name: {tmp_path}/config.json is a None, wanted ['MistralForCausalLM']"
+        f"config: 1 problem\n  model.name: {tmp_path}/config.json is a None, expected ['MistralForCausalLM']"
     )
 
 
@@ -115,8 +115,9 @@ def test_json_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
 def test_a_smaller_or_tied_model_is_refused_where_mistral_7b_is_wanted(platform: str, tmp_path: Path) -> None:
     other = {**LARGE, "vocab_size": 32768, "num_hidden_layers": 2, "tie_word_embeddings": True}
     assert problem(tmp_path, other, platform) == (
-        f"config: 1 problem\n  model.name: {tmp_path}/config.json is not Mistral-7B: num_hidden_layers 2 (wanted 32), "
-        "vocab_size 32768 (wanted 32000), tie_word_embeddings True (wanted False); train other models on platform cpu"
+        f"config: 1 problem\n  model.name: {tmp_path}/config.json is not Mistral-7B: "
+        "num_hidden_layers 2 (expected 32), vocab_size 32768 (expected 32000), "
+        "tie_word_embeddings True (expected False); train other models on platform cpu"
     )
 
 

@@ -97,7 +97,7 @@ def test_the_new_key_is_accepted_with_its_type_and_bounds(project: Path) -> None
     assert tried(project, loader, "h100", "--get", "training.label_noise") == "0.25\n"
     command = [sys.executable, loader, "h100", "--set", "training.label_noise=2"]
     refused = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    found = "training.label_noise: found 2 (whole number), wanted at least 0 and at most 1"
+    found = "training.label_noise: found 2 (whole number), expected at least 0 and at most 1"
     assert refused.stderr == f"config: 1 problem\n  --set training.label_noise=2  {found}\n"
 
 

@@ -200,7 +200,7 @@ def test_a_foreign_base_is_refused(run: Path, base: object, shown: str) -> None:
     path = plain(run) / "adapter_config.json"
     write_json(path, read_json(path) | {"base_model_name_or_path": base})
     assert refused(ConfigError, path.parent) == (
-        f"{path}: base_model_name_or_path is {shown}, wanted {MISTRAL} or a folder that is here; "
+        f"{path}: base_model_name_or_path is {shown}, expected {MISTRAL} or a folder that is here; "
         "an adapter works on its own base only; if this one's is here, name it in that file"
     )
 
@@ -212,7 +212,7 @@ def test_a_base_of_another_architecture_is_refused(run: Path, tmp_path: Path) ->
     path = plain(run) / "adapter_config.json"
     write_json(path, read_json(path) | {"base_model_name_or_path": str(base)})
     assert refused(ConfigError, path.parent) == (
-        f"model.name: {base}/config.json is a ['LlamaForCausalLM'], wanted ['MistralForCausalLM']"
+        f"model.name: {base}/config.json is a ['LlamaForCausalLM'], expected ['MistralForCausalLM']"
     )
 
 

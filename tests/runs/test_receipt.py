@@ -309,11 +309,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another file of the run": (lambda path: path.write_text("{}"), "no receipt, for it has no schema_version"),
     "without a part": (
         lambda path: path.write_text(json.dumps({**GOOD, "must_agree": None})),
-        "must_agree is null, wanted a section",
+        "must_agree is null, expected a section",
     ),
     "a part of another type": (
         lambda path: path.write_text(json.dumps({**GOOD, "by_design": ["\x1b[31m"]})),
-        "by_design is ['\\x1b[31m'] (list), wanted a section",
+        "by_design is ['\\x1b[31m'] (list), expected a section",
     ),
 }
 
@@ -338,7 +338,7 @@ def test_a_receipt_of_another_schema_is_refused_with_both_versions(tmp_path: Pat
     with pytest.raises(ConfigError) as refused:
         receipt.read(path)
     assert str(refused.value) == (
-        f"config: 1 problem\n  --receipt {path}: schema_version is {shown}, wanted 1; "
+        f"config: 1 problem\n  --receipt {path}: schema_version is {shown}, expected 1; "
         "make both with the same version of this program"
     )
 

@@ -94,7 +94,7 @@ def test_a_new_adapter_needs_nothing(tiny_mistral: Path) -> None:
         (lambda at: retensor(at, lambda them: them.pop(A)), f"it lacks {A}"),
         (lambda at: retensor(at, lambda them: them.update(other=them[A].clone())), "it also has other"),
         (lambda at: retensor(at, lambda them: them.update({A: them[A][:, :32].contiguous()})),
-            f"1 tensor of another shape, the first {A}: (4, 32), wanted (4, 64)"),
+            f"1 tensor of another shape, the first {A}: (4, 32), expected (4, 64)"),
     ],
 )  # fmt: skip
 def test_one_difference_is_refused_by_name(
@@ -111,7 +111,7 @@ def test_all_differences_are_told_at_once(tiny_mistral: Path, folder: Path) -> N
     assert lines == [
         f"{where}: its r is 4, the run's is 8",
         f"{where}: its lora_alpha is 32, the run's is 16",
-        f"{where}: 28 tensors of another shape, the first {first}: (4, 128), wanted (8, 128)",
+        f"{where}: 28 tensors of another shape, the first {first}: (4, 128), expected (8, 128)",
     ]
 
 

@@ -97,7 +97,7 @@ def test_a_config_error_is_exit_2_with_its_text_on_stderr(run: Run) -> None:
     assert run("h200", "--json") == (2, "", text)
     code, out, err = run("h100", "--set", "lora.r=many")
     assert (code, out) == (2, "")
-    assert err == "config: 1 problem\n  --set lora.r=many  lora.r: found 'many' (text), wanted a whole number\n"
+    assert err == "config: 1 problem\n  --set lora.r=many  lora.r: found 'many' (text), expected a whole number\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["h100", "--sett", "x=1"]])

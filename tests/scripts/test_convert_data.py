@@ -30,7 +30,7 @@ def test_it_says_what_it_recognized_changed_and_dropped_and_ends_with_the_dry_ru
         "keys that were not read\n"
         "          3  id: rows 1, 2, 4\n"
         "dropped\n"
-        "          1  begins with the assistant, wanted user: row 3\n"
+        "          1  begins with the assistant, expected user: row 3\n"
         f"written: 3 conversations to {output}\n"
         f"next: {command('src/train.py')} --config h100 --set 'dataset.train_file={output}' --dry-run\n",
         "",
@@ -74,7 +74,7 @@ def test_columns_that_are_no_pairs_are_exit_2(run: Run, tmp_path: Path, text: st
     assert run(FILES / "excel.csv", tmp_path / "made.jsonl", "--columns", text) == (
         2,
         "",
-        f"config: 1 problem\n  --columns {text}: wanted pairs, for example prompt=Q,completion=A\n",
+        f"config: 1 problem\n  --columns {text}: expected pairs, for example prompt=Q,completion=A\n",
     )
 
 

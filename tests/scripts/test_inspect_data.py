@@ -102,7 +102,7 @@ def test_blank_lines_are_counted_but_not_shown(run: Run, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["0", "3-2", "-3", "1-2-3", "", "1,2", "²"])
 def test_anything_else_is_exit_2_with_an_example(run: Run, text: str) -> None:
-    wanted = f"config: 1 problem\n  --rows {text}: wanted a line or a range of lines, for example 3 or 3-7\n"
+    wanted = f"config: 1 problem\n  --rows {text}: expected a line or a range of lines, for example 3 or 3-7\n"
     assert run(SAMPLE, f"--rows={text}") == (2, "", wanted)
 
 
@@ -144,7 +144,7 @@ def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
     assert "dataset.train_file" not in err  # which this command does not read
     code, _, err = run(tmp_path)
     assert code == 2
-    assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, wanted a file; ")
+    assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, expected a file; ")
 
 
 def test_a_file_of_another_format_is_exit_4_with_the_command_that_converts_it(run: Run, tmp_path: Path) -> None:

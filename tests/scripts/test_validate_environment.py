@@ -141,7 +141,7 @@ def test_a_bad_row_is_4_with_its_line_and_the_command_to_look_again(
     done = validate(*case, "--only", "data.rows,data.labels")
     assert done.stdout.splitlines()[1:] == [
         "  FAIL  data.rows                data: 1 bad row",
-        f'{" " * 35}{conversations}:41: "messages" is an empty list, wanted a list of messages',
+        f'{" " * 35}{conversations}:41: "messages" is an empty list, expected a list of messages',
         "                                 -> Fix them, or leave them out with --set dataset.on_bad_row=drop",
         "  skip  data.labels              needs data.rows",
         "0 passed, 0 warnings, 1 failed, 1 skipped; fix the failed checks, then run: "

@@ -125,9 +125,9 @@ def test_both_paths_are_tried_together_and_must_be_faster_than_either(case: Case
 
 def test_a_path_that_is_hardly_faster_is_not_used(case: Case, seconds: dict[str, float]) -> None:
     seconds["fused LoRA"] = 0.98
-    assert why_not(case, *LORA) == "not used: 2 % faster, 3 % wanted"
+    assert why_not(case, *LORA) == "not used: 2 % faster, 3 % expected"
     seconds["fused LoRA"] = 1.25
-    assert why_not(case, *LORA) == "not used: 20 % slower, 3 % wanted"
+    assert why_not(case, *LORA) == "not used: 20 % slower, 3 % expected"
 
 
 def test_a_path_that_does_not_compile_is_not_used(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_path_that_leaves_dropout_out_is_not_used(case: Case, monkeypatch: pyt
             noise.p = probability
 
     broken(monkeypatch, without)
-    text = r"not used: dropout keeps 1\.0000 of its inputs, wanted 0\.9500 within 0\.00\d+"
+    text = r"not used: dropout keeps 1\.0000 of its inputs, expected 0\.9500 within 0\.00\d+"
     assert re.fullmatch(text, why_not(case, *LORA))
 
 

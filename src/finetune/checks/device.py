@@ -45,7 +45,7 @@ def _qlora(preflight: Preflight) -> Finding:
     storage = preflight.config.quantization.storage
     lost, (least, most) = linear.nf4_loss(quantized_on(device)), linear.NF4_LOSS
     if not least <= lost <= most:
-        text = f"NF4 loses {lost:.1%} of normal weights there and back, wanted {least:.0%} to {most:.0%}"
+        text = f"NF4 loses {lost:.1%} of normal weights there and back, expected {least:.0%} to {most:.0%}"
         return failed(text, preflight.platform.repair)
     distance = linear.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
@@ -56,7 +56,7 @@ def _qlora(preflight: Preflight) -> Finding:
 
 def _judged(text: str, distance: float, most: float, fix: str) -> Finding:
     """Whether `distance`, which may be NaN, is at most `most`."""
-    return passed(text) if distance <= most else failed(f"{text}, wanted at most {most:g}", fix)
+    return passed(text) if distance <= most else failed(f"{text}, expected at most {most:g}", fix)
 
 
 def _bfloat16(preflight: Preflight) -> Finding:

@@ -32,7 +32,7 @@ def _cuda(preflight: Preflight) -> Finding:
     if found.built_for is None:
         return failed(f"torch {found.version} is built without CUDA", fix)
     if tuple(map(int, re.findall(r"\d+", found.built_for)[:2])) < OLDEST_CUDA:
-        return failed(f"torch {found.version} is built for CUDA {found.built_for}, wanted 12.1 or newer", fix)
+        return failed(f"torch {found.version} is built for CUDA {found.built_for}, expected 12.1 or newer", fix)
     if not found.sees_nvidia:
         text = f"torch {found.version} for CUDA {found.built_for} sees no GPU beside driver {preflight.machine.driver}"
         return failed(text, "unset CUDA_VISIBLE_DEVICES; if that is not it, update the driver or restart the machine")

@@ -64,7 +64,7 @@ def _python(preflight: Preflight) -> Finding:
     found = preflight.machine.python
     if not (3, 11) <= tuple(map(int, found.split(".")[:2])) <= (3, 13):
         again = "rm -r .venv; PYTHON=/path/to/python3.11 scripts/make_venv.sh"
-        return failed(f"Python {found}, wanted 3.11 to 3.13", again)
+        return failed(f"Python {found}, expected 3.11 to 3.13", again)
     return passed(f"Python {found}")
 
 
@@ -109,7 +109,7 @@ def _shm(preflight: Preflight) -> Finding:
     text = f"{found * 1024:,.0f} MiB of /dev/shm"
     if found < SHM_GIB:
         fix = "docker run --shm-size=1g, or shm_size: 1gb in compose.yaml"
-        return warned(f"{text}, wanted {SHM_GIB * 1024:.0f}", fix)
+        return warned(f"{text}, expected {SHM_GIB * 1024:.0f}", fix)
     return passed(text)
 
 

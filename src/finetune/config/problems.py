@@ -84,7 +84,7 @@ def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo]
     described = next((part for part in known[path].metadata if isinstance(part, Wanted)), None)
     if described is not None:
         index = next((name for fault in faults for name in fault["loc"] if isinstance(name, int)), None)
-        return f"found {show(value if index is None else value[index])}, wanted {described}"
+        return f"found {show(value if index is None else value[index])}, expected {described}"
     if kinds[-1].startswith(("greater_than", "less_than")):
         wanted = _bounds(known[path])
     elif kinds[0] == "literal_error":
@@ -92,7 +92,7 @@ def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo]
     else:
         in_list = any(isinstance(name, int) for name in faults[0]["loc"])
         wanted = WANTED["tuple_type" if in_list else kinds[0]]
-    return f"found {show(value)}, wanted {wanted}"
+    return f"found {show(value)}, expected {wanted}"
 
 
 def _bounds(field: FieldInfo) -> str:

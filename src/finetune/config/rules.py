@@ -22,7 +22,7 @@ def _base_model(config: Config, problems: Problems) -> None:
     if resolve(name) == ROOT / "models" / "demo-135m":
         problems.add("model.name", f"{name} does not exist; run: {command('scripts/make_demo_model.py')}")
     else:
-        problems.add("model.name", f"found {wording.show(name)}, wanted {MISTRAL} or a local folder that holds it")
+        problems.add("model.name", f"found {wording.show(name)}, expected {MISTRAL} or a local folder that holds it")
 
 
 def _platform_values(config: Config, problems: Problems) -> None:
@@ -33,7 +33,7 @@ def _platform_values(config: Config, problems: Problems) -> None:
     }
     for path, (value, works) in chosen.items():
         if value not in works:
-            problems.add(path, f"{value} does not work on {row.label} ({row.name}); wanted {' | '.join(works)}")
+            problems.add(path, f"{value} does not work on {row.label} ({row.name}); expected {' | '.join(works)}")
 
 
 def _backward(config: Config, problems: Problems) -> None:
@@ -73,7 +73,7 @@ def _lora_targets(config: Config, problems: Problems) -> None:
     wrong = [name for name in config.lora.target_modules if name not in known]
     if wrong or not config.lora.target_modules:
         problems.add(
-            "lora.target_modules", f"found {', '.join(wrong) or 'an empty list'}, wanted some of {', '.join(known)}"
+            "lora.target_modules", f"found {', '.join(wrong) or 'an empty list'}, expected some of {', '.join(known)}"
         )
 
 
@@ -138,7 +138,7 @@ def _system_prompt(config: Config, problems: Problems) -> None:
 def _run_name(config: Config, problems: Problems) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
         wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
-        problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, wanted {wanted}")
+        problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, expected {wanted}")
 
 
 def _copy_to(config: Config, problems: Problems) -> None:
@@ -149,7 +149,9 @@ def _copy_to(config: Config, problems: Problems) -> None:
             problems.add("output.copy_checkpoints", text)
     elif output.copy_to.startswith(HUB):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", output.copy_to.removeprefix(HUB)):
-            problems.add("output.copy_to", f"found {wording.show(output.copy_to)}, wanted hf://OWNER/NAME or a folder")
+            problems.add(
+                "output.copy_to", f"found {wording.show(output.copy_to)}, expected hf://OWNER/NAME or a folder"
+            )
     elif resolve(output.copy_to).resolve() == resolve(output.dir).resolve():
         problems.add("output.copy_to", "is output.dir itself; name a folder on another disk")
 

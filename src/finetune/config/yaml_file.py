@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
-                what = f"{key.value} is not text; quote it" if isinstance(key, yaml.ScalarNode) else "wanted text"
+                what = f"{key.value} is not text; quote it" if isinstance(key, yaml.ScalarNode) else "expected text"
                 raise yaml.MarkedYAMLError(problem=f"key: {what}", problem_mark=key.start_mark)
             if key.value in seen:
                 self.duplicates.append(
@@ -84,7 +84,7 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
                 return {}, {}
             if not isinstance(node, yaml.MappingNode):
                 found = show(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
-                raise ConfigError(f"{where}:{node.start_mark.line + 1}: found {found}, wanted a mapping of sections")
+                raise ConfigError(f"{where}:{node.start_mark.line + 1}: found {found}, expected a mapping of sections")
             places = dict(_places(node, where, ""))
             tree = loader.construct_document(node)
             if loader.duplicates:
@@ -179,10 +179,10 @@ def override(setting: str) -> tuple[dict[str, Any], dict[str, str]]:
     path, equals, text = setting.partition("=")
     keys, argument = path.strip().split("."), f"--set {setting}"
     if not equals or not all(keys) or len(keys) > MAX_DEPTH:
-        raise ConfigError(f"{argument}: wanted dotted.key=value, for example --set training.max_steps=50")
+        raise ConfigError(f"{argument}: expected dotted.key=value, for example --set training.max_steps=50")
     tree, places = parse(f"value: {text}", argument)
     if tree.keys() != {"value"}:
-        raise ConfigError(f"{argument}: wanted one value")
+        raise ConfigError(f"{argument}: expected one value")
     value = tree["value"]
     for key in reversed(keys):
         value = {key: value}

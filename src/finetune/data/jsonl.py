@@ -33,7 +33,7 @@ REFUSED_KEYS = {
 
 
 class BadRow(Exception):
-    """What is wrong with one line: what was found, and what was wanted."""
+    """What is wrong with one line: what was found, and what was expected."""
 
 
 def open_lines(path: Path, advice: str = "") -> BinaryIO:
@@ -60,11 +60,11 @@ def _no_file(path: Path, mode: int) -> tuple[str, str]:
         inside = sorted(entry for entry in path.iterdir() if ".jsonl" in entry.suffixes)
         convert = f"{command('scripts/convert_data.py')} {quoted(path)} {copied}"
         fix = f"for example {shown(inside[0])}" if inside else f"or convert what is in it: {convert}"
-        return "is a folder, wanted a file", f"name a file in it, {fix}"
+        return "is a folder, expected a file", f"name a file in it, {fix}"
     if stat.S_ISFIFO(mode):
         found = "is a pipe, which can be read only once, and data is read more than once"
         return found, f"write it to a file first: cat {quoted(path)} > {copied}"
-    return "is a device or a socket, wanted a file", f"write it to a file first, for example {copied}"
+    return "is a device or a socket, expected a file", f"write it to a file first, for example {copied}"
 
 
 def unpacked(source: io.RawIOBase) -> BinaryIO:
@@ -116,13 +116,13 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
     """
     row = parse_json(line)
     if not isinstance(row, dict):
-        raise BadRow(f'found {_kind(row)}, wanted an object {{"messages": [...]}}')
+        raise BadRow(f'found {_kind(row)}, expected an object {{"messages": [...]}}')
     if "messages" not in row:
         found = ", ".join([_short(key) for key in islice(row, 5)] + ["..."] * (len(row) > 5)) or "no key"
         raise BadRow(f'no "messages" key (found {found})')
     given = row["messages"]
     if not isinstance(given, list) or not given:
-        raise BadRow(f'"messages" is {_kind(given)}, wanted a list of messages')
+        raise BadRow(f'"messages" is {_kind(given)}, expected a list of messages')
     others = [key for key, value in row.items() if key != "messages" and says_something(value)]
     for key in others:
         _check_key(key)
@@ -140,7 +140,7 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
 def parse_json(line: bytes) -> Any:
     """What a line of at most MAX_LINE_BYTES holds as JSON, in UTF-8, each key once in an object. Raises BadRow."""
     if len(line) > MAX_LINE_BYTES:
-        raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, wanted one conversation a line")
+        raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, expected one conversation a line")
     try:
         return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -186,10 +186,10 @@ def _system_beside(row: dict[str, Any], messages: Messages) -> Messages:
         return []
     text = row[given[0]]
     if not isinstance(text, str):
-        raise BadRow(f'"{given[0]}" is {_kind(text)}, wanted text')
+        raise BadRow(f'"{given[0]}" is {_kind(text)}, expected text')
     own = messages[0]["role"] == "system"
     if own or len(given) > 1:
-        raise BadRow(f'has a key "{given[0]}" and {"a system message" if own else given[1]} too, wanted one of them')
+        raise BadRow(f'has a key "{given[0]}" and {"a system message" if own else given[1]} too, expected one of them')
     _check_text(f'"{given[0]}"', text)
     return [{"role": "system", "content": text}] if text.strip() else []
 
@@ -198,7 +198,7 @@ def _message(index: int, message: Any) -> Message:
     """One message, its content as text; only a system message may be empty, and then is ""."""
     where = f"message {index}"
     if not isinstance(message, dict):
-        raise BadRow(f"{where} is {_kind(message)}, wanted an object with role and content")
+        raise BadRow(f"{where} is {_kind(message)}, expected an object with role and content")
     if "role" not in message:
         raise BadRow(f'{where} has no "role"')
     role = message["role"]
@@ -208,7 +208,7 @@ def _message(index: int, message: Any) -> Message:
         for key, value in message.items():
             _check_message_key(where, key, value)
     if role not in ("system", "user", "assistant"):
-        raise BadRow(f"{where} has role {_short(role)}, wanted system, user or assistant")
+        raise BadRow(f"{where} has role {_short(role)}, expected system, user or assistant")
     if "content" not in message:
         raise BadRow(f'{where} has no "content"')
     content = message["content"]
@@ -228,11 +228,11 @@ def _check_message_key(where: str, key: str, value: Any) -> None:
         return
     if key == "weight":
         if value not in (0, 1):  # as mistral-common's validator
-            raise BadRow(f"{where} has weight {_short(value)}, wanted 0, 1 or no weight")
+            raise BadRow(f"{where} has weight {_short(value)}, expected 0, 1 or no weight")
     elif key in REFUSED_KEYS:
         raise BadRow(f"{where} has a key {_short(key)}: {REFUSED_KEYS[key]}")
     else:
-        raise BadRow(f"{where} has a key {_short(key)}, wanted only role and content")
+        raise BadRow(f"{where} has a key {_short(key)}, expected only role and content")
 
 
 def joined(where: str, content: Any) -> str:
@@ -240,15 +240,15 @@ def joined(where: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow(f"{where} has content that is {_kind(content)}, wanted text")
+        raise BadRow(f"{where} has content that is {_kind(content)}, expected text")
     texts = []
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise BadRow(f'{where} has a part that is {_kind(part)}, wanted {{"type": "text", "text": "..."}}')
+            raise BadRow(f'{where} has a part that is {_kind(part)}, expected {{"type": "text", "text": "..."}}')
         if part["type"] != "text":
             raise BadRow(f"{where} has a part of type {_short(part['type'])}: {ONLY_TEXT}")
         if not isinstance(part.get("text"), str):
-            raise BadRow(f'{where} has a part whose "text" is {_kind(part.get("text"))}, wanted text')
+            raise BadRow(f'{where} has a part whose "text" is {_kind(part.get("text"))}, expected text')
         texts.append(part["text"])
     return "\n\n".join(filter(None, texts))
 
@@ -263,9 +263,9 @@ def _check_order(roles: list[str]) -> None:
     for turn, role in enumerate(roles[start:]):
         wanted = "assistant" if turn % 2 else "user"
         if role != wanted:
-            raise BadRow(f"message {start + turn + 1} is from {role}, wanted {wanted}")
+            raise BadRow(f"message {start + turn + 1} is from {role}, expected {wanted}")
     if roles[-1] != "assistant":
-        raise BadRow(f"ends with {roles[-1]}, wanted an assistant message last")
+        raise BadRow(f"ends with {roles[-1]}, expected an assistant message last")
 
 
 def _kind(value: Any) -> str:

@@ -132,10 +132,10 @@ def _chat(chat_format: ChatFormat, tokenizer: Tokenizer) -> Chat:
 
 def _first_difference(found: Tokenizer, wanted: Tokenizer) -> str | None:
     if found.get_vocab_size() != wanted.get_vocab_size():
-        return f"{found.get_vocab_size()} tokens, wanted {wanted.get_vocab_size()}"
+        return f"{found.get_vocab_size()} tokens, expected {wanted.get_vocab_size()}"
     for token, token_id in sorted(wanted.get_vocab().items(), key=lambda item: item[1]):
         if found.token_to_id(token) != token_id:
-            return f"token {token!r} has id {found.token_to_id(token)}, wanted {token_id}"
+            return f"token {token!r} has id {found.token_to_id(token)}, expected {token_id}"
     return None
 
 
@@ -163,7 +163,7 @@ def mistral_tokenizer() -> Tokenizer:
     scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     vocab = {piece: index for index, piece in enumerate(scores)}
     if len(vocab) != 32000:
-        found = f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, wanted 32000"
+        found = f"mistral-common's tokenizer.model.v1 has {len(vocab)} pieces, expected 32000"
         raise ConfigError(found, fix="reinstall mistral-common")
     model = BPE(
         vocab=vocab,

@@ -75,7 +75,7 @@ def read_geometry(config: Config) -> Geometry:
     found = MISTRAL_7B if remote else _local_geometry(config)
     asked, layers = config.training.checkpointed_layers, found.num_hidden_layers
     if isinstance(asked, int) and asked > layers:
-        wanted = f"wanted 0 to {layers}, all or auto"
+        wanted = f"expected 0 to {layers}, all or auto"
         raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers", fix=wanted)
     return found
 
@@ -85,12 +85,12 @@ def _local_geometry(config: Config) -> Geometry:
     try:
         values = read_json(path)
     except OSError as error:
-        raise ConfigError(f"model.name: {path}: {error.strerror}", fix="wanted a folder with a model in it") from None
+        raise ConfigError(f"model.name: {path}: {error.strerror}", fix="expected a folder with a model in it") from None
     except ValueError as error:
         raise ConfigError(f"model.name: {path} is not JSON: {error}") from None
     architectures = values.get("architectures") if isinstance(values, dict) else None
     if architectures != ["MistralForCausalLM"]:
-        raise ConfigError(f"model.name: {path} is a {architectures}, wanted ['MistralForCausalLM']")
+        raise ConfigError(f"model.name: {path} is a {architectures}, expected ['MistralForCausalLM']")
     found = Geometry(**_sizes(values, path))
     if found not in (MISTRAL_7B, DEMO_135M) and not PLATFORMS[config.platform].any_base:
         problem = f"model.name: {path} is not Mistral-7B: {_difference(found)}"
@@ -105,7 +105,7 @@ def _sizes(values: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong = [f"{name} is {size!r}" for name, size in sizes.items() if not (isinstance(size, int) and size >= 0)]
     wrong += [f"{name} is 0" for name, size in sizes.items() if size == 0 and name != "tie_word_embeddings"]
     if wrong:
-        raise ConfigError(f"model.name: {path}: {', '.join(wrong)}", fix="wanted positive whole numbers")
+        raise ConfigError(f"model.name: {path}: {', '.join(wrong)}", fix="expected positive whole numbers")
     return sizes
 
 
@@ -113,4 +113,4 @@ def _difference(found: Geometry) -> str:
     pairs: dict[str, tuple[Any, Any]] = {
         name: (getattr(found, name), getattr(MISTRAL_7B, name)) for name in Geometry.__annotations__
     }
-    return ", ".join(f"{name} {ours} (wanted {wanted})" for name, (ours, wanted) in pairs.items() if ours != wanted)
+    return ", ".join(f"{name} {ours} (expected {wanted})" for name, (ours, wanted) in pairs.items() if ours != wanted)

@@ -169,5 +169,5 @@ def _base_of(folder: Path) -> str:
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if isinstance(base, str) and (base == MISTRAL or is_local(base)):
         return base
-    found = f"{shown(path)}: base_model_name_or_path is {show(base)}, wanted {MISTRAL} or a folder that is here"
+    found = f"{shown(path)}: base_model_name_or_path is {show(base)}, expected {MISTRAL} or a folder that is here"
     raise ConfigError(found, fix="an adapter works on its own base only; if this one's is here, name it in that file")

@@ -66,11 +66,11 @@ def read(path: Path) -> dict[str, Any]:
         raise _refused(path, "no receipt, for it has no schema_version")
     version = receipt["schema_version"]
     if version != SCHEMA_VERSION:
-        found = f"schema_version is {show(version)}, wanted {SCHEMA_VERSION}"
+        found = f"schema_version is {show(version)}, expected {SCHEMA_VERSION}"
         raise ConfigError(f"--receipt {path}: {found}", fix="make both with the same version of this program")
     for part in ("must_agree", "by_design"):
         if not isinstance(receipt.get(part), dict):
-            raise _refused(path, f"{part} is {show(receipt.get(part))}, wanted a section")
+            raise _refused(path, f"{part} is {show(receipt.get(part))}, expected a section")
     return receipt
 
 

@@ -108,7 +108,7 @@ def _tensors(shapes: dict[str, tuple[int, ...]], lora: LoraConfig, geometry: Geo
     if other:
         first = other[0]
         differ = counted(len(other), "tensor")
-        yield f"{differ} of another shape, the first {first}: {shapes[first]}, wanted {wanted[first]}"
+        yield f"{differ} of another shape, the first {first}: {shapes[first]}, expected {wanted[first]}"
 
 
 def _wanted(lora: LoraConfig, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -252,7 +252,7 @@ class _Search:
         text = f"{abs(100 * gain):.0f} % {'faster' if gain > 0 else 'slower'}"
         if len(changes) > 1:
             text += f" than {in_words(used(self.best.stage.config, stage.job.geometry))}"
-        slow = "" if gain >= LEAST_GAIN else f"{text}, {100 * LEAST_GAIN:.0f} % wanted"
+        slow = "" if gain >= LEAST_GAIN else f"{text}, {100 * LEAST_GAIN:.0f} % expected"
         why = wrong(found, self.plain) or slow
         self.variants.append(variant(stage, found.seconds, found.peak_gib, f"not used: {why}" if why else text))
         if not why and found.seconds < self.best.seconds:
@@ -307,4 +307,4 @@ def _wrong_share(found: Passes) -> str:
     share = found.kept / found.probed
     if abs(share - wanted) <= bound:
         return ""
-    return f"dropout keeps {share:.4f} of its inputs, wanted {wanted:.4f} within {bound:.2g}"
+    return f"dropout keeps {share:.4f} of its inputs, expected {wanted:.4f} within {bound:.2g}"

@@ -178,7 +178,7 @@ def test_lines_that_are_no_json_do_not_end_the_stream(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long_is_bad_and_says_so(tmp_path: Path) -> None:
     long = json.dumps({"a": "x" * jsonl.MAX_LINE_BYTES})
     assert rows(file(tmp_path, f'{long}\n{{"a": 2}}\n')) == [
-        (1, "longer than 1 MiB, wanted one conversation a line"),
+        (1, "longer than 1 MiB, expected one conversation a line"),
         (2, {"a": 2}),
     ]
 

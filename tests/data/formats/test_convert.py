@@ -143,7 +143,7 @@ def test_the_turns_before_an_alpaca_row_come_from_its_history(tmp_path: Path) ->
 CANNOT_BE_KEPT = {
     "two system prompts": (
         {"system": "A", "conversations": [{"from": "system", "value": "B"}, {"from": "human", "value": "C"}]},
-        "has two system prompts, wanted one",
+        "has two system prompts, expected one",
     ),
     "a function call": (
         {"conversations": [{"from": "human", "value": "A"}, {"from": "function_call", "value": "f()"}]},
@@ -159,7 +159,7 @@ CANNOT_BE_KEPT = {
     ),
     "a weight between": (
         {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "weight": 0.5}]},
-        "a message has weight 0.5, wanted 0, 1 or no weight",
+        "a message has weight 0.5, expected 0, 1 or no weight",
     ),
     "messages marked bad": (
         {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], "label": False},
@@ -167,9 +167,9 @@ CANNOT_BE_KEPT = {
     ),
     "an unknown role": (
         {"conversations": [{"from": "narrator", "value": "A"}]},
-        "a message has role 'narrator', wanted system, user or assistant",
+        "a message has role 'narrator', expected system, user or assistant",
     ),
-    "no text": ({"prompt": None, "completion": "B"}, "a message has content that is null, wanted text"),
+    "no text": ({"prompt": None, "completion": "B"}, "a message has content that is null, expected text"),
     "two answers": (
         {"messages": [{"role": "user", "content": "A"}, *[{"role": "assistant", "content": "B"}] * 2]},
         "two consecutive turns of one role; --merge-turns joins them",
@@ -304,7 +304,7 @@ def test_values_that_name_a_split_decide_it(tmp_path: Path) -> None:
 def test_a_key_with_one_value_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         split(tmp_path, {"prompt": "A", "completion": "B"})
-    assert caught.value.found == "--split-by source: every row has the value 'None', wanted at least two values"
+    assert caught.value.found == "--split-by source: every row has the value 'None', expected at least two values"
 
 
 # --- the file that is written
@@ -335,7 +335,7 @@ def test_a_folder_and_a_place_that_cannot_be_written_are_config_errors(tmp_path:
     (tmp_path / "made.jsonl").mkdir()
     with pytest.raises(ConfigError) as caught:
         converted(str(FILES / "lists.jsonl"), tmp_path)
-    assert caught.value.found == f"{tmp_path / 'made.jsonl'} is a folder, wanted a file"
+    assert caught.value.found == f"{tmp_path / 'made.jsonl'} is a folder, expected a file"
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / "made.jsonl"
     with pytest.raises(ConfigError) as caught:

@@ -110,7 +110,7 @@ def convert(source: Source, outputs: dict[str, Path], options: Options) -> Accou
 
 def _refuse_taken(path: Path) -> None:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, wanted a file", fix=f"name one in it: {path / 'train.jsonl'}")
+        raise ConfigError(f"{path} is a folder, expected a file", fix=f"name one in it: {path / 'train.jsonl'}")
     if path.exists():
         raise ConfigError(f"{path} already exists, and nothing is overwritten", fix="name another file")
 
@@ -183,7 +183,7 @@ def convert_row(row: Any, options: Options, notes: Notes) -> Messages:
 def _check_turns(roles: list[Any]) -> None:
     """Refuse what `parse_row` would, where there is more to say of it."""
     if roles[:1] == ["assistant"]:
-        raise BadRow("begins with the assistant, wanted user")
+        raise BadRow("begins with the assistant, expected user")
     if any(roles[place] == role and role in ("user", "assistant") for place, role in enumerate(roles[1:])):
         raise BadRow("two consecutive turns of one role; --merge-turns joins them")
 
@@ -230,7 +230,7 @@ def _held_out(source: Source, key: str) -> set[str]:
     values = {_value(row, key) for _, row in source.rows()}
     if len(values) < 2:
         only = next(iter(values), "None")
-        raise ConfigError(f"--split-by {key}: every row has the value {only[:40]!a}, wanted at least two values")
+        raise ConfigError(f"--split-by {key}: every row has the value {only[:40]!a}, expected at least two values")
     named = {value for value in values if value.lower() in HELD_OUT_NAMES}
     by_hash = sorted(values, key=lambda value: hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
     return named or set(by_hash[: max(1, round(HELD_OUT * len(values)))])

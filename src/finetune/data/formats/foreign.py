@@ -15,7 +15,7 @@ from finetune.errors import DataError
 from finetune.files import quoted, resolve
 
 PROCESSED = "data/processed"
-WANTED = 'wanted {"messages": [...]}, one conversation a line'
+WANTED = 'expected {"messages": [...]}, one conversation a line'
 COLUMNS = " --columns prompt=Q,completion=A"
 
 
@@ -33,7 +33,7 @@ def refuse(path: Path, name: str) -> None:
     if named:
         raise DataError(f"data: {path}: {named[0]}", named[1], between="\n")
     if found.encoding != "UTF-8":
-        raise DataError(f"data: {path} is {found.encoding}, wanted UTF-8", iconv(found.encoding, path), between="\n")
+        raise DataError(f"data: {path} is {found.encoding}, expected UTF-8", iconv(found.encoding, path), between="\n")
 
 
 def _other_container(found: Container, name: str) -> DataError:

@@ -112,7 +112,7 @@ def messages_of(row: Any, shape: Shape, notes: Notes) -> Turns:
     if not systems:
         return turns
     if len(systems) > 1 or (turns and turns[0]["role"] == "system" and says_something(turns[0]["content"])):
-        raise BadRow("has two system prompts, wanted one")
+        raise BadRow("has two system prompts, expected one")
     notes.changes[SYSTEM_MOVED] += 1
     return [{"role": "system", "content": systems[0]}, *(turn for turn in turns if turn["role"] != "system")]
 

@@ -54,7 +54,8 @@ def _of_datasets(name: str, folder: Path | None) -> Source:
         split = next(iter(found)) if len(found) == 1 else "train"
         if split not in found:
             raise ConfigError(
-                f"{name} has the splits {', '.join(found)}, wanted one named train", fix="convert its files one by one"
+                f"{name} has the splits {', '.join(found)}, expected one named train",
+                fix="convert its files one by one",
             )
         first = next(iter(found[split]), None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
