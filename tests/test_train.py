@@ -338,6 +338,7 @@ def test_nothing_but_our_own_lines_is_printed(finished: Finished) -> None:
     """Libraries' warnings and bars are silenced; what a person reads is what terminal.py wrote."""
     begins = ("config: ", "data: ", "plan", "  ", "checks: ", "rehearsal: ", "step ", "self-test: ", "done: ")
     begins += ("encoding ", "loading ")  # where they take more than a second, or than ten
+    begins += ("rehearsing the largest batches", "testing the adapter as it was saved")
     lines = finished.done.stderr.splitlines()
     assert [line for line in lines if line and not line.startswith(begins)] == []
     manifest, folder = finished.manifest, finished.folder
