@@ -49,6 +49,16 @@ def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
     )
 
 
+@pytest.mark.parametrize("on_bad_row", ["fail", "drop"])
+def test_a_file_without_any_json_is_one_message(case: Case, on_bad_row: str) -> None:
+    case.train.write_text("Not JSON.\n" * 30, encoding="utf-8")
+    assert case.failure(DataError, on_bad_row=on_bad_row, max_bad_share=0.1) == (
+        f"data: 30 bad rows, none of the first 20 is JSON; {case.train}:1: not JSON: Expecting value at column 1\n"
+        'Write each conversation on one line, as {"messages": [...]}; '
+        "docs/data.md has the formats that can be converted"
+    )
+
+
 @pytest.mark.parametrize(("bad", "more"), [(20, []), (21, ["  ... and 1 more"])])
 def test_twenty_bad_rows_are_listed_and_the_others_counted(case: Case, bad: int, more: list[str]) -> None:
     write(case.train, SHORT, *["{}"] * bad, *numbered(bad))

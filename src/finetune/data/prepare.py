@@ -230,6 +230,10 @@ def _refuse_bad_rows(entries: list[_Entry], splits: dict[str, Split], dataset: D
         if named:
             which = "the first" if line == first.line else "for example"
             raise DataError(f"{found}, {which} {first._replace(line=line)}: {named[0]}", named[1], between="\n")
+    if len(bad) == rows > 1 and text.startswith("not JSON") and all(row is None for row in refused.values()):
+        found += f", none of the first {len(refused)} is JSON; {first}: {text}"
+        write = 'Write each conversation on one line, as {"messages": [...]}'
+        raise DataError(found, f"{write}; docs/data.md has the formats that can be converted", between="\n")
     if drop:
         found += f" of {rows:,} ({len(bad) / rows:.0%}), above dataset.max_bad_share ({dataset.max_bad_share:.0%})"
     listing = lines([f"{place}: {text}" for place, text in bad], LISTED_DROPPED if drop else LISTED_PROBLEMS)
