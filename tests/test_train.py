@@ -529,7 +529,7 @@ def test_a_run_that_begins_with_an_adapter_has_its_eval_loss_first_and_goes_on_f
     assert refused.stderr == (
         "config: 2 problems\n"
         f"  lora.init_from: {finished.folder}: its r is 16, the run's is 8\n"
-        f"  lora.init_from: {finished.folder}: 28 tensors have another shape, the first {first}: (16, 128), expected "
+        f"  lora.init_from: {finished.folder}: 28 tensors of another shape, the first {first}: (16, 128), expected "
         "(8, 128)\nname the folder of a finished run of this base with these settings, or null for a new adapter\n"
     )
     assert not command.output.exists()
