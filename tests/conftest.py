@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +92,16 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.model.embed_tokens.weight[:, 0] = 0.2  # a direction that all tokens share
         model.lm_head.weight[2, 0] = 0.5  # a logit of about 3, where others are within 1
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base model, made if it is not there."""
+    folder = ROOT / "models" / "demo-135m"
+    if not folder.is_dir():
+        folder = tmp_path_factory.mktemp("demo-base") / "demo-135m"
+        subprocess.run([sys.executable, ROOT / "scripts" / "make_demo_model.py", "--output", folder], check=True)
     return folder
 
 

@@ -22,14 +22,10 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on the demo's base, which is made where it is not there."""
+def run(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the demo's base."""
     folder = tmp_path_factory.mktemp("demo")
-    base = ROOT / "models" / "demo-135m"
-    if not base.is_dir():
-        base = folder / "demo-135m"
-        subprocess.run([sys.executable, ROOT / "scripts" / "make_demo_model.py", "--output", base], check=True)
-    settings = (*SHORT, f"model.name={base}", f"output.dir={folder}")
+    settings = (*SHORT, f"model.name={demo_base}", f"output.dir={folder}")
     line = [sys.executable, str(ROOT / "src" / "train.py"), "--config", "cpu", "--skip", "device,rehearsal"]
     line += [word for text in settings for word in ("--set", text)]
     subprocess.run(line, env=ENVIRONMENT, check=True)

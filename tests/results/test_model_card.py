@@ -17,7 +17,6 @@ from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.tokenizer import Chat, load_chat
-from finetune.files import ROOT
 from finetune.model.load import make_tokenizer
 from finetune.results.model_card import hub_base, metadata, model_card
 from finetune.results.self_test import SelfCheck, SelfTest
@@ -340,13 +339,9 @@ def test_the_code_of_a_base_with_any_name_is_still_python_that_loads_it(local: C
         compile(code, "card", "exec")
 
 
-@pytest.fixture(params=["mistral", "demo"])
+@pytest.fixture(params=["mistral", pytest.param("demo", marks=pytest.mark.slow)])
 def chat(request: pytest.FixtureRequest) -> Chat:
-    if request.param == "mistral":
-        return load_chat(None)
-    if not (ROOT / "models" / "demo-135m" / "tokenizer.json").is_file():
-        pytest.skip("models/demo-135m is not there: scripts/make_demo_model.py makes it")
-    return load_chat(ROOT / "models" / "demo-135m")
+    return load_chat(None if request.param == "mistral" else request.getfixturevalue("demo_base"))
 
 
 def test_the_cards_code_reads_control_tokens_in_a_message_as_text_like_the_training(
