@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.cli import command
+from finetune.cli import PYTHON, command
 from finetune.data.cache import Cache
 from finetune.data.formats import foreign
 from finetune.data.jsonl import NO_TOOLS
@@ -78,7 +78,8 @@ def test_training_says_of_what_is_no_file_what_the_page_says(case: Case, kind: s
     user = as_nobody() if kind.startswith("a file") else nullcontext()
     with user, pytest.raises(ConfigError) as caught:
         prepare(dataset, RECIPE, False, Cache(case.cache))
-    assert f"`{caught.value.problems[0].replace(str(path), 'FILE')}`" == message
+    problem = caught.value.problems[0].replace(str(path), "FILE").replace(PYTHON, ".venv/bin/python")
+    assert f"`{problem}`" == message
 
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
