@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,16 @@ def digest(config: Config) -> str | None:
     if folder is None:
         return None
     try:
-        return sha256(folder / WEIGHTS)
+        return _digest_of(folder / WEIGHTS, (folder / WEIGHTS).stat().st_mtime_ns)
     except OSError as error:
         raise _refused(f"{shown(folder / WEIGHTS)}: {error.strerror}") from None
+
+
+@lru_cache(maxsize=1)
+def _digest_of(path: Path, mtime_ns: int) -> str:
+    """Manifest, fingerprint and receipt ask; the file is hashed once unless it changes."""
+    del mtime_ns
+    return sha256(path)
 
 
 def require(config: Config, template: str, geometry: Geometry) -> None:
