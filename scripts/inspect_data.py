@@ -40,7 +40,7 @@ def line_range(text: str) -> range:
 
 
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
-    """Each row of these lines as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
+    """Each row asked for as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
     from finetune.data.encode import as_trained, truncate
     from finetune.data.formats import foreign
     from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
