@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from finetune import cli
 from finetune.data.tokenizer import Chat
 from finetune.files import resolve
 from finetune.model.generate import reply_to
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
