@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from finetune.cli import command
 from finetune.data import jsonl
-from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, open_lines, parse_row, read_lines
+from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, convert_command, open_lines, parse_row, read_lines
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError
 from support.as_nobody import as_nobody
@@ -344,12 +344,26 @@ def refused(path: Path) -> str:
 
 
 def test_a_folder_is_a_config_error_that_names_a_file_in_it(tmp_path: Path) -> None:
-    convert = f"{command('scripts/convert_data.py')} FILE data/processed/train.jsonl"
+    convert = convert_command(tmp_path).replace(str(tmp_path), "FILE")
     assert refused(tmp_path) == (
         f"FILE is a folder, expected a file; name a file in it, or convert what is in it: {convert}"
     )
     (tmp_path / "mine.jsonl.gz").touch()
     assert refused(tmp_path) == "FILE is a folder, expected a file; name a file in it, for example FILE/mine.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    ("split", "existing", "output"),
+    [("train", "val.jsonl", "train.jsonl"), ("validation", "train.jsonl", "val.jsonl"),
+        ("train", "train.jsonl", "'my rows-chat.jsonl'"), ("validation", "val.jsonl", "'my rows-chat.jsonl'")],
+)  # fmt: skip
+def test_the_command_that_converts_a_file_names_an_output_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, existing: str, output: str
+) -> None:
+    monkeypatch.setattr(jsonl, "resolve", lambda path: tmp_path / Path(path).name)
+    (tmp_path / existing).touch()
+    typed = f"{command('scripts/convert_data.py')} '/my rows.json.gz' {output}"
+    assert convert_command(Path("/my rows.json.gz"), split).replace("data/processed/", "") == typed
 
 
 def test_a_pipe_is_a_config_error_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:

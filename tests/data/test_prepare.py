@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from finetune import files
-from finetune.cli import command
 from finetune.data import encode
-from finetune.data.formats import foreign
+from finetune.data.jsonl import convert_command
 from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
 from support.conversations import conversation, weighted
@@ -37,7 +36,7 @@ from support.prepared import (
 
 def convert(case: Case) -> str:
     """The command that converts the training file."""
-    return f"{command('scripts/convert_data.py')} {case.train} {foreign.converted(case.train, 'train')}"
+    return convert_command(case.train)
 
 
 def test_one_bad_row_is_told_as_file_and_line(case: Case) -> None:
@@ -154,8 +153,7 @@ def test_a_validation_file_of_another_format_is_named_before_the_training_file_i
     write(two_files.validation, json.dumps({"prompt": "Hi", "completion": "Hello"}))
     assert two_files.failure(DataError) == (
         f"data: {two_files.validation}: this looks like prompt and completion (prompt/completion)\n"
-        f"Convert it: {command('scripts/convert_data.py')} {two_files.validation} "
-        f"{foreign.converted(two_files.validation, 'validation')}"
+        f"Convert it: {convert_command(two_files.validation, 'validation')}"
     )
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import command
 from finetune.config.load import ROOT
 from finetune.data.encode import with_system_prompt
-from finetune.data.formats import foreign
+from finetune.data.jsonl import convert_command
 from finetune.data.tokenizer import load_chat
 from support.pseudo_terminal import Tty
 
@@ -152,7 +151,7 @@ def test_a_file_of_another_format_is_exit_4_with_the_command_that_converts_it(ru
     assert run(path)[0::2] == (
         4,
         f"data: {path}: this looks like prompt and completion (prompt/completion)\n"
-        f"Convert it: {command('scripts/convert_data.py')} {path} {foreign.converted(path, 'train')}\n",
+        f"Convert it: {convert_command(path)}\n",
     )
 
 

@@ -22,7 +22,7 @@ from finetune.checks.device import REPEATABLE
 from finetune.checks.numerics import linear, loss, optimizer
 from finetune.cli import PYTHON
 from finetune.data import encode, template, tokenizer
-from finetune.data.formats import foreign
+from finetune.data.jsonl import convert_command
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
 from finetune.model import hub
@@ -714,8 +714,7 @@ FAULTS = (
     fault("another format", "cpu",
           lambda b: b.train_file.write_text('{"instruction": "Why?", "input": "", "output": "Because."}\n'),
           fail("data.rows", "data: /bench/train.jsonl: this looks like Alpaca (instruction/input/output)",
-               f"Convert it: {PYTHON} scripts/convert_data.py /bench/train.jsonl "
-               f"{foreign.converted(Path('/bench/train.jsonl'), 'train')}"),
+               f"Convert it: {convert_command(Path('/bench/train.jsonl'))}"),
           exit_code=4),
     fault("keys that are not read, and a system prompt outside of the messages", "cpu",
           lambda b: b.write_rows(*conversations(), more='{"id": 7, "system": "Be short.", ' + ROW[1:]),

@@ -1,4 +1,4 @@
-"""Chat JSONL, line by line: a stream of numbered lines, and the one decided answer to each way a line can be bad."""
+"""Reads chat JSONL line by line: opens and numbers lines, parses a row, and says what is wrong with a bad one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from typing import Any, BinaryIO, NoReturn
 from finetune.cli import command
 from finetune.data.template import Message, Messages
 from finetune.errors import ConfigError, DataError
-from finetune.files import quoted, shown
+from finetune.files import quoted, resolve, shown
 
 MAX_LINE_BYTES = 2**20  # a quarter of a million tokens; tokenizing 16 MiB took 24 s and 1.3 GiB
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
-SYSTEM_KEYS = ("system", "system_prompt")  # beside "messages", in exports of several tools
+SYSTEM_KEYS = ("system", "system_prompt")  # next to "messages", in exports of several tools
+PROCESSED = Path("data/processed")  # where the shipped configs look for data
 NO_TOOLS = "the chat template of Mistral-7B-Instruct-v0.2 has no tools"
 ONLY_TEXT = "the model reads text only"
-# Keys that would change what is learned, of a row or of a message; and all that begin with "rejected".
+# Keys of a row or a message that would change what is learned; so does every key that begins with "rejected".
 REFUSED_KEYS = {
     **dict.fromkeys(("tools", "available_tools", "functions", "tool_calls", "tool_call_id", "function_call"), NO_TOOLS),
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), ONLY_TEXT),
@@ -33,16 +34,15 @@ REFUSED_KEYS = {
 
 
 class BadRow(Exception):
-    """What is wrong with one line: what was found, and what was expected."""
+    """A line is bad; the text says what was found and what was expected."""
 
 
 def open_lines(path: Path, advice: str = "") -> BinaryIO:
-    """Open a data file, gzip or not; ConfigError where it is not there (ending in `advice`), or no file to be read."""
+    """Open a data file, unpacking gzip. Raises ConfigError if it is unreadable, or missing, then ending in `advice`."""
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # a FIFO is not opened: that would wait for whoever writes it
-            found, fix = _no_file(path, mode)
-            raise ConfigError(f"{shown(path)} {found}", fix=fix)
+        if not stat.S_ISREG(mode):  # opening a FIFO would wait for its writer
+            raise _not_a_file(path, mode)
         with path.open("rb") as stream:
             is_gzip = stream.read(len(GZIP)) == GZIP
         return gzip.open(path) if is_gzip else path.open("rb")  # type: ignore[return-value]
@@ -53,33 +53,42 @@ def open_lines(path: Path, advice: str = "") -> BinaryIO:
         raise ConfigError(f"{shown(path)}: {error.strerror}", fix=f"put your JSONL there{advice}") from None
 
 
-def _no_file(path: Path, mode: int) -> tuple[str, str]:
-    """What a path is that is no file, and what to type."""
-    copied = "data/processed/train.jsonl"
+def _not_a_file(path: Path, mode: int) -> ConfigError:
+    copied = PROCESSED / "train.jsonl"
     if stat.S_ISDIR(mode):
         inside = sorted(entry for entry in path.iterdir() if ".jsonl" in entry.suffixes)
-        convert = f"{command('scripts/convert_data.py')} {quoted(path)} {copied}"
-        fix = f"for example {shown(inside[0])}" if inside else f"or convert what is in it: {convert}"
-        return "is a folder, expected a file", f"name a file in it, {fix}"
+        fix = f"for example {shown(inside[0])}" if inside else f"or convert what is in it: {convert_command(path)}"
+        return ConfigError(f"{shown(path)} is a folder, expected a file", fix=f"name a file in it, {fix}")
     if stat.S_ISFIFO(mode):
-        found = "is a pipe, which can be read only once, and data is read more than once"
-        return found, f"write it to a file first: cat {quoted(path)} > {copied}"
-    return "is a device or a socket, expected a file", f"write it to a file first, for example {copied}"
+        found = f"{shown(path)} is a pipe, which can be read only once, and data is read more than once"
+        return ConfigError(found, fix=f"write it to a file first: cat {quoted(path)} > {copied}")
+    found = f"{shown(path)} is a device or a socket, expected a file"
+    return ConfigError(found, fix=f"write it to a file first, for example {copied}")
+
+
+def convert_command(path: Path, split: str = "train") -> str:
+    """The command that converts a data file, or a folder of them, to a new file."""
+    return f"{command('scripts/convert_data.py')} {quoted(path)} {quoted(converted(path, split))}"
+
+
+def converted(path: Path, split: str) -> Path:
+    """The file to convert `path` to: the one that the configs name for `split`, or another if that exists."""
+    named = PROCESSED / {"train": "train.jsonl", "validation": "val.jsonl"}[split]
+    return PROCESSED / f"{path.name.split('.')[0]}-chat.jsonl" if resolve(str(named)).exists() else named
 
 
 def unpacked(source: io.RawIOBase) -> BinaryIO:
-    """The bytes of a file, or where that is a gzip, what it holds."""
+    """A stream of the file's bytes, without its gzip compression if it has one."""
     stream = io.BufferedReader(source, 2**20)
     is_gzip = stream.peek(len(GZIP)).startswith(GZIP)
     return gzip.GzipFile(fileobj=stream) if is_gzip else stream  # type: ignore[return-value]
 
 
 def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line without its end) for every line that is not blank.
+    """Yield (line number from 1, line without its end) for every line that is not blank.
 
-    A byte order mark at the start and CRLF ends are taken off. Of a line over MAX_LINE_BYTES only that many bytes and
-    one are kept, which `parse_row` refuses; so memory stays bounded whatever the file is. Raises DataError where a gzip
-    is damaged.
+    Removes a byte order mark and CRLF. Cuts a line over MAX_LINE_BYTES to one byte more than that, which `parse_row`
+    refuses, so memory stays bounded. Raises DataError if a gzip is damaged.
     """
     number = 0
     try:
@@ -100,19 +109,19 @@ def read_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def damaged_gzip(path: Path, where: str = "") -> DataError:
-    """What to say of a gzip that cannot be unpacked, and what to type."""
+    """The error for a gzip that cannot be unpacked."""
     fix = f"copy the file again; gzip -t {quoted(path)} tests it"
     return DataError(f"{path}: the gzip is damaged or cut short{where}", fix)
 
 
 def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
-    """The messages of one line, checked: {"messages": [{"role", "content"}, ...]}.
+    """Check one line, {"messages": [{"role", "content"}, ...]}, and return its messages. Raises BadRow.
 
-    Roles are system (first only), then user and assistant in turn, assistant last. Content is text, or a list of text
-    parts, joined as mistral-common does. An empty system message is none. One of SYSTEM_KEYS beside "messages" becomes
-    the system message. A weight is 0, 1 or null; only 0 on an assistant message says anything, and is kept. Keys that
-    would change what is learned are refused unless they are null or empty; other keys beside "messages" are ignored.
-    `keys` counts the keys that were ignored or became the system message. Raises BadRow.
+    Roles are system (first only), then user and assistant in turn, ending with assistant. Content is text, or a list of
+    text parts, joined as mistral-common does. An empty system message is removed. One of SYSTEM_KEYS next to "messages"
+    becomes the system message. A weight is 0, 1 or null; only 0 on an assistant message has an effect, and is kept.
+    Keys that would change what is learned are refused unless they are null or empty; other keys next to "messages" are
+    ignored. `keys` counts the keys that were ignored or became the system message.
     """
     row = parse_json(line)
     if not isinstance(row, dict):
@@ -134,11 +143,11 @@ def parse_row(line: bytes, keys: Counter[str] | None = None) -> Messages:
         return messages
     if keys is not None:
         keys.update(others)
-    return _system_beside(row, messages) + messages
+    return _system_prompt(row, messages) + messages
 
 
 def parse_json(line: bytes) -> Any:
-    """What a line of at most MAX_LINE_BYTES holds as JSON, in UTF-8, each key once in an object. Raises BadRow."""
+    """Parse a line of JSON in UTF-8. Raises BadRow, also for more than MAX_LINE_BYTES or a key twice in an object."""
     if len(line) > MAX_LINE_BYTES:
         raise BadRow(f"longer than {MAX_LINE_BYTES // 2**20} MiB, expected one conversation a line")
     try:
@@ -154,7 +163,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for `object_pairs_hook`. Raises BadRow for a key that is there twice."""
+    """A JSON object, for `object_pairs_hook`. Raises BadRow for a duplicate key."""
     mapping = dict(pairs)
     if len(mapping) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -167,20 +176,20 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def says_something(value: Any) -> bool:
-    """Whether a key says anything: exports write null or nothing for what a row does not have."""
+    """Whether a key's value has content; exports write null or an empty value for what a row lacks."""
     return value is not None and value not in ("", [], {})
 
 
 def _check_key(key: str) -> None:
-    """Refuse a key beside "messages" that would change what is learned, or cannot be written down."""
+    """Refuse a key next to "messages" that would change what is learned or is not valid text."""
     _check_text(f"the key {_short(key)}", key)
     reason = "an answer that is not to be learned" if key.startswith("rejected") else REFUSED_KEYS.get(key)
     if reason:
         raise BadRow(f"has a key {_short(key)}: {reason}")
 
 
-def _system_beside(row: dict[str, Any], messages: Messages) -> Messages:
-    """The system message that a key beside "messages" gives, in a list; an empty list where none does."""
+def _system_prompt(row: dict[str, Any], messages: Messages) -> Messages:
+    """A list with the system message from one of SYSTEM_KEYS, or an empty list."""
     given = [key for key in SYSTEM_KEYS if says_something(row.get(key))]
     if not given:
         return []
@@ -195,7 +204,7 @@ def _system_beside(row: dict[str, Any], messages: Messages) -> Messages:
 
 
 def _message(index: int, message: Any) -> Message:
-    """One message, its content as text; only a system message may be empty, and then is ""."""
+    """One message with its content as text; "" for an empty system message. Other messages may not be empty."""
     where = f"message {index}"
     if not isinstance(message, dict):
         raise BadRow(f"{where} is {_kind(message)}, expected an object with role and content")
@@ -236,7 +245,7 @@ def _check_message_key(where: str, key: str, value: Any) -> None:
 
 
 def joined(where: str, content: Any) -> str:
-    """Text, or the text of a list of parts {"type": "text", "text"}; mistral-common joins them by a blank line."""
+    """Content as text; parts {"type": "text", "text"} are joined with a blank line, as mistral-common does."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -261,9 +270,9 @@ def _check_text(where: str, text: str) -> None:
 def _check_order(roles: list[str]) -> None:
     start = 1 if roles[0] == "system" else 0
     for turn, role in enumerate(roles[start:]):
-        wanted = "assistant" if turn % 2 else "user"
-        if role != wanted:
-            raise BadRow(f"message {start + turn + 1} is from {role}, expected {wanted}")
+        expected = "assistant" if turn % 2 else "user"
+        if role != expected:
+            raise BadRow(f"message {start + turn + 1} is from {role}, expected {expected}")
     if roles[-1] != "assistant":
         raise BadRow(f"ends with {roles[-1]}, expected an assistant message last")
 
@@ -276,6 +285,6 @@ def _kind(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Quoted, escaped and cut, so that a row cannot write to the terminal through a message."""
+    """A value quoted, escaped and cut, so that data cannot write escape sequences to the terminal."""
     text = ascii(value) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -44,6 +44,20 @@ KINDS = {
     "an array on one line": ('[{"a": 1}, {"a": 2}]', "a JSON array"),
     "an array on several lines": ('\n [\n  {"a": 1},\n  {"a": 2}\n]\n', "a JSON array"),
     "an empty array": ("[]", "a JSON array"),
+    "one object with a list of rows": ('{"data": [{"a": 1}, {"a": 2}]}', "one JSON object"),
+    "one object on several lines": ('{\n "data": [\n{"a": 1}\n], "count": 12\n}\n', "one JSON object"),
+    "rows below metadata": ('{"n": 1, "tags": ["x", "y"], "none": [], "data": [{"a": 1}]}', "one JSON object"),
+    "conversations below one key": (f'{{"conversations": [{{"conversations": [{TALK}]}}]}}', "one JSON object"),
+    "one conversation": (f'{{"messages": [{TALK}]}}', "JSON Lines"),
+    "one conversation on several lines": (f'{{\n "id": 7,\n "messages": [\n{TALK}\n]}}\n', "JSON Lines"),
+    "one pair with a list of objects": ('{"prompt": "A", "completion": "B", "tools": [{"a": 1}]}', "JSON Lines"),
+    "a bad row with tools": ('{"tools": [{"a": 1}], "messages": []}', "JSON Lines"),
+    "objects with a list each": ('{"data": [{"a": 1}]}\n{"data": [{"a": 2}]}\n', "JSON Lines"),
+    "a long object with a list, and another": (
+        '{"data": [{"a": "' + "x" * 2**17 + '"}]}\n{"data": [{"a": 2}]}\n',
+        "JSON Lines",
+    ),
+    "an object without a list": ('{\n "a": {"b": [{"c": 1}]}\n}', "JSON Lines"),
     "columns that are known": ("prompt,completion\na,b\n", "CSV"),
     "tabs": ("prompt\tcompletion\na\tb\n", "CSV with tabs (TSV)"),
     "semicolons": ("prompt;completion\na;b\n", "CSV"),
@@ -122,10 +136,50 @@ def test_an_array_read_in_blocks_is_the_array(
         assert list(containers.Container(path, "a JSON array").rows()) == list(enumerate(elements, 1))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    keys=st.dictionaries(st.text(max_size=3), values.filter(lambda value: not isinstance(value, list)), max_size=3),
+    elements=st.lists(st.dictionaries(st.text(max_size=3), values, max_size=3), min_size=1, max_size=5),
+    place=st.integers(0, 3),
+    block=st.integers(1, 40),
+    indent=st.sampled_from([None, 0, 4]),
+)
+def test_the_list_of_rows_is_read_in_blocks_wherever_it_is_in_the_object(
+    tmp_path_factory: pytest.TempPathFactory,
+    keys: dict[str, Any],
+    elements: list[Any],
+    place: int,
+    block: int,
+    indent: int | None,
+) -> None:
+    pairs = list(keys.items())
+    content = dict([*pairs[:place], ("the rows", elements), *pairs[place:]])
+    path = file(tmp_path_factory.mktemp("object"), json.dumps(content, indent=indent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(containers, "BLOCK", block)
+        assert list(containers.Container(path, containers.ONE_OBJECT).rows()) == list(enumerate(elements, 1))
+
+
 BROKEN = {
     "cut short": ('[{"a": 1}, {"a": ', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
     "without its end": ('[{"a": 1}', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
     "with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]', "FILE: row 2: key 'a' appears twice in one object; remove it"),
+    "an object cut short": (
+        '{"data": [{"a": 1}, {"a": ',
+        "FILE: row 2 is not JSON or cut short: Expecting value; save the file again",
+    ),
+    "an object without its end": (
+        '{"data": [{"a": 1}]',
+        "FILE: row 2 is not JSON or cut short: Expecting value; save the file again",
+    ),
+    "an object with two lists": (
+        '{"train": [{"a": 1}], "test": [{"a": 1}]}',
+        "FILE has two lists of rows, 'train' and 'test', expected one; save each list in its own file",
+    ),
+    "two objects": (
+        '{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n',
+        "FILE continues after its first JSON object; save the rows as JSON Lines",
+    ),
     "nested too deep": (f'[{{"a": {"[" * 3000}{"]" * 3000}}}]', "FILE: row 1: nested too deep; remove it"),
 }
 

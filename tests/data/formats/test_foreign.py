@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from finetune.cli import PYTHON, command
+from finetune.data import jsonl
 from finetune.data.cache import Cache
-from finetune.data.formats import foreign
 from finetune.data.jsonl import NO_TOOLS
 from finetune.data.prepare import prepare
 from finetune.data.preview import marked, segments
@@ -26,7 +26,7 @@ from support.prepared import RECIPE, SHORT, Case, contents, numbered, write
 
 @pytest.fixture(autouse=True)
 def nothing_processed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(foreign, "resolve", tmp_path.joinpath)
+    monkeypatch.setattr(jsonl, "resolve", tmp_path.joinpath)
 
 
 def said(case: Case, path: Path) -> str:

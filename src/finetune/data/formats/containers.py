@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and its rows as a stream: JSON Lines, a JSON array, CSV or Parquet."""
+"""Recognizes a data file by its first bytes and streams its rows: JSON Lines, JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -12,26 +12,38 @@ import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from finetune.data.formats.shapes import shape_of
-from finetune.data.jsonl import GZIP, BadRow, damaged_gzip, open_lines, parse_json, read_lines, unique_keys
+from finetune.data.formats.shapes import message_keys, shape_of
+from finetune.data.jsonl import (
+    GZIP,
+    REFUSED_KEYS,
+    BadRow,
+    damaged_gzip,
+    open_lines,
+    parse_json,
+    read_lines,
+    unique_keys,
+)
 from finetune.errors import DataError
 from finetune.wording import counted
 
-HEAD_BYTES = 2**16  # by which a file is recognized
-BLOCK = 2**20  # characters of a JSON array that are read at once
-MOST_OF_A_ROW = 2**26  # characters of one element of a JSON array, above which it is taken to have no end
-DELIMITERS = ",\t;"  # of CSV; the last is Excel's in much of Europe
-MARKS = (  # at the start of a text, the longer one first
+HEAD_BYTES = 2**16  # enough to recognize a file
+BLOCK = 2**20  # characters of JSON read at once
+MOST_OF_A_ROW = 2**26  # characters; a longer JSON value is reported as cut short
+DELIMITERS = ",\t;"  # of CSV; Excel writes the last one in much of Europe
+MARKS = (  # byte order marks, longer ones first
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+BETWEEN = re.compile(r"[\ufeff \t\r\n,:]*")  # of two JSON values
 PARQUET = b"PAR1"
-UNREAD = {  # what is not read, by its first bytes, and what makes of it a file that is
+ONE_OBJECT = "one JSON object"
+UNSUPPORTED = {  # by first bytes: what it is, and how to get a supported file
     b"PK\x03\x04": ("a zip archive, as Excel workbooks are", "unpack it, or save the table as CSV"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", "unpack it: zstd -d {file}"),
     b"BZh": ("compressed with bzip2", "unpack it: bunzip2 {file}"),
@@ -42,10 +54,7 @@ Numbered = Iterator[tuple[int, Any]]
 
 @dataclass(frozen=True)
 class Container:
-    """What holds the rows of a file. `first` is the first row, None where it cannot be read.
-
-    `kind` is one of the four that the module names; `delimiter` is of CSV.
-    """
+    """How a file stores its rows. `first` is the first row, or None if it cannot be read; `delimiter` is CSV's."""
 
     path: Path
     kind: str
@@ -62,14 +71,12 @@ class Container:
         return ", ".join([kind, *encoding, *(["gzip"] if self.zipped else [])])
 
     def rows(self) -> Numbered:
-        """(number from 1, row); a BadRow in place of a row that cannot be read by itself.
+        """Yield (number from 1, row), with a BadRow for a single bad row. Raises DataError if the rest is unreadable.
 
-        Numbers are lines of JSON Lines and CSV, else they count the rows. Raises DataError where the rest cannot be
-        read.
+        The number is the line in JSON Lines and CSV, otherwise the position of the row.
         """
-        reading = {"JSON Lines": _lines, "a JSON array": _array, "CSV": _csv, "Parquet": _parquet}[self.kind]
         try:
-            yield from reading(self)
+            yield from READERS[self.kind](self)
         except UnicodeDecodeError as error:
             found = f"{self.path} is not {self.encoding} (byte 0x{error.object[error.start]:02x})"
             raise DataError(found, iconv("WINDOWS-1252", self.path)) from None
@@ -78,14 +85,14 @@ class Container:
 
 
 def iconv(encoding: str, path: Path) -> str:
-    """The line that makes UTF-8 of a file; Windows' encoding is a guess, the most frequent of many."""
+    """The command that converts a file to UTF-8. WINDOWS-1252 is only the most likely guess, and the text says so."""
     guess = "if it comes from Windows in a Western language: " if encoding == "WINDOWS-1252" else ""
     made = shlex.quote(f"{path}.utf8")
     return f"{guess}iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {made}"
 
 
 def recognize(path: Path) -> Container:
-    """What `path` is. Raises DataError for what is not read, with what to type."""
+    """Recognize a file by its first bytes. Raises DataError with what to type for an unsupported one."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     zipped = head.startswith(GZIP)
@@ -94,7 +101,7 @@ def recognize(path: Path) -> Container:
             head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, HEAD_BYTES)
         except zlib.error:
             raise damaged_gzip(path) from None
-    for start, (what, advice) in UNREAD.items():
+    for start, (what, advice) in UNSUPPORTED.items():
         if head.startswith(start):
             raise DataError(f"{path} is {what}", advice.format(file=shlex.quote(str(path))))
     found = Container(path, "Parquet", zipped=zipped) if head.startswith(PARQUET) else _of_text(path, head, zipped)
@@ -109,17 +116,32 @@ def _of_text(path: Path, head: bytes, zipped: bool) -> Container:
         first = _first(lines)
         is_row = isinstance(first, list) and (shape_of(first) or len(text.splitlines()) > 1)
         return lines if is_row else replace(lines, kind="a JSON array")
+    if text.startswith("{"):
+        return replace(lines, kind=ONE_OBJECT) if _wraps_rows(lines, text) else lines
     header = text.partition("\n")[0].rstrip("\r")
     delimiter = max(DELIMITERS, key=header.count)
-    if text.startswith("{") or delimiter not in header:
+    if delimiter not in header:
         return lines
     columns = next(csv.reader([header], delimiter=delimiter), [])
     is_table = ".csv" in path.suffixes or ".tsv" in path.suffixes or shape_of(dict.fromkeys(columns, ""))
     return replace(lines, kind="CSV", delimiter=delimiter) if is_table else lines
 
 
+def _wraps_rows(lines: Container, text: str) -> bool:
+    """Whether a file that begins with `{` is one object with a list of rows, rather than an object on each line."""
+    try:
+        first, *more = [row for _, row in islice(lines.rows(), 2)]
+    except DataError:
+        return False
+    is_line = isinstance(first, dict) or "\n" not in text.rstrip()  # else the object continues on the next line
+    if shape_of(first) or (is_line and more):
+        return False
+    row = _first(replace(lines, kind=ONE_OBJECT))
+    return isinstance(row, dict) and not message_keys([row])  # a list of messages is one conversation
+
+
 def encoding_of(head: bytes) -> str:
-    """UTF-8, -16 or -32 by the mark at the start of a text, or by the zeros between its letters."""
+    """The encoding by the byte order mark, or by zero bytes between letters; UTF-8 without either."""
     for mark, name in MARKS:
         if head.startswith(mark):
             return name
@@ -129,7 +151,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def _first(container: Container) -> Any:
-    """The first row, None where it cannot be read."""
+    """The first row; None if it cannot be read."""
     try:
         row = next(container.rows(), (0, None))[1]
     except DataError:
@@ -148,13 +170,13 @@ def _lines(container: Container) -> Numbered:
         try:
             yield number, parse_json(line)
         except BadRow as bad:
-            if str(bad).startswith("not UTF-8"):  # all of the file is in another encoding
+            if str(bad).startswith("not UTF-8"):  # so the rest of the file is in another encoding too
                 raise DataError(f"{container.path}:{number}: {bad}", iconv("WINDOWS-1252", container.path)) from None
             yield number, bad
 
 
 def _encoded_lines(container: Container) -> Iterator[tuple[int, bytes]]:
-    """Lines in UTF-8, whatever the file's own encoding is."""
+    """Yield the lines in UTF-8, whatever the file's encoding."""
     if container.encoding == "UTF-8":
         with open_lines(container.path) as stream:
             yield from read_lines(stream)
@@ -162,33 +184,91 @@ def _encoded_lines(container: Container) -> Iterator[tuple[int, bytes]]:
     with _text(container, "\n") as text:
         for number, line in enumerate(text, 1):
             if line.strip("\ufeff \t\r\n"):
-                yield number, line.lstrip("\ufeff").encode()
+                yield number, line.lstrip("\ufeff").rstrip("\r\n").encode()
+
+
+class _Json:
+    """JSON text, parsed value by value, so that memory holds one value and one block."""
+
+    def __init__(self, path: Path, text: TextIO) -> None:
+        self.path, self.text, self.buffer, self.place, self.row = path, text, "", 0, 1
+        self.decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+
+    def peek(self) -> str:
+        """The next character except white space and separators; "" at the end."""
+        while True:
+            self.place = BETWEEN.match(self.buffer, self.place).end()  # type: ignore[union-attr]
+            if self.place < len(self.buffer) or not self._read_more():
+                return self.buffer[self.place : self.place + 1]
+
+    def value(self) -> Any:
+        """Parse the value that begins here. Raises DataError if it is bad, cut short or longer than MOST_OF_A_ROW."""
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.buffer, self.place)
+            except json.JSONDecodeError as error:
+                if self._read_more():
+                    continue
+                found = f"{self.path}: row {self.row} is not JSON or cut short: {error.msg}"
+                raise DataError(found, "save the file again") from None
+            except (BadRow, RecursionError) as bad:
+                found = str(bad) if isinstance(bad, BadRow) else "nested too deep"
+                raise DataError(f"{self.path}: row {self.row}: {found}", "remove it") from None
+            if end == len(self.buffer) and self._read_more():  # a number may continue in the next block
+                continue
+            self.place = end
+            return value
+
+    def elements(self) -> Numbered:
+        """Yield the elements of the list that begins here, numbered from 1."""
+        self.place += 1
+        self.row = 1
+        while self.peek() != "]":
+            yield self.row, self.value()
+            self.row += 1
+        self.place += 1
+
+    def _read_more(self) -> bool:
+        kept = self.buffer[self.place :]
+        more = self.text.read(max(BLOCK, len(kept))) if len(kept) < MOST_OF_A_ROW else ""
+        if more:
+            self.buffer, self.place = kept + more, 0
+        return bool(more)
 
 
 def _array(container: Container) -> Numbered:
-    """The elements of a JSON array, one after the other, so that no more than one and a block is in memory."""
-    decoder, between = json.JSONDecoder(object_pairs_hook=unique_keys), re.compile(r"[ \t\r\n,]*")
     with _text(container, "") as text:
-        buffer = text.read(BLOCK).lstrip("\ufeff \t\r\n")
-        place, number = 1, 0
-        while True:
-            place = between.match(buffer, place).end()  # type: ignore[union-attr]
-            if buffer[place : place + 1] == "]":
-                return
-            try:
-                row, place = decoder.raw_decode(buffer, place)
-            except json.JSONDecodeError as error:
-                more = text.read(max(BLOCK, len(buffer))) if len(buffer) - place < MOST_OF_A_ROW else ""
-                if not more:
-                    found = f"{container.path}: row {number + 1} is not JSON or cut short: {error.msg}"
-                    raise DataError(found, "save the file again") from None
-                buffer, place = buffer[place:] + more, 0
+        values = _Json(container.path, text)
+        values.peek()
+        yield from values.elements()
+
+
+def _one_object(container: Container) -> Numbered:
+    """Yield the rows of the one list of objects in a JSON object, and skip the other values."""
+    found = None
+    with _text(container, "") as text:
+        values = _Json(container.path, text)
+        values.peek()
+        values.place += 1
+        while values.peek() != "}":
+            key = str(values.value())
+            if values.peek() != "[":
+                values.value()
                 continue
-            except (BadRow, RecursionError) as bad:
-                found = str(bad) if isinstance(bad, BadRow) else "nested too deep"
-                raise DataError(f"{container.path}: row {number + 1}: {found}", "remove it") from None
-            number += 1
-            yield number, row
+            elements = values.elements()
+            first = next(elements, None)
+            if first and isinstance(first[1], dict) and key not in REFUSED_KEYS:
+                if found:
+                    two = f"{container.path} has two lists of rows, {found} and {key!a}, expected one"
+                    raise DataError(two, "save each list in its own file")
+                found = f"{key!a}"
+                yield first
+                yield from elements
+            for _ in elements:
+                pass
+        values.place += 1
+        if values.peek():
+            raise DataError(f"{container.path} continues after its first JSON object", "save the rows as JSON Lines")
 
 
 def _csv(container: Container) -> Numbered:
@@ -227,3 +307,6 @@ def _parquet(container: Container) -> Numbered:
     except (pa.ArrowException, OSError) as error:
         found = f"{container.path}: the Parquet is damaged after row {number} ({str(error).splitlines()[0]})"
         raise DataError(found, "copy the file again") from None
+
+
+READERS = {"JSON Lines": _lines, "a JSON array": _array, ONE_OBJECT: _one_object, "CSV": _csv, "Parquet": _parquet}
