@@ -8,7 +8,7 @@ echo "test: about 9 minutes the first time, 7 when run again (2 CPU cores, fast 
 
 # Several processes of one thread each: these models are too small for a second thread to pay.
 export OMP_NUM_THREADS=1
-side_by_side=(-n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder)
+side_by_side=(-n logical --maxprocesses 4 --no-loadscope-reorder)
 
 h100_torch() {  # h100_torch [PYTEST_ARGUMENT...]: .venv-h100 has the torch of h100.lock, and all else from .venv
   local torch triton site='import sysconfig; print(sysconfig.get_path("purelib"))'

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,13 +24,30 @@ pytest_plugins = ["support.train_command"]  # the fixture train_file
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# Files that share what takes long to make. They begin first, so that no process waits for them at the end.
+TOGETHER = (
+    ("tests/faults/",),
+    ("tests/test_train.py", "tests/test_terminal.py", "tests/checks/test_mac.py"),
+    ("tests/container/", "tests/results/test_chat.py", "tests/runs/test_adapter.py", "tests/scripts/test_chat.py"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays in one process; so do tests that share what took long to make."""
-    for item in items:
-        folder = item.path.parent
-        shared = folder.name in ("container", "faults")
-        group = str((folder if shared else item.path).relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group("taught" if "taught" in getattr(item, "fixturenames", ()) else group))
+    shared = sum(TOGETHER, ())
+    items.sort(key=lambda item: not item.nodeid.startswith(shared))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For pytest-xdist: a file stays in one process, and so do the files of a row of TOGETHER."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return next((row[0] for row in TOGETHER if file.startswith(row)), file)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

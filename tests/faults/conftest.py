@@ -31,6 +31,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(warm: Warm, tiny_mistral: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+    ):  # a second process that makes it fails: tests/conftest.py keeps them together
+        (tmp_path_factory.getbasetemp().parent / "whole").mkdir()
     command = Command(tiny_mistral, rows, folder / "output")
     ended = warm(command, notes=folder / "points")
     assert ended.code == 0, ended.text
