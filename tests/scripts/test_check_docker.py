@@ -1,4 +1,4 @@
-"""The command that says whether this Docker host can train: on recorded hosts, a real engine, a bare Python 3.10."""
+"""The checks of a Docker host: on recorded hosts, a real engine, and a bare Python 3.10."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_on_a_host_that_is_ready_every_check_passes_and_says_what_it_saw() -> No
         "docker.binds": "UID 1000 reads configs, data, models and writes adapters",
         "docker.image": "mistral-7b-qlora:h100, 14.2 GiB, with the libraries of requirements/h100.lock",
         "docker.flash_attention": "flash-attn is in the image",
-        "docker.disk": "412.3 GiB free in /var/lib/docker, expected to be needed: 13.5 for the base",
+        "docker.disk": "412.3 GiB free in /var/lib/docker, expected need: 13.5 for the base",
     }
     assert found(READY) == [Found(id_, "pass", detail) for id_, detail in details.items()]
 
@@ -90,25 +90,28 @@ NO_ENGINE = [
 NO_GPU = [skip("driver", "needs docker.host"), skip("device", "needs docker.driver")]
 NO_CONFIG = [*(skip(name, "needs docker.config") for name in ("secrets", "binds", "image")), *NO_IMAGE]
 NO_COMPOSE = [skip("config", "needs docker.compose"), *NO_CONFIG]
-COMPOSE = "on Ubuntu: sudo apt-get install -y docker-compose-plugin, or docker-compose-v2 beside Ubuntu's own docker.io"
-BUILDX = "on Ubuntu: sudo apt-get install -y docker-buildx-plugin, or docker-buildx beside Ubuntu's own docker.io"
-NO_BUILDX = warn("buildx", "docker buildx does not answer; newer versions of Compose build by it", BUILDX)
+COMPOSE = "on Ubuntu: sudo apt-get install -y docker-compose-plugin (with Ubuntu's docker.io: docker-compose-v2)"
+BUILDX = "on Ubuntu: sudo apt-get install -y docker-buildx-plugin (with Ubuntu's docker.io: docker-buildx)"
+ABSENT = fail("compose", "docker compose is missing or does not answer", COMPOSE)
+NO_BUILDX = warn(
+    "buildx", "docker buildx is missing or does not answer; newer versions of Compose need it to build", BUILDX
+)
 A_MAC = fail(
-    "host", "macOS 15.1 on arm64; a container on a Mac reaches no GPU", "./scripts/setup_m4.sh, which needs no Docker"
+    "host", "macOS 15.1 on arm64; containers on a Mac have no GPU", "./scripts/setup_m4.sh, which needs no Docker"
 )
 NO_WAY = 'the engine has no runtime nvidia and no CDI device: could not select device driver "nvidia"'
-MODES = "there; in this engine a container's UID is another here, so modes decide nothing"
+MODES = "the folders exist; this engine maps users to other ids, so modes prove nothing"
 FREE = "docker system df shows what uses it; docker image prune; or another data-root in /etc/docker/daemon.json"
 MADE = "mistral-7b-qlora:h100, 14.2 GiB"
 RUNC = {"runc": {"path": "runc"}}
 RUN = "adapters/mistral-7b-qlora-h100"
 FAULTS: dict[str, tuple[Host, list[Found]]] = {
     "a Mac": (silent("stopped", machine=MAC),
-        [A_MAC, *NO_GPU, fail("engine", "Docker's engine does not run", "open -a Docker"),
+        [A_MAC, *NO_GPU, fail("engine", "the Docker engine is not running", "open -a Docker"),
         skip("gpu", "needs docker.host"), *NO_ENGINE[1:]]),
     "a Mac without Docker": (silent("absent", machine=MAC, compose=None, buildx=None),
         [A_MAC, *NO_GPU, fail("engine", "Docker is not installed", "brew install --cask docker"),
-        fail("compose", "docker compose does not answer", COMPOSE), NO_BUILDX, skip("gpu", "needs docker.host"),
+        ABSENT, NO_BUILDX, skip("gpu", "needs docker.host"),
         *NO_COMPOSE[:3], *NO_ENGINE[1:]]),
     "another system": (machine(system="FreeBSD", release="14.1"),
         [fail("host", "FreeBSD 14.1 on x86_64; train-h100 needs Linux", "rent a Linux machine with an H100"), *NO_GPU,
@@ -117,7 +120,7 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         [warn("host", "Linux 5.15.0-119-generic on aarch64; requirements/h100.lock was resolved for x86_64",
         "rent an x86_64 machine")]),
     "asked in a container": (machine(container=True),
-        [warn("host", "Linux 5.15.0-119-generic on x86_64, in a container: folders and driver seen here are its own",
+        [warn("host", "Linux 5.15.0-119-generic on x86_64, in a container, which has its own folders and driver",
         "run this on the host")]),
     "no driver": (machine(driver=None, gpus=[]),
         [fail("driver", "nvidia-smi is missing or does not answer: no working NVIDIA driver", DRIVER),
@@ -126,32 +129,32 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         [fail("driver", "driver 470.256.02; CUDA 12 needs 525 or newer", DRIVER),
         skip("device", "needs docker.driver")]),
     "another GPU": (machine(gpus=["NVIDIA A100-SXM4-80GB"]),
-        [warn("device", "NVIDIA A100-SXM4-80GB, an NVIDIA GPU but not an H100: hours and memory differ",
-        "nvidia-smi --query-gpu=compute_cap --format=csv says whether it is 9.0, which flash-attn is built for; "
-        "if not: docker compose build --build-arg FLASH_ATTN_CUDA_ARCHS=80, for 8.0")]),
+        [warn("device", "NVIDIA A100-SXM4-80GB is not an H100: hours and memory differ",
+        "nvidia-smi --query-gpu=compute_cap --format=csv; flash-attn is built for 9.0, "
+        "for 8.0 with: docker compose build --build-arg FLASH_ATTN_CUDA_ARCHS=80")]),
     "no Docker": (silent("absent"),
         [fail("engine", "Docker is not installed", f"on Ubuntu: {INSTALL}"), *NO_ENGINE]),
     "an engine that was not started": (silent("stopped"),
-        [fail("engine", "Docker's engine does not run", "sudo systemctl start docker"), *NO_ENGINE]),
+        [fail("engine", "the Docker engine is not running", "sudo systemctl start docker"), *NO_ENGINE]),
     "a user outside of the group": (silent("denied"),
         [fail("engine", "permission denied: your user may not use the Docker engine",
         "sudo usermod -aG docker $USER, then log in again (newgrp docker)"), *NO_ENGINE]),
     "an engine that hangs": (silent("Read timed out"),
-        [fail("engine", "Docker's engine does not answer: Read timed out",
+        [fail("engine", "the Docker engine does not answer: Read timed out",
         "docker info; docker context ls; echo $DOCKER_HOST"), *NO_ENGINE]),
     "an engine elsewhere": (engine({"Address": "http://gpu-7:2375"}),
         [fail("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS at http://gpu-7:2375, another machine, "
-        "which does not see these folders", "unset DOCKER_HOST; docker context use default; or run this there"),
+        "which cannot mount these folders", "unset DOCKER_HOST; docker context use default; or run this on that machine"),
         *NO_ENGINE]),
     "an old engine": (engine({"ServerVersion": "19.03.15", "Api": "1.40"}),
         [fail("engine", "Docker 19.03.15 (API 1.40) on Ubuntu 22.04.5 LTS, expected 20.10 or newer",
         f"on Ubuntu: {INSTALL}"), *NO_ENGINE]),
     "a rootless engine": (engine({"SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"]}),
-        [warn("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS, rootless, which was not tried: "
-        "a GPU there needs no-cgroups, and memlock may not be raised",
-        "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place; take the ulimits out of "
+        [warn("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS, rootless, which is untested: "
+        "a GPU needs no-cgroups there, and raising memlock may be denied",
+        "sudo nvidia-ctk config --set nvidia-container-cli.no-cgroups --in-place; remove the ulimits from "
         "compose.yaml"), skip("binds", MODES)]),
-    "no Compose": (host(compose=None), [fail("compose", "docker compose does not answer", COMPOSE), *NO_COMPOSE]),
+    "no Compose": (host(compose=None), [ABSENT, *NO_COMPOSE]),
     "an old Compose": (host(compose="2.17.3"),
         [fail("compose", "Compose 2.17.3, expected 2.20 or newer", COMPOSE), *NO_COMPOSE]),
     "no Buildx": (host(buildx=None), [NO_BUILDX]),
@@ -163,24 +166,24 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         CONFIGURE)]),
     "a runtime whose toolkit is gone": (host(hook=False),
         [warn("gpu",
-        "runtime nvidia, but no nvidia-container-runtime-hook on this PATH, by which the engine starts a GPU",
+        "runtime nvidia, but nvidia-container-runtime-hook, which the engine needs, is not on this PATH",
         TOOLKIT)]),
     "CDI only": (engine({"Runtimes": RUNC, "DiscoveredDevices": CDI}, hook=False),
-        [warn("gpu", "no runtime nvidia, but CDI devices: nvidia.com/gpu=0, nvidia.com/gpu=all; whether this engine "
-        "starts a GPU by them was not tried", TOOLKIT)]),
+        [warn("gpu", "no runtime nvidia, but CDI devices: nvidia.com/gpu=0, nvidia.com/gpu=all; this engine is "
+        "untested with them", TOOLKIT)]),
     "Ubuntu's snap": (engine({"Runtimes": RUNC, "DockerRootDir": "/var/snap/docker/common/var-lib-docker"}),
-        [fail("gpu", "the engine is Ubuntu's snap, which nvidia-ctk does not configure, and has no runtime nvidia",
-        f"sudo snap remove docker (its images and volumes go), then {INSTALL}, then {TOOLKIT}")]),
+        [fail("gpu", "the engine is Ubuntu's snap, which has no runtime nvidia and which nvidia-ctk cannot configure",
+        f"sudo snap remove docker (deletes its images and volumes), then {INSTALL}, then {TOOLKIT}")]),
     "a compose.yaml that Compose refuses": (host(
         project="services.plan Additional property netwrk_mode is not allowed"),
         [fail("config",
-        "Compose refuses compose.yaml or .env: services.plan Additional property netwrk_mode is not allowed",
+        "Compose rejects compose.yaml or .env: services.plan Additional property netwrk_mode is not allowed",
         "docker compose config --quiet"), *NO_CONFIG]),
     "a .env without numbers": (service("$(id -u):1000"),
         [fail("config", "UID:GID is '$(id -u):1000' in .env, expected numbers", IDS_HERE), *NO_CONFIG]),
     "a token file that is not there": (token(0),
         [fail("secrets", "HF_TOKEN_FILE in .env: no such file",
-        "hf auth login makes ~/.cache/huggingface/token; correct .env")]),
+        "hf auth login creates ~/.cache/huggingface/token; correct .env")]),
     "a token file of root's": (token(0o100600, uid=0),
         [fail("secrets", "UID 1000 cannot read /home/trainer/token (-rw------- 0:0)",
         "sudo chown 1000 /home/trainer/token && chmod 600 /home/trainer/token")]),
@@ -188,10 +191,10 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         [fail("binds", "no such folder: models, adapters", "mkdir -p models adapters")]),
     "adapters of root's, and a UID": (folder("adapters", 0o040755, 0, 0),
         [fail("binds", "UID 1000, GID 1000 cannot write adapters (drwxr-xr-x 0:0)",
-        f"sudo chown -R 1000:1000 adapters; if 1000 is not you: {IDS_HERE}")]),
+        f"sudo chown -R 1000:1000 adapters; if your UID is not 1000: {IDS_HERE}")]),
     "a run of another user's": (folder(RUN, 0o040755, 0, 0, user="0:0"),
         [fail("binds", f"UID 1000, GID 1000 cannot write {RUN} (drwxr-xr-x 0:0)",
-        f"sudo chown -R 1000:1000 {RUN}; if 1000 is not you: {IDS_HERE}")]),
+        f"sudo chown -R 1000:1000 {RUN}; if your UID is not 1000: {IDS_HERE}")]),
     "closed data": (folder("data", 0o040700, 0, 0),
         [fail("binds", "UID 1000, GID 1000 cannot read data (drwx------ 0:0)", "chmod -R a+rX data")]),
     "data that root may not read without capabilities": (folder("adapters", 0o040755, 0, 0, user="0:0")._replace(
@@ -200,25 +203,25 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
     "remapped users": (engine({"SecurityOptions": ["name=userns"]}), [skip("binds", MODES)]),
     "no image": (host(image=None), [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE]),
     "the demo's image": (service(lock="cpu"),
-        [fail("image", "LOCK is cpu, and train-h100 needs h100", "echo LOCK=h100 >> .env && docker compose build"),
+        [fail("image", "LOCK is cpu, but train-h100 needs h100", "echo LOCK=h100 >> .env && docker compose build"),
         *NO_IMAGE]),
     "somebody else's image": (image(lock=""),
-        [fail("image", f"{MADE}, has the libraries of lock none", BUILD), *NO_IMAGE]),
+        [fail("image", f"{MADE}, was built with lock none, expected h100", BUILD), *NO_IMAGE]),
     "an image of another lock": (image(lock="cpu"),
-        [fail("image", f"{MADE}, has the libraries of lock cpu", BUILD), *NO_IMAGE]),
+        [fail("image", f"{MADE}, was built with lock cpu, expected h100", BUILD), *NO_IMAGE]),
     "an image without flash-attn": (image(flash_attn="skip"),
         [warn("flash_attention", "the image has no flash-attn", "echo FLASH_ATTN=build >> .env && docker compose "
-        "build; or do without: docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen")]),
+        "build; or train without it: docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen")]),
     "a disk too small to build": (host(image=None, disk=("/var/lib/docker", 30.0)),
         [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE,
-        warn("disk", "30.0 GiB free in /var/lib/docker, expected to be needed: 40 for the image, 13.5 for the base",
+        warn("disk", "30.0 GiB free in /var/lib/docker, expected need: 40 for the image, 13.5 for the base",
         FREE)]),
     "a disk that may be too small for the base": (host(disk=("/var/lib/docker", 3.0)),
         [warn("disk",
-        "3.0 GiB free in /var/lib/docker, expected to be needed: 13.5 for the base, unless the cache volume has it",
+        "3.0 GiB free in /var/lib/docker, expected need: 13.5 for the base, unless the cache volume has it",
         FREE)]),
     "a disk in a virtual machine": (host(disk=None),
-        [skip("disk", "the disk of the engine's data cannot be seen from here")]),
+        [skip("disk", "the engine's data folder is not visible from here")]),
     "a version that is none": (host(compose=2),
         [fail("compose", "this check crashed: TypeError: expected string or bytes-like object, got 'int'",
         "report it"), *NO_COMPOSE]),
@@ -291,7 +294,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def command(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a command with this text on the PATH, beside nothing else of Docker."""
+    """Puts a command with this text on the PATH, where nothing else of Docker is."""
 
     def put(name: str, script: str) -> None:
         folder = short_folder / "bin"
@@ -389,14 +392,14 @@ def test_why_no_engine_answers_is_told_apart(
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A project with compose.yaml in a shell that sets nothing of it, and an image of the program alone."""
+    """A project with compose.yaml, none of whose variables the shell sets, and an image of the program alone."""
     for name in ("UID", "GID", "LOCK", "HF_TOKEN_FILE", "WANDB_API_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("data", "configs", "models", "adapters/run", "requirements", "src/__pycache__", "scripts"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("requirements/h100.lock", "src/train.py", "scripts/b.sh"):
         (tmp_path / name).write_text(name)
-    # The stand-in's name is not that of the real image, which is left alone.
+    # Another name, so that the real image stays untouched.
     tag = f"check-docker-test-{os.getpid()}:h100"
     compose = (ROOT / "compose.yaml").read_text(encoding="utf-8")
     (tmp_path / "compose.yaml").write_text(re.sub(r"image: \$\{IMAGE.*", f"image: {tag}", compose))
@@ -431,17 +434,12 @@ def test_the_whole_table_on_the_engine_of_this_machine(project: Path) -> None:
         "binds": f"UID {uid} reads {mounted} and writes adapters",
         "image": f"{tag}, {read.image.gib:.1f} GiB, with the libraries of requirements/h100.lock",
         "flash_attention": "flash-attn is in the image",
-        "disk": f"{free_gib:.1f} GiB free in {info['DockerRootDir']}, expected to be needed: 13.5 for the base",
+        "disk": f"{free_gib:.1f} GiB free in {info['DockerRootDir']}, expected need: 13.5 for the base",
     }
     made = {it.id.removeprefix("docker."): it for it in found(read)}
     assert {name: made[name][1:] for name in wanted} == {name: ("pass", it, "") for name, it in wanted.items()}
     if "nvidia" not in info["Runtimes"] and not info.get("DiscoveredDevices") and not read.hook:
         assert made["gpu"] == fail("gpu", NO_WAY, TOOLKIT)
-
-
-@pytest.mark.slow
-@needs_engine
-def test_on_a_real_engine_an_image_that_is_not_there_is_none() -> None:
     with check_docker.closing(docker.from_env()) as client:
         assert check_docker.read_image(client, "no-such-image:h100") is None
 
@@ -486,7 +484,7 @@ def test_folders_and_token_files_are_those_that_real_compose_resolves(tmp_path: 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of the command on a recorded host."""
+    """Runs the command on a recorded host; exit code, stdout, stderr."""
 
     def running(recorded: Host, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(check_docker, "read_host", lambda _: recorded)
@@ -515,7 +513,7 @@ def test_a_failure_is_3_with_what_to_type_under_it(shown: Callable[..., tuple[in
         "                                 -> docker compose build",
         "  skip  docker.flash_attention   needs docker.image",
         "  pass  docker.disk              412.3 GiB free in /var/lib/\\x1bdocker, "
-        "expected to be needed: 40 for the image, 13.5 for the base",
+        "expected need: 40 for the image, 13.5 for the base",
         "11 passed, 0 warnings, 1 failed, 1 skipped; fix the failed checks, then run: ./scripts/check_docker.py",
     ]
 
@@ -537,7 +535,7 @@ def test_json_is_one_document_of_the_shape_that_validate_has(shown: Callable[...
 
 
 def bare(tmp_path: Path, *options: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """The command by a Python without its libraries, in a project of script and lock, where no engine answers."""
+    """Run the command with a Python without libraries, in a project of script and lock, where no engine answers."""
     for name in ("scripts/check_docker.py", check_docker.LOCK):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -548,13 +546,13 @@ def bare(tmp_path: Path, *options: str, python: str = sys.executable) -> subproc
 
 
 def as_if(change: str) -> str:
-    """Code that runs the script that is the first argument, after `change`."""
+    """Code that makes `change`, then runs the script in the first argument."""
     imports = "import importlib.util as util, runpy, sys; from importlib import metadata"
     return f"{imports}; {change}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def ubuntus_python() -> str:
-    """A Python 3.10, as Ubuntu 22.04 has it, where this machine has one; pyenv's are not on the PATH."""
+    """A Python 3.10, like Ubuntu 22.04's, if this machine has one; pyenv's are not on the PATH."""
     found = [shutil.which("python3.10"), *map(str, Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10"))]
     return next(
         (it for it in found if it and (check_docker.version(it, "--version") or "").startswith("3.10.")), sys.executable
@@ -564,20 +562,20 @@ def ubuntus_python() -> str:
 @pytest.mark.slow
 def test_a_bare_python_fetches_docker_py_once_and_answers(tmp_path: Path) -> None:
     first, again = (bare(tmp_path, "-S", python=ubuntus_python()) for _ in range(2))  # -S: no pip, so by a venv
-    assert first.stderr.splitlines()[0] == "docker-py is fetched once, into .venv-docker"
+    assert first.stderr.splitlines()[0] == "downloading docker-py into .venv-docker, once"
     assert "docker-py" not in again.stderr
     for done in (first, again):
         assert done.returncode == 3, done.stderr
         made = {row["id"]: row["detail"] for row in json.loads(done.stdout)["checks"]}
         assert made["docker.engine"] == "Docker is not installed"
-        assert made["docker.compose"] == "docker compose does not answer"
+        assert made["docker.compose"] == ABSENT.detail
 
 
 def test_a_python_that_can_fetch_nothing_says_what_to_type(tmp_path: Path) -> None:
     done = bare(tmp_path, "-S", "-c", as_if("util.find_spec = {}.get"))  # neither pip nor ensurepip, as on Ubuntu
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == (
-        f"{sys.executable} has no docker-py, and neither uv nor pip nor venv to fetch it\n"
+        f"{sys.executable} has no docker-py and no uv, pip or venv to install it\n"
         "type: sudo apt-get update && sudo apt-get install -y python3-venv && ./scripts/check_docker.py\n"
     )
 
@@ -593,10 +591,10 @@ def test_a_package_index_that_does_not_answer_is_named_with_what_to_type(
     assert (done.returncode, done.stdout) == (3, "")
     assert "ERROR: No matching distribution found for certifi==" in done.stderr
     assert done.stderr.endswith(
-        "docker-py could not be fetched: see above\n"
+        "docker-py could not be downloaded: see above\n"
         "type: curl -I https://pypi.org, until it answers; then ./scripts/check_docker.py\n"
     )
-    assert not (tmp_path / ".venv-docker/fetched.txt").exists()
+    assert not (tmp_path / ".venv-docker/complete.txt").exists()
 
 
 def test_wrong_usage_is_2() -> None:

@@ -1,6 +1,6 @@
-"""Docker hosts as they were recorded, with what may be wrong with them; and the engine of this machine.
+"""Recorded Docker hosts and their possible faults; and the engine of this machine.
 
-The answers to /info are shortened. Those of an H100's host were put together from the fields that Docker names.
+The answers to /info are shortened. Those of an H100's host were composed from the fields in Docker's documentation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MAC = READY.machine | {"system": "Darwin", "release": "15.1", "architecture": "a
 
 
 class Found(NamedTuple):
-    """What a check is to find."""
+    """A check's expected finding."""
 
     id: str
     status: str
