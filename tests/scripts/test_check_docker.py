@@ -144,8 +144,8 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
         "docker info; docker context ls; echo $DOCKER_HOST"), *NO_ENGINE]),
     "an engine elsewhere": (engine({"Address": "http://gpu-7:2375"}),
         [fail("engine", "Docker 28.2.2 (API 1.50) on Ubuntu 22.04.5 LTS at http://gpu-7:2375, another machine, "
-        "which cannot mount these folders", "unset DOCKER_HOST; docker context use default; or run this on that machine"),
-        *NO_ENGINE]),
+        "which cannot mount these folders",
+        "unset DOCKER_HOST; docker context use default; or run this on that machine"), *NO_ENGINE]),
     "an old engine": (engine({"ServerVersion": "19.03.15", "Api": "1.40"}),
         [fail("engine", "Docker 19.03.15 (API 1.40) on Ubuntu 22.04.5 LTS, expected 20.10 or newer",
         f"on Ubuntu: {INSTALL}"), *NO_ENGINE]),
@@ -210,8 +210,9 @@ FAULTS: dict[str, tuple[Host, list[Found]]] = {
     "an image of another lock": (image(lock="cpu"),
         [fail("image", f"{MADE}, was built with lock cpu, expected h100", BUILD), *NO_IMAGE]),
     "an image without flash-attn": (image(flash_attn="skip"),
-        [warn("flash_attention", "the image has no flash-attn", "echo FLASH_ATTN=build >> .env && docker compose "
-        "build; or train without it: docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen")]),
+        [warn("flash_attention", "the image has no flash-attn",
+        f"echo FLASH_ATTN=build >> .env && {BUILD}; or train without it: "
+        "docker compose run --rm train-h100 --set model.attn_implementation=torch_varlen")]),
     "a disk too small to build": (host(image=None, disk=("/var/lib/docker", 30.0)),
         [fail("image", "no image mistral-7b-qlora:h100", BUILD), *NO_IMAGE,
         warn("disk", "30.0 GiB free in /var/lib/docker, expected need: 40 for the image, 13.5 for the base",
