@@ -1,4 +1,4 @@
-"""Talk to an adapter in the terminal, as it was trained: its base, template and tokenizer, on its platform."""
+"""Chat with an adapter in the terminal, with the base, template, tokenizer and platform of its training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def parse() -> argparse.Namespace:
     parser = cli.parser(__doc__ or "")
     text = "a run's folder, a checkpoint of one, or a PEFT adapter in a folder or on the Hub (owner/name)"
     parser.add_argument("run", metavar="RUN", help=text)
-    parser.add_argument("--ask", metavar="TEXT", help="print the answer to TEXT alone, and leave")
-    text = "the system message, '' for none; default: the run's system_prompt"
+    parser.add_argument("--ask", metavar="TEXT", help="print only the answer to TEXT, and exit")
+    text = "the system message, '' for none (default: the run's system_prompt)"
     parser.add_argument("--system", metavar="TEXT", help=text)
     return parser.parse_args()
 
 
 def typed(text: str | None) -> str | None:
-    """An argument as text; bytes that are no UTF-8 become U+FFFD."""
+    """A stripped argument; bytes that are not UTF-8 become U+FFFD."""
     return text and os.fsencode(text).decode("utf-8", "replace").strip()
 
 
@@ -41,13 +41,13 @@ def main() -> None:
     if question == "":
         raise ConfigError("--ask: empty", fix="type a question")
     if options.json and question is None:
-        raise ConfigError("--json: without --ask there is no one document to print", fix="add --ask TEXT")
+        raise ConfigError("--json prints one answer, so it needs a question", fix="add --ask TEXT")
     terminal = Terminal(json=question is not None)  # stdout belongs to the answer
     from finetune.runs import adapter
 
     found = adapter.find(options.run, options.set, terminal)
     terminal.status(f"loading {found.config.model.name}")
-    from finetune.results import chat  # brings torch: a mistyped name is refused before that
+    from finetune.results import chat  # imports torch, so a mistyped name is refused first
 
     conversation = chat.begin(found, system, terminal.report())
     terminal.clear()
@@ -60,13 +60,13 @@ def main() -> None:
 
 
 def answer(conversation: Conversation, question: str, as_json: bool, terminal: Terminal) -> None:
-    """The answer on stdout as it is made, or as one document."""
+    """Print the answer to stdout while it is generated, or as one document."""
     from finetune.model.generate import Listener
 
     stdout = Terminal()
     prompt = conversation.encoded(conversation.with_question(question))
     reply = conversation.reply(prompt, Listener(lambda part: None if as_json else stdout.part(part)))
-    assert reply is not None  # nobody stops it
+    assert reply is not None  # nothing stops it
     if as_json:
         said = {"question": question, "system": conversation.system, "answer": reply.text}
         cli.print_json(said | {"tokens": reply.tokens, "ended": reply.ended})

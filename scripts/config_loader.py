@@ -1,4 +1,4 @@
-"""Print the resolved config, or one value of it: the base file, FILE over it, `--set` over both."""
+"""Print the resolved config, or one value of it: FILE overrides the base file, `--set` overrides both."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from finetune.machine.platforms import PLATFORMS
 __all__ = ["deep_merge", "get_config_value", "load_yaml", "validate_required_fields"]
 
 
-def wanted(tree: dict[str, Any], key: str) -> Any:
+def value_at(tree: dict[str, Any], key: str) -> Any:
     """The value at the dotted `key`. Raises ConfigError if there is none."""
     from finetune.config.schema import keys
 
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.file is None:
         parser.error("the following arguments are required: FILE")
     tree = load.load_config(options.file, options.set)[0].as_dict()
-    value = tree if options.get is None else wanted(tree, options.get)
+    value = tree if options.get is None else value_at(tree, options.get)
     if options.json:
         cli.print_json(value)
     else:

@@ -1,4 +1,4 @@
-"""Convert a data set of any usual format to chat JSONL, and say what was changed, left out and dropped."""
+"""Convert a data set of any common format to chat JSONL, and print what was changed, ignored and dropped."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ if TYPE_CHECKING:
 
 LISTED = 20
 HELD_OUT = "val.jsonl"
-TITLES = {"changed": "changed", "unread": "keys that were not read", "dropped": "dropped"}
+TITLES = {"changed": "changed", "unread": "ignored keys", "dropped": "dropped"}
 
 
 def parse() -> argparse.Namespace:
     parser = cli.plain_parser(__doc__ or "")
-    parser.add_argument("source", metavar="IN", help="a file, a folder, or a data set of the Hub (owner/name)")
-    parser.add_argument("output", metavar="OUT", type=Path, help="the chat JSONL to write; never one that is there")
-    parser.add_argument("--merge-turns", action="store_true", help="join consecutive turns of one role by a blank line")
-    parser.add_argument("--system", metavar="TEXT", help="the system message of rows that have none")
-    text = "our keys and the data's, as prompt=Q,completion=A"
+    parser.add_argument("source", metavar="IN", help="a file, a folder, or a data set on the Hub (owner/name)")
+    parser.add_argument(
+        "output", metavar="OUT", type=Path, help="the chat JSONL to write; an existing file is never overwritten"
+    )
+    parser.add_argument(
+        "--merge-turns", action="store_true", help="join consecutive turns of one role with a blank line"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message for rows that have none")
+    text = "the data's columns by our keys, such as prompt=Q,completion=A"
     parser.add_argument("--columns", metavar="A=B,...", default="", help=text)
-    text = f"hold out the rows whose KEY is validation or test, else a tenth of its values, in {HELD_OUT} next to OUT"
+    text = f"write the rows whose KEY is validation or test, else a tenth of its values, to {HELD_OUT} next to OUT"
     parser.add_argument("--split-by", metavar="KEY", help=text)
     return parser.parse_args()
 
 
 def columns(text: str) -> dict[str, str]:
-    """`prompt=Q,completion=A` as {"prompt": "Q", "completion": "A"}."""
+    """Parse `prompt=Q,completion=A` to {"prompt": "Q", "completion": "A"}. Raises ConfigError."""
     pairs = [pair.partition("=") for pair in text.split(",") if text]
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise ConfigError(f"--columns {text}: expected pairs, for example prompt=Q,completion=A")
@@ -47,7 +51,7 @@ def columns(text: str) -> dict[str, str]:
 
 
 def show(terminal: Terminal, account: Account, unit: str) -> None:
-    """Which formats the rows have, and a table of what became of them."""
+    """Print the formats of the rows, and what was changed, ignored and dropped."""
     for name, tally in account.formats.items():
         terminal.say(f"  {tally.count:>9,}  {name}")
     for kind, title in TITLES.items():
@@ -64,7 +68,7 @@ def show(terminal: Terminal, account: Account, unit: str) -> None:
 
 
 def next_command(outputs: dict[str, Path]) -> str:
-    """The command that shows what a training on the new files would be."""
+    """The command that shows the plan of a training on the new files."""
     keys = {"train": "train_file", "validation": "validation_file"}
     values = (f"dataset.{keys[name]}={shown(path.resolve())}" for name, path in outputs.items())
     settings = (f"--set {shlex.quote(value)}" for value in values)
@@ -72,7 +76,7 @@ def next_command(outputs: dict[str, Path]) -> str:
 
 
 def document(account: Account, source: str, outputs: dict[str, Path]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The document of `--json`."""
     written = {name: {"path": str(path), "rows": account.written[name]} for name, path in outputs.items()}
     return {"recognized": source, **asdict(account), "written": written, "next": next_command(outputs)}
 

@@ -1,4 +1,4 @@
-"""Show every token of a row with its label: what carries loss is green (or underlined by ^ without color)."""
+"""Show every token of a row with its label: tokens with loss are green, or marked with ^ without color."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.parser(__doc__ or "", "the config whose tokenizer, length and system prompt to use")
+    parser = cli.parser(__doc__ or "", "the config with the tokenizer, length and system prompt")
     parser.add_argument("file", metavar="FILE", type=Path, help="a JSONL file")
     parser.add_argument("--rows", metavar="A-B", default="1-3", help="lines to show, from 1 (default 1-3)")
     return parser.parse_args()
 
 
 def line_range(text: str) -> range:
-    """`3` or `3-7` as line numbers, both ends included."""
+    """Parse `3` or `3-7` (inclusive) to line numbers. Raises ConfigError."""
     first, _, last = text.partition("-")
     if not re.fullmatch(r"[0-9]{1,9}(-[0-9]{1,9})?", text) or not 1 <= int(first) <= int(last or first):
         raise ConfigError(f"--rows {text}: expected a line or a range of lines, for example 3 or 3-7")
@@ -40,7 +40,7 @@ def line_range(text: str) -> range:
 
 
 def encoded_rows(path: Path, rows: range, config: Config) -> Iterator[dict[str, object]]:
-    """Each row asked for as {"line", "input_ids", "labels", "text"} and its tokens; raises DataError at a bad one."""
+    """Yield each row as {"line", "input_ids", "labels", "text", "tokens", "note"}. Raises DataError for a bad one."""
     from finetune.data.encode import as_trained, truncate
     from finetune.data.formats import foreign
     from finetune.data.jsonl import BadRow, open_lines, parse_row, read_lines
@@ -86,7 +86,7 @@ def _note(encoded: Encoded, cut: Encoded | None, config: Config) -> str:
 
 
 def show(terminal: Terminal, row: dict[str, object]) -> None:
-    """One row for people: the pieces in order, those with loss marked."""
+    """Print one row: its tokens in order, those with loss marked."""
     from finetune.data.template import IGNORED
     from finetune.wording import one_line
 

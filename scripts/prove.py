@@ -1,4 +1,4 @@
-"""Show on this machine, in minutes, that this program works here, and how fast; its result file says what did."""
+"""Test within minutes whether this program works on this machine, and how fast; write a result file."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 def parse() -> argparse.Namespace:
     parser = cli.plain_parser(__doc__ or "")
-    parser.add_argument("--minutes", type=float, default=12, help="what would take longer is left out (default 12)")
-    parser.add_argument("--random", action="store_true", help="random weights in place of the base: needs no network")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random model on the CPU: all of it in two minutes")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="the result file (default: one in adapters/)")
     parser.add_argument(
-        "--table", metavar="FILE", type=Path, help="print docs/measured.md's rows of a result file, do nothing"
+        "--minutes", type=float, default=12, help="time limit; what does not fit is skipped (default 12)"
     )
+    parser.add_argument("--random", action="store_true", help="use random weights as the base; needs no network")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny random model on the CPU; takes two minutes")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the result file (default: one in adapters/)")
+    text = "only print the rows of a result file for docs/measured.md"
+    parser.add_argument("--table", metavar="FILE", type=Path, help=text)
     return parser.parse_args()
 
 
@@ -63,19 +64,19 @@ def main() -> None:
 
 
 def read(path: Path) -> Any:
-    """A result file. Raises ConfigError where it is none."""
-    fix = "name a file that this command wrote"
+    """Read a result file. Raises ConfigError if it is not one."""
+    fix = "name a file that it wrote"
     try:
         document = read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--table {path}: {first_line(error)}", fix=fix) from None
     if not (isinstance(document, dict) and "parts" in document):
-        raise ConfigError(f"--table {path}: it has no parts", fix=fix)
+        raise ConfigError(f"--table {path}: not a result of this command", fix=fix)
     return document
 
 
 def begin(output: Path, document: dict[str, Any]) -> None:
-    """Write the result file before any part is made. Raises ConfigError where it cannot be written."""
+    """Write the result file before the first part. Raises ConfigError if that is impossible."""
     try:
         write_json(output, document)
     except OSError as error:
@@ -85,7 +86,7 @@ def begin(output: Path, document: dict[str, Any]) -> None:
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """What to type for the same again."""
+    """The command that repeats this."""
     flags = [f"--{name}" for name in ("random", "tiny") if getattr(options, name)]
     return " ".join(["scripts/prove.py", f"--minutes {options.minutes:g}", *flags])
 
@@ -93,16 +94,13 @@ def command_line(options: argparse.Namespace) -> str:
 def prove(
     options: argparse.Namespace, platform: Platform, document: dict[str, Any], output: Path, terminal: Terminal
 ) -> None:
-    """Make the parts in their order, each in what time is left, and write `document` to `output` before and after each.
-
-    Raises ConfigError where it cannot be written.
-    """
+    """Run the parts in order, each within the time left; write `document` to `output` at the start and after each."""
     until = time.monotonic() + 60 * options.minutes
     make_folder(ROOT / "adapters")
     begin(output, document)
     if options.tiny:
-        os.environ["OMP_NUM_THREADS"] = "1"  # products so small are slower in threads
-    if not platform.accelerated:  # what every process forked from here would else import
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads slow down products this small
+    if not platform.accelerated:  # once here, instead of in every forked process
         for library in (*PACKAGES, "trl.trainer.sft_trainer", "finetune.training.job"):
             importlib.import_module(library)
     from finetune.prove import parts

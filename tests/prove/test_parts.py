@@ -32,7 +32,7 @@ def raising(error: BaseException) -> Any:
 @pytest.mark.parametrize(
     ("error", "status", "why"),
     [
-        (TimeoutError(), "skipped", "part: the time was up; --minutes gives more"),
+        (TimeoutError(), "skipped", "part: no time was left; allow more with --minutes N"),
         (parts.LeftOut("no base"), "skipped", "part: no base"),
         (CheckFailed("bits differ", "look"), "failed", "bits differ; look"),
         (Ended("exit code -9: without a message", ""), "failed", "exit code -9: without a message"),
@@ -65,7 +65,10 @@ def test_the_7b_needs_the_hubs_cache_or_random_weights(tmp_path: Path, monkeypat
     assert found["why"].startswith("speed: mistralai/Mistral-7B-Instruct-v0.2 is not in the Hub's cache: hf download ")
     assert found["why"].endswith(", or --random")
     random = work(tmp_path, platform="h100", random=True)
-    assert parts.make("speed", random)["why"] == "speed: it takes what the rehearsal chose, which has chosen nothing"
+    assert (
+        parts.make("speed", random)["why"]
+        == "speed: it needs the settings that the part rehearsal chooses, which has no result"
+    )
     (tmp_path / "used.json").write_text("{}")
     assert parts.make("speed", random)["base"] == "a base"
 
@@ -110,7 +113,7 @@ def test_a_run_that_ends_in_other_bits_has_failed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(parts, "command", runs_of(tmp_path, b"adapter", b"another"))
     found = parts.make("kill", work(tmp_path))
     assert found["status"] == "failed"
-    text = "killed after step 10 and started again, the adapter is ae448ac86c4e, uninterrupted 0e7a9d2b"
+    text = "killed after step 10 and resumed, the adapter is ae448ac86c4e, uninterrupted 0e7a9d2b"
     assert text.split(",")[0] in found["why"]
 
 
@@ -123,4 +126,4 @@ def test_a_run_that_ends_before_it_is_killed_proves_nothing(tmp_path: Path, monk
 
 def test_without_an_uninterrupted_run_there_is_nothing_to_compare(tmp_path: Path) -> None:
     found = parts.make("kill", work(tmp_path))
-    assert found["why"] == "kill: it is compared with the run of the part train, which left no adapter"
+    assert found["why"] == "kill: it needs the adapter of the part train, which wrote none"

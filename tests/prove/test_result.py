@@ -20,7 +20,7 @@ DOCUMENT: dict[str, Any] = {
         "memory": {"status": "done", "seconds": 90.0, "furthest_off": 0.021,
             "configs": [{"config": "all layers", "expected_gib": 13.4, "measured_gib": 13.1}]},
         "kill": {"status": "done", "seconds": 50.0, "killed_after_step": 10, "same_bits": True, "adapter": "0123"},
-        "train": {"status": "skipped", "seconds": 0.0, "why": "train: the time was up; --minutes gives more"},
+        "train": {"status": "skipped", "seconds": 0.0, "why": "train: no time was left; allow more with --minutes N"},
     },
     "throughput": [{"tokens_per_second": 7912.3}],
 }  # fmt: skip
@@ -29,7 +29,7 @@ DOCUMENT: dict[str, Any] = {
 def test_a_part_is_a_line_with_its_figures_or_why_it_has_none() -> None:
     speed = "done    speed          60 s  base Mistral-7B, steps 3, tokens per second 7,912, mfu 0.312, hfu not known"
     assert part_line("speed", DOCUMENT["parts"]["speed"]) == speed
-    skipped = "skipped train           0 s  train: the time was up; --minutes gives more"
+    skipped = "skipped train           0 s  train: no time was left; allow more with --minutes N"
     assert part_line("train", DOCUMENT["parts"]["train"]) == skipped
 
 
@@ -46,7 +46,7 @@ def test_the_block_names_machine_versions_parts_and_checks_but_no_person() -> No
         "done    memory         90 s  furthest off 0.021",
         "  config all layers, expected_gib 13.4, measured_gib 13.1",
         "done    kill           50 s  killed after step 10, same bits yes, adapter 0123",
-        "skipped train           0 s  train: the time was up; --minutes gives more",
+        "skipped train           0 s  train: no time was left; allow more with --minutes N",
         "----- to here -----",
     ]
 

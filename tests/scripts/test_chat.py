@@ -187,7 +187,7 @@ def test_each_fault_has_its_message_and_exit_code(run: Run, taught: Taught, tmp_
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (("--json",), "--json: without --ask there is no one document to print; add --ask TEXT"),
+        (("--json",), "--json prints one answer, so it needs a question; add --ask TEXT"),
         (("--ask", " "), "--ask: empty; type a question"),
     ],
 )

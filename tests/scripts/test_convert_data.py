@@ -27,7 +27,7 @@ def test_it_says_what_it_recognized_changed_and_dropped_and_ends_with_the_dry_ru
         "changed\n"
         "          1  last message dropped: it has no answer: row 2\n"
         "          1  system prompt became the system message: row 4\n"
-        "keys that were not read\n"
+        "ignored keys\n"
         "          3  id: rows 1, 2, 4\n"
         "dropped\n"
         "          1  begins with the assistant, expected user: row 3\n"
@@ -46,9 +46,9 @@ def test_json_is_one_document_with_the_same_account(run: Run, tmp_path: Path) ->
         "read": 2,
         "written": {"train": {"path": str(output), "rows": 1}},
         "formats": {"KTO (prompt/completion/label)": {"count": 2, "first": [1, 2]}},
-        "changed": {"label left out: it says that the answer is good": {"count": 1, "first": [1]}},
+        "changed": {"label removed: it marks the answer as good": {"count": 1, "first": [1]}},
         "unread": {},
-        "dropped": {"label says that the answer is bad": {"count": 1, "first": [2]}},
+        "dropped": {"label marks the answer as bad": {"count": 1, "first": [2]}},
         "next": f"{command('src/train.py')} --config h100 --set dataset.train_file={output} --dry-run",
     }
 
@@ -90,7 +90,7 @@ def test_the_file_of_held_out_rows_is_not_out_itself(run: Run, tmp_path: Path) -
 def test_a_file_that_is_there_is_exit_2_and_one_without_conversations_exit_4(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "made.jsonl"
     code, _, err = run(FILES / "text.jsonl", output)
-    reason = "2 of 2 rows dropped: plain text: nothing in it says who speaks"
+    reason = "2 of 2 rows dropped: plain text: it does not say who speaks"
     assert (code, err) == (4, f"no conversation for {output}: {reason}; docs/data.md has the formats\n")
     output.touch()
     code, _, err = run(FILES / "kto.jsonl", output)

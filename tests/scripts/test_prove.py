@@ -83,7 +83,7 @@ def test_the_table_of_a_file_that_is_no_result_is_exit_2(
     path = tmp_path / "other.json"
     path.write_text(content, encoding="utf-8")
     arguments(monkeypatch, "--table", str(path))
-    found = f"config: 1 problem\n  --table {path}: it has no parts; name a file that this command wrote\n"
+    found = f"config: 1 problem\n  --table {path}: not a result of this command; name a file that it wrote\n"
     assert ended(script.main) == (2, "", found)
 
 

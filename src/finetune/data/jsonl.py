@@ -172,7 +172,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise BadRow(f"not JSON: {name} is no JSON value")
+    raise BadRow(f"not JSON: {name} is not a JSON value")
 
 
 def says_something(value: Any) -> bool:
@@ -264,7 +264,7 @@ def joined(where: str, content: Any) -> str:
 
 def _check_text(where: str, text: str) -> None:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRow(f"{where} holds half of a surrogate pair (\\ud800-\\udfff), which is no text")
+        raise BadRow(f"{where} contains half of a surrogate pair (\\ud800-\\udfff), which is not text")
 
 
 def _check_order(roles: list[str]) -> None:

@@ -131,7 +131,7 @@ def make(name: str, work: Work) -> dict[str, Any]:
         if result.get("failed"):
             result["status"] = "failed"
     except TimeoutError:
-        result = {"status": "skipped", "why": f"{name}: the time was up; --minutes gives more"}
+        result = {"status": "skipped", "why": f"{name}: no time was left; allow more with --minutes N"}
     except LeftOut as reason:
         result = {"status": "skipped", "why": f"{name}: {reason}"}
     except (UserError, Ended) as error:
@@ -167,7 +167,7 @@ def train(work: Work) -> dict[str, Any]:
 def kill(work: Work) -> dict[str, Any]:
     """Repeat it, killed after a checkpoint and restarted. Raises CheckFailed if the adapter differs."""
     if not (work.folder / "whole" / "adapter_model.safetensors").is_file():
-        raise LeftOut("it is compared with the run of the part train, which left no adapter")
+        raise LeftOut("it needs the adapter of the part train, which wrote none")
     process = subprocess.Popen(command(work, "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     try:
         while process.poll() is None and not _sealed(work.folder / "killed").is_file():
@@ -183,7 +183,7 @@ def kill(work: Work) -> dict[str, Any]:
     _train(work, "killed")
     whole, killed = _adapter(work, "whole"), _adapter(work, "killed")
     if whole != killed:
-        found = f"killed after step {last} and started again, the adapter is {killed[:12]}, uninterrupted {whole[:12]}"
+        found = f"killed after step {last} and resumed, the adapter is {killed[:12]}, uninterrupted {whole[:12]}"
         raise CheckFailed(found, "docs/architecture.md says which bits are the same where")
     return {"killed_after_step": last, "same_bits": True, "adapter": killed}
 
@@ -267,7 +267,7 @@ def pace(work: Work) -> dict[str, Any]:
     """Time optimizer steps of the large base with the rehearsal's choice: tokens/s without padding, MFU and HFU."""
     _need_base(work)
     if not (work.folder / USED).is_file():
-        raise LeftOut("it takes what the rehearsal chose, which has chosen nothing")
+        raise LeftOut("it needs the settings that the part rehearsal chooses, which has no result")
     return {"base": work.base, **work.alone(_pace, work)}
 
 

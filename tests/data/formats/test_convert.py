@@ -163,7 +163,7 @@ CANNOT_BE_KEPT = {
     ),
     "messages marked bad": (
         {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], "label": False},
-        "label says that the answer is bad",
+        "label marks the answer as bad",
     ),
     "an unknown role": (
         {"conversations": [{"from": "narrator", "value": "A"}]},
@@ -379,5 +379,5 @@ def test_what_json_does_not_have_drops_a_row(tmp_path: Path) -> None:
         converted(str(path), tmp_path)
     assert caught.value.found == (
         f"no conversation for {tmp_path / 'made.jsonl'}: "
-        "1 of 1 rows dropped: holds a value of type bytes, which JSON does not have"
+        "1 of 1 rows dropped: contains a value of type bytes, which JSON does not have"
     )

@@ -46,7 +46,7 @@ def test_training_says_of_a_format_what_the_page_says(case: Case, row: Row) -> N
 
 TABLES = {
     "no row": ("prompt,completion\n",
-        'data: FILE is CSV without any row; expected {"messages": [...]}, one conversation a line'),
+        'data: FILE is CSV without rows; expected {"messages": [...]}, one conversation a line'),
     "a bad first row": ("prompt,completion\na,b,c\nd,e\n",
         "data: FILE is CSV, its first row has 3 cells, the first line has 2\n"
         f"Convert it: {command('scripts/convert_data.py')} FILE data/processed/train.jsonl"),

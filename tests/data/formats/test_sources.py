@@ -34,7 +34,7 @@ def test_a_folder_of_files_is_read_by_its_split_train(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", ROWS)
     lines(tmp_path / "test.jsonl", ROWS[:1])
     source = open_source(str(tmp_path))
-    assert source.what == "a folder of `datasets`, split train (left out: test)"
+    assert source.what == "a folder of `datasets`, split train (ignored: test)"
     assert (list(source.rows()), list(source.rows())) == ([(1, ROWS[0]), (2, ROWS[1])],) * 2
 
 
@@ -48,7 +48,7 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
 def test_a_folder_without_data_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_source(str(tmp_path))
-    assert caught.value.found.startswith(f"{tmp_path}: no folder that `datasets` can read: ")
+    assert caught.value.found.startswith(f"{tmp_path}: `datasets` cannot read this folder: ")
 
 
 def test_of_several_configurations_all_are_named(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_of_several_configurations_all_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         open_source(str(tmp_path))
     assert caught.value.problems == (
-        f"{tmp_path}: no folder that `datasets` can read: Config name is missing. Please pick one among the available "
+        f"{tmp_path}: `datasets` cannot read this folder: Config name is missing. Please pick one among the available "
         "configs: ['a', 'b']; name a file in it",
     )
 
@@ -69,7 +69,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_had_is_a_config_error_with_the_way
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1].strip()
-    assert last.startswith("owner/name: no data set that the Hub gives: ")
+    assert last.startswith("owner/name: not available from the Hub: ")
     assert last.endswith(
         "; name a file, or download it first: hf download --repo-type dataset owner/name --local-dir FOLDER"
     )

@@ -1,4 +1,4 @@
-"""Rows of any known format -> chat JSONL, with an account of what was changed, not read and dropped, and where."""
+"""Converts rows of any known format to chat JSONL, and counts what was changed, ignored and dropped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
 from finetune.wording import listed
 
-FIRST = 5  # numbers of rows that are kept of each change and each reason
-MOST_REASONS = 1000  # different ones that are counted
-HELD_OUT = 0.1  # share of the values of --split-by, where none of them names a split
+FIRST = 5  # row numbers kept for each change and reason
+MOST_REASONS = 1000  # different reasons that are counted
+HELD_OUT = 0.1  # share of the values of --split-by, if none of them names a split
 HELD_OUT_NAMES = {"validation", "valid", "val", "dev", "eval", "test"}
 MERGED = "consecutive turns of one role joined by a blank line (--merge-turns)"
 UNANSWERED = "last message dropped: it has no answer"
@@ -29,7 +29,7 @@ SYSTEM_ADDED = "system message added (--system)"
 
 
 def _no_json(value: Any) -> NoReturn:
-    raise BadRow(f"holds a value of type {type(value).__name__}, which JSON does not have")
+    raise BadRow(f"contains a value of type {type(value).__name__}, which JSON does not have")
 
 
 as_json = json.JSONEncoder(ensure_ascii=False, default=_no_json).encode
@@ -37,7 +37,7 @@ as_json = json.JSONEncoder(ensure_ascii=False, default=_no_json).encode
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion was asked for. `columns` has the data's column by our key, `split_by` a key of the data."""
+    """The flags of a conversion. `columns` maps our keys to columns of the data; `split_by` is a key of the data."""
 
     merge_turns: bool = False
     system: str | None = None
@@ -47,17 +47,17 @@ class Options:
 
 @dataclass
 class Tally:
-    """How many rows something happened to, and the numbers of the first FIRST."""
+    """A count of rows, and the numbers of the first FIRST."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
 
     def shown(self, unit: str) -> str:
-        """`line 3` or `lines 3, 5`: the first of them."""
+        """The first row numbers: `line 3` or `lines 3, 5`."""
         return f"{unit}{'s' if len(self.first) > 1 else ''} {', '.join(map(str, self.first))}"
 
     def add(self, number: int) -> None:
-        """One more row."""
+        """Count a row."""
         self.count += 1
         if len(self.first) < FIRST:
             self.first.append(number)
@@ -65,7 +65,7 @@ class Tally:
 
 @dataclass
 class Account:
-    """What became of the rows: of each format, change, key that is not read, and reason to drop a row, a Tally."""
+    """The result of a conversion: a Tally for each format, change, ignored key and reason to drop a row."""
 
     read: int = 0
     written: dict[str, int] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Account:
     dropped: dict[str, Tally] = field(default_factory=dict)
 
     def note(self, kind: str, what: Iterable[str], number: int) -> None:
-        """Add the row `number` to the tallies of `what`, of one of the four kinds."""
+        """Count the row `number` for each of `what`; `kind` is the name of a field with tallies."""
         tallies: dict[str, Tally] = getattr(self, kind)
         for name in what:
             if name in tallies or len(tallies) < MOST_REASONS:
@@ -83,13 +83,12 @@ class Account:
 
 
 def convert(source: Source, outputs: dict[str, Path], options: Options) -> Account:
-    """Write the rows of `source` to `outputs`: "train", and where `options.split_by` is given "validation".
+    """Write the rows of `source` to `outputs`: "train", and "validation" if `options.split_by` is set.
 
-    A file is written whole or not at all, and none that is there already. Raises ConfigError, and DataError where no
-    row is left.
+    Writes complete files or none, and never overwrites one. Raises ConfigError, and DataError if no row is left.
     """
     for path in outputs.values():
-        _refuse_taken(path)
+        _refuse_existing(path)
     account = Account(written=dict.fromkeys(outputs, 0))
     with ExitStack() as files:
         streams = {name: _open_partial(path, files) for name, path in outputs.items()}
@@ -100,15 +99,15 @@ def convert(source: Source, outputs: dict[str, Path], options: Options) -> Accou
             if not account.written[name]:
                 raise _nothing_for(path, account)
         for stream in streams.values():
-            stream.close()  # before any file is renamed: what is not on the disk yet may not fit
+            stream.close()  # before the first rename, since flushing may fill the disk
         for path in outputs.values():
-            _refuse_taken(path)  # it may have been written meanwhile
+            _refuse_existing(path)  # another program may have written it meanwhile
         for name, path in outputs.items():
             Path(streams[name].name).rename(path)
     return account
 
 
-def _refuse_taken(path: Path) -> None:
+def _refuse_existing(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, expected a file", fix=f"name one in it: {path / 'train.jsonl'}")
     if path.exists():
@@ -116,7 +115,7 @@ def _refuse_taken(path: Path) -> None:
 
 
 def _open_partial(path: Path, files: ExitStack) -> TextIO:
-    """A new file next to `path`, closed and removed when `files` ends, unless it was renamed."""
+    """Open a new file next to `path`; `files` closes it at the end, and removes it unless it was renamed."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,17 +155,17 @@ def _write(source: Source, streams: dict[str, TextIO], options: Options, held_ou
 
 
 def convert_row(row: Any, options: Options, notes: Notes) -> Messages:
-    """The messages of one row, as training accepts them. Raises BadRow."""
+    """Convert one row to messages that training accepts. Raises BadRow."""
     if isinstance(row, BadRow):
         raise row
-    wanted = {key: row.get(column) for key, column in options.columns.items()} if isinstance(row, dict) else {}
-    shape = shape_of(wanted or row)
+    renamed = {key: row.get(column) for key, column in options.columns.items()} if isinstance(row, dict) else {}
+    shape = shape_of(renamed or row)
     if shape is None:
         raise BadRow(unknown(row))
     notes.shapes.append(shape.described)
-    if wanted:
+    if renamed:
         used = options.columns.values()
-        row = wanted | {key if key not in wanted else f"{key} (column)": row[key] for key in row if key not in used}
+        row = renamed | {key if key not in renamed else f"{key} (column)": row[key] for key in row if key not in used}
     messages = messages_of(row, shape, notes)
     notes.unread.pop(str(options.split_by), None)
     if options.merge_turns:
@@ -181,7 +180,7 @@ def convert_row(row: Any, options: Options, notes: Notes) -> Messages:
 
 
 def _check_turns(roles: list[Any]) -> None:
-    """Refuse what `parse_row` would, where there is more to say of it."""
+    """Refuse wrong turns with more advice than `parse_row` gives."""
     if roles[:1] == ["assistant"]:
         raise BadRow("begins with the assistant, expected user")
     if any(roles[place] == role and role in ("user", "assistant") for place, role in enumerate(roles[1:])):
@@ -189,7 +188,7 @@ def _check_turns(roles: list[Any]) -> None:
 
 
 def _led_by(system: str, messages: Turns, notes: Notes) -> Turns:
-    """`messages`, with a system message where they have none, or an empty one."""
+    """`messages` with `system` as the system message, unless they have one that is not empty."""
     own = messages[0] if messages and messages[0]["role"] == "system" else {}
     if says_something(own.get("content")):
         return messages
@@ -198,7 +197,7 @@ def _led_by(system: str, messages: Turns, notes: Notes) -> Turns:
 
 
 def _merged(messages: Turns, notes: Notes) -> Turns:
-    """Turns of one role in a row as one, joined by a blank line, as mistral-common joins them."""
+    """Join consecutive turns of one role with a blank line, as mistral-common does."""
     merged: Turns = []
     for turn in messages:
         before = merged[-1] if merged else {}
@@ -223,9 +222,9 @@ def _value(row: Any, key: str) -> str:
 
 
 def _held_out(source: Source, key: str) -> set[str]:
-    """The values of `key` whose rows are held out: those that name such a split, else a tenth of all, by their hash.
+    """The values of `key` whose rows are held out: those that name a validation split, else a tenth, by hash.
 
-    All rows of one value fall on one side. Raises ConfigError where there are fewer than two values.
+    Raises ConfigError if there are fewer than two values.
     """
     values = {_value(row, key) for _, row in source.rows()}
     if len(values) < 2:
@@ -237,7 +236,7 @@ def _held_out(source: Source, key: str) -> set[str]:
 
 
 def _nothing_for(path: Path, account: Account) -> DataError:
-    """That no row is left, with the most frequent reason to drop one."""
+    """The error that no row is left, with the most frequent reason for dropping rows."""
     reasons = sorted(account.dropped.items(), key=lambda item: -item[1].count)
     why = "".join(f": {tally.count:,} of {account.read:,} rows dropped: {reason}" for reason, tally in reasons[:1])
     unknown = bool(reasons) and reasons[0][0].startswith("no known format (keys")
@@ -246,5 +245,5 @@ def _nothing_for(path: Path, account: Account) -> DataError:
 
 
 def _without_places(reason: str) -> str:
-    """A reason without numbers of messages and places, so that rows with the same one are counted together."""
+    """A reason without message numbers and positions, so that rows with the same reason are counted together."""
     return re.sub(r" (at position|at column) \d+", "", re.sub(r"\bmessage \d+", "a message", reason))

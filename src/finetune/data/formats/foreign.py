@@ -37,7 +37,7 @@ def _other_container(found: Container, split: str) -> DataError:
     """The error for a file that is not JSON Lines. Raises DataError itself if the first row cannot be read."""
     first = found.first if found.first is not None else next(found.rows(), (0, None))[1]
     if first is None:
-        return DataError(f"data: {found.path} is {found.described} without any row", EXPECTED)
+        return DataError(f"data: {found.path} is {found.described} without rows", EXPECTED)
     shape, fix = shape_of(first), _advice(found.path, split)
     if isinstance(first, BadRow):
         rows = f"its first row has {first}"

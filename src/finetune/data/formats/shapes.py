@@ -1,4 +1,4 @@
-"""The ways in which public data sets write a conversation: each is known by its keys and turned into chat messages."""
+"""Recognizes by its keys how a public data set writes a conversation, and reads a row as chat messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Row = dict[str, Any]
 Turns = list[dict[str, Any]]
 
 LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog")  # keys of a list of messages
-PAIRS = (  # keys of a question and its answer
+PAIRS = (  # keys of a question and of its answer
     *(("prompt", "completion"), ("prompt", "response"), ("prompt", "output"), ("question", "answer")),
     *(("query", "response"), ("query", "answer"), ("input", "output"), ("user", "assistant")),
 )
-INSTRUCTIONS = {  # keys of an instruction, of an input that belongs to it and of the answer
+INSTRUCTIONS = {  # keys of an instruction, of its input and of the answer
     "Alpaca": ("instruction", "input", "output"),
     "Dolly": ("instruction", "context", "response"),
 }
@@ -31,17 +31,17 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "function_call", "function_response", "observation", "ipython"), "tool"),
 }
 VERDICTS = {"true": True, "false": False, "1": True, "0": False}
-JOINED = "input put under the instruction, after a blank line"
+JOINED = "input appended to the instruction after a blank line"
 SYSTEM_MOVED = "system prompt became the system message"
-LABELLED = "label left out: it says that the answer is good"
+LABELLED = "label removed: it marks the answer as good"
 PLAIN_TEXT = "plain text"
-UNSPOKEN = "nothing in it says who speaks"
-REJECTED = "rejected answer left out"
+UNSPOKEN = "it does not say who speaks"
+REJECTED = "rejected answer removed"
 
 
 @dataclass
 class Notes:
-    """What one row is (`shapes`: one description, or none), and what it loses or gains on its way to messages."""
+    """What the conversion of one row reports: its shape (none or one), changes, and ignored keys."""
 
     shapes: list[str] = field(default_factory=list)
     changes: Counter[str] = field(default_factory=Counter)
@@ -49,10 +49,7 @@ class Notes:
 
 
 class Shape(NamedTuple):
-    """One way to write a conversation: its name, the keys by which it is known, and what reads it.
-
-    `read` returns messages with `role` and `content`, and raises BadRow.
-    """
+    """A way to write a conversation: its name, its keys, and `read`, which returns messages or raises BadRow."""
 
     name: str
     keys: tuple[str, ...]
@@ -65,7 +62,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(row: Any) -> Shape | None:
-    """The shape of a row, an object or a list of messages; None where its keys are no known format's."""
+    """The shape of a row, which is an object or a list of messages; None if it is unknown."""
     if isinstance(row, list):
         inner = message_keys(row)
         return Shape("a list of messages", inner, _turns) if inner else None
@@ -82,15 +79,15 @@ def shape_of(row: Any) -> Shape | None:
 
 
 def unknown(row: Any) -> str:
-    """What `shape_of` does not know: `no known format (keys 'Q', 'A')`."""
+    """The reason to refuse a row without a shape: `no known format (keys 'Q', 'A')`."""
     found = f"keys {listed([ascii(key) for key in row], 5)}" if isinstance(row, dict) else "not an object"
     return f"no known format ({found})"
 
 
 def messages_of(row: Any, shape: Shape, notes: Notes) -> Turns:
-    """The messages of a row, its system prompt among them. Other keys of the row are noted.
+    """The messages of a row, with its system prompt; notes the other keys.
 
-    Raises BadRow where the row has what cannot be kept: tools, images, an answer marked bad.
+    Raises BadRow for content that cannot be kept: tools, images, an answer marked as bad.
     """
     turns = shape.read(row, notes)
     if not isinstance(row, dict):
@@ -135,7 +132,7 @@ def _present(row: Row, keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def message_keys(value: Any) -> tuple[str, ...]:
-    """("role", "content") or ("from", "value") where `value` is a list of such messages, perhaps as JSON in a text."""
+    """("role", "content") or ("from", "value") if `value` is a list of such messages, or JSON text of one; else ()."""
     messages = _listed(value)
     first = messages[0] if isinstance(messages, list) and messages else None
     if not isinstance(first, dict):
@@ -146,7 +143,7 @@ def message_keys(value: Any) -> tuple[str, ...]:
 
 
 def _listed(value: Any) -> Any:
-    """`value`, or the list that it holds as JSON: a cell of CSV has no lists."""
+    """`value`; if it is JSON text of a list of objects, as in a CSV cell, the list."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
             return json.loads(value)
@@ -156,11 +153,11 @@ def _listed(value: Any) -> Any:
 
 
 def _turns(messages: Turns, notes: Notes) -> Turns:
-    """Messages of either spelling with our roles. Keys that `parse_row` has an opinion on are kept for it."""
+    """Messages of either spelling, with our roles; keeps the keys that `parse_row` checks."""
     turns = []
     for index, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise BadRow(f"message {index} is no object with role and content")
+            raise BadRow(f"message {index} is not an object with role and content")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if isinstance(content, list):
@@ -184,7 +181,7 @@ def _paired(keys: tuple[str, str], row: Row, notes: Notes) -> Turns:
 
 
 def _pair(question: Any, answer: Any, notes: Notes) -> Turns:
-    """A question and its answer, each a text or a list of messages."""
+    """Messages from a question and its answer, each of them text or a list of messages."""
     turns: Turns = []
     for role, side in (("user", _listed(question)), ("assistant", _listed(answer))):
         turns += _turns(side, notes) if isinstance(side, list) else [{"role": role, "content": side}]
@@ -192,7 +189,7 @@ def _pair(question: Any, answer: Any, notes: Notes) -> Turns:
 
 
 def _instructed(keys: tuple[str, str, str], row: Row, notes: Notes) -> Turns:
-    """An instruction, perhaps with an input that belongs to it, after the question-answer pairs of its `history`."""
+    """The pairs of the row's `history`, then the instruction with its input, and the answer."""
     instruction, context, answer = (row.get(key) for key in keys)
     if says_something(context):
         if not isinstance(instruction, str) or not isinstance(context, str):
@@ -208,7 +205,7 @@ def _instructed(keys: tuple[str, str, str], row: Row, notes: Notes) -> Turns:
 
 
 def _preferred(row: Row, notes: Notes) -> Turns:
-    """The chosen conversation; the prompt goes before it where `chosen` is the answer alone."""
+    """The chosen conversation, after the prompt if `chosen` is only the answer."""
     notes.changes[REJECTED] = 1
     chosen = _listed(row["chosen"])
     if isinstance(chosen, list):
@@ -223,11 +220,11 @@ def _plain_text(_row: Row, _notes: Notes) -> Turns:
 
 
 def _verdict(label: Any) -> bool | None:
-    """Whether a label calls an answer good; None for a label of another kind, as a topic or a score."""
+    """Whether a label marks the answer as good; None for another kind of label, such as a topic or a score."""
     return VERDICTS.get(str(label).lower()) if isinstance(label, bool | int | str) else None
 
 
 def _check_label(label: Any, notes: Notes) -> None:
     if not _verdict(label):
-        raise BadRow("label says that the answer is bad")
+        raise BadRow("label marks the answer as bad")
     notes.changes[LABELLED] += 1

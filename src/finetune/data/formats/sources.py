@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a file, or through `datasets` a folder or a data set of the Hugging Face Hub."""
+"""Opens what a conversion reads: a file, or through `datasets` a folder or a data set on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.wording import first_line
 if TYPE_CHECKING:
     import datasets
 
-FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")  # never the end of a Hub id
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")  # a Hub id never ends in one of these
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read more than once. `what` is what was recognized, `first` the first row, `unit` of numbers."""
+    """Rows that can be read more than once. `what` names the format; row numbers count in `unit`s."""
 
     what: str
     rows: Callable[[], Numbered]
@@ -32,7 +32,7 @@ class Source:
 
 
 def open_source(name: str) -> Source:
-    """A file, a folder or a Hub id. Raises ConfigError where there is none, DataError where it cannot be read."""
+    """Open a file, a folder or a Hub id. Raises ConfigError if it does not exist, DataError if it is unreadable."""
     path = Path(name).expanduser()
     on_the_hub = HUB_ID.fullmatch(name) and not path.exists() and path.suffix not in FILES
     if path.is_dir() or on_the_hub:
@@ -46,7 +46,7 @@ def open_source(name: str) -> Source:
 
 
 def _of_datasets(name: str, folder: Path | None) -> Source:
-    os.environ.setdefault("USE_TORCH", "0")  # `datasets` would import it, for a second or two and nothing
+    os.environ.setdefault("USE_TORCH", "0")  # otherwise `datasets` imports torch for nothing, 1 to 2 s
     import datasets
 
     try:
@@ -59,24 +59,24 @@ def _of_datasets(name: str, folder: Path | None) -> Source:
             )
         first = next(iter(found[split]), None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = "no data set that the Hub gives" if folder is None else "no folder that `datasets` can read"
+        where = "not available from the Hub" if folder is None else "`datasets` cannot read this folder"
         load = f"download it first: hf download --repo-type dataset {name} --local-dir FOLDER"
         fix = "name a file in it" if folder else f"name a file, or {load}"
         raise ConfigError(f"{name}: {where}: {_said(error)}", fix=fix) from None
     others = ", ".join(other for other in found if other != split)
-    left = f" (left out: {others})" if others else ""
+    left = f" (ignored: {others})" if others else ""
     what = f"{'a data set of the Hub' if folder is None else 'a folder of `datasets`'}, split {split}{left}"
     return Source(what, lambda: enumerate(found[split], 1), first, "row")
 
 
 def _said(error: Exception) -> str:
-    """What `datasets` says: the first line, and the second where that has the names of the configurations."""
+    """The first line of an error of `datasets`, and the second if it lists configurations."""
     choices = [line for line in str(error).splitlines()[1:2] if "configs: " in line]
     return " ".join([first_line(error), *choices])
 
 
 def _load(name: str, folder: Path | None) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Every split, as a stream where it is not a folder of `save_to_disk`."""
+    """All splits, streamed unless `save_to_disk` wrote the folder."""
     import datasets
 
     if folder is not None and any((folder / mark).exists() for mark in ("dataset_dict.json", "state.json")):
