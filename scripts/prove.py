@@ -105,9 +105,10 @@ def prove(
             importlib.import_module(library)
     from finetune.prove import parts
     from finetune.prove.result import part_line
+    from finetune.prove.work import make_work
 
     with tempfile.TemporaryDirectory(dir=ROOT / "adapters", prefix=".prove-") as folder:
-        work = parts.make_work(platform, options.random, options.tiny, Path(folder), until)
+        work = make_work(platform, options.random, options.tiny, Path(folder), until)
         document["base"] = work.base
         for name in parts.PARTS:
             terminal.status(f"{name}: {duration(work.seconds_left)} left")

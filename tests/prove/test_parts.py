@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,18 +11,20 @@ import pytest
 
 from finetune.errors import CheckFailed
 from finetune.machine.platforms import PLATFORMS
+from finetune.model import hub
 from finetune.prove import parts
 from finetune.prove.process import Ended
+from finetune.prove.work import LeftOut, Work
 
 
-def work(folder: Path, seconds: float = 60, platform: str = "cpu", random: bool = False) -> parts.Work:
-    return parts.Work(
+def work(folder: Path, seconds: float = 60, platform: str = "cpu", random: bool = False) -> Work:
+    return Work(
         PLATFORMS[platform], platform, (), ("model.name=x",), "a base", random, folder, time.monotonic() + seconds
     )
 
 
 def raising(error: BaseException) -> Any:
-    def part(_work: parts.Work) -> dict[str, Any]:
+    def part(_work: Work) -> dict[str, Any]:
         raise error
 
     return part
@@ -33,7 +34,7 @@ def raising(error: BaseException) -> Any:
     ("error", "status", "why"),
     [
         (TimeoutError(), "skipped", "part: no time was left; allow more with --minutes N"),
-        (parts.LeftOut("no base"), "skipped", "part: no base"),
+        (LeftOut("no base"), "skipped", "part: no base"),
         (CheckFailed("bits differ", "look"), "failed", "bits differ; look"),
         (Ended("exit code -9: without a message", ""), "failed", "exit code -9: without a message"),
     ],
@@ -58,8 +59,8 @@ def test_a_check_that_failed_fails_its_part(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_7b_needs_the_hubs_cache_or_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.hub, "is_cached", lambda *_: False)
-    monkeypatch.setattr(parts.Work, "alone", lambda *_: {"tokens_per_second": 1.0})
+    monkeypatch.setattr(hub, "is_cached", lambda *_: False)
+    monkeypatch.setattr(Work, "alone", lambda *_: {"tokens_per_second": 1.0})
     found = parts.make("speed", work(tmp_path, platform="h100"))
     assert found["status"] == "skipped"
     assert found["why"].startswith("speed: mistralai/Mistral-7B-Instruct-v0.2 is not in the Hub's cache: hf download ")
@@ -71,17 +72,6 @@ def test_the_7b_needs_the_hubs_cache_or_random_weights(tmp_path: Path, monkeypat
     )
     (tmp_path / "used.json").write_text("{}")
     assert parts.make("speed", random)["base"] == "a base"
-
-
-def test_rows_are_the_samples_or_joined_where_a_sequence_has_room(tmp_path: Path) -> None:
-    def rows(length: int) -> list[str]:
-        return parts.write_rows(tmp_path / "rows.jsonl", length).read_text(encoding="utf-8").splitlines()
-
-    short, long = rows(512), rows(4096)
-    assert len(short) == 150
-    assert len(long) == sum(151 - count for count in range(1, 9))
-    assert len(set(long)) == len(long)
-    assert len(json.loads(long[-1])["messages"]) > 8
 
 
 # Killed and started again ---------------------------------------------------------------------------------------------

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from finetune.config.load import ROOT
-from finetune.prove import parts
+from finetune.prove import parts, work
 
 SCRIPT = ROOT / "scripts" / "prove.py"
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["prove.py", *words])
-    monkeypatch.setattr(parts, "make_work", lambda *_: parts.Work(*[None] * 5, True, Path(), 0.0))  # type: ignore[arg-type]
+    monkeypatch.setattr(work, "make_work", lambda *_: work.Work(*[None] * 5, True, Path(), 0.0))  # type: ignore[arg-type]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
