@@ -32,7 +32,7 @@ class Section(schema.Section):
     names: Texts
     files: Annotated[
         Text | Annotated[tuple[Text | schema.TrainFile, ...], Strict(False), MinLen(1)],
-        schema.Wanted("a path or a list"),
+        schema.Expected("a path or a list"),
     ]
 
 

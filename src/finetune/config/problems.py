@@ -1,4 +1,4 @@
-"""Turn pydantic's validation errors into our own messages, all at once."""
+"""Turns pydantic's validation errors into our own messages, all at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finetune.config.schema import Wanted, keys
+from finetune.config.schema import Expected, keys
 from finetune.config.suggest import unknown
 from finetune.config.yaml_file import get_config_value
 from finetune.wording import show
 
 Model = TypeVar("Model", bound=BaseModel)
 
-WANTED = {
+EXPECTED = {
     "model_type": "a section with keys below it",
     "bool_type": "true or false",
     "int_type": "a whole number",
@@ -81,18 +81,18 @@ def _sentence(path: str, faults: list[ErrorDetails], known: dict[str, FieldInfo]
         return unknown(path, known)
     if kinds[0] == "missing":
         return "missing; every key must be there"
-    described = next((part for part in known[path].metadata if isinstance(part, Wanted)), None)
+    described = next((part for part in known[path].metadata if isinstance(part, Expected)), None)
     if described is not None:
         index = next((name for fault in faults for name in fault["loc"] if isinstance(name, int)), None)
         return f"found {show(value if index is None else value[index])}, expected {described}"
     if kinds[-1].startswith(("greater_than", "less_than")):
-        wanted = _bounds(known[path])
+        expected = _bounds(known[path])
     elif kinds[0] == "literal_error":
-        wanted = _choices(known[path], value)
+        expected = _choices(known[path], value)
     else:
         in_list = any(isinstance(name, int) for name in faults[0]["loc"])
-        wanted = WANTED["tuple_type" if in_list else kinds[0]]
-    return f"found {show(value)}, expected {wanted}"
+        expected = EXPECTED["tuple_type" if in_list else kinds[0]]
+    return f"found {show(value)}, expected {expected}"
 
 
 def _bounds(field: FieldInfo) -> str:

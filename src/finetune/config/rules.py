@@ -1,4 +1,4 @@
-"""Which values work on a platform, and which do not work together."""
+"""Rules for values that do not work on a platform or do not work together."""
 
 from __future__ import annotations
 
@@ -37,11 +37,8 @@ def _platform_values(config: Config, problems: Problems) -> None:
 
 
 def _backward(config: Config, problems: Problems) -> None:
-    row, rows, length = (
-        PLATFORMS[config.platform],
-        config.training.per_device_train_batch_size,
-        config.model.max_seq_length,
-    )
+    row = PLATFORMS[config.platform]
+    rows, length = config.training.per_device_train_batch_size, config.model.max_seq_length
     if row.backward_tokens is not None and rows * length > row.backward_tokens:
         text = f"{rows} x model.max_seq_length {length} is {rows * length:,} tokens in one backward pass; above "
         text += f"{row.backward_tokens:,}, gradients are wrong on {row.label} ({row.name}), pytorch#177116"
@@ -52,9 +49,8 @@ def _precision(config: Config, problems: Problems) -> None:
     if config.training.fp16:
         problems.add("training.fp16", "Mistral's activations overflow fp16; set training.bf16: true and fp16: false")
     if config.training.bf16 and config.model.dtype != "bfloat16":
-        problems.add(
-            "training.bf16", f"true, but model.dtype is {config.model.dtype}; set model.dtype: bfloat16 or bf16: false"
-        )
+        found = f"true, but model.dtype is {config.model.dtype}"
+        problems.add("training.bf16", f"{found}; set model.dtype: bfloat16 or bf16: false")
     if config.model.attn_implementation == "torch_varlen" and config.model.dtype != "bfloat16":
         found = f"torch_varlen does not support model.dtype {config.model.dtype}"
         problems.add("model.attn_implementation", f"{found}; set model.dtype: bfloat16, or this to sdpa")
@@ -72,19 +68,17 @@ def _lora_targets(config: Config, problems: Problems) -> None:
     known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     wrong = [name for name in config.lora.target_modules if name not in known]
     if wrong or not config.lora.target_modules:
-        problems.add(
-            "lora.target_modules", f"found {', '.join(wrong) or 'an empty list'}, expected some of {', '.join(known)}"
-        )
+        found = ", ".join(wrong) or "an empty list"
+        problems.add("lora.target_modules", f"found {found}, expected some of {', '.join(known)}")
 
 
 def _schedule(config: Config, problems: Problems) -> None:
     training = config.training
     if training.save_steps % training.eval_steps:
         text = f"{training.save_steps} is not a multiple of training.eval_steps {training.eval_steps}"
+        text += ", so saved steps would have no eval_loss to rank by"
         nearest = max(1, round(training.save_steps / training.eval_steps)) * training.eval_steps
-        problems.add(
-            "training.save_steps", f"{text}, so saved steps would have no eval_loss to rank by; set it to {nearest}"
-        )
+        problems.add("training.save_steps", f"{text}; set it to {nearest}")
     if training.lr_scheduler_type == "constant" and training.warmup_ratio > 0:
         text = f"{training.warmup_ratio:g}, but lr_scheduler_type constant has no warmup"
         problems.add("training.warmup_ratio", f"{text}; set it to 0, or lr_scheduler_type: constant_with_warmup")
@@ -106,7 +100,7 @@ def _checkpointed_layers(config: Config, problems: Problems) -> None:
 
 
 def cannot_fuse(config: Config) -> dict[str, str]:
-    """Of the fused paths that the rest of `config` rules out, by key: why it does."""
+    """The fused paths that do not work with the rest of `config`, by key, each with the reason."""
     row, found = PLATFORMS[config.platform], {}
     if not row.compiles:
         found["fused_kernels"] = f"does not work on {row.label} ({row.name})"
@@ -137,8 +131,8 @@ def _system_prompt(config: Config, problems: Problems) -> None:
 
 def _run_name(config: Config, problems: Problems) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.run_name):
-        wanted = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
-        problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, expected {wanted}")
+        expected = "letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        problems.add("tracking.run_name", f"found {wording.show(config.run_name)}, expected {expected}")
 
 
 def _copy_to(config: Config, problems: Problems) -> None:
@@ -149,9 +143,8 @@ def _copy_to(config: Config, problems: Problems) -> None:
             problems.add("output.copy_checkpoints", text)
     elif output.copy_to.startswith(HUB):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", output.copy_to.removeprefix(HUB)):
-            problems.add(
-                "output.copy_to", f"found {wording.show(output.copy_to)}, expected hf://OWNER/NAME or a folder"
-            )
+            found = wording.show(output.copy_to)
+            problems.add("output.copy_to", f"found {found}, expected hf://OWNER/NAME or a folder")
     elif resolve(output.copy_to).resolve() == resolve(output.dir).resolve():
         problems.add("output.copy_to", "is output.dir itself; name a folder on another disk")
 

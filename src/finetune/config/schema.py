@@ -29,7 +29,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Strict(False)]  # YAML has lists only
 
 
-class Wanted(str):
+class Expected(str):
     """Describes in words what a key may be, where its type does not."""
 
 
@@ -131,7 +131,7 @@ class TrainFile(Section):
     )
 
 
-TRAIN_FILES = Wanted("a path, or a list of paths and {path: FILE, weight: N}, N above 0 and at most 100")
+TRAIN_FILES = Expected("a path, or a list of paths and {path: FILE, weight: N}, N above 0 and at most 100")
 
 
 class DatasetConfig(Section):

@@ -1,4 +1,4 @@
-"""What a name that is not known may stand for: a near spelling, another trainer's word, or what is not offered."""
+"""What an unknown key may mean: a near spelling, another trainer's name, or an option that is not offered."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NOT_OFFERED = {
 
 
 def unknown(path: str, everywhere: Iterable[str]) -> str:
-    """The message for an unknown dotted path; `everywhere` has all known ones."""
+    """The message for an unknown dotted path; `everywhere` has all known paths."""
     why = NOT_OFFERED.get(path.rsplit(".", 1)[-1])
     return f"not offered; {why}" if why else "unknown key" + did_you_mean(path, everywhere)
 

@@ -1,4 +1,4 @@
-"""Read YAML safely: keep line numbers, refuse duplicate keys, read `2e-4` as a number, limit the size."""
+"""Reads YAML safely: keeps line numbers, refuses duplicate keys, reads `2e-4` as a number, limits the size."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ class _Loader(yaml.SafeLoader):
                 what = f"{key.value} is not text; quote it" if isinstance(key, yaml.ScalarNode) else "expected text"
                 raise yaml.MarkedYAMLError(problem=f"key: {what}", problem_mark=key.start_mark)
             if key.value in seen:
-                self.duplicates.append(
-                    (line, f"duplicate key {key.value!r} (first on line {seen[key.value]}); keep one")
-                )
+                first = seen[key.value]
+                self.duplicates.append((line, f"duplicate key {key.value!r} (first on line {first}); keep one"))
             seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
 
@@ -77,21 +76,7 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
     Raises ConfigError if it is not YAML, not a mapping, or nested too deep.
     """
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return {}, {}
-            if not isinstance(node, yaml.MappingNode):
-                found = show(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
-                raise ConfigError(f"{where}:{node.start_mark.line + 1}: found {found}, expected a mapping of sections")
-            places = dict(_places(node, where, ""))
-            tree = loader.construct_document(node)
-            if loader.duplicates:
-                raise ConfigError(*(f"{where}:{line}: {problem}" for line, problem in sorted(loader.duplicates)))
-            return tree, places
-        finally:
-            loader.dispose()
+        return _mapping(_Loader(text), where)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -100,6 +85,20 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, str]]:
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{where}:{number}: not YAML: {first_line(error)}") from None
+
+
+def _mapping(loader: _Loader, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    node = loader.get_single_node()
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        found = show(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
+        raise ConfigError(f"{where}:{node.start_mark.line + 1}: found {found}, expected a mapping of sections")
+    places = dict(_places(node, where, ""))
+    tree = loader.construct_document(node)
+    if loader.duplicates:
+        raise ConfigError(*(f"{where}:{line}: {problem}" for line, problem in sorted(loader.duplicates)))
+    return tree, places
 
 
 def _places(node: yaml.MappingNode, where: str, prefix: str) -> Iterable[tuple[str, str]]:
