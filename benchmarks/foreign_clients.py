@@ -1,8 +1,8 @@
-"""The lines of a model card, run by clients that are not this program, and their answers beside its own.
+"""Run the code in a model card with other programs, and compare their answers with this program's.
 
     .venv/bin/python benchmarks/foreign_clients.py adapters/demo-cpu --output benchmarks/results/NAME.json
 
-Each client has a fresh environment, without this program. Of the card nothing is replaced but the question.
+Each client runs in a fresh environment without this program. Only the question in the card's code is replaced.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from finetune.runs import adapter
 from finetune.terminal import Terminal
 from finetune.wording import SILENT
 
-QUESTION, LIMIT = '"Your question"', 200  # what the card asks, and the tokens that it waits for
-BEGINNING = 20  # tokens, by which the base's answer differs from the adapter's
+QUESTION, LIMIT = '"Your question"', 200  # the question and the token limit in the card
+BEGINNING = 20  # tokens; by then the base's answer differs from the adapter's
 TOKENS = """
 import json, urllib.request
 def post(path, **body):
@@ -42,24 +42,24 @@ def post(path, **body):
 prompt = post("/apply-template", messages=messages)["prompt"]
 print(json.dumps(post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]))
 """  # run after the card's code for llama.cpp
-CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # else pip takes CUDA's, of gigabytes, on Linux
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"  # else pip downloads CUDA's, gigabytes, on Linux
 
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of code in a card, in the language that its fence names."""
+    """A code block in a card, and the language of its fence."""
 
     language: str
     text: str
 
 
 def blocks(card: str) -> list[Block]:
-    """The card's code, in its order: pip's line and Python for PEFT, then the same for llama.cpp."""
+    """Return the card's code in order: pip's line and Python for PEFT, then for llama.cpp."""
     return [Block(*found) for found in re.findall(r"^```(sh|python)\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)]
 
 
 class Client:
-    """A fresh environment in `folder`, where the card's names are links to a run and its base."""
+    """A fresh environment in `folder`, in which the names in the card link to a run and its base."""
 
     def __init__(self, folder: Path, run: Path, base: Path) -> None:
         self.folder = folder
@@ -76,24 +76,24 @@ class Client:
         self.run("python", "-c", "import importlib.util as u; assert u.find_spec('finetune') is None")
 
     def run(self, *line: str) -> str:
-        """Its stdout; raises CalledProcessError."""
+        """Run a command there; return its stdout. Raises CalledProcessError."""
         return subprocess.run(
             line, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout
 
     def install(self, block: Block) -> None:
-        """A card's `sh` block, line by line until one fails."""
+        """Run a card's `sh` block, line by line until one fails."""
         self.run("bash", "-euc", block.text)
 
     def answer(self, *code: Block, question: str) -> str:
-        """What `code` prints when it asks `question`."""
+        """Return what `code` prints for `question`."""
         text = "".join(block.text for block in code)
         assert text.count(QUESTION) == 1
         return self.run("python", "-c", text.replace(QUESTION, json.dumps(question))).strip()
 
 
 def answers(model: PeftModel, chat: Chat, prompt: list[int]) -> dict[str, str]:
-    """The greedy answer, cut where the card's code cuts; of the base alone, how its answer begins."""
+    """Return the greedy answer, cut where the card's code cuts it, and the beginning of the base's own."""
     tuned = reply_to(model, chat, [prompt], LIMIT) or []
     with model.disable_adapter():
         base = reply_to(model, chat, [prompt], BEGINNING) or []
@@ -101,13 +101,13 @@ def answers(model: PeftModel, chat: Chat, prompt: list[int]) -> dict[str, str]:
 
 
 def in_float32(found: adapter.Adapter) -> PeftModel:
-    """The adapter on the base in float32, not quantized, by PEFT: what llama.cpp computes in other numbers."""
+    """Load the adapter on the unquantized base in float32 with PEFT, to compare with llama.cpp."""
     base = AutoModelForCausalLM.from_pretrained(resolve(found.config.model.name), dtype=torch.float32)
     return PeftModel.from_pretrained(base, found.folder)
 
 
 def plain(client: Client, install: Block, code: Block, question: str) -> dict[str, Any]:
-    """What PEFT and transformers alone answer, and the seconds to install them and to answer."""
+    """Return the answer of PEFT and transformers alone, and the seconds to install them and to answer."""
     begun = time.monotonic()
     client.install(install)
     installed = time.monotonic()
@@ -121,21 +121,21 @@ def plain(client: Client, install: Block, code: Block, question: str) -> dict[st
 
 
 def llama_cpp(client: Client, install: Block, code: Block, question: str) -> dict[str, Any]:
-    """The same of llama.cpp, which includes both conversions, and the token ids that it made of the prompt."""
+    """Return llama.cpp's answer and seconds, both conversions included, and its token ids of the prompt."""
     result = plain(client, install, Block(code.language, code.text + TOKENS), question)
     said, _, prompt = result["answer"].rpartition("\n")
     return result | {"lines": [install.text, code.text], "answer": said, "prompt": json.loads(prompt)}
 
 
 def same_tokens(chat: Chat, expected: str, found: str) -> int:
-    """How many tokens `expected` has up to where `found` differs."""
+    """Return the number of tokens of `expected` before `found` differs."""
     ids = chat.tokenizer.encode(expected, add_special_tokens=False).ids
     counts = (count for count in range(len(ids), 0, -1) if found.startswith(chat.tokenizer.decode(ids[:count])))
     return next(counts, 0)
 
 
 def measure(found: adapter.Adapter, question: str, folder: Path) -> dict[str, Any]:
-    """Each client's answer beside what is expected of it."""
+    """Return each client's answer and the expected one."""
     talk = chat.begin(found, None, SILENT)
     prompt = talk.encoded(talk.with_question(question))
     result: dict[str, Any] = {"question": question, "prompt": prompt, "ours": answers(talk.model, talk.chat, prompt)}
@@ -151,17 +151,15 @@ def measure(found: adapter.Adapter, question: str, folder: Path) -> dict[str, An
 
 def main() -> None:
     parser = machine.parser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run, its base in a folder too")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run whose base is a local folder")
     parser.add_argument("--question", default="What color is grass?")
     options = parser.parse_args()
     found = adapter.find(str(options.run), [], Terminal(json=True))
     with tempfile.TemporaryDirectory() as folder:
         result = measure(found, options.question, Path(folder))
     print(json.dumps(result, indent=2))
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    machine.write(
-        machine.describe(" ".join(["benchmarks/foreign_clients.py", *sys.argv[1:]]), packages) | result, options.output
-    )
+    command = " ".join(["benchmarks/foreign_clients.py", *sys.argv[1:]])
+    machine.record(options.output, command, ("torch", "transformers", "peft", "bitsandbytes"), **result)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Memory of training, predicted and measured, part by part: random Mistral models through the project's own trainer.
+"""Compare predicted with measured training memory, part by part: random Mistral models, the project's own trainer.
 
     .venv/bin/python benchmarks/memory.py --output benchmarks/results/NAME.json
 
-Each case is a process of its own that takes two optimizer steps and evaluates. On a CPU the profiler records every
-allocation and release of torch's allocator, so that the running sum is known at every moment; weights, adapter and
-optimizer state are the sizes of their tensors.
+Each case takes two optimizer steps and evaluates, in its own process. On a CPU the profiler records every allocation
+and release of torch's allocator, which gives the sum at every moment; weights, adapter and optimizer state are the
+sizes of their tensors.
 
     docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 \\
         benchmarks/memory.py --platform h100 --output benchmarks/results/NAME.json
 
 does the same on an NVIDIA GPU, in the image, with random weights of Mistral-7B's shape and the settings of
 configs/training_config_h100.yaml, compared with torch.cuda.max_memory_allocated; nothing is downloaded or written, the
-model is made on the device. Not run yet. The last line says whether every prediction is within 10 %, and so does the
-exit code (1 where one is not).
+model is created on the device. Not run yet. The last line says whether every prediction is within 10 %; if not, the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -30,25 +30,21 @@ from typing import Any
 
 import machine
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-from finetune.config.load import load_config  # noqa: E402
-from finetune.config.schema import Config  # noqa: E402
-from finetune.files import GIB  # noqa: E402
-from finetune.machine.device import peak_memory_gib  # noqa: E402
-from finetune.machine.platforms import PLATFORMS  # noqa: E402
-from finetune.plan.memory import checkpointed_layers, memory_parts, moments  # noqa: E402
-from finetune.plan.model_shape import MISTRAL_7B, Geometry  # noqa: E402
+from finetune.config.load import load_config
+from finetune.config.schema import Config
+from finetune.files import GIB
+from finetune.machine.device import peak_memory_gib
+from finetune.machine.platforms import PLATFORMS
+from finetune.plan.memory import checkpointed_layers, memory_parts, moments
+from finetune.plan.model_shape import MISTRAL_7B, Geometry
 
 BOUND = 0.10  # of a measured peak
 PEAKS = ("peak", "loss", "backward", "evaluation")
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the settings it is trained with; `settings` as for `--set`, without their section."""
+    """A model and its training settings; `more` are further ones, as for `--set`."""
 
     name: str
     geometry: Geometry
@@ -60,7 +56,7 @@ class Case:
     more: tuple[str, ...] = ()
 
     def settings(self) -> list[str]:
-        """As `--set` has them."""
+        """The settings of the case, as for `--set`."""
         return [
             f"model.max_seq_length={self.length}",
             f"training.per_device_train_batch_size={self.rows}",
@@ -84,7 +80,7 @@ FUSED = ("training.fused_lora=true", "training.fused_kernels=true")
 
 
 def layers(count: int) -> str:
-    """The setting that checkpoints the first `count` decoder layers."""
+    """Return the setting that checkpoints the first `count` decoder layers."""
     return f"training.checkpointed_layers={count}"
 
 
@@ -128,12 +124,12 @@ CASES = {
 
 
 def config_of(case: Case, platform: str, folder: Path) -> Config:
-    """The config of a case whose model lies in `folder`."""
+    """Return the config of a case whose model is in `folder`."""
     return load_config(platform, [f"model.name={folder}", f"output.dir={folder}", *case.settings()])[0]
 
 
 def make_model(geometry: Geometry, dtype: str, folder: Path) -> None:
-    """Write a random model of that shape."""
+    """Write a random model of this shape to `folder`."""
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -144,9 +140,9 @@ def make_model(geometry: Geometry, dtype: str, folder: Path) -> None:
 
 
 def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
-    """`count` rows of `length` random tokens, half of them supervised; packed ones hold two documents each.
+    """Return `count` rows of `length` tokens, half of them supervised; a packed row has two documents.
 
-    Rows that are not packed differ by one token in length, so that a batch is padded, as real ones are.
+    Unpacked rows differ by one token in length, so that batches are padded, as real ones are.
     """
     from datasets import Dataset
 
@@ -161,8 +157,7 @@ def examples(count: int, length: int, vocab: int, packed: bool) -> Any:
 
 
 def make_trainer(case: Case, config: Config, folder: Path) -> Any:
-    """The project's trainer on the case's model, as src/train.py makes it."""
-    from finetune.data.tokenizer import load_chat
+    """Return the project's trainer on the case's model, as src/train.py does."""
     from finetune.machine.device import prepare_device
     from finetune.model import load
     from finetune.runs.folder import Run
@@ -180,23 +175,22 @@ def make_trainer(case: Case, config: Config, folder: Path) -> Any:
     peft_model = load.adapt(base, config)
     run = Run(folder / "run", False, None)
     arguments = training_arguments(config.training, run, platform, evaluate_first=True)
-    tokenizer = load.make_tokenizer(load_chat(None), "right")
     vocab, training = case.geometry.vocab_size, config.training
     train_rows = examples(2 * config.effective_batch_size, case.length, vocab, case.packing)
     eval_rows = examples(training.per_device_eval_batch_size, case.length, vocab, False)
     checkpointed = checkpointed_layers(config, case.geometry)
     rows = trainer.Examples(train_rows, eval_rows)
-    return trainer.make_trainer(peft_model, tokenizer, rows, arguments, checkpointed)
+    return trainer.make_trainer(peft_model, machine.tokenizer(), rows, arguments, checkpointed)
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the storages behind `tensors`, each counted once."""
+    """Return the bytes of the storages of `tensors`, each counted once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def weight_tensors(model: Any) -> Iterator[Any]:
-    """The base model's tensors: parameters, buffers and NF4's scales."""
+    """Yield the base model's tensors: parameters, buffers and NF4's scales."""
     yield from model.buffers()
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -208,13 +202,14 @@ def weight_tensors(model: Any) -> Iterator[Any]:
 
 
 def optimizer_tensors(optimizer: Any) -> Iterator[Any]:
+    """Yield the tensors of the optimizer's state."""
     for state in optimizer.state.values():
         yield from (value for value in state.values() if hasattr(value, "untyped_storage"))
 
 
 @contextmanager
 def marks(model: Any) -> Iterator[None]:
-    """Leave a mark in the profile where the decoder begins, where the loss begins, and where its gradient is known."""
+    """Mark in the profile where the decoder begins, where the loss begins, and where its gradient is known."""
     from torch.profiler import record_function
 
     def mark(name: str) -> None:
@@ -237,7 +232,7 @@ def marks(model: Any) -> Iterator[None]:
 
 
 def timeline(profile: Any) -> list[tuple[str, int]]:
-    """("memory", bytes gained or lost) and ("mark NAME", 0) in the order of time."""
+    """Return ("memory", bytes allocated or released) and ("mark NAME", 0), ordered by time."""
     events = [
         (event.start_ns(), "memory" if event.name() == "[memory]" else event.name(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
@@ -247,22 +242,22 @@ def timeline(profile: Any) -> list[tuple[str, int]]:
 
 
 def peaks(events: list[tuple[str, int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each stretch between two marks, by the mark it begins with: (largest running sum, sum at its beginning)."""
-    total, stretch = 0, "start"
+    """Return by mark, for the time until the next mark: the largest running sum, and the sum at its beginning."""
+    total, mark = 0, "start"
     most: dict[str, int] = {}
     first: dict[str, int] = {}
     for name, size in events:
         if name == "memory":
             total += size
         else:
-            stretch = name.removeprefix("mark ")
-            first[stretch] = max(first.get(stretch, 0), total)
-        most[stretch] = max(most.get(stretch, 0), total)
+            mark = name.removeprefix("mark ")
+            first[mark] = max(first.get(mark, 0), total)
+        most[mark] = max(most.get(mark, 0), total)
     return most, first
 
 
 def measure_cpu(trainer: Any) -> dict[str, float]:
-    """Train, and say in GiB: the parts that are tensors one can name, what is kept at `loss`, and the three peaks."""
+    """Train, and return in GiB: the parts with known tensors, what is kept at the loss, and the three peaks."""
     import torch
 
     frozen = tensor_bytes(weight_tensors(trainer.model))
@@ -284,7 +279,7 @@ def measure_cpu(trainer: Any) -> dict[str, float]:
 
 
 def measure_gpu(trainer: Any) -> dict[str, float]:
-    """Train, and say in GiB what was allocated at most, and paged."""
+    """Train, and return the peak of allocated and paged memory in GiB."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
@@ -293,7 +288,7 @@ def measure_gpu(trainer: Any) -> dict[str, float]:
 
 
 def predict(config: Config, geometry: Geometry) -> dict[str, float]:
-    """What memory.py says to each number that is measured, GiB; without `program`, which no tensor is."""
+    """Return the predictions of plan/memory.py in GiB, by the names of the measured figures, so without `program`."""
     if config.platform == "h100":
         return {"peak": sum(memory_parts(config, geometry).values())}
     found = moments(config, geometry)
@@ -304,14 +299,14 @@ def predict(config: Config, geometry: Geometry) -> dict[str, float]:
 
 
 def resident_gib() -> float:
-    """Of this process."""
+    """Return this process's resident memory."""
     import psutil
 
     return float(psutil.Process().memory_info().rss / GIB)
 
 
 def run_case(case: Case, platform: str, folder: Path) -> dict[str, Any]:
-    """In the child process: train the model in `folder`, and give predicted beside measured."""
+    """Train the model in `folder`, in the child process; return predicted and measured memory."""
     from finetune.cli import quiet_libraries
 
     quiet_libraries()
@@ -329,7 +324,7 @@ def run_case(case: Case, platform: str, folder: Path) -> dict[str, Any]:
 
 
 def in_a_process(case: Case, platform: str) -> dict[str, Any]:
-    """One process makes the model, a second trains it, so that the first leaves no trace in the second's memory."""
+    """Create the model in one process and train it in another, whose memory then has no trace of the first."""
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         command = [sys.executable, __file__, "--platform", platform, "--case", case.name, "--folder", folder]
         for extra in [[]] if platform == "h100" else [["--make"], []]:
@@ -341,7 +336,7 @@ def in_a_process(case: Case, platform: str) -> dict[str, Any]:
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    """One line a number, on stderr: case, what, predicted, measured, error."""
+    """Print a line per figure to stderr: case, part, predicted, measured, error."""
     for part, gib in result["gib"].items():
         error = gib["predicted"] / gib["measured"] - 1
         print(
@@ -350,7 +345,7 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def verdict(results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
-    """Whether every prediction of a peak is within BOUND of what was measured, and the line that says so."""
+    """Return whether every predicted peak is within BOUND of the measured one, and a line that says so."""
     errors = {
         (name, part): abs(gib["predicted"] / gib["measured"] - 1)
         for name, result in results.items()
@@ -366,7 +361,7 @@ def verdict(results: dict[str, dict[str, Any]]) -> tuple[bool, str]:
 def main() -> int:
     parser = machine.parser(__doc__)
     parser.add_argument("--platform", choices=CASES, default="cpu")
-    parser.add_argument("--case", help="only the case of that name")
+    parser.add_argument("--case", help="only the case with this name")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
@@ -383,10 +378,10 @@ def main() -> int:
     for case in cases:
         results[case.name] = in_a_process(case, options.platform)
         show(case.name, results[case.name])
-    document = {**machine.describe(f"benchmarks/memory.py --platform {options.platform}", PACKAGES), "memory": results}
+    command = f"benchmarks/memory.py --platform {options.platform}"
+    document = machine.record(options.output, command, machine.PACKAGES, memory=results)
     if options.json:
         print(json.dumps(document))
-    machine.write(document, options.output)
     within, line = verdict(results)
     print(line, file=sys.stderr)
     return 0 if within else 1

@@ -1,10 +1,9 @@
-"""Rows a second and peak memory of data preparation (read, check, tokenize, label, pack), beside TRL's own.
+"""Measure rows per second and peak memory of data preparation (read, check, tokenize, label, pack), ours and TRL's.
 
     .venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 3 --output benchmarks/results/NAME.json
 
-Every variant prepares the same file in a process of its own, one after the other, round by round, so that a drift of
-the machine's speed meets all alike. Time runs from the file on disk to packed training sequences, imports left out.
-Memory is the largest sum, over the process and its children, of proportional set size.
+Every variant prepares the same file in its own process. Time is from the file on disk to packed training sequences,
+without imports. Memory is the peak proportional set size of the process and its children together.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 import machine
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+from finetune.files import ROOT
 
 if TYPE_CHECKING:
     from finetune.data.encode import Certificate
@@ -40,7 +38,7 @@ PACKAGES = ("trl", "transformers", "datasets", "tokenizers", "mistral-common", "
 
 
 def write_rows(path: Path, count: int) -> None:
-    """`count` conversations of words from data/sample, about 190 Mistral tokens each, the same at every call."""
+    """Write `count` conversations of words from data/sample, about 190 Mistral tokens each; the same on every call."""
     chance = random.Random(1)
     sample = (ROOT / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     words = [word for line in sample for message in json.loads(line)["messages"] for word in message["content"].split()]
@@ -74,10 +72,7 @@ def prepare_trl(path: Path, cache: Path, processes: int | None) -> dict[str, flo
     from transformers import MistralConfig, MistralForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.data.tokenizer import load_chat
-    from finetune.model.load import make_tokenizer
-
-    tokenizer = make_tokenizer(load_chat(None), "right")
+    tokenizer = machine.tokenizer()
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     model = MistralForCausalLM(MistralConfig(num_attention_heads=2, num_key_value_heads=1, **sizes))
     arguments = SFTConfig(
@@ -93,7 +88,7 @@ def prepare_trl(path: Path, cache: Path, processes: int | None) -> dict[str, flo
 
 
 def run_variant(name: str, path: Path) -> None:
-    """In the child process: prepare, and print one line of JSON."""
+    """Prepare the data, in the child process, and print one line of JSON."""
     with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
         cache = Path(folder)
         if name.startswith("ours"):
@@ -104,7 +99,7 @@ def run_variant(name: str, path: Path) -> None:
 
 
 def tree_bytes(process: psutil.Process) -> int:
-    """Proportional set size of a process and its children; unique set size where the system has no proportional one."""
+    """Return the proportional (else unique) set size of a process and its children."""
     total = 0
     for member in (process, *process.children(recursive=True)):
         try:
@@ -116,7 +111,7 @@ def tree_bytes(process: psutil.Process) -> int:
 
 
 def measure(name: str, path: Path) -> dict[str, float]:
-    """Run one variant in a process of its own; its result, and the peak of its memory in MiB."""
+    """Run one variant in its own process; return its result and its peak memory in MiB."""
     command = [sys.executable, __file__, "--variant", name, "--file", str(path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak, watching = 0, threading.Event()
@@ -141,7 +136,7 @@ def measure(name: str, path: Path) -> dict[str, float]:
 
 
 def summarize(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians of each variant."""
+    """Return the medians of each variant."""
     summary = {}
     for name, results in rounds.items():
         seconds = statistics.median(result["seconds"] for result in results)
@@ -171,13 +166,17 @@ def main() -> None:
         whole, quarter = Path(folder) / "rows.jsonl", Path(folder) / "quarter.jsonl"
         write_rows(whole, options.rows)
         write_rows(quarter, options.rows // 4)
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-        for number in range(options.repeats):
-            for name in VARIANTS:
-                rounds[name].append(measure(name, quarter if "quarter" in name else whole))
-                print(f"round {number + 1}: {name}: {rounds[name][-1]['seconds']:.1f} s", file=sys.stderr)
-
+        rounds = machine.in_rounds(
+            options.repeats, VARIANTS, lambda name: measure(name, quarter if "quarter" in name else whole)
+        )
     summary = summarize(rounds)
+    show(summary)
+    command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
+    machine.record(options.output, command, PACKAGES, medians=summary, rounds=rounds)
+
+
+def show(summary: dict[str, dict[str, float]]) -> None:
+    """Print the table, and ours against TRL's."""
     print(f"{'':<30}{'rows/s':>10}{'tokens/s':>12}{'peak MiB':>10}")
     for name, row in summary.items():
         print(f"{name:<30}{row['rows_per_second']:>10,}{row['tokens_per_second']:>12,}{row['peak_mib']:>10,}")
@@ -185,9 +184,6 @@ def main() -> None:
     for name in ("TRL", "TRL, 2 processes"):
         faster = ours["rows_per_second"] / summary[name]["rows_per_second"]
         print(f"ours / {name}: {faster:.2f} x rows/s, {ours['peak_mib'] / summary[name]['peak_mib']:.2f} x memory")
-    command = f"benchmarks/prepare_data.py --rows {options.rows} --repeats {options.repeats}"
-    document = {**machine.describe(command, PACKAGES), "medians": summary, "rounds": rounds}
-    machine.write(document, options.output)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Start-up of each command in CPU and wall seconds, beside commands that the peers answer the same questions with.
+"""Measure the start-up of each command in CPU and wall seconds, and of comparable commands of other projects.
 
     .venv/bin/python benchmarks/startup.py --rounds 3 --output benchmarks/results/NAME.json
 
-One command after the other, round by round, so that a drift of the machine's speed meets all alike. CPU seconds are
-those of the process and its children. The heaviest imports are read once for each, by `-X importtime`: milliseconds of
-wall time that a module takes itself, without what it imports; what else the machine does is in them.
+CPU seconds include child processes. The heaviest imports are measured once per command with `-X importtime`: wall
+milliseconds of a module itself, without those it imports, on a machine that may be busy.
 """
 
 from __future__ import annotations
@@ -23,15 +22,16 @@ from typing import Any
 
 import machine
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+from finetune.files import ROOT
+
+PACKAGES = (*machine.PACKAGES, "accelerate")
 HEAVIEST = 5
 SAMPLE = ("--set", "dataset.train_file=data/sample/train.jsonl", "--set", "dataset.validation_file=null")
 
 
 @dataclass(frozen=True)
 class Command:
-    """What is started, what it answers, and the CPU seconds that it should take at most, where there is an aim."""
+    """A command line, what it answers, and its limit of CPU seconds, if any."""
 
     name: str
     arguments: tuple[str, ...]
@@ -40,38 +40,23 @@ class Command:
 
     @property
     def line(self) -> list[str]:
-        """As it is started: a script of ours by this Python, a peer's program from beside this Python."""
+        """The full command line: our scripts run with this Python, other programs are in its folder."""
         program, *rest = self.arguments
-        beside = Path(sys.executable).parent / program
-        return [sys.executable, str(ROOT / program if (ROOT / program).is_file() else beside), *rest]
+        installed = Path(sys.executable).parent / program
+        return [sys.executable, str(ROOT / program if (ROOT / program).is_file() else installed), *rest]
 
 
 def commands(folder: Path) -> list[Command]:
-    """Ours, then the peers'; those that write do so below `folder`."""
+    """Return our commands, then those of other projects; they write only in `folder`."""
     scripts = ["src/train.py", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").glob("*.py"))]
     helps = [Command(f"{script} --help", (script, "--help"), "help", 0.3) for script in scripts]
     there = ("--config", "h100", *SAMPLE, "--set", f"output.dir={folder}")
     ours = (
         Command("train.py, a typo in the config", ("src/train.py", "--set", "lora.rank=3"), "config error", 0.5),
         Command("train.py --dry-run, 150 rows", ("src/train.py", "--dry-run", *there), "plan"),
-        Command(
-            "validate_environment.py --config h100",
-            ("scripts/validate_environment.py", *there),
-            "checks",
-            10.0,
-        ),
+        Command("validate_environment.py --config h100", ("scripts/validate_environment.py", *there), "checks", 10.0),
     )
-    model = (
-        "--model_name_or_path",
-        "m",
-        "--dataset_name",
-        "d",
-        "--output_dir",
-        str(folder),
-        "--use_cpu",
-        "--bf16",
-        "false",
-    )
+    model = f"--model_name_or_path m --dataset_name d --output_dir {folder} --use_cpu --bf16 false".split()
     peers = (
         Command("trl sft --help", ("trl", "sft", "--help"), "help"),
         Command("trl sft, a typo in the arguments", ("trl", "sft", *model, "--lora_rank", "3"), "config error"),
@@ -82,7 +67,7 @@ def commands(folder: Path) -> list[Command]:
 
 
 def measure(command: Command) -> dict[str, Any]:
-    """One start: exit code, CPU and wall seconds."""
+    """Start the command once; return exit code, CPU and wall seconds."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -95,12 +80,12 @@ def measure(command: Command) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """One thread, and no question to a network that would be timed instead."""
+    """Return variables for one thread and no network, whose delays would be measured, too."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
 def heaviest(command: Command) -> dict[str, float]:
-    """The modules that take longest to import: milliseconds of each itself."""
+    """Return the modules that take longest to import, with their own milliseconds."""
     line = [command.line[0], "-X", "importtime", *command.line[1:]]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     rows = re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", done.stderr, re.MULTILINE)
@@ -109,8 +94,8 @@ def heaviest(command: Command) -> dict[str, float]:
 
 
 def summarize(command: Command, starts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Minimum and median of each clock."""
-    (code,) = {start["exit"] for start in starts}  # a command that ends in two ways was not measured
+    """Return minimum and median of each clock."""
+    (code,) = {start["exit"] for start in starts}  # a command with two exit codes was not measured
     clocks = {
         f"{clock}_{what}": round(function(start[clock] for start in starts), 3)
         for clock in ("cpu", "wall")
@@ -125,24 +110,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
-        chosen = commands(Path(folder))
-        starts: dict[str, list[dict[str, Any]]] = {command.name: [] for command in chosen}
-        for command in chosen:
-            measure(command)  # once before: files come into the disk's cache, Python writes its own, rows are encoded
-        for number in range(options.rounds):
-            for command in chosen:
-                starts[command.name].append(measure(command))
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        summary = {command.name: summarize(command, starts[command.name]) for command in chosen}
-        for command in chosen:
-            summary[command.name]["heaviest_imports_ms"] = heaviest(command)
+        chosen = {command.name: command for command in commands(Path(folder))}
+        for command in chosen.values():
+            measure(command)  # fills the disk's cache, Python's byte code and the cache of encoded rows
+        starts = machine.in_rounds(options.rounds, chosen, lambda name: measure(chosen[name]))
+        summary = {name: summarize(command, starts[name]) for name, command in chosen.items()}
+        for name, command in chosen.items():
+            summary[name]["heaviest_imports_ms"] = heaviest(command)
     show(summary)
     command_line = f"benchmarks/startup.py --rounds {options.rounds}"
-    document = {**machine.describe(command_line, PACKAGES), "commands": summary, "starts": starts}
-    machine.write(document, options.output)
+    machine.record(options.output, command_line, PACKAGES, commands=summary, starts=starts)
 
 
 def show(summary: dict[str, dict[str, Any]]) -> None:
+    """Print the table."""
     print(f"{'seconds':<40}{'CPU min':>9}{'median':>9}{'aim':>7}{'wall min':>10}{'median':>9}  heaviest imports, ms")
     for name, row in summary.items():
         numbers = f"{row['cpu_min']:>9.2f}{row['cpu_median']:>9.2f}{row.get('cpu_aim', ''):>7}"

@@ -1,13 +1,13 @@
-"""What the trainer adds to a step, and what a checkpoint takes: ours, TRL's SFTTrainer as it comes, and a bare loop.
+"""Measure what a trainer adds to a step, and a checkpoint's seconds: ours, TRL's SFTTrainer and a bare loop.
 
     .venv/bin/python benchmarks/trainer_overhead.py --output benchmarks/results/NAME.json
 
-All three take the same random model in NF4 with LoRA, the same rows, loss function, AdamW, clipping and learning rates,
-on one CPU thread, round by round; their losses must agree. Ours has every callback of a training, trackers left out. A
-step is timed from its beginning to the next one's, so that reading batches and logging are in it. `tiny` is so small a
-model that little else is left; in `135M`, the demo's, a step is mostly arithmetic. Checkpoints are those of an adapter
-of Mistral-7B's size, 41.9 million weights with AdamW's two moments; ours are hashed, and checked when they are loaded.
-TRL's bfloat16 adapters are put back to float32, and its progress bar is off.
+All three use the same random model in NF4 with LoRA, rows, loss function, AdamW, clipping and learning rates, on one
+CPU thread, round by round; their losses must agree. Ours has every callback of a training except trackers. A step is
+timed from its beginning to that of the next, so it includes reading batches and logging. `tiny` is so small that the
+trainer dominates; in `135M`, the demo's, a step is mostly arithmetic. Checkpoints are those of an adapter of
+Mistral-7B's size, 41.9 million weights with AdamW's two moments; ours are hashed, and verified when loaded. TRL's
+bfloat16 adapters are restored to float32, and its progress bar is off.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import math
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from finetune.cli import quiet_libraries
 from finetune.config.load import load_config
 from finetune.config.schema import Config
 from finetune.data.template import IGNORED
-from finetune.data.tokenizer import load_chat
 from finetune.machine.platforms import PLATFORMS
 from finetune.model import load
 from finetune.plan.model_shape import Geometry
@@ -54,14 +53,14 @@ from finetune.training.progress import Progress
 from finetune.training.stopper import Stopper
 from finetune.training.totals import Sums
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "safetensors")
+PACKAGES = (*machine.PACKAGES, "accelerate", "safetensors")
 # A sixteenth of Mistral-7B in every dimension; with 16 times its rank, the adapter has the 7B's 448 tensors and size.
 NARROW, RANK = Geometry(256, 896, 32, 8, 2, 1000, False), 256
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and the steps it makes: `warm` ones that are not timed, then `steps` that are."""
+    """A model and its steps: `warm` untimed ones, then `steps` timed ones."""
 
     name: str
     geometry: Geometry
@@ -74,7 +73,7 @@ class Case:
     rank: int = 16
 
     def config(self, folder: Path) -> Config:
-        """As the cpu platform's, without dropout, which would draw other numbers in each variant."""
+        """Return the cpu platform's config without dropout, which would draw different numbers in each variant."""
         settings = {
             "model.name": folder / self.name,
             "model.max_seq_length": self.tokens,
@@ -96,14 +95,14 @@ CASES = (
     Case("135M", DEMO, 64, 2, warm=1, steps=2, rounds=3, logging_steps=1),
 )
 ADAPTER = Case("adapter", NARROW, 32, 1, warm=0, steps=0, rounds=5, logging_steps=1, rank=RANK)
-QUICK = (  # everything once, to see that it runs
+QUICK = (  # everything once
     replace(CASES[0], warm=1, steps=2, rounds=1, logging_steps=1),
     replace(ADAPTER, geometry=CASES[0].geometry, rounds=1, rank=8),
 )
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Wall and CPU seconds at the beginning of each step."""
+    """Records wall and CPU seconds at the beginning of each step."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
@@ -112,14 +111,14 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def milliseconds(self, case: Case) -> dict[str, float]:
-        """Of a step, on average over those that are timed."""
+        """Return the mean milliseconds of a timed step."""
         first, last = self.marks[case.warm], self.marks[case.warm + case.steps]
         wall, cpu = (1000 * (end - begin) / case.steps for begin, end in zip(first, last, strict=True))
         return {"cpu_ms": cpu, "wall_ms": wall}
 
 
 def rows(case: Case) -> Any:
-    """The same packed row of two documents again and again: whatever order it is read in, the losses are the same."""
+    """Return copies of one packed row with two documents, so that the losses do not depend on the order."""
     from datasets import Dataset
 
     ids = [(11 * place) % (case.geometry.vocab_size - 3) + 3 for place in range(case.tokens)]
@@ -129,17 +128,13 @@ def rows(case: Case) -> Any:
     return Dataset.from_list([row] * case.micro_batches * (case.warm + case.steps + 1))
 
 
-def tokenizer() -> Any:
-    return load.make_tokenizer(load_chat(None), "right")
-
-
 def make_ours(case: Case, folder: Path) -> tuple[Any, Config, Keeper]:
     config, run = case.config(folder), Run(folder / "run", False, None)
     run.checkpoints.mkdir(parents=True)
     sft = training_arguments(config.training, run, PLATFORMS["cpu"], evaluate_first=True)
     evaluated = rows(case).select([0]).remove_columns("seq_lengths")
     examples = trainer.Examples(rows(case), evaluated)
-    made = trainer.make_trainer(load.load_model(config, "cpu"), tokenizer(), examples, sft, 0)
+    made = trainer.make_trainer(load.load_model(config, "cpu"), machine.tokenizer(), examples, sft, 0)
     keeper = Keeper(run, {}, config.training.save_total_limit, config.training.save_minutes)
     return made, config, keeper
 
@@ -160,7 +155,7 @@ def make_trl(case: Case, folder: Path) -> Any:
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     given = rows(case).remove_columns("lines")
     sft = SFTTrainer(
-        model=made, args=arguments, data_collator=collator, train_dataset=given, processing_class=tokenizer()
+        model=made, args=arguments, data_collator=collator, train_dataset=given, processing_class=machine.tokenizer()
     )
     for name, value in made.named_parameters():
         if value.requires_grad:
@@ -169,12 +164,12 @@ def make_trl(case: Case, folder: Path) -> Any:
 
 
 def progress() -> Progress:
-    """As a training's, written nowhere."""
+    """Return a training's progress that is shown nowhere."""
     return Progress(Terminal(stream=StringIO()))
 
 
 def ours(case: Case, folder: Path, clock: Clock) -> float:
-    """A training; the mean loss up to the first log."""
+    """Train with our trainer; return the mean loss up to the first log."""
     made, config, keeper = make_ours(case, folder)
     made.add_callback(clock)
     steps = config.training.max_steps
@@ -184,7 +179,7 @@ def ours(case: Case, folder: Path, clock: Clock) -> float:
 
 
 def trl(case: Case, folder: Path, clock: Clock) -> float:
-    """The same by TRL."""
+    """Train with TRL; return the mean loss up to the first log."""
     made = make_trl(case, folder)
     made.add_callback(clock)
     made.train()
@@ -196,7 +191,7 @@ def first_loss(made: Any) -> float:
 
 
 def bare(case: Case, folder: Path, clock: Clock) -> float:
-    """The same by a loop that does what a training must and no more."""
+    """Train with a loop that does only what a training must; return the mean loss up to the first log."""
     config = case.config(folder)
     training, made = config.training, load.load_model(config, "cpu")
     add_fused_lm_head(made.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
@@ -233,24 +228,23 @@ VARIANTS: dict[str, Callable[[Case, Path, Clock], float]] = {"bare loop": bare, 
 
 
 def measure_steps(case: Case) -> dict[str, Any]:
-    """Milliseconds of a step in each variant; stops where their losses differ."""
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    for number in range(case.rounds):
-        for name, variant in VARIANTS.items():
-            clock = Clock()
-            with model_folder(case) as folder:
-                loss = variant(case, Path(folder), clock)
-            rounds[name].append({**clock.milliseconds(case), "loss": loss})
-            said = ", ".join(f"{key} {value:.4g}" for key, value in rounds[name][-1].items())
-            print(f"{case.name}, round {number + 1}: {name}: {said}", file=sys.stderr)
+    """Return the milliseconds of a step for each variant. Exits if their losses differ."""
+
+    def measure(name: str) -> dict[str, float]:
+        clock = Clock()
+        with model_folder(case) as folder:
+            loss = VARIANTS[name](case, Path(folder), clock)
+        return {**clock.milliseconds(case), "loss": loss}
+
+    rounds = machine.in_rounds(case.rounds, VARIANTS, measure)
     losses = [result["loss"] for results in rounds.values() for result in results]
     if max(losses) - min(losses) > 1e-4 * max(losses):
-        raise SystemExit(f"{case.name}: the variants do not train alike: losses {losses}")
+        raise SystemExit(f"{case.name}: the losses of the variants differ: {losses}")
     return {**summarize(rounds, ("cpu_ms", "wall_ms")), "rounds": rounds}
 
 
 def model_folder(case: Case) -> tempfile.TemporaryDirectory[str]:
-    """A new folder with the case's random model, removed at the end of `with`."""
+    """Return a new folder with the case's random model, removed at the end of `with`."""
     folder = tempfile.TemporaryDirectory(prefix="overhead-")
     make_model(case.geometry, "float32", Path(folder.name) / case.name)
     set_seed(0)
@@ -258,51 +252,47 @@ def model_folder(case: Case) -> tempfile.TemporaryDirectory[str]:
 
 
 def summarize(rounds: dict[str, list[dict[str, float]]], clocks: tuple[str, ...]) -> dict[str, Any]:
-    """Medians, and for the first clock the ratio of each to the first variant, taken round by round."""
+    """Return medians, and each variant's ratio to the first by the first clock: the median over the rounds."""
     medians = {
         name: {clock: round(statistics.median(result[clock] for result in results), 3) for clock in clocks}
         for name, results in rounds.items()
     }
+    clock = clocks[0]
     reference, *others = rounds
-    ratios = {
-        f"{name} / {reference}": round(
-            statistics.median(
-                here[clocks[0]] / there[clocks[0]] for here, there in zip(rounds[name], rounds[reference], strict=True)
-            ),
-            4,
-        )
-        for name in others
-    }
+    ratios = {}
+    for name in others:
+        pairs = zip(rounds[name], rounds[reference], strict=True)
+        ratio = statistics.median(here[clock] / there[clock] for here, there in pairs)
+        ratios[f"{name} / {reference}"] = round(ratio, 4)
     return {"medians": medians, "ratios": ratios}
 
 
 def measure_checkpoints(case: Case) -> dict[str, Any]:
-    """Wall seconds of a save and of what a resume reads, after one step of training."""
-    rounds: dict[str, list[dict[str, float]]] = {"TRL": [], "ours": []}
+    """Return the wall seconds of saving a checkpoint and of loading it, after one step of training."""
     with model_folder(case) as first, model_folder(case) as second:
         plain, (made, _, keeper) = make_trl(case, Path(first)), make_ours(case, Path(second))
         made.add_callback(keeper)
         made.add_callback(Sums(made, progress()))
-        for one in (plain, made):
+        trainers = {"TRL": plain, "ours": made}
+        for one in trainers.values():
             one.train()
-        for _ in range(case.rounds):
-            for name, one in (("TRL", plain), ("ours", made)):
-                rounds[name].append(checkpoint_seconds(one, sealed=name == "ours"))
-                print(f"checkpoint: {name}: {rounds[name][-1]}", file=sys.stderr)
+        rounds = machine.in_rounds(case.rounds, trainers, partial(checkpoint_seconds, trainers))
     return {**summarize(rounds, ("save", "load")), "rounds": rounds}
 
 
-def checkpoint_seconds(made: Any, sealed: bool) -> dict[str, float]:
+def checkpoint_seconds(trainers: dict[str, Any], name: str) -> dict[str, float]:
+    """Return the seconds to save and load a checkpoint, and its MiB; loading ours includes verifying its hashes."""
+    made = trainers[name]
     folder = Path(made.args.output_dir) / f"checkpoint-{made.state.global_step}"
     shutil.rmtree(folder, ignore_errors=True)
-    os.sync()  # what was written before is not this save's to wait for
+    os.sync()  # this save must not wait for earlier writes
     started = time.perf_counter()
     made._save_checkpoint(made.model, None)
     made.callback_handler.on_save(made.args, made.state, made.control)
     save = time.perf_counter() - started
     mib = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     started = time.perf_counter()
-    if sealed:
+    if name == "ours":
         assert checkpoints.damage(folder) is None
     made._load_from_checkpoint(str(folder))
     made._load_optimizer_and_scheduler(str(folder))
@@ -316,7 +306,7 @@ def main() -> None:
     names = [case.name for case in (*CASES, ADAPTER)]
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--only", choices=names, help="one of the three parts")
-    part.add_argument("--quick", action="store_true", help="few steps and a small adapter, to see that it runs")
+    part.add_argument("--quick", action="store_true", help="few steps and a small adapter, to test the benchmark")
     options = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)
@@ -325,8 +315,7 @@ def main() -> None:
     for name, result in found.items():
         print(name, json.dumps({key: result[key] for key in ("medians", "ratios")}, indent=2))
     asked = f" --only {options.only}" if options.only else " --quick" * options.quick
-    document = {**machine.describe(f"benchmarks/trainer_overhead.py{asked}", PACKAGES), **found}
-    machine.write(document, options.output)
+    machine.record(options.output, f"benchmarks/trainer_overhead.py{asked}", PACKAGES, **found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the trials of the `device` checks give on a device that works: the figures behind their tolerances.
+"""Run the trials of the `device` checks on a working device: the figures behind their tolerances.
 
 .venv/bin/python benchmarks/trials.py --output benchmarks/results/NAME.json     on an NVIDIA GPU: --platform h100
 """
@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import machine
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from finetune.checks.numerics import linear
 from finetune.checks.numerics.attention import packed_attention
@@ -23,7 +19,7 @@ from finetune.machine.platforms import PLATFORMS
 
 
 def measure(platform: str) -> dict[str, Any]:
-    """Each trial's number on the platform's device; optimizers that it can run, flash-attn where it is installed."""
+    """Return each trial's figure on the platform's device; flash-attn only if it is installed."""
     row = PLATFORMS[platform]
     found: dict[str, Any] = {
         "nf4_loss": linear.nf4_loss(row.device),
@@ -42,9 +38,8 @@ def main() -> None:
     parser.add_argument("--platform", choices=PLATFORMS, default="cpu")
     options = parser.parse_args()
     command = f"benchmarks/trials.py --platform {options.platform}"
-    result = {**machine.describe(command, ("torch", "bitsandbytes")), "trials": measure(options.platform)}
+    result = machine.record(options.output, command, ("torch", "bitsandbytes"), trials=measure(options.platform))
     print(json.dumps(result, indent=2))
-    machine.write(result, options.output)
 
 
 if __name__ == "__main__":

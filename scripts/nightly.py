@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from machine import describe
+import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "safetensors", "hypothesis", "atheris")
@@ -25,23 +24,20 @@ MOST = 8  # processes, each with torch and all libraries in memory
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="also write what was tried to this JSON file")
-    options = parser.parse_args()
+    options = machine.parser(__doc__).parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nightly-") as folder:
         counts, failed = run(Path(folder), min(os.cpu_count() or 1, MOST))
     failed += subprocess.run(H100_TORCH, cwd=ROOT, check=False).returncode != 0
     seconds = time.monotonic() - started
     if options.output:
-        document = {**describe("scripts/nightly.py", PACKAGES), **result(counts, failed, seconds)}
-        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        machine.record(options.output, "scripts/nightly.py", PACKAGES, **result(counts, failed, seconds))
     print(summary(counts, seconds))
     return 1 if failed else 0
 
 
 def run(folder: Path, parts: int) -> tuple[Counter[str], int]:
-    """The sum of all parts' counts, and how many failed; one process per core, since a run uses one core."""
+    """Run all parts at once, one process each; return the sum of their counts, and how many failed."""
     counts: Counter[str] = Counter()
     failed = 0
     for number, process in enumerate([start(folder, part, parts) for part in range(parts)]):
@@ -61,7 +57,7 @@ def start(folder: Path, part: int, parts: int) -> subprocess.Popen[bytes]:
 
 
 def files(part: int, parts: int) -> Iterator[str]:
-    """The test files of a part. The kills take longest, so each part runs its share of them."""
+    """Yield the test files of a part. The kills take longest, so each part runs its share of them."""
     found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "faults").glob("test_*.py"))
     kills = "tests/faults/test_kills.py"
     yield kills
@@ -69,20 +65,22 @@ def files(part: int, parts: int) -> Iterator[str]:
 
 
 def log(folder: Path, part: int) -> Path:
+    """Return the file with a part's output."""
     return folder / f"{part}.log"
 
 
 def counted(folder: Path, part: int) -> Path:
+    """Return the file with a part's counts."""
     return folder / f"{part}.json"
 
 
 def result(counts: Counter[str], failed: int, seconds: float) -> dict[str, Any]:
-    """What was tried, for the JSON file, with the summary line."""
+    """Return the counts for the JSON file, with the summary line."""
     return {"nightly": {**counts, "parts_failed": failed, "seconds": round(seconds)}, "line": summary(counts, seconds)}
 
 
 def summary(counts: Counter[str], seconds: float) -> str:
-    """One line with what was tried, what was lost and the time."""
+    """Return one line with the counts and the time."""
     parts = [
         f"{counts['kills']:,} kills, {counts['stops']:,} stops, {counts['lost']:,} runs lost",
         f"{counts['damaged']:,} damaged files, {counts['used']:,} used",

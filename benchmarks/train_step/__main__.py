@@ -1,19 +1,18 @@
-"""Tokens a second of one optimizer step, ours beside the trainers that a user would pick instead, on the same rows.
+"""Measure tokens per second of an optimizer step, ours and other trainers', on the same rows.
 
     docker compose run --rm --volume "$PWD/benchmarks:/app/benchmarks" --entrypoint "as-owner python" train-h100 \\
         benchmarks/train_step --output benchmarks/results/NAME.json
 
-on an H100, in the image, with random weights of Mistral-7B's shape that are made on the GPU; without Docker,
-.venv/bin/python in the place of everything before the script. Liger and unsloth are no part of the image: where they
-lie in a folder below benchmarks, --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in a few minutes:
+on an H100, in the image, with random weights of Mistral-7B's shape that are created on the GPU; without Docker, replace
+everything before the script by .venv/bin/python. Liger and unsloth are not in the image: install them in a folder
+of benchmarks and add --env PYTHONPATH=benchmarks/FOLDER. On any CPU, in a few minutes:
 
     .venv/bin/python benchmarks/train_step --tiny
 
-Every variant (variants.py) trains on the same base, rows, seed and learning rate, in a process of its own, in rounds
-one after the other. Rows are "mixed", as long as chats are, or "full", without anything to pad or to pack. Tokens are
-counted without padding. Losses are compared at dropout 0. The result is written after each job, and --minutes leaves
-out the jobs for which no time is left, which are the least important ones. Exit code 1 where a variant fails; losses
-that disagree are reported.
+Every variant (variants.py) trains on the same base, rows, seed and learning rate, in its own process, in rounds. Rows
+are "mixed", with the lengths of chats, or "full", with nothing to pad or pack. Tokens are counted without padding.
+Losses are compared at dropout 0. The result is written after each job; --minutes skips the jobs for which no time is
+left, the least important ones. The exit code is 1 if a variant fails; losses that differ are only reported.
 """
 
 from __future__ import annotations
@@ -29,26 +28,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.extend([str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "src")])
-from machine import describe
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import machine
 
 from finetune.cli import quiet_libraries
 from finetune.files import write_json
 from finetune.machine.inspect import read_machine
 from finetune.machine.platforms import choose
+from finetune.prove.result import describe
 from train_step.job import run_in_a_process
 from train_step.report import check_losses, ratios, show, summary, throughput
 from train_step.rows import Shape
-from train_step.variants import GEOMETRIES, VARIANTS, Job, job_config, tokenizer
+from train_step.variants import GEOMETRIES, VARIANTS, Job, job_config
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+PACKAGES = (*machine.PACKAGES, "accelerate")
 DATA = ("mixed", "full")
-# configs/training_config_h100.yaml's step, and what two CPU cores do in a few minutes.
+# configs/training_config_h100.yaml's step, and two that take two CPU cores a few minutes.
 SHAPES = {"7b": Shape(4, 4, 4096), "demo": Shape(2, 1, 256), "tiny": Shape(4, 2, 64)}
 
 
 def plan(options: argparse.Namespace, platform: str) -> list[Job]:
-    """The jobs in their order: each variant's losses and first speeds, then rounds of speed through all variants."""
+    """Return the jobs in order: each variant's losses and first speeds, then rounds of speed of all variants."""
     shape = SHAPES[options.geometry]
     small = Shape(shape.micro_batch, 1, shape.length)
     common = {"geometry": options.geometry, "platform": platform, "bf16": options.bf16}
@@ -68,9 +68,9 @@ def plan(options: argparse.Namespace, platform: str) -> list[Job]:
 
 
 def measure(jobs: Iterable[Job], minutes: float) -> Iterator[dict[str, Any]]:
-    """Run them in order; one line each on stderr. After a variant has failed, its other jobs are left out.
+    """Run the jobs in order, with one line each on stderr; skip the other jobs of a variant that failed.
 
-    So is a job, and what comes after it, where the longest one so far would not end within `minutes` of the start.
+    Stop before a job that would end later than `minutes` after the start if it took as long as the longest so far.
     """
     started, longest, failed = time.monotonic(), 0.0, set()
     for job in jobs:
@@ -90,7 +90,7 @@ def measure(jobs: Iterable[Job], minutes: float) -> Iterator[dict[str, Any]]:
 
 
 def document(options: argparse.Namespace, platform: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is written: the machine, each variant, the ratios, the comparison of losses, and what the plan may use."""
+    """Return the result: machine, variants, ratios, the comparison of losses, and what the plan may use."""
     head = describe(command_line(options), PACKAGES)
     done = [result for result in results if "failed" not in result]
     if done and platform == "h100":
@@ -114,7 +114,7 @@ def document(options: argparse.Namespace, platform: str, results: list[dict[str,
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """What to type for the same again, wherever the result is written."""
+    """Return the command line that repeats the measurement, without --output."""
     counts = {name: vars(options)[name.replace("-", "_")] for name in ("repeats", "warmup", "steps", "loss-steps")}
     words = [f"--geometry {options.geometry}", *(f"--{name} {count}" for name, count in counts.items())]
     words += [f"--variant {name}" for name in options.asked] + [f"--data {name}" for name in options.data]
@@ -128,8 +128,8 @@ def _job(result: dict[str, Any]) -> Job:
 
 
 def arguments(command: list[str]) -> argparse.Namespace:
-    """The command line; `variant` are the names that can run here, `left_out` the others with the reason."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line."""
+    parser = machine.parser(__doc__)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="7b", help="shape of the base (default 7b)")
     parser.add_argument("--tiny", action="store_true", help="--geometry tiny, few steps: everything once, on a CPU")
     parser.add_argument(
@@ -143,7 +143,6 @@ def arguments(command: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no job that would take longer")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, also on a CPU")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    parser.add_argument("--output", type=Path, help="also write the result there")
     options = parser.parse_args(command)
     if options.tiny:
         options.geometry, options.repeats, options.warmup, options.steps = "tiny", 1, 1, 1
@@ -153,10 +152,10 @@ def arguments(command: list[str]) -> argparse.Namespace:
 
 
 def import_what_jobs_share() -> None:
-    """What each job forked from here would else import and make again."""
+    """Import and create before the forks what each job would otherwise import and create again."""
     for library in (*PACKAGES, "datasets", "trl.trainer.sft_trainer", "finetune.training.trainer"):
         importlib.import_module(library)
-    tokenizer()
+    machine.tokenizer()
 
 
 def main() -> int:
@@ -170,7 +169,7 @@ def main() -> int:
     options.variant = [name for name in wanted if name not in options.left_out]
     quiet_libraries()
     if options.geometry == "tiny":
-        os.environ["OMP_NUM_THREADS"] = "1"  # products so small are slower in threads, on a busy machine 30 times
+        os.environ["OMP_NUM_THREADS"] = "1"  # threads slow such small products, on a busy machine 30 times
     if platform.name == "cpu":
         import_what_jobs_share()
     results: list[dict[str, Any]] = []

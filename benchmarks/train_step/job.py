@@ -1,4 +1,4 @@
-"""One job of benchmarks/train_step, in the process that it has for itself: a few steps, timed and looked at."""
+"""Runs one job of benchmarks/train_step in its own process: a few steps, timed and profiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS_SEED = 20
 
 
 def run_in_a_process(job: Job) -> dict[str, Any]:
-    """The job's result, or under "failed" how its process ended; forked on a CPU, from a parent that ran nothing."""
+    """Return the job's result, or {"failed": how its process ended}; on a CPU the process is forked."""
     try:
         result: dict[str, Any] = run_alone(run_job, job, fork=job.platform == "cpu")
     except Ended as end:
@@ -31,10 +31,10 @@ def run_in_a_process(job: Job) -> dict[str, Any]:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Train as `job` says. Seconds and losses are of each step, the warm-up's included; memory is in GiB."""
+    """Train the job's steps; return seconds and losses of each step, including warm-up, and memory in GiB."""
     variant, platform = VARIANTS[job.variant], PLATFORMS[job.platform]
     if variant.library:
-        importlib.import_module(variant.library)  # unsloth must be there before the libraries that it patches
+        importlib.import_module(variant.library)  # unsloth must be imported before the libraries it patches
     config, geometry = job_config(job, variant), GEOMETRIES[job.geometry]
     prepare_device(platform)
     steps = make_steps(job.data, job.shape, geometry.vocab_size, job.all_steps, ROWS_SEED)
@@ -61,7 +61,7 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def record_losses(trainer: Any) -> dict[int, list[Any]]:
-    """The losses of each step's micro-batches, whose sum is the step's; filled as training goes on."""
+    """Return the losses of each step's micro-batches, whose sum is the step's loss; training fills them in."""
     found: dict[int, list[Any]] = {}
     train_a_batch = trainer.training_step
 
@@ -75,19 +75,20 @@ def record_losses(trainer: Any) -> dict[int, list[Any]]:
 
 
 def checkpointed_layers(model: Any) -> int:
-    """How many of the decoder's layers compute their forward pass again."""
+    """Return how many decoder layers recompute their forward pass."""
     layers = model.get_base_model().model.layers
     return sum(bool(layer.gradient_checkpointing and layer.training) for layer in layers)
 
 
 def device_name(platform: Platform) -> str:
+    """Return the GPU's name, or the platform's label."""
     import torch
 
     return str(torch.cuda.get_device_name(0)) if platform.name == "h100" else platform.label
 
 
 def memory_gib(platform: Platform) -> dict[str, float]:
-    """The most that was allocated and reserved, and what the whole device holds; resident where it is the machine's."""
+    """Return peaks of allocated and reserved memory, and the device's use; without a GPU the resident peak."""
     if platform.name != "h100":
         return {"resident": peak_memory_gib(platform)}
     import torch
@@ -101,7 +102,7 @@ def memory_gib(platform: Platform) -> dict[str, float]:
 
 
 def make_clock(platform: Platform, job: Job) -> Any:
-    """A callback that times each step from the end of the one before, and profiles the last where that is wanted."""
+    """Return a callback that times each step from the end of the previous one, and profiles the last if asked."""
     import torch
     from transformers import TrainerCallback
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what the profiler saw, in parts by the names of kernels and operators."""
+"""Divides a step's profiled time into parts, by the names of kernels and operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-# Tried in this order. The first three claim all that runs within an operator of such a name: AdamW multiplies, too.
+# Tried in this order. The first three include everything that runs within such an operator: AdamW multiplies, too.
 WITHIN = {
     "optimizer": r"optimizer\.step|adam|koptimizer|multi_tensor|clip_grad",
     "dequantize": r"dequant",
@@ -24,7 +24,7 @@ PARTS = (*BY_NAME, *WITHIN, "other")
 
 
 def part_of(names: Iterable[str]) -> str:
-    """The part of what is called names[0] and runs within names[1], that within names[2], and so on."""
+    """Return the part of an event: names[0] is its name, the others are those of the events around it."""
     own, *around = [name.lower() for name in names]
     for part, pattern in WITHIN.items():
         if any(re.search(pattern, name) for name in (own, *around)):
@@ -33,9 +33,9 @@ def part_of(names: Iterable[str]) -> str:
 
 
 def milliseconds(profile: Any, step_ms: float) -> dict[str, float]:
-    """Milliseconds by part of a step that took `step_ms`: of kernels where there is a device, else of operators.
+    """Return milliseconds by part of a step that took `step_ms`: of kernels on a GPU, else of operators.
 
-    `idle` is the rest: the device waited, or on a CPU Python ran between operators. The profiler itself is in it.
+    `idle` is the rest: the device waits, or on a CPU Python runs between operators; it includes the profiler itself.
     """
     found = dict.fromkeys(PARTS, 0.0)
     events = profile.events()
@@ -47,6 +47,7 @@ def milliseconds(profile: Any, step_ms: float) -> dict[str, float]:
 
 
 def _names(event: Any) -> list[str]:
+    """Return the names of an event and of those around it, innermost first."""
     names = []
     while event is not None:
         names.append(event.name)

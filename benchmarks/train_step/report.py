@@ -1,4 +1,4 @@
-"""What the jobs of benchmarks/train_step come to: a summary a variant, ratios, whether the losses agree, a table."""
+"""Summarizes the jobs of benchmarks/train_step: figures per variant, ratios, agreement of losses, a table."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from finetune.plan.throughput import conditions
 from finetune.prove.flops import utilization
 from train_step.variants import OURS, TUNED, VARIANTS
 
-# Largest relative distance from the first variant's loss: at step 0, and at any step, where TRL has rounded B's adapter
-# weights to bf16. Some ten times what --tiny measures, in bfloat16 with --bf16 on a CPU: 6e-6 and 2.7e-4
-# (results/2026-11-29-train-step-bfloat16-2-cores.json). A GPU's kernels, and 32 layers, may round otherwise: that a
-# variant disagrees is reported, and is not an error.
+# Largest relative distance from the first variant's loss: at step 0, and at any step, as TRL rounds B's adapter weights
+# to bf16. About ten times what --tiny measures, in bfloat16 with --bf16 on a CPU: 6e-6 and 2.7e-4
+# (results/2026-11-29-train-step-bfloat16-2-cores.json). A GPU's kernels and 32 layers may round differently, so a
+# variant that disagrees is reported, but is no error.
 TOLERANCE = {"float32": (2e-6, 2e-3), "bfloat16": (1e-4, 3e-3)}
 
 
 def summary(results: list[dict[str, Any]], configs: dict[str, Config], geometry: Geometry) -> dict[str, dict[str, Any]]:
-    """By variant and data: medians over the rounds, and what the first round's profile and memory were."""
+    """Return by variant and data: medians over the rounds, and the profile and memory of the first round."""
     variants: dict[str, dict[str, Any]] = {}
     for result in results:
         name = result["variant"]
@@ -40,7 +40,7 @@ def summary(results: list[dict[str, Any]], configs: dict[str, Config], geometry:
 
 
 def speed(rounds: list[dict[str, Any]], config: Config, geometry: Geometry) -> dict[str, Any]:
-    """One variant's numbers on one kind of rows; `rounds` are its results, the profiled one first."""
+    """Return one variant's figures on one kind of rows; `rounds` are its results, the profiled one first."""
     first = rounds[0]
     timed = slice(first["warmup"], first["warmup"] + first["steps"])
     lengths = [length for step in first["row_lengths"][timed] for length in step]
@@ -62,7 +62,7 @@ def speed(rounds: list[dict[str, Any]], config: Config, geometry: Geometry) -> d
 
 
 def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By data, how many times as many tokens a second ours does: "D/A" and so on, ratios of the medians."""
+    """Return by data the ratios of our median tokens per second to each other variant's: "D/A" and so on."""
     found: dict[str, dict[str, float]] = {}
     for data in ("mixed", "full"):
         speeds = {name: entry[data]["tokens_per_second"] for name, entry in variants.items() if data in entry}
@@ -77,7 +77,7 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def check_losses(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each variant's losses beside the first's: relative distance at step 0, the largest of any step, the verdict."""
+    """Compare each variant's losses with the first's: relative distance at step 0, the largest, the verdict."""
     runs = {result["variant"]: result for result in results if result["task"] == "losses" and "failed" not in result}
     if not runs:
         return {"agree": False, "why": "no variant gave any"}
@@ -87,7 +87,7 @@ def check_losses(results: list[dict[str, Any]]) -> dict[str, Any]:
     for name, run in runs.items():
         pairs = zip(run["losses"], reference["losses"], strict=True)
         distances = [abs(loss / wanted - 1) for loss, wanted in pairs]
-        most = float(np.max(distances))  # not a number where any is, and then no comparison holds
+        most = float(np.max(distances))  # NaN if any is, and then no comparison is true
         fits = distances[0] <= at_first and most <= at_any
         found[name] = {"losses": run["losses"], "at_step_0": distances[0], "at_most": most, "agrees": fits}
     return {
@@ -101,10 +101,10 @@ def check_losses(results: list[dict[str, Any]]) -> dict[str, Any]:
 def throughput(
     variants: dict[str, dict[str, Any]], configs: dict[str, Config], geometry: Geometry
 ) -> list[dict[str, Any]]:
-    """What src/finetune/plan/throughput.py reads, so that the plan can count hours: ours on rows as chats have them.
+    """Return entries for src/finetune/plan/throughput.py, which estimates hours: ours on rows with lengths of chats.
 
-    Without levers and with all of them, which comes last and is what `auto` takes. Nothing unless it ran as its
-    platform's config has it, on Mistral-7B.
+    The first is without our options for speed, the last with all of them, as `auto` chooses. There is none unless
+    Mistral-7B was trained with its platform's config.
     """
     if geometry != MISTRAL_7B or "mixed" not in variants.get(OURS, {}):
         return []
@@ -124,7 +124,7 @@ def throughput(
 
 
 def show(found: dict[str, Any]) -> str:
-    """The table that a person reads."""
+    """Return the table for the terminal."""
     lines = []
     for data in ("mixed", "full"):
         lines += ["", f"{data} rows  tokens/s  ms a step  padding  MFU    HFU    memory GiB"]

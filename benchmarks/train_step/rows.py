@@ -1,4 +1,4 @@
-"""Token rows for benchmarks/train_step: the same rows in each step, however a variant lays them out."""
+"""Token rows for benchmarks/train_step: the same rows in each step for every variant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.data.packing import pack
 
 MEAN_SHARE = 490 / 4096  # chats of 490 tokens on average in sequences of 4096
 SIGMA = 0.9  # of the logarithm of a row's length: median 330, one row in a hundred over 2,600 (at 4096)
-FILL = 0.96  # rows are drawn until they fill so much of a step's sequences
+FILL = 0.96  # the share of a step's sequences that rows fill
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Shape:
 
     @property
     def sequences(self) -> int:
-        """Of a step, all micro-batches together."""
+        """Sequences of a step."""
         return self.micro_batch * self.accumulation
 
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one optimizer step, and which of them lie in which packed sequence."""
+    """The rows of one optimizer step, and the rows of each packed sequence."""
 
     rows: list[list[int]]
     sequences: list[list[int]]
@@ -42,7 +42,7 @@ class Step:
 
 
 def make_steps(data: str, shape: Shape, vocab_size: int, count: int, seed: int) -> list[Step]:
-    """`count` steps of random rows; `data` is mixed (log-normal lengths) or full (each row fills its sequence)."""
+    """Return `count` steps of random rows; `data` is mixed (log-normal lengths) or full (each fills its sequence)."""
     random = np.random.default_rng(seed)
     lengths = mixed_lengths if data == "mixed" else full_lengths
     steps = []
@@ -58,7 +58,7 @@ def full_lengths(shape: Shape, _random: np.random.Generator) -> list[int]:
 
 
 def mixed_lengths(shape: Shape, random: np.random.Generator) -> list[int]:
-    """As many rows as fill a step on average, in whole micro-batches; drawn until they pack into its sequences."""
+    """Return lengths of whole micro-batches that fill a step on average, drawn until they pack into its sequences."""
     mean = MEAN_SHARE * shape.length
     count = int(FILL * shape.sequences / MEAN_SHARE) // shape.micro_batch * shape.micro_batch
     while True:
@@ -69,26 +69,26 @@ def mixed_lengths(shape: Shape, random: np.random.Generator) -> list[int]:
 
 
 def _tokens(length: int, vocab_size: int, random: np.random.Generator) -> list[int]:
-    """Ids from 3 on, low ones far more often, so that there is something to learn and the loss falls."""
+    """Return ids from 3, low ones far more often, so that there is something to learn and the loss falls."""
     return [int(token) for token in 3 + (vocab_size - 3) * random.random(length) ** 4]
 
 
 def padding_share(steps: list[Step], micro_batch: int) -> float:
-    """Share of padding in what is computed where rows are padded to the longest of their micro-batch, in order."""
+    """Return the share of padding if rows, in order, are padded to the longest of their micro-batch."""
     lengths = [length for step in steps for length in step.lengths]
     batches = [lengths[first : first + micro_batch] for first in range(0, len(lengths), micro_batch)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
-# As the trainers take them --------------------------------------------------------------------------------------------
+# Formats of the trainers --------------------------------------------------------------------------------------------
 
 
 def _labels(row: list[int]) -> list[int]:
-    return [-100, *row[1:]]  # nothing comes before the first token that could foretell it
+    return [-100, *row[1:]]  # nothing before the first token could predict it
 
 
 def one_by_one(steps: list[Step]) -> Any:
-    """One example a row, in the order of the steps."""
+    """Return one example per row, in the order of the steps."""
     from datasets import Dataset
 
     rows = [row for step in steps for row in step.rows]
@@ -96,7 +96,7 @@ def one_by_one(steps: list[Step]) -> Any:
 
 
 def packed_by_trl(steps: list[Step], shape: Shape) -> Any:
-    """TRL's own packing, a step at a time, so that each step holds the same rows as everybody's."""
+    """Pack with TRL, step by step, so that each step has the same rows in every variant."""
     from datasets import Dataset, concatenate_datasets
     from trl import pack_dataset
 
@@ -110,7 +110,7 @@ def packed_by_trl(steps: list[Step], shape: Shape) -> Any:
 
 
 def packed_by_us(steps: list[Step]) -> Any:
-    """As Rows.dataset has them, for packing.Collator."""
+    """Return the packed rows in the format of Rows.dataset, for packing.Collator."""
     from datasets import Dataset
 
     examples = []

@@ -1,13 +1,14 @@
-"""The trainers that benchmarks/train_step compares, a row each, all over the same random base and the same rows."""
+"""The trainers that benchmarks/train_step compares, one row each, on the same random base and rows."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import machine
 
 from finetune.config.base_model import MISTRAL
 from finetune.config.load import load_config
@@ -20,10 +21,10 @@ from train_step.rows import Shape, Step, one_by_one, packed_by_trl, packed_by_us
 
 @dataclass(frozen=True)
 class Job:
-    """One training of a few steps, in a process of its own.
+    """One training of a few steps, in its own process.
 
-    `task` is speed (the variant's own dropout) or losses (dropout 0). `steps` are those that are timed, after `warmup`
-    others; with `profiled`, one more is looked at in the profiler. `bf16`: in bfloat16 also on a CPU.
+    `task` is speed (the variant's own dropout) or losses (dropout 0). `steps` are timed, after `warmup` untimed ones;
+    `profiled` adds one step in the profiler. `bf16`: in bfloat16 on a CPU, too.
     """
 
     variant: str
@@ -44,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """What a trainer is made from. `folder` is empty and may be written."""
+    """What a trainer is created from. `folder` is empty and may be written."""
 
     variant: Variant
     job: Job
@@ -57,10 +58,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table: who trains, how, and what must be there for it. `settings` as for `--set`.
+    """A trainer with `settings` as for `--set`; with a `library`, which also needs an NVIDIA GPU.
 
-    `packed`: rows share sequences; else a micro-batch's rows are padded to its longest, where they differ. With a
-    `library` it needs an NVIDIA GPU, too.
+    `packed`: rows share sequences; otherwise the rows of a micro-batch are padded to its longest.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Variant:
     library: str | None = None
 
     def missing(self, platform: Platform) -> str | None:
-        """Why it cannot run here; None where it can."""
+        """Return why it cannot run here, or None."""
         if self.library is None:
             return None
         if platform.name != "h100":
@@ -86,18 +86,21 @@ GEOMETRIES = {
 }
 
 
-# No lever of ours; a variant's own settings come after these.
+# None of our options for speed; a variant's own settings override these.
 PLAIN = ("training.checkpointed_layers=all", "training.fused_lora=false", "training.fused_kernels=false")
-PACKING = {"packing": True, "dataset_kwargs": {"skip_prepare_dataset": True}}  # done already, a step at a time
+PACKING = {
+    "packing": True,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}  # the rows are packed already
 
 
 def job_config(job: Job, variant: Variant, attention: str = "auto") -> Config:
-    """The platform's config, cut to the job; checkpointing as configs/training_config_h100.yaml has it, everywhere.
+    """Return the platform's config with the job's steps; checkpointing as in configs/training_config_h100.yaml.
 
-    Attention is flash-attn where that is installed, else torch's variable-length one, on a CPU SDPA with a mask.
+    Attention is flash-attn if installed, else torch's variable-length one, on a CPU SDPA with a mask.
     """
     settings = [
-        f"model.name={MISTRAL}",  # named, not read: the weights are random
+        f"model.name={MISTRAL}",  # never read: the weights are random
         f"model.max_seq_length={job.shape.length}",
         f"model.attn_implementation={attention}",
         f"training.per_device_train_batch_size={job.shape.micro_batch}",
@@ -121,15 +124,6 @@ def job_config(job: Job, variant: Variant, attention: str = "auto") -> Config:
 # Trainers -------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # what a process that forks its jobs has made, they all have
-def tokenizer() -> Any:
-    """Mistral's, which the trainers pad with."""
-    from finetune.data.tokenizer import load_chat
-    from finetune.model.load import make_tokenizer
-
-    return make_tokenizer(load_chat(None), "right")
-
-
 def _base(work: Work) -> Any:
     from finetune.prove.random_base import make_base
 
@@ -150,7 +144,7 @@ def _lora(config: Config) -> Any:
 
 
 def _common(work: Work) -> dict[str, Any]:
-    """Arguments that decide what is computed, and so are everybody's; how it is computed is each one's own."""
+    """Return the arguments that decide what is computed, which all trainers share."""
     training, shape = work.config.training, work.job.shape
     sequences = shape.sequences if work.variant.packed else len(work.steps[0].rows)
     return {
@@ -174,7 +168,7 @@ def _common(work: Work) -> dict[str, Any]:
 
 
 def transformers_trainer(work: Work) -> Any:
-    """The recipe of the QLoRA tutorials: everything but NF4 cast to fp32, padded batches, a paged optimizer."""
+    """Follow the QLoRA tutorials: everything except NF4 cast to fp32, padded batches, a paged optimizer."""
     from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
@@ -187,13 +181,13 @@ def transformers_trainer(work: Work) -> Any:
     return Trainer(
         model=get_peft_model(base, _lora(work.config)),
         args=TrainingArguments(**_common(work), **checkpointing, optim=optimizer),
-        data_collator=DataCollatorForSeq2Seq(tokenizer(), padding=True),
+        data_collator=DataCollatorForSeq2Seq(machine.tokenizer(), padding=True),
         train_dataset=one_by_one(work.steps),
     )
 
 
 def trl_trainer(work: Work, **more: Any) -> Any:
-    """SFTTrainer with its own defaults: checkpointing, loss in tiles, bf16 adapter weights on a quantized base."""
+    """Use SFTTrainer's own defaults: checkpointing, loss in tiles, bf16 adapter weights on a quantized base."""
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
@@ -205,18 +199,18 @@ def trl_trainer(work: Work, **more: Any) -> Any:
         model=_base(work),
         args=SFTConfig(**_common(work), max_length=work.job.shape.length, **more),
         train_dataset=packed_by_trl(steps, work.job.shape) if packed else one_by_one(steps),
-        processing_class=tokenizer(),
+        processing_class=machine.tokenizer(),
         peft_config=_lora(work.config),
     )
 
 
 def liger_trainer(work: Work) -> Any:
-    """The same with Liger's kernels for norms, SwiGLU and RoPE; its fused loss is refused by TRL, which has its own."""
+    """Add Liger's kernels for norms, SwiGLU and RoPE to TRL; TRL rejects its fused loss, as it has its own."""
     return trl_trainer(work, use_liger_kernel=True)
 
 
 def our_trainer(work: Work) -> Any:
-    """src/train.py's model and trainer, on the random base."""
+    """Use src/train.py's model and trainer on the random base."""
     from finetune.model import load
     from finetune.plan import checkpointed_layers
     from finetune.runs.folder import Run
@@ -229,20 +223,20 @@ def our_trainer(work: Work) -> Any:
     run = Run(work.folder / "run", False, None)
     arguments = training_arguments(config.training, run, work.platform, evaluate_first=False)
     arguments.train_sampling_strategy = "sequential"  # the rows' order is part of the benchmark
-    arguments.eval_strategy = arguments.save_strategy = "no"  # what comes between steps is not
+    arguments.eval_strategy = arguments.save_strategy = "no"  # what happens between steps is not
     rows = packed_by_us(work.steps)
     examples = trainer.Examples(rows, rows)
-    return trainer.make_trainer(peft_model, tokenizer(), examples, arguments, choice.layers)
+    return trainer.make_trainer(peft_model, machine.tokenizer(), examples, arguments, choice.layers)
 
 
 def unsloth_trainer(work: Work) -> Any:
-    """unsloth's loader, LoRA and checkpointing under TRL's trainer. After its documentation; not run yet."""
-    from unsloth import FastLanguageModel  # isort: skip  # it patches transformers and trl, so it comes before them
+    """Use unsloth's loader, LoRA and checkpointing with TRL's trainer, as in its documentation; not run yet."""
+    from unsloth import FastLanguageModel  # isort: skip  # first, as it patches transformers and trl
     from trl import SFTConfig, SFTTrainer
 
     saved = work.folder / "base"
-    _base(work).save_pretrained(saved)  # in NF4, 4 GB for 7B: unsloth takes no model that is made already
-    tokenizer().save_pretrained(saved)
+    _base(work).save_pretrained(saved)  # in NF4, 4 GB for 7B: unsloth accepts only files
+    machine.tokenizer().save_pretrained(saved)
     model, _ = FastLanguageModel.from_pretrained(
         str(saved), max_seq_length=work.job.shape.length, load_in_4bit=True, local_files_only=True
     )
@@ -259,14 +253,15 @@ def unsloth_trainer(work: Work) -> Any:
     )
     arguments = SFTConfig(**_common(work), max_length=work.job.shape.length, **PACKING)
     rows = packed_by_trl(work.steps, work.job.shape)
-    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer())
+    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=machine.tokenizer())
 
 
 OURS, TUNED = "D", "D-all"
 ALL_LEVERS = ("training.checkpointed_layers=auto", "training.fused_lora=true", "training.fused_kernels=true")
+VARLEN = ("model.attn_implementation=torch_varlen",)
 VARIANTS = {
     row.name: row
-    for row in (  # in the order of their worth, where time is short; losses are compared with the first one's
+    for row in (  # most important first, in case time is short; losses are compared with the first
         Variant(OURS, "ours, no lever", our_trainer, packed=True),
         Variant(TUNED, "ours, all three levers", our_trainer, True, ALL_LEVERS),
         Variant("B-packed", "TRL SFTTrainer, packing=True", trl_trainer, packed=True),
@@ -274,19 +269,12 @@ VARIANTS = {
         Variant("C-packed", "B-packed with Liger's kernels", liger_trainer, packed=True, library="liger_kernel"),
         Variant("C", "B with Liger's kernels", liger_trainer, packed=False, library="liger_kernel"),
         Variant("A", "transformers Trainer + PEFT + bitsandbytes, as copied", transformers_trainer, packed=False),
-        # One line a lever of ours.
+        # Each of our options alone.
         Variant("D-auto", "ours, few layers checkpointed", our_trainer, True, ("training.checkpointed_layers=auto",)),
         Variant("D-lora", "ours, fused LoRA", our_trainer, True, ("training.fused_lora=true",)),
         Variant("D-kernels", "ours, fused kernels", our_trainer, True, ("training.fused_kernels=true",)),
         Variant("D-expanded", "ours, NF4 unpacked once", our_trainer, True, ("quantization.storage=expanded",)),
-        Variant(
-            "D-varlen",
-            "ours, torch's varlen attention",
-            our_trainer,
-            True,
-            ("model.attn_implementation=torch_varlen",),
-            "torch.nn.attention.varlen",
-        ),
+        Variant("D-varlen", "ours, torch's varlen attention", our_trainer, True, VARLEN, "torch.nn.attention.varlen"),
         Variant("E", "unsloth", unsloth_trainer, packed=True, library="unsloth"),
         Variant("E-0", "unsloth, dropout 0", unsloth_trainer, True, ("lora.lora_dropout=0",), "unsloth"),
     )
