@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import json
 import signal
 import subprocess
@@ -37,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(shared))
 
 
+def pytest_collection_finish() -> None:
+    """Each training begins with a garbage collection: what was imported is left out of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For pytest-xdist: a file stays in one process, and so do the files of a row of TOGETHER."""
@@ -57,12 +65,16 @@ def interruptible() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_tokenizer() -> Iterator[None]:
-    """Mistral's tokenizer takes a fifth of a second to make: it is made once for all tests of a process."""
+def read_once() -> Iterator[None]:
+    """Mistral's tokenizer and the shipped configs take long to read: each process of the tests reads them once."""
+    from finetune.config import yaml_file
     from finetune.data import tokenizer
 
+    parsed = functools.cache(yaml_file.parse)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "mistral_tokenizer", functools.cache(tokenizer.mistral_tokenizer))
+        for name in ("mistral_tokenizer", "_chat"):
+            patch.setattr(tokenizer, name, functools.cache(getattr(tokenizer, name)))
+        patch.setattr(yaml_file, "parse", lambda text, where: copy.deepcopy(parsed(text, where)))
         yield
 
 
