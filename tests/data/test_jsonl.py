@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import random
 import unicodedata
 from collections import Counter
@@ -19,7 +18,16 @@ from hypothesis import strategies as st
 
 from finetune.cli import command
 from finetune.data import jsonl
-from finetune.data.jsonl import BOM, NO_TOOLS, BadRow, convert_command, open_lines, parse_row, read_lines
+from finetune.data.jsonl import (
+    BOM,
+    MAX_LINE_BYTES,
+    NO_TOOLS,
+    BadRow,
+    convert_command,
+    open_lines,
+    parse_row,
+    read_lines,
+)
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError
 from support.as_nobody import as_nobody
@@ -248,33 +256,24 @@ def test_a_bad_row_is_refused_with_what_was_found_and_wanted(row: bytes, message
     assert refusal(row) == message
 
 
-@pytest.mark.parametrize("data", [BOM + b"a\nb\n", b"a\r\nb\r\n", BOM + b"a\r\nb", b"a\nb"])
-def test_marks_line_ends_and_a_missing_last_newline_are_no_part_of_a_line(data: bytes) -> None:
-    assert numbered(data) == [(1, b"a"), (2, b"b")]
+LINES: dict[str, tuple[bytes, list[tuple[int, bytes]]]] = {
+    "a mark and line ends": (BOM + b"a\nb\n", [(1, b"a"), (2, b"b")]),
+    "CRLF": (b"a\r\nb\r\n", [(1, b"a"), (2, b"b")]),
+    "no newline at the end": (BOM + b"a\r\nb", [(1, b"a"), (2, b"b")]),
+    "blank lines": (b"\n \t\r\na\n\n\r\nb\n\n", [(3, b"a"), (6, b"b")]),
+    "nothing": (b"", []),
+    "only a mark": (BOM, []),
+    "only a mark and blank lines": (BOM + b"\r\n \n\t\n", []),
+    "a mark on a later line": (b"a\n" + BOM + b"b\n", [(1, b"a"), (2, BOM + b"b")]),
+    "line separators in text": ("a\u2028b\x85c\x0bd\x0ce\n".encode(), [(1, "a\u2028b\x85c\x0bd\x0ce".encode())]),
+}
 
 
-def test_blank_lines_are_left_out_and_the_others_keep_their_numbers() -> None:
-    assert numbered(b"\n \t\r\na\n\n\r\nb\n\n") == [(3, b"a"), (6, b"b")]
-
-
-@pytest.mark.parametrize("data", [b"", b"\n", BOM, BOM + b"\r\n", b" \n\t\n"])
-def test_a_file_without_text_has_no_lines(data: bytes) -> None:
-    assert numbered(data) == []
-
-
-def test_a_byte_order_mark_counts_at_the_start_of_the_file_only() -> None:
-    assert numbered(b"a\n" + BOM + b"b\n") == [(1, b"a"), (2, BOM + b"b")]
-
-
-def test_line_separators_inside_text_end_no_line() -> None:
-    text = "a\u2028b\x85c\x0bd\x0ce"
-    assert numbered(f"{text}\n".encode()) == [(1, text.encode())]
-
-
-@pytest.fixture
-def mebibyte_limit(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 2**20)
-    return 2**20
+@pytest.mark.parametrize(("data", "lines"), LINES.values(), ids=LINES.keys())
+def test_lines_come_without_marks_ends_and_blank_ones_and_with_their_numbers(
+    data: bytes, lines: list[tuple[int, bytes]]
+) -> None:
+    assert numbered(data) == lines
 
 
 LONG_LINES = {
@@ -287,7 +286,6 @@ LONG_LINES = {
 
 @pytest.mark.parametrize("start", [b"", BOM], ids=["plain", "after a byte order mark"])
 @pytest.mark.parametrize("long", LONG_LINES.values(), ids=LONG_LINES.keys())
-@pytest.mark.usefixtures("mebibyte_limit")
 def test_an_over_long_line_is_refused_and_the_next_has_its_right_number(long: bytes, start: bytes) -> None:
     (first, kept), second = numbered(start + long + b"\n" + line(USER, ASSISTANT) + b"\n")
     assert first == 1
@@ -295,15 +293,15 @@ def test_an_over_long_line_is_refused_and_the_next_has_its_right_number(long: by
     assert second == (2, line(USER, ASSISTANT))
 
 
-def test_of_an_over_long_line_no_more_is_kept_than_the_limit(mebibyte_limit: int) -> None:
-    ((_, kept),) = numbered(b"x" * 5 * mebibyte_limit)
-    assert len(kept) <= mebibyte_limit + 1
+def test_of_an_over_long_line_no_more_is_kept_than_the_limit() -> None:
+    ((_, kept),) = numbered(b"x" * 5 * MAX_LINE_BYTES)
+    assert len(kept) <= MAX_LINE_BYTES + 1
 
 
 @pytest.mark.parametrize("end", [b"\n", b""])
-def test_a_line_of_just_the_limit_is_taken(mebibyte_limit: int, end: bytes) -> None:
-    row = line(USER, ASSISTANT, x="@").replace(b"@", b"x" * (mebibyte_limit - len(line(USER, ASSISTANT, x=""))))
-    assert len(row) == mebibyte_limit
+def test_a_line_of_just_the_limit_is_taken(end: bytes) -> None:
+    row = line(USER, ASSISTANT, x="@").replace(b"@", b"x" * (MAX_LINE_BYTES - len(line(USER, ASSISTANT, x=""))))
+    assert len(row) == MAX_LINE_BYTES
     ((number, kept),) = numbered(row + end)
     assert (number, parse_row(kept)) == (1, [USER, ASSISTANT])
 
@@ -325,15 +323,6 @@ def test_a_damaged_gzip_is_a_data_error_that_says_how_far_it_was_read(
         list(read_lines(stream))
     assert str(caught.value) == (
         f"{path}: the gzip is damaged or cut short after line 0; copy the file again; gzip -t {path} tests it"
-    )
-
-
-def test_a_file_that_is_not_there_is_a_config_error(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    with pytest.raises(ConfigError) as caught:
-        open_lines(path, ", or elsewhere")
-    assert str(caught.value) == (
-        f"config: 1 problem\n  {path}: No such file or directory; put your JSONL there, or elsewhere"
     )
 
 
@@ -364,15 +353,6 @@ def test_the_command_that_converts_a_file_names_an_output_that_does_not_exist(
     (tmp_path / existing).touch()
     typed = f"{command('scripts/convert_data.py')} '/my rows.json.gz' {output}"
     assert convert_command(Path("/my rows.json.gz"), split).replace("data/processed/", "") == typed
-
-
-def test_a_pipe_is_a_config_error_and_nobody_waits_for_its_other_end(tmp_path: Path) -> None:
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    assert refused(path) == (
-        "FILE is a pipe, which can be read only once, and data is read more than once; "
-        "write it to a file first: cat FILE > data/processed/train.jsonl"
-    )
 
 
 def test_a_device_is_a_config_error() -> None:

@@ -94,26 +94,6 @@ def test_an_encoding_is_known_by_its_mark_or_by_zeros(head: bytes, encoding: str
     assert encoding_of(head) == encoding
 
 
-UNREAD = {
-    "a zip archive": (b"PK\x03\x04...",
-        "FILE is a zip archive, as Excel workbooks are; unpack it, or save the table as CSV"),
-    "zstd": (b"\x28\xb5\x2f\xfd...", "FILE is compressed with zstd; unpack it: zstd -d FILE"),
-    "bzip2": (b"BZh9...", "FILE is compressed with bzip2; unpack it: bunzip2 FILE"),
-    "xz": (b"\xfd7zXZ\x00...", "FILE is compressed with xz; unpack it: unxz FILE"),
-    "damaged gzip": (b"\x1f\x8b" + bytes(40),
-        "FILE: the gzip is damaged or cut short; copy the file again; gzip -t FILE tests it"),
-    "damaged Parquet": (b"PAR1" + bytes(40),
-        "FILE: the Parquet is damaged after row 0 (Parquet magic bytes not found in footer. Either the file is "
-        "corrupted or this is not a parquet file.); copy the file again"),
-    "Parquet in gzip": (gzip.compress(b"PAR1" + bytes(40)), "FILE is Parquet in gzip; gunzip FILE"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "message"), UNREAD.values(), ids=UNREAD.keys())
-def test_what_is_not_read_is_named_with_what_to_type(tmp_path: Path, content: bytes, message: str) -> None:
-    assert failure(file(tmp_path, content)) == message
-
-
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -160,32 +140,39 @@ def test_the_list_of_rows_is_read_in_blocks_wherever_it_is_in_the_object(
         assert list(containers.Container(path, containers.ONE_OBJECT).rows()) == list(enumerate(elements, 1))
 
 
-BROKEN = {
-    "cut short": ('[{"a": 1}, {"a": ', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
-    "without its end": ('[{"a": 1}', "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"),
-    "with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]', "FILE: row 2: key 'a' appears twice in one object; remove it"),
-    "an object cut short": (
-        '{"data": [{"a": 1}, {"a": ',
-        "FILE: row 2 is not JSON or cut short: Expecting value; save the file again",
-    ),
-    "an object without its end": (
-        '{"data": [{"a": 1}]',
-        "FILE: row 2 is not JSON or cut short: Expecting value; save the file again",
-    ),
-    "an object with two lists": (
-        '{"train": [{"a": 1}], "test": [{"a": 1}]}',
-        "FILE has two lists of rows, 'train' and 'test', expected one; save each list in its own file",
-    ),
-    "two objects": (
-        '{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n',
-        "FILE continues after its first JSON object; save the rows as JSON Lines",
-    ),
-    "nested too deep": (f'[{{"a": {"[" * 3000}{"]" * 3000}}}]', "FILE: row 1: nested too deep; remove it"),
-}
+CUT = "FILE: row 2 is not JSON or cut short: Expecting value; save the file again"
+UNREADABLE = {
+    "a zip archive": (b"PK\x03\x04...",
+        "FILE is a zip archive, as Excel workbooks are; unpack it, or save the table as CSV"),
+    "zstd": (b"\x28\xb5\x2f\xfd...", "FILE is compressed with zstd; unpack it: zstd -d FILE"),
+    "bzip2": (b"BZh9...", "FILE is compressed with bzip2; unpack it: bunzip2 FILE"),
+    "xz": (b"\xfd7zXZ\x00...", "FILE is compressed with xz; unpack it: unxz FILE"),
+    "a damaged gzip": (b"\x1f\x8b" + bytes(40),
+        "FILE: the gzip is damaged or cut short; copy the file again; gzip -t FILE tests it"),
+    "damaged Parquet": (b"PAR1" + bytes(40),
+        "FILE: the Parquet is damaged after row 0 (Parquet magic bytes not found in footer. Either the file is "
+        "corrupted or this is not a parquet file.); copy the file again"),
+    "Parquet in gzip": (gzip.compress(b"PAR1" + bytes(40)), "FILE is Parquet in gzip; gunzip FILE"),
+    "an array cut short": ('[{"a": 1}, {"a": ', CUT),
+    "an array without its end": ('[{"a": 1}', CUT),
+    "an array with a key twice": ('[{"a": 1}, {"a": 1, "a": 2}]',
+        "FILE: row 2: key 'a' appears twice in one object; remove it"),
+    "an array nested too deep": (f'[{{"a": {"[" * 3000}{"]" * 3000}}}]', "FILE: row 1: nested too deep; remove it"),
+    "an object cut short": ('{"data": [{"a": 1}, {"a": ', CUT),
+    "an object without its end": ('{"data": [{"a": 1}]', CUT),
+    "an object with two lists": ('{"train": [{"a": 1}], "test": [{"a": 1}]}',
+        "FILE has two lists of rows, 'train' and 'test', expected one; save each list in its own file"),
+    "two objects": ('{\n"data": [{"a": 1}]}\n{\n"data": [{"a": 2}]}\n',
+        "FILE continues after its first JSON object; save the rows as JSON Lines"),
+    "CSV with an open quote": ('prompt,completion\na,b\nc,"d\ne,f\n',
+        "FILE:3: not CSV: unexpected end of data; save the table again, with each text in double quotes"),
+    "CSV with a column twice": ("prompt,completion,prompt\na,b,c\n",
+        "FILE:1: column 'prompt' appears twice; rename one of them"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_array_says_at_which_row(tmp_path: Path, content: str, message: str) -> None:
+@pytest.mark.parametrize(("content", "message"), UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_an_unreadable_file_is_reported_with_what_to_type(tmp_path: Path, content: bytes | str, message: str) -> None:
     assert failure(file(tmp_path, content)) == message
 
 
@@ -198,43 +185,27 @@ def test_of_an_element_without_an_end_no_more_is_kept_than_the_limit(
     assert failure(path).startswith("FILE: row 1 is not JSON or cut short: ")
 
 
-def test_rows_of_csv_have_the_number_of_their_first_line(tmp_path: Path) -> None:
-    path = file(tmp_path, 'prompt,completion\n"a\nb",c\n\nd,"e ""f"""\ng\nh,i,j\n', "rows.csv")
-    assert rows(path) == [
+NUMBERED: dict[str, tuple[str, list[tuple[int, Any]]]] = {
+    "CSV by its lines": ('prompt,completion\n"a\nb",c\n\nd,"e ""f"""\ng\nh,i,j\n', [
         (2, {"prompt": "a\nb", "completion": "c"}),
         (5, {"prompt": "d", "completion": 'e "f"'}),
         (6, "1 cell, the first line has 2"),
         (7, "3 cells, the first line has 2"),
-    ]
+    ]),
+    "lines that are not JSON": ('{"a": 1}\n\nhello\n{"a": 2}\n', [
+        (1, {"a": 1}), (3, "not JSON: Expecting value at column 1"), (4, {"a": 2}),
+    ]),
+    "a line that is too long": (json.dumps({"a": "x" * jsonl.MAX_LINE_BYTES}) + '\n{"a": 2}\n', [
+        (1, "longer than 1 MiB, expected one conversation a line"), (2, {"a": 2}),
+    ]),
+}  # fmt: skip
 
 
-def test_a_quote_that_is_not_closed_does_not_swallow_the_rest(tmp_path: Path) -> None:
-    path = file(tmp_path, 'prompt,completion\na,b\nc,"d\ne,f\n', "rows.csv")
-    assert failure(path) == (
-        "FILE:3: not CSV: unexpected end of data; save the table again, with each text in double quotes"
-    )
-
-
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    assert failure(file(tmp_path, "prompt,completion,prompt\na,b,c\n", "rows.csv")) == (
-        "FILE:1: column 'prompt' appears twice; rename one of them"
-    )
-
-
-def test_lines_that_are_no_json_do_not_end_the_stream(tmp_path: Path) -> None:
-    assert rows(file(tmp_path, '{"a": 1}\n\nhello\n{"a": 2}\n')) == [
-        (1, {"a": 1}),
-        (3, "not JSON: Expecting value at column 1"),
-        (4, {"a": 2}),
-    ]
-
-
-def test_a_line_that_is_too_long_is_bad_and_says_so(tmp_path: Path) -> None:
-    long = json.dumps({"a": "x" * jsonl.MAX_LINE_BYTES})
-    assert rows(file(tmp_path, f'{long}\n{{"a": 2}}\n')) == [
-        (1, "longer than 1 MiB, expected one conversation a line"),
-        (2, {"a": 2}),
-    ]
+@pytest.mark.parametrize(("content", "numbered"), NUMBERED.values(), ids=NUMBERED.keys())
+def test_a_bad_row_does_not_end_the_stream_and_the_others_keep_their_numbers(
+    tmp_path: Path, content: str, numbered: list[tuple[int, Any]]
+) -> None:
+    assert rows(file(tmp_path, content)) == numbered
 
 
 def test_a_path_is_quoted_where_it_is_to_be_typed(tmp_path: Path) -> None:
