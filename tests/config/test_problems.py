@@ -108,20 +108,9 @@ def test_a_whole_number_is_accepted_for_a_number_and_becomes_one(key: str) -> No
         ("files", [], "found [] (list), expected a path or a list"),
         ("files", ["a", 3], "found 3 (whole number), expected a path or a list"),
         ("files", ["a", {"weight": 2}], "found {'weight': 2} (section), expected a path or a list"),
-        (
-            "files",
-            [{"path": "b", "weight": 0}],
-            "found {'path': 'b', 'weight': 0} (section), expected a path or a list",
-        ),
-        (
-            "files",
-            [{"path": "b", "weight": 101}],
-            "found {'path': 'b', 'weight': 101} (section), expected a path or a list",
-        ),
-        (
-            "files",
-            [{"path": "b", "wieght": 2}],
-            "found {'path': 'b', 'wieght': 2} (section), expected a path or a list",
+        *(
+            ("files", [wrong], f"found {wrong} (section), expected a path or a list")
+            for wrong in ({"path": "b", "weight": 0}, {"path": "b", "weight": 101}, {"path": "b", "wieght": 2})
         ),
     ],
 )

@@ -98,15 +98,6 @@ def test_an_empty_file_is_an_empty_mapping() -> None:
         ("a: 1\n'a': 2\n", "f.yaml:2: duplicate key 'a' (first on line 1); keep one"),
         ("a: {b: 1, b: 2}\n", "f.yaml:1: duplicate key 'b' (first on line 1); keep one"),
         ("lora: {r: 1}\nseed: 1\nlora: {r: 2}\n", "f.yaml:3: duplicate key 'lora' (first on line 1); keep one"),
-    ],
-)
-def test_a_duplicate_key_is_refused_with_both_lines_at_every_depth(text: str, message: str) -> None:
-    assert problem(text) == message
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
         ("a: &x [1]\n\nb: [0, *x]\n", f"f.yaml:3: {PLAIN}"),
         ("a: &x {b: 1}\nc:\n  <<: *x\n", f"f.yaml:3: {PLAIN}"),
         ("a: *nothing\n", f"f.yaml:1: {PLAIN}"),
@@ -120,6 +111,7 @@ def test_a_duplicate_key_is_refused_with_both_lines_at_every_depth(text: str, me
         ("16\n", "f.yaml:1: found '16' (text), expected a mapping of sections"),
         ("lora.r\n", "f.yaml:1: found 'lora.r' (text), expected a mapping of sections"),
         ("# notes\n\n- a\n", "f.yaml:3: found a list, expected a mapping of sections"),
+        ("x: 1\ny: " + "[" * 25 + "]" * 25, f"f.yaml:2: {PLAIN}"),
     ],
 )
 def test_what_is_no_plain_mapping_is_refused_with_its_line(text: str, message: str) -> None:
@@ -136,10 +128,6 @@ def test_what_is_no_plain_mapping_is_refused_with_its_line(text: str, message: s
 )
 def test_odd_keys_tags_and_values_are_refused_with_their_line(bad: str) -> None:
     assert problem(f"first: 1\n{bad}\n").startswith("f.yaml:2: ")
-
-
-def test_nesting_is_refused_beyond_twenty_levels() -> None:
-    assert problem("x: 1\ny: " + "[" * 25 + "]" * 25) == f"f.yaml:2: {PLAIN}"
 
 
 @fuzz
