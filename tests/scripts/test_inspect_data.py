@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from finetune.config.load import ROOT
-from finetune.data.encode import with_system_prompt
 from finetune.data.jsonl import convert_command
+from finetune.data.template import Messages
 from finetune.data.tokenizer import load_chat
+from support.conversations import conversation, weighted
 from support.pseudo_terminal import Tty
 
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
@@ -28,27 +29,21 @@ def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *arguments: run(*arguments, "--config", "h100")
 
 
-def written(folder: Path, *rows: object) -> Path:
-    """A JSONL file of conversations (user and assistant in turn, given as texts) and of lines as they stand (bytes)."""
+def written(folder: Path, *rows: bytes | tuple[str, ...]) -> Path:
+    """A JSONL file with conversations (texts of user and assistant in turn) and lines (bytes)."""
     path = folder / "rows.jsonl"
-    lines = []
-    for row in rows:
-        if isinstance(row, bytes):
-            lines.append(row)
-            continue
-        assert isinstance(row, tuple)
-        roles = ("user", "assistant") * len(row)
-        messages = [{"role": role, "content": text} for role, text in zip(roles, row, strict=False)]
-        lines.append(json.dumps({"messages": messages}).encode())
+    lines = [row if isinstance(row, bytes) else line(conversation(*row)) for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
 
+def line(messages: Messages) -> bytes:
+    return json.dumps({"messages": messages}).encode()
+
+
 def tokens(*turns: str) -> int:
-    """How many tokens a conversation of these turns is."""
-    roles = ("user", "assistant") * len(turns)
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-    return len(load_chat(None).encode([messages])[0].input_ids)
+    """The number of tokens of a conversation."""
+    return len(load_chat(None).encode([conversation(*turns)])[0].input_ids)
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------
@@ -69,12 +64,11 @@ def test_json_is_one_object_a_row_with_the_ids_and_labels_that_training_gets(run
 
 
 def test_the_system_prompt_of_the_config_is_shown_where_training_would_use_it(run: Run, tmp_path: Path) -> None:
-    own = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    path = written(tmp_path, ("Hello", "Hi"), json.dumps({"messages": own}).encode())
+    path = written(tmp_path, ("Hello", "Hi"), line(conversation("Why?", "Because.", system="Be short.")))
     _, out, _ = run(path, "--json", "--set", "system_prompt=Be kind.")
     first, second = (json.loads(line) for line in out.splitlines())
-    hello = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    assert first["input_ids"] == load_chat(None).encode([with_system_prompt(hello, "Be kind.")])[0].input_ids
+    hello = conversation("Hello", "Hi", system="Be kind.")
+    assert first["input_ids"] == load_chat(None).encode([hello])[0].input_ids
     assert "Be kind." in first["text"]
     assert "Be kind." not in second["text"]
 
@@ -115,16 +109,16 @@ def test_lines_that_the_file_does_not_have_are_exit_4(run: Run, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("bad", "fault"),
     [
         (b'{"text": "hello"}', "no \"messages\" key (found 'text')"),
         (b'{"\\u001b[31m": 1}', "no \"messages\" key (found '\\x1b[31m')"),
     ],
 )
 def test_a_bad_row_is_exit_4_with_file_and_line_after_the_good_ones(
-    run: Run, tmp_path: Path, line: bytes, fault: str
+    run: Run, tmp_path: Path, bad: bytes, fault: str
 ) -> None:
-    path = written(tmp_path, ("Hello", "Hi"), line)
+    path = written(tmp_path, ("Hello", "Hi"), bad)
     code, out, err = run(path)
     assert (code, err) == (4, f"{path}:2: {fault}\n")
     assert "\nline 1: " in out
@@ -137,10 +131,8 @@ def test_a_bad_row_outside_the_wanted_lines_is_not_looked_at(run: Run, tmp_path:
 
 def test_a_missing_file_is_exit_2(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "absent.jsonl"
-    code, _, err = run(path)
-    assert code == 2
-    assert err.startswith(f"config: 1 problem\n  {path}: No such file or directory; ")
-    assert "dataset.train_file" not in err  # which this command does not read
+    fault = f"{path}: No such file or directory; put your JSONL there"
+    assert run(path)[0::2] == (2, f"config: 1 problem\n  {fault}\n")
     code, _, err = run(tmp_path)
     assert code == 2
     assert err.startswith(f"config: 1 problem\n  {tmp_path} is a folder, expected a file; ")
@@ -196,24 +188,21 @@ def test_a_row_that_is_cut_says_how_far_and_shows_what_is_left(run: Run, tmp_pat
 
 
 def test_a_row_of_which_no_turn_fits_says_that_it_is_dropped(run: Run, tmp_path: Path) -> None:
-    path = written(tmp_path, ("Hello there, how are you today?", "Fine, and how is everything where you are?"))
-    full = tokens("Hello there, how are you today?", "Fine, and how is everything where you are?")
-    out = run(path, "--set", "model.max_seq_length=16")[1]
-    wanted = f"line 1: {full} tokens, DROPPED: no assistant turn with loss ends within model.max_seq_length 16"
-    assert out.splitlines()[1] == wanted
+    turns = ("Hello there, how are you today?", "Fine, and how is everything where you are?")
+    out = run(written(tmp_path, turns), "--set", "model.max_seq_length=16")[1]
+    note = "DROPPED: no assistant turn with loss ends within model.max_seq_length 16"
+    assert out.splitlines()[1] == f"line 1: {tokens(*turns)} tokens, {note}"
 
 
 def test_turns_of_weight_0_and_all_but_the_last_of_train_on_last_carry_no_caret(run: Run, tmp_path: Path) -> None:
-    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "Bye"), ("assistant", "So long")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    masked = {"messages": [*messages[:3], messages[3] | {"weight": 0}]}
-    path = written(tmp_path, json.dumps(masked).encode(), json.dumps({"messages": messages}).encode())
+    turns = ("Hello", "Hi", "Bye", "So long")
+    path = written(tmp_path, line(weighted(conversation(*turns), 1, 0)), turns)
     first, second = run(path)[1].splitlines()[2::3]
     asked, bye = "<s> ▁[ INST ] ▁Hello ▁[ / INST ]", "▁[ INST ] ▁By e ▁[ / INST ]"
     assert first == f"{asked} ^▁Hi ^</s> {bye} ▁So ▁long </s>"
     assert second == f"{asked} ^▁Hi ^</s> {bye} ^▁So ^▁long ^</s>"
     out = run(path, "--set", "dataset.train_on=last")[1].splitlines()
-    assert out[1] == f"line 1: {tokens(*(text for _, text in turns))} tokens, DROPPED: no assistant turn carries loss"
+    assert out[1] == f"line 1: {tokens(*turns)} tokens, DROPPED: no assistant turn carries loss"
     assert out[5] == f"{asked} ▁Hi </s> {bye} ^▁So ^▁long ^</s>"
 
 

@@ -183,7 +183,7 @@ def measure_speed(work: Work) -> dict[str, Any]:
     """Time optimizer steps of the large base with the rehearsal's choice: tokens/s without padding, MFU and HFU."""
     work.need_base()
     if not (work.folder / USED).is_file():
-        raise LeftOut("it needs the settings that the part rehearsal chooses, which has no result")
+        raise LeftOut("it needs the result of the part rehearsal, which has none")
     return {"base": work.base, **work.alone(_speed, work)}
 
 
