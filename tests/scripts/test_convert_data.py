@@ -69,22 +69,23 @@ def test_the_flags_reach_the_conversion(run: Run, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["prompt", "prompt=", "prompt=Q,,=A"])
-def test_columns_that_are_no_pairs_are_exit_2(run: Run, tmp_path: Path, text: str) -> None:
-    assert run(FILES / "excel.csv", tmp_path / "made.jsonl", "--columns", text) == (
-        2,
-        "",
-        f"config: 1 problem\n  --columns {text}: expected pairs, for example prompt=Q,completion=A\n",
-    )
+COLUMNS = "expected pairs, for example prompt=Q,completion=A"
 
 
-def test_the_file_of_held_out_rows_is_not_out_itself(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "val.jsonl"
-    assert run(FILES / "kto.jsonl", output, "--split-by", "prompt") == (
-        2,
-        "",
-        f"config: 1 problem\n  OUT is {output}, which --split-by writes too; name it train.jsonl\n",
-    )
+@pytest.mark.parametrize(
+    ("output", "flags", "message"),
+    [
+        *(
+            ("made.jsonl", ("--columns", text), f"--columns {text}: {COLUMNS}")
+            for text in ("prompt", "prompt=", "prompt=Q,,=A")
+        ),
+        ("val.jsonl", ("--split-by", "prompt"), "OUT is FILE, which --split-by writes too; name it train.jsonl"),
+    ],
+)
+def test_wrong_flags_are_exit_2(run: Run, tmp_path: Path, output: str, flags: tuple[str, str], message: str) -> None:
+    path = tmp_path / output
+    message = message.replace("FILE", str(path))
+    assert run(FILES / "kto.jsonl", path, *flags) == (2, "", f"config: 1 problem\n  {message}\n")
 
 
 def test_a_file_that_is_there_is_exit_2_and_one_without_conversations_exit_4(run: Run, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from finetune.data.formats import convert as convert_module
 from finetune.data.formats.convert import Account, Options, convert
 from finetune.data.formats.sources import open_source
+from finetune.data.jsonl import NO_TOOLS
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat
 from finetune.errors import ConfigError, DataError, UserError
@@ -62,11 +63,14 @@ def test_a_format_becomes_what_the_page_says_with_mistrals_own_ids_and_labels(
         assert encoded(mistral, messages) == the_reference().encode(messages)
 
 
+SKY_AND_WATER = [
+    conversation("The sky is", " blue."),
+    conversation("Water boils at", " 100 °C at sea level."),
+]
 KEPT = {
     "openai.jsonl": [
-        conversation(
-            "What's the capital of France?", "Paris", system="Marv is a factual chatbot that is also sarcastic."
-        ),
+        conversation("What's the capital of France?", "Paris",
+            system="Marv is a factual chatbot that is also sarcastic."),
         conversation("Who wrote\n\nRomeo and Juliet?", "Shakespeare."),
     ],
     "weights.jsonl": [
@@ -79,30 +83,22 @@ KEPT = {
         conversation("And at dusk?", "Then the light's way is longer."),
     ],
     "sharegpt.json": [
-        conversation(
-            "Summarise the main ideas of Jeff Walker's Product Launch Formula.",
+        conversation("Summarise the main ideas of Jeff Walker's Product Launch Formula.",
             "Here are the main ideas:\n\n1. Build anticipation.\n2. Open the cart for a few days only.",
             "Thanks! Which comes first?",
-            "Anticipation: a sequence of useful messages before anything is sold.",
-        ),
+            "Anticipation: a sequence of useful messages before anything is sold."),
         conversation("How do I write a for-loop in Rust?", '```rust\nfor i in 0..10 {\n    println!("{i}");\n}\n```'),
         conversation("How long do I boil an egg?", "Seven minutes for a soft yolk.", system="You are a chef."),
     ],
     "alpaca.json": [
-        conversation(
-            "Give three tips for staying healthy.",
-            "1. Eat a balanced diet.\n2. Exercise regularly.\n3. Get enough sleep.",
-        ),
+        conversation("Give three tips for staying healthy.",
+            "1. Eat a balanced diet.\n2. Exercise regularly.\n3. Get enough sleep."),
         conversation("Identify the odd one out.\n\nTwitter, Instagram, Telegram", "Telegram"),
-        conversation(
-            "Explain why the following fraction is equivalent to 1/4\n\n4/16",
-            "Both numbers can be divided by 4: 4/16 = 1/4.",
-        ),
+        conversation("Explain why the following fraction is equivalent to 1/4\n\n4/16",
+            "Both numbers can be divided by 4: 4/16 = 1/4."),
     ],
-    "prompt_completion.jsonl": [
-        conversation("The sky is", " blue."),
-        conversation("Water boils at", " 100 °C at sea level."),
-    ],
+    "prompt_completion.jsonl": SKY_AND_WATER,
+    "wrapped.json": SKY_AND_WATER,
     "prompt_completion_chat.jsonl": [
         conversation("What color is the sky?", "It is blue."),
         conversation("Where is the sun?", "Above.", system="Answer in one word."),
@@ -113,10 +109,9 @@ KEPT = {
     ],
     "kto.jsonl": [conversation("Is the earth flat?", "No, it is round.")],
     "preferences.jsonl": [
-        conversation("Is the earth flat?", "No, it is round."),
-        conversation("Is water wet?", "Yes."),
+        conversation("Is the earth flat?", "No, it is round."), conversation("Is water wet?", "Yes."),
     ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -140,47 +135,32 @@ def test_the_turns_before_an_alpaca_row_come_from_its_history(tmp_path: Path) ->
     assert summary(account) == "1 of 1; system prompt became the system message (1)"
 
 
+A, B = conversation("A", "B")
 CANNOT_BE_KEPT = {
     "two system prompts": (
         {"system": "A", "conversations": [{"from": "system", "value": "B"}, {"from": "human", "value": "C"}]},
-        "has two system prompts, expected one",
-    ),
+        "has two system prompts, expected one"),
     "a function call": (
         {"conversations": [{"from": "human", "value": "A"}, {"from": "function_call", "value": "f()"}]},
-        "a message has role 'tool': the chat template of Mistral-7B-Instruct-v0.2 has no tools",
-    ),
+        f"a message has role 'tool': {NO_TOOLS}"),
     "tools of a ShareGPT row": (
         {"tools": '[{"name": "f"}]', "conversations": [{"from": "human", "value": "A"}]},
-        "has a key 'tools': the chat template of Mistral-7B-Instruct-v0.2 has no tools",
-    ),
+        f"has a key 'tools': {NO_TOOLS}"),
     "images": (
-        {"prompt": "A", "completion": "B", "images": ["a.png"]},
-        "has a key 'images': the model reads text only",
-    ),
+        {"prompt": "A", "completion": "B", "images": ["a.png"]}, "has a key 'images': the model reads text only"),
     "a weight between": (
-        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "weight": 0.5}]},
-        "a message has weight 0.5, expected 0, 1 or no weight",
-    ),
-    "messages marked bad": (
-        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], "label": False},
-        "label marks the answer as bad",
-    ),
+        {"messages": [A, B | {"weight": 0.5}]}, "a message has weight 0.5, expected 0, 1 or no weight"),
+    "messages marked bad": ({"messages": [A, B], "label": False}, "label marks the answer as bad"),
     "an unknown role": (
         {"conversations": [{"from": "narrator", "value": "A"}]},
-        "a message has role 'narrator', expected system, user or assistant",
-    ),
+        "a message has role 'narrator', expected system, user or assistant"),
     "no text": ({"prompt": None, "completion": "B"}, "a message has content that is null, expected text"),
-    "two answers": (
-        {"messages": [{"role": "user", "content": "A"}, *[{"role": "assistant", "content": "B"}] * 2]},
-        "two consecutive turns of one role; --merge-turns joins them",
-    ),
+    "two answers": ({"messages": [A, B, B]}, "two consecutive turns of one role; --merge-turns joins them"),
     "unknown keys": ({"a": 1, "b": 2}, "no known format (keys 'a', 'b')"),
     "no object": (7, "no known format (not an object)"),
     "an escape sequence in a key": ({"\x1b[2J": 1}, r"no known format (keys '\x1b[2J')"),
     "a history that is none": (
-        {"instruction": "A", "output": "B", "history": [["C"]]},
-        "history is not a list of pairs [question, answer]",
-    ),
+        {"instruction": "A", "output": "B", "history": [["C"]]}, "history is not a list of pairs [question, answer]"),
 }  # fmt: skip
 
 
@@ -206,9 +186,8 @@ def test_a_label_of_another_kind_and_keys_of_messages_are_named_as_not_read(tmp_
 
 
 def test_reasons_are_counted_together_and_the_first_five_rows_named(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
-    empty = [{"messages": [*turns * times, {"role": "user", "content": " "}, turns[1]]} for times in range(7)]
-    account = converted(rows_file(tmp_path, *empty, {"messages": turns}), tmp_path)[1]
+    empty = [{"messages": [*[A, B] * times, A | {"content": " "}, B]} for times in range(7)]
+    account = converted(rows_file(tmp_path, *empty, {"messages": [A, B]}), tmp_path)[1]
     assert {what: (tally.count, tally.first) for what, tally in account.dropped.items()} == {
         "a message (user) is empty": (7, [1, 2, 3, 4, 5])
     }
@@ -234,12 +213,8 @@ def test_merged_turns_have_the_ids_that_mistral_common_gives_the_turns_as_they_a
 
 
 def test_answers_of_different_weights_are_not_merged(tmp_path: Path) -> None:
-    user, answer = {"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}
-    rows = [
-        [user, answer | {"weight": 0}, answer | {"weight": 0}],
-        [user | {"weight": 0}, user, answer, answer | {"weight": 1}],
-        [user, answer | {"weight": 0}, answer],
-    ]
+    masked = B | {"weight": 0}
+    rows = [[A, masked, masked], [A | {"weight": 0}, A, B, B | {"weight": 1}], [A, masked, B]]
     made, account = converted(rows_file(tmp_path, *({"messages": row} for row in rows)), tmp_path, merge_turns=True)
     assert made == [weighted(conversation("A", "B\n\nB"), 0), conversation("A\n\nA", "B\n\nB")]
     assert {what: tally.first for what, tally in account.dropped.items()} == {
@@ -310,12 +285,26 @@ def test_a_key_with_one_value_is_a_config_error(tmp_path: Path) -> None:
 # --- the file that is written
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "made.jsonl").write_text("mine")
+OUTPUTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "an existing file": ("made.jsonl", lambda path: path.write_text("mine"),
+        "OUT already exists, and nothing is overwritten; name another file"),
+    "a folder": ("made.jsonl", Path.mkdir, "OUT is a folder, expected a file; name one in it: OUT/train.jsonl"),
+    "a path below a file": ("file/made.jsonl", lambda path: path.parent.touch(),
+        "OUT cannot be written: File exists; name another file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "occupy", "message"), OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_an_output_that_cannot_be_written_is_a_config_error_and_stays_as_it_is(
+    tmp_path: Path, name: str, occupy: Callable[[Path], object], message: str
+) -> None:
+    output = tmp_path / name
+    occupy(output)
+    before = [(path, path.is_file() and path.read_text()) for path in tmp_path.rglob("*")]
     with pytest.raises(ConfigError) as caught:
-        converted(str(FILES / "lists.jsonl"), tmp_path)
-    assert caught.value.found == f"{tmp_path / 'made.jsonl'} already exists, and nothing is overwritten"
-    assert (tmp_path / "made.jsonl").read_text() == "mine"
+        convert(open_source(str(FILES / "lists.jsonl")), {"train": output}, Options())
+    assert caught.value.problems == (message.replace("OUT", str(output)),)
+    assert [(path, path.is_file() and path.read_text()) for path in tmp_path.rglob("*")] == before
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
@@ -329,18 +318,6 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
         convert(replace(source, rows=rows), {"train": output}, Options())
     assert caught.value.found == f"{output} already exists, and nothing is overwritten"
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_a_folder_and_a_place_that_cannot_be_written_are_config_errors(tmp_path: Path) -> None:
-    (tmp_path / "made.jsonl").mkdir()
-    with pytest.raises(ConfigError) as caught:
-        converted(str(FILES / "lists.jsonl"), tmp_path)
-    assert caught.value.found == f"{tmp_path / 'made.jsonl'} is a folder, expected a file"
-    (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "made.jsonl"
-    with pytest.raises(ConfigError) as caught:
-        convert(open_source(str(FILES / "lists.jsonl")), {"train": output}, Options())
-    assert caught.value.found == f"{output} cannot be written: File exists"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, DataError("damaged")])
