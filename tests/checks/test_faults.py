@@ -45,9 +45,9 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, tiny_mistral: Path, hub_ur
     ("platform", "skipped"),
     [
         ("h100", {"device.attention": "model.attn_implementation is flash_attention_2",
-            "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
+            "model.files": "not in the Hub's cache yet: model.access tests the download"}),
         ("m4", {"container.shm": "not in a container", "container.init": "not in a container",
-            "model.files": "not in the Hub's cache yet: model.access says whether it can be fetched"}),
+            "model.files": "not in the Hub's cache yet: model.access tests the download"}),
         ("cpu", {"container.shm": "not in a container", "container.init": "not in a container",
             "device.recompute": "training.gradient_checkpointing is false",
             "model.access": "a local folder needs no Hub", "tracking.wandb": "tracking.report_to is none"}),
@@ -64,7 +64,7 @@ def test_where_nothing_is_wrong_nothing_is_found(
 
 def test_what_repeats_on_a_gpu_is_told_to_the_manifest(healthy: dict[str, list[Result]]) -> None:
     assert {platform: same_bits(results) for platform, results in healthy.items()} == {
-        "h100": "flash_attention_2 over packed documents: the same bits each time, as of a decoder layer",
+        "h100": "flash_attention_2 over packed documents: the same bits each time, also of a decoder layer",
         "m4": None,
         "cpu": None,
     }

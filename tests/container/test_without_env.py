@@ -61,7 +61,7 @@ def test_what_the_readme_says_works_as_it_is_typed(user: int, clone: Project) ->
     subprocess.run(["docker", "rm", *left], check=True, capture_output=True)
     done = clone.typed("docker compose run --rm --env HF_HOME=/app/nowhere validate --only paths.caches --json", user)
     assert json.loads(done.stdout)["checks"][0]["fix"] == (
-        "correct HF_CACHE in .env if it is set; else give adapters back to the user who filled it, "
+        "correct HF_CACHE in .env if it is set; else make that user the owner of adapters again, "
         f"or {REMOVE}, which also removes the downloaded base model"
     )
     line = ["docker", "volume", "ls", "--quiet", "--filter", f"name={clone.name}_"]

@@ -145,7 +145,7 @@ def test_where_triton_cannot_make_its_kernels_the_run_ends_with_how_to_train_wit
     with pytest.raises(CheckFailed) as failed:
         fused_lora.install(on_a_gpu)
     assert str(failed.value) == (
-        "fused LoRA: Triton's kernels cannot be made: import of triton halted; None in sys.modules\n"
+        "fused LoRA: Triton's kernels cannot be compiled: import of triton halted; None in sys.modules\n"
         "to train without it: --set training.fused_lora=false"
     )
 

@@ -42,7 +42,7 @@ MANIFEST: dict[str, Any] = {
     },
     "hardware": {"platform": "h100", "gpu": "NVIDIA H100 80GB HBM3"},
     "git_commit": "abc123",
-    "same_bits": "sdpa over packed documents: other bits each time in attention's output",
+    "same_bits": "sdpa over packed documents: different bits each time in attention's output",
     "skipped_checks": [],
     "fused_kernels": True,
     "fused_lora": False,
@@ -197,7 +197,7 @@ def test_the_card_says_what_the_manifest_says(h100: Config) -> None:
         "- hardware: `platform h100, gpu NVIDIA H100 80GB HBM3`",
         "- steps: fused kernels",
         "- repeated on that hardware before the run: "
-        "`sdpa over packed documents: other bits each time in attention's output`",
+        "`sdpa over packed documents: different bits each time in attention's output`",
         "- versions: `torch 2.10.0+cu128, transformers 5.23.0, peft 0.21.2, accelerate 1.15.0, bitsandbytes 0.50.2`",
         f"- adapter sha256 `{'a' * 64}`",
     ):

@@ -322,7 +322,7 @@ FAULTS = (
           lambda b: b.has(GH200),
           warn("host.system", "Linux 5.15.0-119-generic on aarch64; requirements/h100.lock was resolved for x86_64",
                "rent an x86_64 machine"),
-          warn("gpu.memory", "PEAK GiB expected; this driver does not tell what is free", "nvidia-smi")),
+          warn("gpu.memory", "PEAK GiB expected; this driver does not report free memory", "nvidia-smi")),
     fault("an Intel Mac", "m4", lambda b: b.has(INTEL_MAC),
           fail("host.system", f"macOS 15.1 on x86_64; {APPLE}", "--config cpu for the demo, --config h100 to train")),
     fault("Python under Rosetta", "m4", lambda b: b.has(ROSETTA),
@@ -393,7 +393,7 @@ FAULTS = (
 
     # The base model
     fault("no revision is pinned", "h100", lambda b: b.set("model.revision=null"),
-          warn("model.name", "mistralai/Mistral-7B-Instruct-v0.2 at no revision: it may change between two runs",
+          warn("model.name", "mistralai/Mistral-7B-Instruct-v0.2 without a revision: it may change between runs",
                "set model.revision to the commit in configs/training_config_h100.yaml")),
     fault("a base of another architecture", "cpu",
           lambda b: change_json(b.own_base() / "config.json", architectures=["LlamaForCausalLM"]),
@@ -408,7 +408,7 @@ FAULTS = (
     fault("fewer words in the model than in its tokenizer", "cpu",
           lambda b: change_json(b.own_base() / "config.json", vocab_size=1000),
           fail("model.geometry", "the tokenizer has 32,000 tokens, the model 1,000",
-               "take tokenizer and weights from the same place")),
+               "use the tokenizer and weights of one model")),
     fault("a small model on the H100", "h100", lambda b: b.own_base(),
           fail("model.geometry",
                "model.name: /bench/base/config.json is not Mistral-7B: hidden_size 64 (expected 4096), "
@@ -447,9 +447,9 @@ FAULTS = (
                "hf download mistralai/Mistral-7B-Instruct-v0.2 --revision 63a8b081895390a26e140280378bc85ec8bce07a "
                "--include '*.safetensors' '*.json' --force-download")),
     fault("the Hub wants a token", "h100", lambda b: b.hub_answers(401),
-          fail("model.access", "http://hub/401 wants a token (401 GatedRepo)", f"export HF_TOKEN=hf_...; {LOCAL}")),
+          fail("model.access", "http://hub/401 requires a token (401 GatedRepo)", f"export HF_TOKEN=hf_...; {LOCAL}")),
     fault("the license was not accepted", "h100", lambda b: b.hub_answers(403),
-          fail("model.access", "http://hub/403 refuses this token (403 GatedRepo)",
+          fail("model.access", "http://hub/403 rejects this token (403 GatedRepo)",
                f"accept the terms at http://hub/403/mistralai/Mistral-7B-Instruct-v0.2; {LOCAL}")),
     fault("the revision does not exist", "h100", lambda b: b.hub_answers(404),
           fail("model.access",
@@ -457,20 +457,20 @@ FAULTS = (
                "63a8b081895390a26e140280378bc85ec8bce07a (404 RevisionNotFound)",
                "set model.revision to the commit in configs/training_config_h100.yaml")),
     fault("the Hub is out of order", "m4", lambda b: b.hub_answers(500),
-          fail("model.access", "http://hub/500 answers 500 Internal Server Error", f"try again in a while; {LOCAL}")),
+          fail("model.access", "http://hub/500 answers 500 Internal Server Error", f"try again later; {LOCAL}")),
     fault("the Hub does not answer", "h100", silent_hub,
           fail("model.access", "http://silent does not answer: timed out",
-               f"set HTTPS_PROXY or HF_ENDPOINT where you need one; {LOCAL}")),
+               f"set HTTPS_PROXY or HF_ENDPOINT if you need one; {LOCAL}")),
     fault("the Hub is switched off, and nothing is cached", "h100", lambda b: b.patch.setenv("HF_HUB_OFFLINE", "1"),
-          fail("model.access", "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base",
+          fail("model.access", "HF_HUB_OFFLINE is set, and the base is not in the Hub's cache",
                f"unset HF_HUB_OFFLINE; {LOCAL}")),
     fault("the fixed conversations have other tokens than Mistral's", "h100",
           lambda b: b.patch.setattr(tokenizer, "Reference", OtherReference),
-          fail("tokens.certificate", "conversation 1 of 6 has other ids or labels than mistral-common gives",
+          fail("tokens.certificate", "conversation 1 of 6 has different ids or labels in mistral-common",
                REINSTALL)),
     fault("the saved tokenizer has other tokens than Mistral's", "h100",
           lambda b: b.patch.setattr(tokenizer.Chat, "encode_as_saved", lambda *_: [template.Encoded([], [], [])]),
-          fail("tokens.certificate", "conversation 1 of 6 has other ids or labels in the saved tokenizer",
+          fail("tokens.certificate", "conversation 1 of 6 has different ids or labels in the saved tokenizer",
                REINSTALL),
           fail("data.rows",
                "certificate: /bench/train.jsonl:1: token 0 is 1 733 16289, the saved tokenizer says the end",
@@ -493,11 +493,11 @@ FAULTS = (
           fail("gpu.torch", "torch 2.10.0+cu118 is built for CUDA 11.8, expected 12.1 or newer", INSTALL)),
     fault("the driver is there, and torch sees no GPU", "h100",
           lambda b: b.torch_says(sees_nvidia=False, capability=None),
-          fail("gpu.torch", "torch 2.10.0+cu128 for CUDA 12.8 sees no GPU beside driver 550.90.07",
-               "unset CUDA_VISIBLE_DEVICES; if that is not it, update the driver or restart the machine")),
+          fail("gpu.torch", "torch 2.10.0+cu128 for CUDA 12.8 sees no GPU; the driver is 550.90.07",
+               "unset CUDA_VISIBLE_DEVICES; else update the driver or restart the machine")),
     fault("an A100 with 80 GB", "h100", lambda b: ampere(b, A100_80),
           warn("gpu.device",
-               "NVIDIA A100-SXM4-80GB, compute capability 8.0; hours and settings here are meant for an H100 (9.0)",
+               "NVIDIA A100-SXM4-80GB, compute capability 8.0; hours and settings are for an H100 (9.0)",
                ARCHES)),
     fault("a batch that 24 GB do not hold", "h100",
           lambda b: (ada(b, RTX_4090), b.set("training.per_device_train_batch_size=16")),
@@ -540,11 +540,11 @@ FAULTS = (
                "--set quantization.storage=packed"),
           fail("mac.memory",
                "PEAK GiB expected, 9.0 GiB free, 11.5 GiB in the GPU's working set, beyond which macOS swaps; "
-               "the whole Mac has 16",
+               "the Mac has only 16",
                "--set quantization.storage=packed")),
     fault("a Mac with an older chip", "m4", lambda b: b.has(M2_32),
           warn("mac.chip", "Apple M2 Max, 32 GiB of unified memory; the m4 config is made for an Apple M4",
-               "nothing to change; its notes on hours do not hold")),
+               "nothing to change; its estimates of hours do not apply")),
     fault("a run that would swap", "m4", lambda b: b.torch_says(working_set_gib=16.0),
           warn("mac.memory", "PEAK GiB expected, 20.5 GiB free, 16.0 GiB in the GPU's working set, "
                "beyond which macOS swaps",
@@ -560,15 +560,15 @@ FAULTS = (
     fault("a run that is larger than the Mac", "m4", lambda b: b.set("model.max_seq_length=32768"),
           fail("mac.memory",
                "PEAK GiB expected, 20.5 GiB free, 21.3 GiB in the GPU's working set, beyond which macOS swaps; "
-               "the whole Mac has 32",
+               "the Mac has only 32",
                "--set quantization.storage=packed --set model.max_seq_length=4096")),
     fault("no watermarks", "m4", lambda b: marks(b, None, None),
           warn("mac.watermarks",
-               "not set: torch's memory may grow past what the Mac has before it fails, and the Mac swaps instead",
+               "not set: torch may use more memory than the Mac has, which then swaps instead of failing",
                MARKS)),
     fault("a watermark that takes every limit away", "m4", lambda b: marks(b, "0.0", "0.0"),
           fail("mac.watermarks",
-               "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 takes every limit away: the whole Mac may freeze",
+               "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0 removes every limit: the Mac may freeze",
                MARKS)),
     fault("a low watermark above the high one", "m4", lambda b: marks(b, None, "1.2"),
           fail("mac.watermarks", "the low watermark 1.4 is above the high one 1.2: torch refuses to start", MARKS)),
@@ -586,7 +586,7 @@ FAULTS = (
 
     # What the device computes
     fault("NF4 unpacks to zeros", "m4", nf4_gives_zeros,
-          fail("device.qlora", "NF4 loses 100.0% of normal weights there and back, expected 6% to 13%", NEW_VENV)),
+          fail("device.qlora", "NF4 loses 100.0% of normal weights, expected 6% to 13%", NEW_VENV)),
     fault("the QLoRA step is wrong", "h100", half_of_every_product,
           fail("device.qlora",
                "a QLoRA step in bfloat16, packed, is 1.9e-01 from fp32, expected at most 0.03",
@@ -604,12 +604,12 @@ FAULTS = (
                REINSTALL)),
     fault("layers computed again draw other dropout masks", "m4", lambda b: keep_no_random_numbers(b.patch),
           fail("device.recompute",
-               "the gradient through layers computed again is 2.3e-01 from that through layers kept whole, expected at "
+               "the gradient through recomputed layers is 2.3e-01 from that without recomputing, expected at "
                "most 0.0001",
                f"{NEW_VENV}  or train without dropout: --set lora.lora_dropout=0")),
     fault("a cache that programs may not be run from", "h100", triton_cannot_load_what_it_made,
           fail("device.triton",
-               "Triton's kernels cannot be made: cuda_utils.so: failed to map segment from shared object",
+               "Triton's kernels cannot be compiled: cuda_utils.so: failed to map segment from shared object",
                f"sudo apt install build-essential python{sysconfig.get_python_version()}-dev (compiler and headers), "
                "sudo ldconfig (libcuda.so.1), or export TRITON_CACHE_DIR=FOLDER (a disk that is not full, read-only or "
                "noexec)")),
@@ -629,7 +629,7 @@ FAULTS = (
           fail("device.flash_attention", "flash-attn is not installed", BUILD)),
     fault("flash-attn is built for another torch", "h100", flash_attention_of_another_torch,
           fail("device.flash_attention",
-               "flash-attn is installed and does not work: flash_attn_2_cuda.so: undefined symbol: "
+               "flash-attn is installed but does not work: flash_attn_2_cuda.so: undefined symbol: "
                "_ZN3c104cuda9SetDeviceEab",
                BUILD)),
     fault("torch_varlen attends across documents", "h100", torch_varlen_across_documents,
@@ -644,8 +644,9 @@ FAULTS = (
     fault("flash-attn adds up in any order", "h100",
           lambda b: b.patch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0"),
           warn("device.deterministic",
-               "flash_attention_2 over packed documents: other bits each time in attention's gradient of the input, "
-               "attention's gradient of q_proj.lora_A, attention's gradient of q_proj.lora_B and 3 more",
+               "flash_attention_2 over packed documents: different bits each time in "
+               "attention's gradient of the input, attention's gradient of q_proj.lora_A, "
+               "attention's gradient of q_proj.lora_B and 3 more",
                REPEATABLE)),
 
     # Folders and disk

@@ -49,7 +49,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "versions": {"torch": "2.10.0", "peft": "0.21.2"},
         "hardware": {"platform": "h100", "device": "NVIDIA H100"},
         "git_commit": "abc1234",
-        "same_bits": "flash_attention_2 over packed documents: the same bits each time, as of a decoder layer",
+        "same_bits": "flash_attention_2 over packed documents: the same bits each time, also of a decoder layer",
         "skipped_checks": [],
         "fused_kernels": False,
         "fused_lora": True,

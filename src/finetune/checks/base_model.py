@@ -1,4 +1,4 @@
-"""The base model: what the config names, its shape, its files, whether the Hub gives it, and its tokens."""
+"""Checks of the base model: its name, shape and files, access to it on the Hub, and its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.files import shown
 from finetune.model import hub
 
 PIN = "set model.revision to the commit in configs/training_config_h100.yaml"
-# What every run's tokens are compared on before its data is: turns, a system text, spaces, code, emoji, control tokens.
+# Compared with mistral-common before every run: turns, a system text, spaces, code, emoji, control tokens.
 CONVERSATIONS = (
     ("user", "Why is the sky blue?", "assistant", "Short waves scatter most."),
     (
@@ -38,7 +38,7 @@ def _name(preflight: Preflight) -> Finding:
     if preflight.tokenizer_folder is not None:
         return passed(f"the folder {model.name}")
     if model.revision is None:
-        return warned(f"{model.name} at no revision: it may change between two runs", PIN)
+        return warned(f"{model.name} without a revision: it may change between runs", PIN)
     return passed(f"{model.name} at {model.revision}")
 
 
@@ -46,7 +46,7 @@ def _geometry(preflight: Preflight) -> Finding:
     found, vocabulary = preflight.geometry, preflight.chat.tokenizer.get_vocab_size()
     if vocabulary > found.vocab_size:
         text = f"the tokenizer has {vocabulary:,} tokens, the model {found.vocab_size:,}"
-        return failed(text, "take tokenizer and weights from the same place")
+        return failed(text, "use the tokenizer and weights of one model")
     return passed(
         f"{found.num_hidden_layers} layers of {found.hidden_size:,}, {found.vocab_size:,} tokens, "
         f"LoRA on {len(preflight.config.lora.target_modules)} of {len(found.linear_shapes())} linear layers"
@@ -58,20 +58,20 @@ def _files(preflight: Preflight) -> Finding:
     if folder is None:
         cached = hub.cached_folder(model.name, model.revision)
         if cached is None:
-            return skipped("not in the Hub's cache yet: model.access says whether it can be fetched")
+            return skipped("not in the Hub's cache yet: model.access tests the download")
         wrong = hub.missing_weights(cached)
-        if any(not problem.endswith("is missing") for problem in wrong):  # the Hub's client takes a file for whole
+        if any(not problem.endswith("is missing") for problem in wrong):  # the Hub's client ignores this damage
             again = f"{hub.fetch_command(model.name, model.revision)} --force-download"
             return failed(f"in the Hub's cache: {'; '.join(wrong)}", again)
         if wrong:
-            return skipped(f"in the Hub's cache, but {'; '.join(wrong)}: model.access says whether it can be fetched")
+            return skipped(f"in the Hub's cache, but {'; '.join(wrong)}: model.access tests the download")
         return passed("all in the Hub's cache")
     wrong = hub.missing_weights(folder)
     if wrong:
         allow = f"sudo chmod -R a+rX {model.name}"
         again = allow if hub.UNREADABLE in wrong[0] else f"copy the folder again, or --set model.name={MISTRAL}"
         return failed(f"{model.name}: {'; '.join(wrong)}", again)
-    return passed("every safetensors file is there and as long as its header says")
+    return passed("every safetensors file exists, with the length in its header")
 
 
 def _access(preflight: Preflight) -> Finding:
@@ -79,24 +79,24 @@ def _access(preflight: Preflight) -> Finding:
     if preflight.tokenizer_folder is not None:
         return skipped("a local folder needs no Hub")
     if hub.is_cached(model.name, model.revision):
-        return passed("in the Hub's cache: nothing to fetch")
+        return passed("in the Hub's cache: nothing to download")
     local = "or put its files in a folder: --set model.name=FOLDER"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        found = "HF_HUB_OFFLINE is set, and the Hub's cache does not hold the base"
+        found = "HF_HUB_OFFLINE is set, and the base is not in the Hub's cache"
         return failed(found, f"unset HF_HUB_OFFLINE; {local}")
     status, text = hub.why_not_reachable(model.name, model.revision)
     where = hub.endpoint()
     if status == 200:
-        return passed(f"{where} gives it, about 14.5 GB to fetch")
+        return passed(f"{where} has it, about 14.5 GB to download")
     if status is None:
-        return failed(f"{where} does not answer: {text}", f"set HTTPS_PROXY or HF_ENDPOINT where you need one; {local}")
+        return failed(f"{where} does not answer: {text}", f"set HTTPS_PROXY or HF_ENDPOINT if you need one; {local}")
     if status == 401:
-        return failed(f"{where} wants a token (401 {text})", f"{hub.GIVE_TOKEN}; {local}")
+        return failed(f"{where} requires a token (401 {text})", f"{hub.GIVE_TOKEN}; {local}")
     if status == 403:
-        return failed(f"{where} refuses this token (403 {text})", f"accept the terms at {where}/{model.name}; {local}")
+        return failed(f"{where} rejects this token (403 {text})", f"accept the terms at {where}/{model.name}; {local}")
     if status == 404:
         return failed(f"{where} has no {model.name} at {model.revision} (404 {text})", PIN)
-    return failed(f"{where} answers {status} {text}", f"try again in a while; {local}")
+    return failed(f"{where} answers {status} {text}", f"try again later; {local}")
 
 
 def _certificate(preflight: Preflight) -> Finding:
@@ -112,12 +112,12 @@ def _certificate(preflight: Preflight) -> Finding:
         messages: Messages = [{"role": role, "content": text} for role, text in turns]
         encoded = chat.encode([messages])[0]
         if encoded != chat.encode_as_saved([messages])[0]:
-            text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels in the saved tokenizer"
+            text = f"conversation {number} of {len(CONVERSATIONS)} has different ids or labels in the saved tokenizer"
             return failed(text, preflight.platform.repair)
         if (encoded.input_ids, encoded.labels) != reference.encode(messages):
-            text = f"conversation {number} of {len(CONVERSATIONS)} has other ids or labels than mistral-common gives"
+            text = f"conversation {number} of {len(CONVERSATIONS)} has different ids or labels in mistral-common"
             return failed(text, preflight.platform.repair)
-    return passed(f"{len(CONVERSATIONS)} conversations equal mistral-common's, ids and labels")
+    return passed(f"{len(CONVERSATIONS)} conversations have mistral-common's ids and labels")
 
 
 def _adapter(preflight: Preflight) -> Finding:
@@ -128,20 +128,16 @@ def _adapter(preflight: Preflight) -> Finding:
     if folder is None:
         return passed("a new adapter: lora.init_from is null")
     warm_start.require(config, preflight.chat.format.template, preflight.geometry)
-    return passed(f"{shown(folder)}: base, template, settings and all tensors fit")
+    return passed(f"{shown(folder)}: base, template, settings and all tensors match")
 
 
+ADAPTER = "the adapter of lora.init_from is one of this base, template and LoRA"
 CERTIFICATE = "ids and labels of fixed conversations against mistral-common's and the saved tokenizer's"
 CHECKS = (
     Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
     Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),
     Check("model.files", "the weights are there, whole, and safetensors", _files),
-    Check("model.access", "the Hub gives the base to this token, or its cache holds it", _access, network=True),
-    Check(
-        "model.adapter",
-        "the adapter of lora.init_from is one of this base, template and LoRA",
-        _adapter,
-        needs=("model.geometry",),
-    ),
+    Check("model.access", "the base is in the Hub's cache, or this token can download it", _access, network=True),
+    Check("model.adapter", ADAPTER, _adapter, needs=("model.geometry",)),
     Check("tokens.certificate", CERTIFICATE, _certificate, needs=("model.geometry",)),
 )

@@ -1,4 +1,4 @@
-"""What the device computes, by doing: NF4 and LoRA, optimizer, recomputed layers, loss, attention; and its bits."""
+"""Checks of what the device computes: NF4 and LoRA, optimizer, recomputed layers, loss, attention, repeatability."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from finetune.cli import PYTHON, advice
 from finetune.machine.platforms import names, quantized_on
 from finetune.wording import first_line, listed
 
-# Largest distance from the same arithmetic in fp32 that is still rounding: several times what benchmarks/trials.py has
-# on a CPU (benchmarks/results), and far from 1, which is what a kernel that computes something else comes to.
+# Largest distance from fp32 that counts as rounding: several times what benchmarks/trials.py measured on a CPU
+# (benchmarks/results), and far below 1, the distance of a kernel that computes something else.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03}
 OPTIMIZER_TOLERANCE = {"paged_adamw_8bit": 0.05}  # 8-bit state is coarse by design; an expectation
 BUILD_FLASH_ATTENTION = advice(
@@ -23,7 +23,7 @@ BUILD_FLASH_ATTENTION = advice(
     "docker compose build --build-arg FLASH_ATTN=build",
 )
 
-# By model.attn_implementation: what attends, what repairs it (None: the platform's repair), what to set instead.
+# By model.attn_implementation: the library, its repair (None: the platform's), the value to set instead.
 PACKED_ATTENTION = {
     "flash_attention_2": ("flash-attn", BUILD_FLASH_ATTENTION, "torch_varlen"),
     "torch_varlen": ("torch's varlen_attn", None, "sdpa"),
@@ -45,7 +45,7 @@ def _qlora(preflight: Preflight) -> Finding:
     storage = preflight.config.quantization.storage
     lost, (least, most) = linear.nf4_loss(quantized_on(device)), linear.NF4_LOSS
     if not least <= lost <= most:
-        text = f"NF4 loses {lost:.1%} of normal weights there and back, expected {least:.0%} to {most:.0%}"
+        text = f"NF4 loses {lost:.1%} of normal weights, expected {least:.0%} to {most:.0%}"
         return failed(text, preflight.platform.repair)
     distance = linear.qlora_step(device, getattr(torch, dtype), storage)
     text = f"a QLoRA step in {dtype}, {storage}, is {distance:.1e} from fp32"
@@ -55,7 +55,7 @@ def _qlora(preflight: Preflight) -> Finding:
 
 
 def _judged(text: str, distance: float, most: float, fix: str) -> Finding:
-    """Whether `distance`, which may be NaN, is at most `most`."""
+    """Pass if `distance`, which may be NaN, is at most `most`."""
     return passed(text) if distance <= most else failed(f"{text}, expected at most {most:g}", fix)
 
 
@@ -82,8 +82,8 @@ def _optimizer(preflight: Preflight) -> Finding:
 def _triton(preflight: Preflight) -> Finding:
     try:
         return _chunked_loss(preflight, "float32")
-    except Exception as error:  # noqa: BLE001  Triton's own, beside those of compiler, headers, driver and disk
-        return failed(f"Triton's kernels cannot be made: {first_line(error)}", TRITON)
+    except Exception as error:  # noqa: BLE001  Triton's errors, and those of compiler, headers, driver and disk
+        return failed(f"Triton's kernels cannot be compiled: {first_line(error)}", TRITON)
 
 
 def _loss(preflight: Preflight) -> Finding:
@@ -126,7 +126,7 @@ def _flash_attention(preflight: Preflight) -> Finding:
     try:
         distance = packed_attention(name, preflight.platform.device)
     except (ImportError, OSError, RuntimeError) as error:  # built for another torch or GPU
-        return failed(f"{kind} is installed and does not work: {first_line(error)}", fix)
+        return failed(f"{kind} is installed but does not work: {first_line(error)}", fix)
     text = f"{kind} over two packed documents is {distance:.1e} from attention over each alone"
     return _judged(text, distance, TOLERANCE["bfloat16"], fix)
 
@@ -137,7 +137,7 @@ def _recompute(preflight: Preflight) -> Finding:
     from finetune.checks.numerics.recompute import recomputed_gradient
 
     distance = recomputed_gradient(preflight.platform, preflight.config.lora)
-    text = f"the gradient through layers computed again is {distance:.1e} from that through layers kept whole"
+    text = f"the gradient through recomputed layers is {distance:.1e} from that without recomputing"
     fix = f"{preflight.platform.repair}  or train without dropout: --set lora.lora_dropout=0"
     return _judged(text, distance, TOLERANCE["float32"], fix)
 
@@ -153,12 +153,12 @@ def _deterministic(preflight: Preflight) -> Finding:
     forget_memory(preflight.platform)
     what = f"{preflight.config.model.attn_implementation} over packed documents"
     if differ:
-        return warned(f"{what}: other bits each time in {listed(differ, 3)}", REPEATABLE)
-    return passed(f"{what}: the same bits each time, as of a decoder layer")
+        return warned(f"{what}: different bits each time in {listed(differ, 3)}", REPEATABLE)
+    return passed(f"{what}: the same bits each time, also of a decoder layer")
 
 
 def same_bits(results: Iterable[Result]) -> str | None:
-    """Whether a training repeats its bits here, for the manifest: what device.deterministic found, if it looked."""
+    """Return the finding of device.deterministic for the manifest; None if it did not run."""
     looked = (it for it in results if it.id == "device.deterministic" and it.status in ("pass", "warn"))
     return next((it.detail for it in looked), None)
 
@@ -166,18 +166,18 @@ def same_bits(results: Iterable[Result]) -> str | None:
 ACCELERATED, FLASH = names(lambda row: row.accelerated), names(lambda row: "flash_attention_2" in row.attentions)
 DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 NVIDIA = names(lambda row: row.nvidia)
-QLORA = "NF4 there and back, and a QLoRA step of few and of many rows with the base held as configured, against fp32"
+QLORA = "NF4's rounding, and a QLoRA step of few and of many rows with the config's storage, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
-KERNELS = "TRL's loss in fp32, whose Triton kernels are made here, against plain cross entropy"
+KERNELS = "TRL's loss in fp32 with its Triton kernels, compiled here, against plain cross entropy"
 LOSS = "TRL's loss and its gradient in the config's dtype, as the trainer calls it, against plain cross entropy"
-SDPA = "torch's attention, where the config asks for it: causal and block mask, with and without a gradient"
-RECOMPUTE = "gradients with layers computed again and kept whole: dropout's masks are the same"
-ATTENTION = "flash-attn or torch_varlen, as the config asks: forward and backward over packed documents"
+SDPA = "torch's attention, if the config uses it: causal and block mask, with and without a gradient"
+RECOMPUTE = "gradients with and without recomputed layers: dropout's masks are the same"
+ATTENTION = "flash-attn or torch_varlen, whichever the config uses: forward and backward over packed documents"
 REPEATABLE = (
-    "nothing, if a resumed run may end with other bits; else unset FLASH_ATTENTION_DETERMINISTIC and "
+    "nothing, if a resumed run may end with different bits; else unset FLASH_ATTENTION_DETERMINISTIC and "
     "--set model.attn_implementation=flash_attention_2"
 )
-DETERMINISTIC = "attention and a decoder layer, several times over packed documents: the same bits, or what differs"
+DETERMINISTIC = "attention and a decoder layer, several times over packed documents: same bits, or what differs"
 CHECKS = (
     Check("device.qlora", QLORA, _qlora, needs=DEVICE),
     Check("device.bfloat16", "a bfloat16 product against fp32", _bfloat16, ACCELERATED, DEVICE),

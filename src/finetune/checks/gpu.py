@@ -1,4 +1,4 @@
-"""The NVIDIA GPU: driver, CUDA, which GPU it is, its memory, who else is on it, and Triton's compiler."""
+"""Checks of the NVIDIA GPU: driver, CUDA, model, memory, other programs, and Triton's compiler."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _cuda(preflight: Preflight) -> Finding:
     if tuple(map(int, re.findall(r"\d+", found.built_for)[:2])) < OLDEST_CUDA:
         return failed(f"torch {found.version} is built for CUDA {found.built_for}, expected 12.1 or newer", fix)
     if not found.sees_nvidia:
-        text = f"torch {found.version} for CUDA {found.built_for} sees no GPU beside driver {preflight.machine.driver}"
-        return failed(text, "unset CUDA_VISIBLE_DEVICES; if that is not it, update the driver or restart the machine")
+        text = f"torch {found.version} for CUDA {found.built_for} sees no GPU; the driver is {preflight.machine.driver}"
+        return failed(text, "unset CUDA_VISIBLE_DEVICES; else update the driver or restart the machine")
     return passed(f"torch {found.version} for CUDA {found.built_for} sees the GPU")
 
 
@@ -46,7 +46,7 @@ def _device(preflight: Preflight) -> Finding:
     name = machine.gpus[0] if machine.gpus else "an NVIDIA GPU"
     found = f"{name}, compute capability {capability[0]}.{capability[1]}"
     if len(machine.gpus) > 1:
-        found += f", the first of {len(machine.gpus)}, and the only one that is used"
+        found += f", the first of {len(machine.gpus)}; only it is used"
     if capability < AMPERE:
         return failed(f"{found}; it has no bfloat16", "rent an H100, or another GPU of compute capability 8.0 or more")
     if capability != HOPPER:
@@ -55,20 +55,20 @@ def _device(preflight: Preflight) -> Finding:
 
 
 def _another_gpu(preflight: Preflight, found: str) -> Finding:
-    """A warning that says what would not fit."""
+    """Warn about a GPU that is not an H100, with what does not fit on it."""
     total_gib = preflight.machine.gpu_memory_gib
     fitting = compare(preflight.config, preflight.geometry, {"in total": total_gib} if total_gib else {})
     arches = "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or "
     arches += "--set model.attn_implementation=torch_varlen"
     if fitting.fits:
-        return warned(f"{found}; hours and settings here are meant for an H100 (9.0)", arches)
+        return warned(f"{found}; hours and settings are for an H100 (9.0)", arches)
     return warned(f"{found}; {fitting.found}", f"{fitting.fix()}; {arches}" if fitting.change else fitting.fix())
 
 
 def _memory(preflight: Preflight) -> Finding:
     machine, fitting = preflight.machine, preflight.fitting
     if not fitting.limits:
-        return warned(f"{fitting.found}; this driver does not tell what is free", "nvidia-smi")
+        return warned(f"{fitting.found}; this driver does not report free memory", "nvidia-smi")
     if fitting.fits:
         return passed(fitting.found)
     if machine.gpu_memory_gib is None or fitting.peak_gib > machine.gpu_memory_gib:

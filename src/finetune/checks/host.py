@@ -19,7 +19,7 @@ SHM_GIB = 0.25  # Docker's default is 0.0625
 
 
 def nvidia_driver(machine: Machine, absent: str, old: str) -> Finding:
-    """Whether the NVIDIA driver works and runs CUDA 12; `absent` and `old` are the fixes if missing or too old."""
+    """Check that the NVIDIA driver works and runs CUDA 12; `absent` and `old` are the fixes if it is missing or old."""
     if machine.driver is None:
         return failed("nvidia-smi is missing or does not answer: no working NVIDIA driver", absent)
     if int(machine.driver.split(".")[0]) < OLDEST_DRIVER:

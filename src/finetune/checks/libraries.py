@@ -1,4 +1,4 @@
-"""Checks of the Python libraries: the locked versions are installed, and they import."""
+"""Checks of the Python libraries: the locked versions are installed and can be imported."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ LISTED = 5  # libraries listed in one finding; the rest are counted
 
 
 def lock_file(preflight: Preflight) -> Path:
-    """The lock of this environment: the image's in an image, the Mac's for the demo on a Mac, else the platform's."""
+    """Return this environment's lock: the image's, the Mac's for the demo on a Mac, else the platform's."""
     platform, on_macos = preflight.platform, preflight.machine.system == "Darwin"
     name = cli.IMAGE_LOCK or (on_macos and platform.mac_lock) or platform.name
     return ROOT / "requirements" / f"{name}.lock"
 
 
 def locked(lock: Path) -> dict[str, Version]:
-    """Name and version of each library that `lock` installs on this machine."""
-    from packaging.requirements import (
-        Requirement,
-    )  # imported late, here and below: it would add a fifth to the time of `--help`
+    """Return the name and version of each library that `lock` installs on this machine."""
+    # Imported late, here and below: packaging would add a fifth to the time of `--help`.
+    from packaging.requirements import Requirement
     from packaging.version import Version
 
     found = {}
@@ -44,7 +43,7 @@ def locked(lock: Path) -> dict[str, Version]:
 
 
 def installed(name: str) -> Version | None:
-    """The installed version of a library, or None."""
+    """Return the installed version of a library, or None."""
     from importlib import metadata
 
     from packaging.version import Version
@@ -62,8 +61,8 @@ def _versions(preflight: Preflight) -> Finding:
     absent: list[str] = []
     older: list[str] = []
     other: list[str] = []
-    wanted = locked(lock)
-    for name, version in wanted.items():
+    required = locked(lock)
+    for name, version in required.items():
         found = installed(name)
         if found is None:
             absent.append(name)
@@ -76,7 +75,7 @@ def _versions(preflight: Preflight) -> Finding:
         return failed("; ".join(f"{what}: {listed(names, LISTED)}" for what, names in parts.items() if names), fix)
     if other:
         return warned(f"not the locked versions: {listed(other, LISTED)}", fix)
-    return passed(f"{len(wanted)} libraries as in requirements/{lock.name}")
+    return passed(f"{len(required)} libraries as in requirements/{lock.name}")
 
 
 def _imports(preflight: Preflight) -> Finding:

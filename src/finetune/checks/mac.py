@@ -1,4 +1,4 @@
-"""The Mac: MPS, chip and unified memory, watermarks, memory pressure, low power mode."""
+"""Checks of a Mac: MPS, chip and unified memory, watermarks, memory pressure, low power mode."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def _chip(preflight: Preflight) -> Finding:
         return warned(f"{found}; the m4 config is made for {UNIFIED_GIB}", fix)
     generation = chip_generation(machine)
     if generation is None or generation < 4:
-        fix = "nothing to change; its notes on hours do not hold"
+        fix = "nothing to change; its estimates of hours do not apply"
         return warned(f"{found}; the m4 config is made for an Apple M4", fix)
-    return passed(found if generation == 4 else f"{found}; newer than the M4 by whose cores hours are counted")
+    return passed(found if generation == 4 else f"{found}; newer than the M4 that estimates of hours are for")
 
 
 def _memory(preflight: Preflight) -> Finding:
     total_gib, fitting = preflight.machine.memory_gib, preflight.fitting
     if fitting.fits:
         return passed(fitting.found)
-    others_hold_it = fitting.peak_gib <= (preflight.working_set_gib or 0)
-    fix = fitting.fix("close other programs" if others_hold_it else "")
+    used_by_others = fitting.peak_gib <= (preflight.working_set_gib or 0)
+    fix = fitting.fix("close other programs" if used_by_others else "")
     if fitting.peak_gib > total_gib:
-        return failed(f"{fitting.found}; the whole Mac has {total_gib:.0f}", fix)
+        return failed(f"{fitting.found}; the Mac has only {total_gib:.0f}", fix)
     return warned(fitting.found, fix)
 
 
@@ -54,7 +54,7 @@ def _watermarks(preflight: Preflight) -> Finding:
     low_text, high_text = (os.environ.get(name) for name in names)
     fix = f"export {names[0]}=1.0 {names[1]}=1.2"
     if low_text is None and high_text is None:
-        found = "not set: torch's memory may grow past what the Mac has before it fails, and the Mac swaps instead"
+        found = "not set: torch may use more memory than the Mac has, which then swaps instead of failing"
         return warned(found, fix)
     try:
         low = LOW_WATERMARK if low_text is None else float(low_text)
@@ -62,7 +62,7 @@ def _watermarks(preflight: Preflight) -> Finding:
     except ValueError:
         return failed(f"{names[0]}={low_text} {names[1]}={high_text}: not numbers", fix)
     if high == 0:
-        return failed(f"{names[1]}={high_text} takes every limit away: the whole Mac may freeze", fix)
+        return failed(f"{names[1]}={high_text} removes every limit: the Mac may freeze", fix)
     if high is not None and not low <= high:
         return failed(f"the low watermark {low:g} is above the high one {high:g}: torch refuses to start", fix)
     return passed(f"low {low:g}, high {'default' if high is None else f'{high:g}'}")

@@ -1,4 +1,4 @@
-"""What a run writes to: output folder, caches, disk and tracker."""
+"""Checks of what a run writes to: output folder, caches, disk and tracker."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from finetune.plan.memory import memory_parts
 from finetune.runs.folder import find_run
 from finetune.training.wandb_access import KEY_FILE, NO_KEY, wandb_offline_reason, wandb_sync
 
-BASE_GIB = 13.5  # three safetensors files of 14.5 GB together
+BASE_GIB = 13.5  # three safetensors files, 14.5 GB together
 
 
 def _write(folder: Path) -> str | None:
-    """Why `folder` cannot be written, by doing: a file in a new subfolder, synced, moved up by a rename."""
+    """Write a file in a new subfolder, sync it and move it up; return why that fails, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".check-") as made:
@@ -46,7 +46,7 @@ def _output(preflight: Preflight) -> Finding:
 
 
 def caches() -> dict[str, Path]:
-    """Folders that libraries write to, by the variable that moves each."""
+    """Return the folders that libraries write to, by the variable that sets each."""
     home = Path(os.environ.get("HOME") or "/nonexistent")
     return {
         "HF_HOME": Path(
@@ -58,11 +58,11 @@ def caches() -> dict[str, Path]:
     }
 
 
-GROWING = {"HF_HOME": ("hub", "xet"), "TORCHINDUCTOR_CACHE_DIR": ("",)}  # caches that add to folders they have
+GROWING = {"HF_HOME": ("hub", "xet"), "TORCHINDUCTOR_CACHE_DIR": ("",)}  # caches that add files to existing folders
 
 
 def _closed(name: str, folder: Path, base: str) -> Path | None:
-    """A folder inside of a cache that this user cannot write; other bases than `base` do not matter."""
+    """Return a folder in a cache that this user cannot write; folders of bases other than `base` are ignored."""
     for top in (folder / inside for inside in GROWING.get(name, ()) if (folder / inside).is_dir()):
         for parent, names, _ in os.walk(top):
             names[:] = [name for name in names if "--" not in name or name == base]  # the Hub's: models--OWNER--NAME
@@ -73,7 +73,7 @@ def _closed(name: str, folder: Path, base: str) -> Path | None:
 
 
 def _caches(preflight: Preflight) -> Finding:
-    """Checks only caches that this run will write: a base that is cached already may be in a read-only place."""
+    """Check only caches that this run writes: a cached base may be on a read-only disk."""
     model, folders = preflight.config.model, caches()
     if preflight.tokenizer_folder is not None or hub.is_cached(model.name, model.revision):
         del folders["HF_HOME"]
@@ -89,9 +89,7 @@ def _caches(preflight: Preflight) -> Finding:
             wrong[name] = f"{closed} cannot be written: it belongs to uid {closed.stat().st_uid}"
     if wrong:
         removed = "docker compose --profile program down --volumes, which also removes the downloaded base model"
-        fresh = (
-            f"correct HF_CACHE in .env if it is set; else give adapters back to the user who filled it, or {removed}"
-        )
+        fresh = f"correct HF_CACHE in .env if it is set; else make that user the owner of adapters again, or {removed}"
         each = "; ".join(wrong[name] for name in folders if name in wrong)
         return failed(each, advice(f"export {' '.join(f'{name}=FOLDER' for name in folders if name in wrong)}", fresh))
     return passed(", ".join(map(str, folders.values())) + f" {'is' if len(folders) == 1 else 'are'} writable")
@@ -119,7 +117,7 @@ def _disk(preflight: Preflight) -> Finding:
 
 
 def _packed_gib(preflight: Preflight, cache: Path) -> float:
-    """What the first load will keep, where the CPU quantizes for another device; 0 where nothing, or it is there."""
+    """Return the size of the packed base that the first load will save; 0 if it saves none or has saved it."""
     config, device = preflight.config, preflight.platform.device
     if quantized_on(device) == device:
         return 0
@@ -134,7 +132,7 @@ def _wandb(preflight: Preflight) -> Finding:
         return skipped(f"tracking.report_to is {report_to}")
     reason = wandb_offline_reason()
     if reason is None:
-        return passed("wandb answers, and a key is here")
+        return passed("wandb answers, and there is a key")
     later = f"{wandb_sync('adapters/RUN')} sends it later"
     return warned(
         f"wandb will be offline: {reason}; TensorBoard files and metrics.jsonl are written",
@@ -165,7 +163,7 @@ def _copy(preflight: Preflight) -> Finding:
 
 
 def _unwritable(folder: Path) -> tuple[str, str] | None:
-    """What is wrong with a folder that a run is to be copied to, and what to type; None if nothing is."""
+    """Return why a run cannot be copied to `folder`, and what to type; None if it can."""
     if not folder.is_dir():
         return f"{shown(folder)} does not exist", f"mount the disk, or mkdir -p {quoted(folder)}"
     reason = _write(folder)
@@ -176,9 +174,9 @@ def _unwritable(folder: Path) -> tuple[str, str] | None:
 
 
 _ROWS = ("data.rows",)
-BEFORE_DATA = (  # which is cached below output.dir
-    Check("paths.output", "output.dir can be written, by doing", _output),
-    Check("paths.caches", "the libraries' caches can be written, by doing", _caches),
+BEFORE_DATA = (  # the data is cached in output.dir
+    Check("paths.output", "output.dir can be written, by writing a file", _output),
+    Check("paths.caches", "the libraries' caches can be written, by writing a file", _caches),
 )
 CHECKS = (
     Check("paths.disk", "free disk against base, checkpoints and adapter", _disk, needs=_ROWS),

@@ -1,4 +1,4 @@
-"""A platform's device through torch: settings, memory and random state."""
+"""Uses a platform's device through torch: settings, memory and random state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Torch:
 
 
 def read_torch() -> Torch:
-    """Ask torch. Raises CheckFailed if it cannot be imported."""
+    """Return what torch can use. Raises CheckFailed if it cannot be imported."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:  # a broken shared library is an OSError
@@ -78,15 +78,15 @@ def compute_repeatably(platform: Platform) -> None:
 
     os.environ.update(platform.environment)
     if platform.device == "cuda":
-        # A weight gradient of LoRA is a sum over all tokens of a micro-batch. cuBLAS may split it, and by default adds
-        # the partial sums in bfloat16, with 8 bits. In float32 that is expected to cost next to nothing.
+        # A LoRA weight's gradient is a sum over all tokens of a micro-batch. cuBLAS may split it, and by default adds
+        # the partial sums in bfloat16, with 8 bits. Adding in float32 is expected to cost almost nothing.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # From torch 2.11 on, cuDNN's attention is reported to give NaN on an H100 (pytorch#196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def is_memory_error(error: RuntimeError) -> bool:
-    """Whether `error` means that CUDA, MPS or the CPU ran out of memory."""
+    """Return whether `error` means that CUDA, MPS or the CPU ran out of memory."""
     words = "out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
     return re.search(words, str(error), re.IGNORECASE) is not None
 
@@ -103,7 +103,7 @@ def memory_errors_explained(advice: str) -> Iterator[None]:
 
 
 def peak_memory_gib(platform: Platform) -> float:
-    """Peak memory of this process on the model's device, GiB: allocated and paged on a GPU, resident on a CPU."""
+    """Return this process's peak memory on the device, GiB: allocated and paged on a GPU, resident on a CPU."""
     import torch
 
     if platform.accelerated:
@@ -113,7 +113,7 @@ def peak_memory_gib(platform: Platform) -> float:
 
 
 def peak_held_gib(platform: Platform) -> float:
-    """Like `peak_memory_gib`, but on a GPU including what torch reserved: what the driver sees."""
+    """Like `peak_memory_gib`, but on a GPU with all memory that torch reserved, as the driver reports it."""
     import torch
 
     if platform.accelerated:
@@ -122,9 +122,9 @@ def peak_held_gib(platform: Platform) -> float:
 
 
 def paged_gib(platform: Platform) -> float:
-    """Optimizer state in CUDA's unified memory, GiB, which bitsandbytes allocates and torch does not count.
+    """Return the optimizer state in CUDA's unified memory, GiB, which bitsandbytes allocates and torch does not count.
 
-    Only tensors with 100,000 values or more are paged. All of it is counted as the GPU's, where a step needs it; if the
+    Only tensors with 100,000 values or more are paged. All of it counts as the GPU's, as a step needs it there; if the
     GPU is full, the driver may keep some in the machine's memory.
     """
     if not platform.nvidia:
@@ -135,9 +135,9 @@ def paged_gib(platform: Platform) -> float:
 
 
 def capacity_gib(platform: Platform) -> float:
-    """Memory this process can use on the model's device, GiB: what is free and what it already holds.
+    """Return the memory this process can use on the model's device, GiB: what is free plus what it has allocated.
 
-    On a Mac at most the GPU's working set, beyond which the system swaps.
+    On a Mac this is at most the GPU's working set, beyond which the system swaps.
     """
     import torch
 
@@ -152,14 +152,14 @@ def capacity_gib(platform: Platform) -> float:
 
 
 def synchronize(platform: Platform) -> None:
-    """Wait until the device has finished, so that time can be measured."""
+    """Wait until the device has finished, to measure time."""
     import torch
 
     torch.get_device_module(platform.device).synchronize()
 
 
 def random_state(platform: Platform) -> Any:
-    """The state of the device's random number generator, which dropout uses."""
+    """Return the state of the device's random number generator, which dropout uses."""
     return _random_numbers(platform).get_rng_state()
 
 
@@ -169,6 +169,7 @@ def set_random_state(platform: Platform, state: Any) -> None:
 
 
 def _random_numbers(platform: Platform) -> Any:
+    """Return the torch module with the device's random number generator."""
     import torch
 
     return torch.get_device_module(platform.device) if platform.accelerated else torch

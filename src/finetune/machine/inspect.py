@@ -1,4 +1,4 @@
-"""Facts about this machine from the operating system and the NVIDIA driver, read without torch.
+"""Reads facts about this machine from the operating system and the NVIDIA driver, without torch.
 
 All are fields of one `Machine`, so that tests can use recorded ones.
 """
@@ -24,7 +24,7 @@ CGROUP, SHM = Path("/sys/fs/cgroup"), Path("/dev/shm")
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """A program that uses memory of an NVIDIA GPU; `memory_gib` is None if the driver does not say."""
+    """A program that uses memory of an NVIDIA GPU; `memory_gib` is None if the driver does not report it."""
 
     pid: int
     name: str
@@ -35,11 +35,10 @@ class GpuProcess:
 class Machine:
     """One machine. Memory in GiB; OS and architecture as `uname` reports them.
 
-    `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first; `memory_limit_gib` is this
-    container's, None where there is none. `release` is the kernel's, or macOS's version. `chip`, `gpu_cores` (None
-    where unknown), `translated` (this Python is an Intel build under Rosetta), `low_power` (the setting of pmset that
-    turns it on, powermode on a Pro or Max; empty where it is off) and `pressure` (1 normal, 2 warning, 4 critical) are
-    a Mac's.
+    `gpus` are the names of all NVIDIA GPUs, the other `gpu_` fields are of the first. `memory_limit_gib` is this
+    container's, or None. `release` is the kernel's, or macOS's version. Only a Mac has `chip`, `gpu_cores` (None if
+    unknown), `translated` (this Python is an Intel build under Rosetta), `low_power` (the pmset setting that is on,
+    powermode on a Pro or Max; empty if off) and `pressure` (1 normal, 2 warning, 4 critical).
     """
 
     system: str
@@ -71,12 +70,12 @@ class Machine:
 
     @property
     def described(self) -> str:
-        """Operating system, its release and the architecture, in words."""
+        """Operating system, release and architecture in words."""
         return f"{'macOS' if self.system == 'Darwin' else self.system} {self.release} on {self.architecture}"
 
 
 def read_machine() -> Machine:
-    """Read this machine's facts; those of an NVIDIA GPU come from nvidia-smi."""
+    """Read the facts about this machine; those about NVIDIA GPUs come from nvidia-smi."""
     memory = psutil.virtual_memory()
     limit_gib = _memory_limit_gib()
     mac = host.system() == "Darwin"
@@ -98,7 +97,7 @@ def read_machine() -> Machine:
 
 
 def _answer(*command: str) -> str:
-    """What a system tool prints, or "" if it is missing, fails or hangs."""
+    """Return what a system tool prints, or "" if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -110,9 +109,9 @@ def _answer(*command: str) -> str:
 
 
 def _gpu_facts() -> dict[str, Any]:
-    """The GPU fields of Machine, from nvidia-smi; memory that it cannot tell ([N/A]) is None.
+    """Return the GPU fields of Machine, from nvidia-smi; memory that it does not report ([N/A]) is None.
 
-    A GPU split into instances (MIG) tells the memory of the whole, which no instance has, so that is None too.
+    For a GPU split into instances (MIG) it reports the memory of all together, so that is None, too.
     """
     fields = "name,memory.free,memory.total,driver_version,uuid,mig.mode.current"
     table = _answer("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
@@ -139,13 +138,13 @@ def _gpu_facts() -> dict[str, Any]:
 
 
 def _visible(rows: list[tuple[str, ...]], variable: str | None) -> list[tuple[str, ...]]:
-    """The GPUs that CUDA_VISIBLE_DEVICES selects, in its order, up to the first unknown name, as CUDA does."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES selects, in its order, up to the first unknown name, like CUDA."""
     if variable is None:
         return rows
     chosen: list[tuple[str, ...]] = []
     for name in map(str.strip, variable.split(",")):
         named = [row for index, row in enumerate(rows) if name == str(index) or (name and row[4].startswith(name))]
-        if name.startswith("MIG-"):  # an instance; its name does not say of which GPU
+        if name.startswith("MIG-"):  # an instance, whose name does not identify its GPU
             named = [row for row in rows if row[5] == "Enabled"]
         if not named:
             break
@@ -158,7 +157,7 @@ def _mib_to_gib(text: str) -> float | None:
 
 
 def _memory_limit_gib() -> float | None:
-    """Memory limit of this container, from cgroup 2 or 1, or None."""
+    """Return the memory limit of this container, from cgroup 2 or 1, or None."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         path = CGROUP / name
         text = path.read_text().strip() if path.is_file() else "max"
@@ -168,10 +167,9 @@ def _memory_limit_gib() -> float | None:
 
 
 def _mac_free_share() -> float:
-    """Share of a Mac's memory that is available, 0 to 1, by the level that macOS itself acts on.
+    """Return the available share of a Mac's memory, 0 to 1, from the level that macOS itself uses.
 
-    psutil's `available` leaves out pages of recently read files, such as 14.5 GB of weights, which macOS drops when
-    memory is needed.
+    psutil's `available` excludes pages of recently read files, such as 14.5 GB of weights, which macOS drops if needed.
     """
     level = _answer("sysctl", "-n", "kern.memorystatus_level")
     if level.isdigit():
@@ -181,7 +179,7 @@ def _mac_free_share() -> float:
 
 
 def _mac_facts() -> dict[str, Any]:
-    """The Mac's fields of Machine, from sysctl, ioreg and pmset."""
+    """Return the Mac's fields of Machine, from sysctl, ioreg and pmset."""
     pressure = _answer("sysctl", "-n", "kern.memorystatus_vm_pressure_level")
     cores = re.search(r'"gpu-core-count" = (\d+)', _answer("ioreg", "-rc", "AGXAccelerator", "-d1"))
     return {

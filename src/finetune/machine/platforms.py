@@ -18,9 +18,9 @@ from finetune.machine.inspect import Machine
 
 @dataclass(frozen=True)
 class Expectation:
-    """How fast Mistral-7B trains, by arithmetic that has not been measured, and how long a run is sensible.
+    """The expected speed of training Mistral-7B, computed but not measured, and the longest sensible run.
 
-    `tokens_per_second` is a range. With `gpu_cores` it is for a GPU of that many cores, and scales with the machine's.
+    `tokens_per_second` is a range. With `gpu_cores` it is for that number of cores, and scales with the machine's.
     """
 
     tokens_per_second: tuple[float, float]
@@ -30,21 +30,21 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Platform:
-    """What works on one kind of machine, and everything in which platforms differ.
+    """What works on one kind of machine, and everything that differs by platform.
 
     `optimizers` and `attentions` are the values that work, the attention that `auto` prefers first. `any_base` allows
-    base models other than Mistral-7B and the demo's (in tests). `compiles` says whether torch.compile may make kernels
-    (not tried on MPS). `expectation` is set if hours limit how much data makes sense.
+    base models other than Mistral-7B and the demo's (in tests). `compiles` is whether torch.compile may be used
+    (untested on MPS). `expectation` is set if hours limit how much data makes sense.
 
     `nvidia` means an NVIDIA GPU on Linux, with CUDA's kernels and Triton; `unified_memory`, a Mac's GPU, which may use
-    its working set of the machine's memory before macOS swaps. `keeps_attention_weights` says whether SDPA keeps them,
-    in float32, for the backward pass. `backward_tokens` is the most tokens for which a backward pass is correct.
+    its working set of the machine's memory before macOS swaps. `keeps_attention_weights` is whether SDPA keeps them, in
+    float32, for the backward pass. `backward_tokens` is the most tokens for which a backward pass is correct.
 
-    `variables` are environment variables of its libraries; values that the user has set win.
+    `variables` are environment variables of its libraries; the user's own values win.
 
     `memory_gib` is the memory to plan with on a different machine (with unified memory, the working set).
     `specified_memory_gb` is an early estimate of the peak (least, most). `program_gib` is what interpreter and
-    libraries take of the model's memory. `loading_gib` is the machine's memory needed to load the base; 0 if training
+    libraries use of the model's memory. `loading_gib` is the machine's memory needed to load the base; 0 if training
     needs more.
 
     `install` updates the environment to the lock; `repair` reinstalls everything. `demo` is the config of its demo,
@@ -88,7 +88,7 @@ class Platform:
 
     @property
     def peak_begins_anew(self) -> bool:
-        """Whether `forget_memory` resets the peak; a process's resident peak never falls."""
+        """Whether `forget_memory` resets the peak; the resident peak of a process never falls."""
         return self.accelerated
 
     @property
@@ -140,7 +140,7 @@ PLATFORMS = {
             name="m4",
             label="Apple silicon",
             device="mps",
-            optimizers=("adamw_torch",),  # paged and 8-bit optimizers live in CUDA memory
+            optimizers=("adamw_torch",),  # paged and 8-bit optimizers need CUDA memory
             attentions=("sdpa",),
             any_base=False,
             compiles=False,
@@ -169,7 +169,7 @@ PLATFORMS = {
 }
 
 
-# What a run computes depends on these: the manifest has their versions, and none older than the lock's was tested.
+# What a run computes depends on these: the manifest has their versions; older ones than the lock's are untested.
 LIBRARIES = (
     *("torch", "transformers", "peft", "trl", "accelerate"),
     *("datasets", "bitsandbytes", "tokenizers", "mistral-common"),
@@ -177,12 +177,12 @@ LIBRARIES = (
 
 
 def lays_flat(attention: str) -> bool:
-    """Whether packed sequences are laid end to end; with sdpa each is a row, to avoid a mask of all tokens."""
+    """Return whether packed sequences form one long row; with sdpa each is a row, to avoid a mask of all tokens."""
     return attention != "sdpa"
 
 
 def names(having: Callable[[Platform], bool]) -> tuple[str, ...]:
-    """Names of the platforms with the property `having`."""
+    """Return the names of the platforms with the property `having`."""
     return tuple(name for name, row in PLATFORMS.items() if having(row))
 
 
@@ -196,7 +196,7 @@ WORKING_SET_SHARE = 2 / 3
 
 
 def quantized_on(device: str) -> str:
-    """The device on which the base is quantized: `device` itself, except the CPU for MPS.
+    """Return the device on which the base is quantized: `device` itself, but the CPU for MPS.
 
     On MPS bitsandbytes (0.50) has no kernels of its own: it uses torch.compile, and plain torch where that fails.
     """
@@ -204,7 +204,7 @@ def quantized_on(device: str) -> str:
 
 
 def choose(machine: Machine) -> tuple[Platform, str]:
-    """The platform for `machine`, and the reason in words."""
+    """Return the platform for `machine`, and the reason in words."""
     if machine.gpus:
         return PLATFORMS["h100"], f"found {machine.gpus[0]}"
     if machine.apple_silicon:
@@ -215,7 +215,7 @@ def choose(machine: Machine) -> tuple[Platform, str]:
 
 
 def accelerator(machine: Machine) -> str:
-    """What `machine` computes on, in words: its NVIDIA GPU, a Mac's chip, or only a CPU."""
+    """Describe what `machine` computes on: its NVIDIA GPU, a Mac's chip, or only a CPU."""
     if machine.gpus:
         more = f" (the first of {len(machine.gpus)})" if len(machine.gpus) > 1 else ""
         what = "" if "H100" in machine.gpus[0] else ", an NVIDIA GPU but not an H100: hours and memory differ"
@@ -227,20 +227,20 @@ def accelerator(machine: Machine) -> str:
 
 
 def chip_generation(machine: Machine) -> int | None:
-    """4 for an Apple M4, M4 Pro or M4 Max; None if the chip is unknown."""
+    """Return 4 for an Apple M4, M4 Pro or M4 Max; None if the chip is unknown."""
     found = re.match(r"Apple M(\d+)\b", machine.chip)
     return int(found[1]) if found else None
 
 
 def memory_available_gib(platform: Platform, machine: Machine) -> float | None:
-    """Free memory for the model, GiB; None if `machine` is not of that platform."""
+    """Return the free memory for the model, GiB; None if `machine` is of another platform."""
     if platform.nvidia:
         return machine.gpu_free_gib
     return None if platform.unified_memory and not machine.apple_silicon else machine.memory_free_gib
 
 
 def memory_limits(platform: Platform, machine: Machine, working_set_gib: float | None) -> dict[str, float]:
-    """Limits of the model's memory in GiB, by kind; empty if free memory is unknown."""
+    """Return the limits of the model's memory in GiB, by kind; empty if free memory is unknown."""
     free_gib = memory_available_gib(platform, machine)
     if free_gib is None:
         return {}
@@ -252,7 +252,7 @@ def memory_limits(platform: Platform, machine: Machine, working_set_gib: float |
 
 
 def hardware(platform: Platform, machine: Machine) -> dict[str, Any]:
-    """The machine's facts for the manifest."""
+    """Return the machine's facts for the manifest."""
     gpu = machine.gpus[0] if platform.nvidia and machine.gpus else ""
     device = gpu or machine.chip or host.processor() or machine.architecture
     return {

@@ -31,7 +31,7 @@ TURN_OFF = "to train without it: --set training.fused_lora=false"
 def install(model: PeftModel) -> None:
     """Let every LoRA layer of `model` compute so in training; PEFT's own way stays for everything else.
 
-    Raises CheckFailed where Triton's kernels cannot be made: that is found here, not in the first step.
+    Raises CheckFailed where Triton's kernels cannot be compiled: that is found here, not in the first step.
     """
     products = _products(model)
     for module in model.modules():
@@ -49,7 +49,7 @@ def _products(model: PeftModel) -> Any:
         x, noise = torch.zeros(16, 16, dtype=model.dtype, device=model.device), (0.5, 2**61)  # compiled as for a layer
         fused_dropout.gradients(x, fused_dropout.reduce(x, x, noise), x, x, noise)
     except Exception as error:  # noqa: BLE001  Triton's own, beside those of compiler, headers, driver and disk
-        found = f"fused LoRA: Triton's kernels cannot be made: {first_line(error)}"
+        found = f"fused LoRA: Triton's kernels cannot be compiled: {first_line(error)}"
         raise CheckFailed(found, TURN_OFF, between="\n") from None
     return fused_dropout
 

@@ -1,5 +1,5 @@
-"""Small computations that show whether the libraries compute what they should on a device.
+"""Small computations that show whether the libraries compute correctly on a device.
 
-Each returns how far the result is from the same arithmetic in fp32 on the CPU, or on the device where that is said: the
-largest difference divided by the largest value, so 0 is equal and 1 is noise.
+Each returns its distance from the same arithmetic in fp32, on the CPU unless stated otherwise: the largest difference
+divided by the largest value, so 0 is equal and 1 is noise.
 """

@@ -1,4 +1,4 @@
-"""Attention, forward and backward."""
+"""Distances of attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finetune.checks.numerics.compare import distance
 
 
 def sdpa(device: str, dtype: torch.dtype) -> float:
-    """torch's attention as transformers calls it, over one sequence, against softmax(q k / sqrt(d)) v in fp32.
+    """Compare torch's attention, as transformers calls it, with softmax(q k / sqrt(d)) v in fp32, over one sequence.
 
-    Causal and with a block mask of two documents, with a gradient and without one, for which torch may take other
-    kernels; Mistral's head dimension (128) and grouped heads (4 of queries to 1 of keys). The worst distance.
+    Causal and with a block mask of two documents, with and without a gradient, as torch may use different kernels;
+    Mistral's head dimension (128) and grouped heads (4 of queries per head of keys). Returns the worst distance.
     """
     tokens, split, layer = 200, 72, SimpleNamespace(num_key_value_groups=4)
     generator = torch.Generator().manual_seed(0)
@@ -44,11 +44,10 @@ def sdpa(device: str, dtype: torch.dtype) -> float:
 
 
 def packed_attention(name: str, device: str) -> float:
-    """`name` (flash_attention_2, torch_varlen) over two packed documents, against torch's attention over each alone.
+    """Compare `name` (flash_attention_2, torch_varlen) over two packed documents with torch's attention over each.
 
-    Forward and backward, with Mistral's head dimension (128) and grouped heads (4 of queries to 1 of keys), in
-    bfloat16; the worst of the output's and the three gradients' distances. Raises ImportError where its library is not
-    installed.
+    Forward and backward in bfloat16, with Mistral's head dimension (128) and grouped heads (4 of queries per head of
+    keys). Returns the worst distance of output and gradients. Raises ImportError if the library is not installed.
     """
     attend = _function(name)
     lengths = [48, 80]
@@ -75,6 +74,7 @@ def packed_attention(name: str, device: str) -> float:
 
 
 def _function(name: str) -> Callable[..., Any]:
+    """Return a function of q, k, v, the bounds of the documents and the longest one's length."""
     if name == "torch_varlen":
         from finetune.model.attention import attend
 

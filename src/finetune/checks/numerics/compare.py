@@ -1,4 +1,4 @@
-"""How far a result is from another."""
+"""The distance between two results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 
-def distance(found: Any, wanted: Any) -> float:
-    """Largest difference over largest value, of tensors of one shape; infinite where `found` is not finite."""
-    found, wanted = found.detach().float().cpu(), wanted.detach().float().cpu()
+def distance(found: Any, expected: Any) -> float:
+    """Return the largest difference of two tensors, divided by the largest value; infinite if `found` is not finite."""
+    found, expected = found.detach().float().cpu(), expected.detach().float().cpu()
     if not torch.isfinite(found).all():
         return float("inf")
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((found - expected).abs().max() / expected.abs().max())

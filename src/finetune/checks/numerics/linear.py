@@ -1,4 +1,4 @@
-"""Linear layers: NF4 there and back, a QLoRA step, a bfloat16 product."""
+"""Distances of linear layers: NF4's rounding, a QLoRA step, a bfloat16 product."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from finetune.machine.platforms import quantized_on
 # a broken kernel loses either nothing or everything.
 NF4_LOSS = (0.06, 0.13)
 
-# Of a step. On an H100 bitsandbytes (0.50) multiplies few rows by a kernel that unpacks as it goes, and more than 1,536
-# by unpacking the whole weight first (`gemm_4bit` in its CUDA backend): a micro-batch takes the second.
+# Rows of a step. On an H100 bitsandbytes (0.50) multiplies up to 1,536 rows with a kernel that unpacks as it goes; for
+# more it unpacks the weight first (`gemm_4bit` in its CUDA backend), as for a micro-batch.
 ROWS = (16, 2048)
 
 
 def nf4_loss(device: str) -> float:
-    """Root mean square of what NF4 with double quantization loses of normal weights, as a share of their deviation."""
+    """Return the RMS error of normal weights in NF4 with double quantization, as a share of their deviation."""
     weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     packed, state = bitsandbytes.functional.quantize_4bit(
         weights.to(device), quant_type="nf4", compress_statistics=True
@@ -28,9 +28,9 @@ def nf4_loss(device: str) -> float:
 
 
 def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
-    """Forward, backward and one AdamW step of a LoRA pair beside one NF4 layer, held as `storage` says.
+    """Compare forward, backward and one AdamW step of a LoRA pair on an NF4 layer in `storage` with fp32.
 
-    The worst distance of the stepped weights and the gradient of the input, which goes through that layer, of ROWS.
+    Returns the worst distance of the new weights and of the input's gradient, over ROWS.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(64, 128, generator=generator) * 0.02
@@ -50,7 +50,7 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
         rows: int, base: torch.nn.Module, device: str, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         pair = [torch.nn.Parameter(values.clone().to(device)) for values in (down, up)]
-        optimizer = torch.optim.AdamW(pair, lr=0.1, eps=1.0)  # a large eps: the step follows the gradient's size too
+        optimizer = torch.optim.AdamW(pair, lr=0.1, eps=1.0)  # a large eps: the gradient's size matters, too
         x = inputs[:rows].to(device, dtype).requires_grad_()
         output = base(x) + (x @ pair[0].to(dtype).T) @ pair[1].to(dtype).T
         output.float().square().mean().backward()
@@ -62,13 +62,13 @@ def qlora_step(device: str, dtype: torch.dtype, storage: str) -> float:
     reference = plain("cpu", torch.float32)
     distances = []
     for rows in ROWS:
-        found, wanted = step(rows, base, device, dtype), step(rows, reference, "cpu", torch.float32)
-        distances += [distance(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+        found, expected = step(rows, base, device, dtype), step(rows, reference, "cpu", torch.float32)
+        distances += [distance(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]
     return max(distances)
 
 
 def bfloat16_product(device: str) -> float:
-    """A bfloat16 matrix product of [128, 512] and [512, 128]."""
+    """Compare a bfloat16 matrix product of [128, 512] and [512, 128] with fp32."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(128, 512, generator=generator), torch.randn(512, 128, generator=generator)
     return distance(left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16), left @ right)

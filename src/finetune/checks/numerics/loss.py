@@ -1,4 +1,4 @@
-"""The loss over the vocabulary, which TRL computes in tiles."""
+"""The distance of the loss over the vocabulary, which TRL computes in tiles."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ WIDTH, TOKENS = 128, 256
 
 
 def chunked_loss(device: str, dtype: torch.dtype) -> float:
-    """TRL's loss and its gradient, as its trainer calls it, against plain cross entropy in fp32 on the CPU.
+    """Compare TRL's loss and its gradient, as its trainer calls it, with plain cross entropy in fp32 on the CPU.
 
-    The vocabulary is Mistral's, 32,000 tokens, which fits one of TRL's tiles of 32,768 columns; TRL uses Triton's
-    kernels on CUDA and torch's elsewhere. A third of the labels carry no loss. Returns the worse of the two distances.
+    Mistral's vocabulary of 32,000 tokens fits one of TRL's tiles of 32,768 columns. TRL uses Triton's kernels on CUDA
+    and torch's elsewhere. A third of the labels have no loss. Returns the worse of the two distances.
     """
     shape = MistralConfig(hidden_size=WIDTH, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=0)
     generator = torch.Generator().manual_seed(0)
@@ -30,10 +30,10 @@ def chunked_loss(device: str, dtype: torch.dtype) -> float:
     chunked = copy.deepcopy(plain).to(device, dtype)
     add_fused_lm_head(chunked, outputs=("log_probs", "entropy", "is_top1"))
 
-    wanted = inputs.clone().requires_grad_()
-    reference = plain(inputs_embeds=wanted, labels=labels).loss
+    expected = inputs.clone().requires_grad_()
+    reference = plain(inputs_embeds=expected, labels=labels).loss
     reference.backward()
     found = inputs.to(device, dtype, copy=True).requires_grad_()
     loss = chunked(inputs_embeds=found, labels=labels.to(device), fused_lm_head=True).loss
     loss.backward()
-    return max(distance(loss, reference), distance(found.grad, wanted.grad))
+    return max(distance(loss, reference), distance(found.grad, expected.grad))

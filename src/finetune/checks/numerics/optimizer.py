@@ -1,4 +1,4 @@
-"""Steps of the optimizers that a config may name."""
+"""Distances of the optimizers that a config may name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from finetune.checks.numerics.compare import distance
 
 
 def optimizer_step(name: str, device: str) -> float:
-    """Three steps of the optimizer that the config names, against torch's AdamW in fp32: distance of the movement."""
-    shape = (400, 256)  # bitsandbytes pages from 100,000 values on, and keeps less than 4,096 in 32 bits
+    """Compare the movement of three steps of optimizer `name` with that of torch's AdamW in fp32."""
+    shape = (400, 256)  # bitsandbytes pages 100,000 values or more, and keeps fewer than 4,096 in 32 bits
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    gradient = signs * (0.5 + torch.rand(shape, generator=generator))  # none near 0, which 8 bits cannot hold
+    gradient = signs * (0.5 + torch.rand(shape, generator=generator))  # none near 0, which 8 bits cannot represent
 
     def move(make: type[torch.optim.Optimizer], device: str, **options: Any) -> torch.Tensor:
         weights = torch.nn.Parameter(start.clone().to(device))

@@ -1,4 +1,4 @@
-"""Gradients through layers that are computed again in the backward pass."""
+"""The distance of gradients through layers that are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,12 @@ LAYERS = 2
 
 
 def recomputed_gradient(platform: Platform, lora: LoraConfig) -> float:
-    """The gradient of `lora` on a small random Mistral, all layers computed again, against all of them kept.
+    """Compare the gradients of `lora` on a small random Mistral with all layers recomputed and with none.
 
-    Both in fp32 on the platform's device, from the same random state; 0 where dropout has the same masks.
+    Both in fp32 on the platform's device, from the same random state; 0 if dropout has the same masks.
     """
-    shape = MistralConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    shape = MistralConfig(**sizes, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     base = MistralForCausalLM(shape).to(platform.device)
     model = add_lora(base, lora, seed=0).train()

@@ -1,4 +1,4 @@
-"""Whether the same computation gives the same bits each time."""
+"""Compares the bits of repeated computations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.config.schema import Config
 from finetune.model.attention import register
 from finetune.model.lora import add_lora
 
-# A layer of Mistral-7B over two packed documents: enough that a GPU divides its sums among its blocks.
+# A layer of Mistral-7B over two packed documents: large enough that a GPU divides its sums among blocks.
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 DOCUMENTS = (1500, 2596)
 PASSES = 4
@@ -20,11 +20,11 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 def differing(config: Config, device: str) -> list[str]:
-    """Which results of PASSES equal forward and backward passes differ; empty where all have the same bits.
+    """Return the names of results that differ among PASSES equal forward and backward passes.
 
-    Of attention with its projections, and of a whole decoder layer: its output, and the gradients of its input and of
-    LoRA's weights. With the config's attention, dtype and LoRA, on random weights that are not quantized. Raises
-    ImportError where that attention is not installed.
+    Results are the output and the gradients of input and LoRA weights, of attention with its projections and of a
+    decoder layer, with the config's attention, dtype and LoRA on random unquantized weights. Raises ImportError if that
+    attention is not installed.
     """
     register()
     shape = MistralConfig(
@@ -39,7 +39,7 @@ def differing(config: Config, device: str) -> list[str]:
     packed = ends | {"max_length_k": max(DOCUMENTS), "position_ids": positions, "use_cache": False}
     add_lora(base, config.lora, seed=0).train()
     for name, parameter in base.named_parameters():
-        if "lora_B" in name:  # which begins at 0, and then lets no gradient through
+        if "lora_B" in name:  # 0 at first, which passes no gradient on
             torch.nn.init.normal_(parameter, std=0.02)
 
     attention, asked = base.model.layers[0].self_attn, {}
@@ -60,12 +60,13 @@ def differing(config: Config, device: str) -> list[str]:
 
 
 def _unequal(base: torch.nn.Module, compute: Compute, inputs: torch.Tensor) -> list[str]:
+    """Return the names of the results of `compute` that differ among PASSES passes."""
     first, *others = (_results(base, compute, inputs) for _ in range(PASSES))
     return [name for name in first if not all(torch.equal(first[name], other[name]) for other in others)]
 
 
 def _results(base: torch.nn.Module, compute: Compute, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output and gradients of one pass, by name. Dropout draws the same each time."""
+    """Return output and gradients of one pass, by name; dropout's masks are the same in each."""
     torch.manual_seed(0)
     base.zero_grad()
     x = inputs.clone().requires_grad_()
