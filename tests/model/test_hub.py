@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.config.base_model import MISTRAL
-from finetune.errors import ConfigError
+from finetune.errors import CheckFailed, ConfigError
 from finetune.model import hub
 from support.web import served
 
@@ -249,7 +249,7 @@ class Repositories(BaseHTTPRequestHandler):
     It has one file: run/manifest.json.
     """
 
-    private, writable = True, True
+    private, writable, breaks = True, True, False  # `breaks`: the connection ends when a file is requested
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -257,6 +257,9 @@ class Repositories(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.path.split("?")[0]
         if asked.startswith(f"/{COPIES}/resolve/main/"):
+            if self.breaks:
+                self.close_connection = True
+                return
             there = asked.endswith("/main/run/manifest.json")
             self._answer(200, {"status": "complete"}) if there else self._answer(404, {}, "EntryNotFound")
         elif not asked.startswith(f"/api/models/{COPIES}"):
@@ -297,42 +300,39 @@ PUBLIC = (
     "me/copies is public, and a run contains paths, sample answers and hashes of your data",
     "hf repos settings me/copies --private",
 )
+UNWRITABLE = "me/copies cannot be written: ", f"{hub.GIVE_TOKEN}, of a token that may write"
 
 
 @pytest.mark.parametrize(
-    ("name", "private", "writable", "wrong"),
+    ("name", "settings", "found", "fix"),
     [
-        (COPIES, True, True, None),
-        (COPIES, False, True, PUBLIC),
-        (COPIES, True, False, ("me/copies cannot be written: ", f"{hub.GIVE_TOKEN}, of a token that may write")),
-        ("me/absent", True, True, ABSENT),
+        (COPIES, {"private": False}, *PUBLIC),
+        (COPIES, {"writable": False}, *UNWRITABLE),
+        (COPIES, {"breaks": True}, *UNWRITABLE),
+        ("me/absent", {}, *ABSENT),
     ],
 )
 @pytest.mark.usefixtures("repositories")
 def test_a_repository_for_copies_is_private_and_this_token_may_write_it(
-    name: str, private: bool, writable: bool, wrong: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+    name: str, settings: dict[str, bool], found: str, fix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Repositories, "private", private)
-    monkeypatch.setattr(Repositories, "writable", writable)
-    found = hub.unusable_for_copies(name)
-    if wrong is None:
-        assert found is None
-    else:
-        assert found is not None
-        assert found[0].startswith(wrong[0])
-        assert found[1] == wrong[1]
+    for setting, value in settings.items():
+        monkeypatch.setattr(Repositories, setting, value)
+    with pytest.raises(CheckFailed) as caught:
+        hub.read_for_copies(name, "run/manifest.json")
+    assert caught.value.found.startswith(found)
+    assert caught.value.fix == fix
 
 
 @pytest.mark.usefixtures("repositories")
-def test_a_file_of_a_repository_is_read_where_it_is_there() -> None:
-    assert hub.read_file(COPIES, "run/manifest.json") == b'{"status": "complete"}'
-    assert hub.read_file(COPIES, "run-2/manifest.json") is None
+@pytest.mark.parametrize("read", [hub.read_file, hub.read_for_copies])
+def test_a_file_of_a_repository_is_read_where_it_is_there(read: Callable[[str, str], bytes | None]) -> None:
+    assert read(COPIES, "run/manifest.json") == b'{"status": "complete"}'
+    assert read(COPIES, "run-2/manifest.json") is None
 
 
 def test_a_hub_that_does_not_answer_is_no_place_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    found = hub.unusable_for_copies(COPIES)
-    assert found is not None
-    assert found[0].startswith("me/copies cannot be written: ")
-    assert "refused" in found[0]
+    with pytest.raises(CheckFailed, match=r"^me/copies cannot be written: .*refused"):
+        hub.read_for_copies(COPIES, "run/manifest.json")

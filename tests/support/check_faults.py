@@ -213,9 +213,8 @@ def copy_of_another_run(bench: Bench) -> None:
 
 
 def copy_of_another_run_on_the_hub(bench: Bench) -> None:
-    bench.patch.setattr(paths.hub, "unusable_for_copies", {"me/copies": None}.__getitem__)
     there = {("me/copies", "demo-cpu/manifest.json"): b'{"starts": [{"started": "yesterday"}]}'}
-    bench.patch.setattr(paths.hub, "read_file", lambda *asked: there[asked])
+    bench.patch.setattr(paths.hub, "read_for_copies", lambda *asked: there[asked])
     bench.set("output.copy_to=hf://me/copies")
 
 

@@ -148,10 +148,11 @@ def _copy(preflight: Preflight) -> Finding:
     if target is None:
         return skipped("output.copy_to is null")
     run = find_run(preflight.config, fresh=False)[0]
-    problem = _unwritable(target.path) if isinstance(target, copies.Folder) else hub.unusable_for_copies(target.id)
+    problem = _unwritable(target.path) if isinstance(target, copies.Folder) else None
     if problem:
-        return failed(problem[0], problem[1])
-    if not copies.same_run(run, target.manifest(run.name)):
+        return failed(*problem)
+    there = target.check(run.name) if isinstance(target, copies.Repository) else target.manifest(run.name)
+    if not copies.same_run(run, there):
         fix = f"{target.back(run)}, which resumes that one, or --set tracking.run_name=NAME"
         return failed(f"{target.place(run.name)} contains another run", fix)
     if isinstance(target, copies.Repository):

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from finetune.cli import advice
-from finetune.errors import ConfigError
+from finetune.errors import CheckFailed, ConfigError
 from finetune.files import read_json
 from finetune.wording import first_line
 
@@ -115,8 +115,11 @@ def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]
     return 200, "ok"
 
 
-def unusable_for_copies(repository: str) -> tuple[str, str] | None:
-    """What is wrong with a repository that a run is to be copied to, and what to type; None if nothing is."""
+def read_for_copies(repository: str, path: str) -> bytes | None:
+    """Return a file of a repository that runs are copied to; None if it is not there.
+
+    Raises CheckFailed if the repository is public, cannot be written, or the Hub does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -124,16 +127,17 @@ def unusable_for_copies(repository: str) -> tuple[str, str] | None:
     try:
         private = api.model_info(repository, timeout=PROBE_SECONDS).private
         api.auth_check(repository, write=True)
+        content = read_file(repository, path) if private else None
     except RepositoryNotFoundError:
         found = f"{repository} does not exist on the Hub, or this token cannot see it"
-        return found, f"hf repos create {repository} --private, or {GIVE_TOKEN}"
+        raise CheckFailed(found, f"hf repos create {repository} --private, or {GIVE_TOKEN}") from None
     except Exception as error:  # noqa: BLE001  # each version of huggingface_hub has another HTTP client
         found = f"{repository} cannot be written: {first_line(error)}"
-        return found, f"{GIVE_TOKEN}, of a token that may write"
+        raise CheckFailed(found, f"{GIVE_TOKEN}, of a token that may write") from None
     if not private:
         found = f"{repository} is public, and a run contains paths, sample answers and hashes of your data"
-        return found, f"hf repos settings {repository} --private"
-    return None
+        raise CheckFailed(found, f"hf repos settings {repository} --private")
+    return content
 
 
 def read_file(repository: str, path: str) -> bytes | None:

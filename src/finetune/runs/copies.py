@@ -94,8 +94,11 @@ class Repository:
 
     def manifest(self, name: str) -> dict[str, Any]:
         """The manifest of the run called `name` there; empty if there is none. Raises what huggingface_hub raises."""
-        content = hub.read_file(self.id, f"{name}/{MANIFEST}")
-        return {} if content is None else dict(json.loads(content))
+        return json.loads(hub.read_file(self.id, f"{name}/{MANIFEST}") or b"{}")  # type: ignore[no-any-return]
+
+    def check(self, name: str) -> dict[str, Any]:
+        """The same manifest. Raises CheckFailed if the repository cannot take copies, or the Hub does not answer."""
+        return json.loads(hub.read_for_copies(self.id, f"{name}/{MANIFEST}") or b"{}")  # type: ignore[no-any-return]
 
     def put(self, snapshot: Path, name: str) -> None:
         """Upload `snapshot` in place of the previous copy. Raises OSError and what huggingface_hub raises."""
