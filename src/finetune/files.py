@@ -8,8 +8,9 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune.errors import ConfigError
@@ -118,11 +119,14 @@ def share(folder: Path) -> None:
             path.chmod(mode)
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Seal `folder`: record every file's sha256 and `facts` such as step, eval_loss and fingerprint; share it."""
+def seal(folder: Path, facts: dict[str, Any], hashed: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Seal `folder`: record every file's sha256 and `facts` such as step, eval_loss and fingerprint; share it.
+
+    `hashed` has the sha256 of files that the caller has already hashed, by name in `folder`.
+    """
     share(folder)
-    files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    files.pop(SEAL, None)
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {name: hashed.get(name) or sha256(folder / name) for name in names if name != SEAL}
     content = {**facts, "files": files}
     write_json(folder / SEAL, {**content, "sha256": _digest(content)})
 

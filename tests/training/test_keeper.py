@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl
 
+from finetune import files
 from finetune.errors import DiskFull
-from finetune.files import read_seal, seal_facts
+from finetune.files import read_seal, sha256
 from finetune.runs.checkpoints import saved
 from finetune.runs.folder import Run
 from finetune.training.keeper import Keeper
@@ -62,12 +63,24 @@ def test_the_best_adapter_is_kept_at_once_also_between_two_saves(keeper: Keeper)
     assert [path.name for path in keeper.run.checkpoints.iterdir()] == ["best"]
 
 
-def test_what_describes_the_best_adapter_is_sealed_with_it(keeper: Keeper) -> None:
-    keeper.describe = lambda folder, facts: folder.joinpath("README.md").write_text(f"{facts['eval_loss']}") and None
+def test_what_describes_the_best_adapter_is_sealed_with_it(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256(path)
+
+    def describe(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+        (folder / "README.md").write_text(f"{facts['eval_loss']}")
+        return {"adapter_model.safetensors": sha256(folder / "adapter_model.safetensors")}
+
+    monkeypatch.setattr(files, "sha256", counted)
+    keeper.describe = describe
     evaluated(keeper, 100, 2.0)
+    assert hashed == ["README.md"]  # the adapter was hashed for its description
     best = keeper.run.checkpoints / "best"
     assert (best / "README.md").read_text() == "2.0"
-    assert sorted(seal_facts(best)["files"]) == ["README.md", "adapter_model.safetensors"]
+    assert sorted(read_seal(best)["files"]) == ["README.md", "adapter_model.safetensors"]
 
 
 def test_a_new_keeper_knows_the_best_adapter_of_the_one_before(keeper: Keeper) -> None:

@@ -58,15 +58,17 @@ def write_adapter(
     return found
 
 
-def describe_best(job: Job, manifest: Manifest, folder: Path, facts: dict[str, Any]) -> None:
+def describe_best(job: Job, manifest: Manifest, folder: Path, facts: dict[str, Any]) -> dict[str, str]:
     """Write tokenizer and model card into the folder of the best adapter so far; then it can be used by itself.
 
-    `facts` has its step and eval_loss.
+    `facts` has its step and eval_loss. Returns the sha256 of the weights by file name, for the folder's seal.
     """
     job.tokenizer.save_pretrained(folder)
-    best = {"best_step": facts["step"], "eval_loss": facts["eval_loss"], "adapter_sha256": sha256(folder / WEIGHTS)}
+    digest = sha256(folder / WEIGHTS)
+    best = {"best_step": facts["step"], "eval_loss": facts["eval_loss"], "adapter_sha256": digest}
     card = model_card(job.config, manifest.document("interrupted") | best)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    return {WEIGHTS: digest}
 
 
 def _reject(run: Run, partial: Path, found: SelfTest) -> SelfTestFailed:

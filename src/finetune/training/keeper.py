@@ -31,7 +31,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         """`facts` go into every seal: the run's fingerprint, and what replaces `auto`."""
         self.run, self.facts, self.keep = run, facts, keep
         self.save_seconds = math.inf if save_minutes is None else 60 * save_minutes
-        self.describe: Callable[[Path, dict[str, Any]], None] | None = None  # adds to a best adapter's folder
+        self.describe: Callable[[Path, dict[str, Any]], dict[str, str]] | None = None  # export.describe_best
         self._saved = 0.0
         self.eval_losses: dict[int, float] = {}
         folder = run.checkpoints / BEST
@@ -69,9 +69,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         shutil.rmtree(partial, ignore_errors=True)
         with room_for(self.run.checkpoints, adapter_bytes(model)):
             model.save_pretrained(partial, save_embedding_layers=False)
-            if self.describe is not None:
-                self.describe(partial, facts)
-            seal(partial, facts)
+            hashed = {} if self.describe is None else self.describe(partial, facts)
+            seal(partial, facts, hashed)
             replace_best(self.run.checkpoints, partial)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
