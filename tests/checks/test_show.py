@@ -85,6 +85,24 @@ def test_the_tally_counts_each_status() -> None:
     assert tally([]) == "0 passed, 0 warnings, 0 failed, 0 skipped"
 
 
+def test_a_warning_that_the_plan_has_shown_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings = [
+        result("plan.steps", "warn", "10 steps of 2; too few steps", "--set a=1"),
+        result("plan.hours", "warn", "too long", "--set b=2"),
+        result("gpu.processes", "warn", "1 other program", "kill 4711"),
+    ]
+    monkeypatch.setattr(show, "run", lambda *_: iter(warnings))
+    plan = SimpleNamespace(problems=["too few steps; --set a=1", "rows are padded; --set c=3"])
+    preflight: Any = SimpleNamespace(config=SimpleNamespace(platform="cpu"), plan=plan)
+    stream = io.StringIO()
+    show.require_checks(preflight, frozenset(), False, Terminal(stream=stream))
+    assert stream.getvalue() == (
+        "  WARN  plan.hours               too long\n                                 -> --set b=2\n"
+        "  WARN  gpu.processes            1 other program\n                                 -> kill 4711\n"
+        "checks: 0 passed, 3 warnings, 0 failed, 0 skipped\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("ids", "end"),
     [(["a.b"], "fix it, or skip it with --skip a.b"), (["a.b", "c.d"], "fix them, or skip them with --skip a.b,c.d")],

@@ -26,7 +26,7 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
     results: list[Result] = []
     for result in run(chosen, preflight):
         results.append(result)
-        if result.status == "warn":
+        if result.status == "warn" and not _in_plan(result, preflight):
             show_result(terminal, result)
         following = [check.id for check in chosen[len(results) :]]
         terminal.status(f"checks: {len(results)} of {len(chosen)}", *following[:1])
@@ -38,6 +38,13 @@ def require_checks(preflight: Preflight, skipped: frozenset[str], dry_run: bool,
         fix = f"fix {them}, or skip {them} with --skip {','.join(result.id for result in failed)}"
         raise CheckFailed("\n".join([f"checks: {len(failed)} failed", *lines]), fix, between="\n")
     return results
+
+
+def _in_plan(result: Result, preflight: Preflight) -> bool:
+    """Whether the plan, which is printed before the checks, has the same warning."""
+    if not result.id.startswith("plan."):
+        return False
+    return any(f"{result.detail}; {result.fix}".endswith(problem) for problem in preflight.plan.problems)
 
 
 def show_result(terminal: Terminal, result: Result) -> None:
