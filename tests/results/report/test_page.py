@@ -81,6 +81,12 @@ def test_with_several_files_each_shows_its_weight_and_a_bad_row_its_file(tmp_pat
     assert page.order("/data/b.jsonl 1,200 rows, weight 1.5, sha256", "/data/b.jsonl, line 7: not JSON")
 
 
+def test_a_bad_row_of_an_older_manifest_is_shown_without_its_file(tmp_path: Path) -> None:
+    counts = {"train": rows(100, dropped_bad=[{"line": 7, "found": "not JSON"}]), "validation": rows(10)}
+    page = Reader(report_page.write(make_run(tmp_path / "run", manifest(rows=counts))))
+    assert "Dropped as bad line 7: not JSON" in page.text
+
+
 def test_the_page_has_one_link_and_no_scripts_or_requests(complete: Path) -> None:
     page = Reader(report_page.write(complete))
     assert page.links == [f"https://huggingface.co/{MISTRAL}"]

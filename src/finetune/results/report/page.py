@@ -93,7 +93,7 @@ def _report(run: Evidence) -> dict[str, Any]:
         "earlier": run.samples[:-1],
         "counts": _counts(run),
         "files": [{"name": name, **entry} for name, entry in (run.get("data") or {}).items()],
-        "bad_rows": [entry for name in SPLITS for entry in run.get("rows", name, "dropped_bad") or []],
+        "bad_rows": [_place(entry) for name in SPLITS for entry in run.get("rows", name, "dropped_bad") or []],
         "most_bad": MOST_BAD,
         "histogram": _histogram(run),
         "plan_and_actual": _plan_and_actual(run),
@@ -140,6 +140,11 @@ def _counts(run: Evidence) -> list[tuple[str, ...]]:
         if any(values):
             table.append((title, *(f"{value:,}" for value in values)))
     return table
+
+
+def _place(bad: dict[str, Any]) -> str:
+    """Return where a bad row is and what is wrong with it; manifests of earlier versions do not name the file."""
+    return ", ".join([*filter(None, [bad.get("file")]), f"line {bad['line']}: {bad['found']}"])
 
 
 def _share(run: Evidence, split: str) -> str:
