@@ -63,6 +63,10 @@ def main() -> None:
         terminal.status(f"reading {config.dataset.train_files_named}")
         terminal.decision("data", f"{config.dataset.train_files_named}; {preflight.prepared.split_reason}")
         terminal.table("plan", plan_lines(preflight.plan), preflight.plan.problems)
+        if run is not None and not options.resume_changed:
+            from finetune.runs import manifest
+
+            manifest.refuse_changes(run, config, preflight.prepared)
         results = require_checks(preflight, skipped, options.dry_run, terminal)
         if run is not None:
             looked = {"skipped_checks": sorted(skipped), "same_bits": same_bits(results)}

@@ -560,6 +560,7 @@ def test_a_changed_learning_rate_is_refused_on_resume_with_the_difference(
         f"  changed since checkpoint-{interrupted.step}: config.training.learning_rate: 0.001 -> 0.0003\n"
         "--fresh starts a new run, --resume-changed resumes anyway\n"
     )
+    assert "checks: " not in done.stdout  # refused before they run
     assert names(command.output / "run-2" / "checkpoints") == interrupted.checkpoints()  # nothing was set aside
 
 

@@ -14,7 +14,7 @@ import pytest
 from finetune.errors import CheckFailed, ConfigError
 from finetune.files import read_seal, seal, write_json
 from finetune.runs.checkpoints import replace_best, saved
-from finetune.runs.resume import apply, decide
+from finetune.runs.resume import apply, decide, refuse_changes
 from finetune.terminal import Terminal
 from support.as_nobody import as_nobody
 from support.sealed import (
@@ -124,6 +124,21 @@ def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path: Path) -> None:
 
 
 # --- what changed since
+
+
+def test_a_start_is_refused_early_only_if_no_checkpoint_has_its_fingerprint(tmp_path: Path) -> None:
+    refuse_changes(tmp_path, FINGERPRINT)
+    older, newer = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    seal(newer, {"step": 8, "fingerprint": {"lr": 0.3}})
+    refuse_changes(tmp_path, FINGERPRINT)
+    with pytest.raises(ConfigError) as refused:
+        refuse_changes(tmp_path, {"lr": 0.2})
+    assert str(refused.value) == (
+        "config: 1 problem\n  changed since checkpoint-8: lr: 0.3 -> 0.2\n"
+        "--fresh starts a new run, --resume-changed resumes anyway"
+    )
+    (older / "sha256.json").write_text("{}", encoding="utf-8")
+    refuse_changes(tmp_path, {"lr": 0.2})  # a damaged seal is left to `decide`
 
 
 def test_a_change_is_refused_unless_it_is_accepted_and_then_the_best_adapter_is_not_used(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
 from finetune.machine.platforms import LIBRARIES, PLATFORMS
 from finetune.model import hub
-from finetune.runs import receipt, warm_start
+from finetune.runs import receipt, resume, warm_start
 from finetune.runs.checkpoints import saved, step_of
 from finetune.runs.folder import MANIFEST, METRICS, Run, read_manifest
 from finetune.runs.receipt import base_model
@@ -67,6 +67,15 @@ def fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
     known = {"config": tree, "tokens": tokens, "versions": versions(), "base_weights": weights}
     known["init_adapter"] = warm_start.digest(config)
     return known | PLATFORMS[config.platform].environment
+
+
+def refuse_changes(run: Run, config: Config, prepared: Prepared) -> None:
+    """Raise ConfigError if the fingerprint differs from that of every checkpoint of `run`.
+
+    If a library is missing, there is none: the checks report that.
+    """
+    with suppress(importlib.metadata.PackageNotFoundError):
+        resume.refuse_changes(run.checkpoints, fingerprint(config, prepared))
 
 
 def describe(config: Config, prepared: Prepared, hardware: dict[str, Any]) -> dict[str, Any]:

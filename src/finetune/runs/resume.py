@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,20 @@ def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
     return Decision(checkpoints, checkpoint, changes, *lists, seal_facts(left).get("used") if left else None)
 
 
+def refuse_changes(checkpoints: Path, fingerprint: dict[str, Any]) -> None:
+    """Raise ConfigError if every checkpoint has another fingerprint, so that no start can resume without changes.
+
+    Reads only the seals, so it takes no time; `decide` also looks for damage.
+    """
+    sealed = [folder for folder in saved(checkpoints) if (folder / SEAL).is_file()]
+    try:
+        found = [tuple(differences(seal_facts(folder)["fingerprint"], fingerprint)) for folder in sealed]
+    except ValueError:  # a damaged seal, which `decide` reports
+        return
+    if found and all(found):
+        raise _changed(sealed[-1], found[-1])
+
+
 def _any_sealed(checkpoints: Path) -> bool:
     """Whether any checkpoint was ever complete: one without a seal was killed during its save, maybe the first."""
     folders = [*saved(checkpoints), *checkpoints.glob(f"{ASIDE}checkpoint-*")]
@@ -108,9 +122,12 @@ def _refuse(decision: Decision, accept_changes: bool) -> None:
     if decision.nothing_whole:
         raise CheckFailed(f"no checkpoint in {decision.checkpoints} is intact", "--fresh starts a new run")
     if decision.checkpoint and decision.changes and not accept_changes:
-        problems = (f"changed since {decision.checkpoint.name}: {change}" for change in decision.changes)
-        fix = "--fresh starts a new run, --resume-changed resumes anyway"
-        raise ConfigError(*problems, fix=fix, between="\n")
+        raise _changed(decision.checkpoint, decision.changes)
+
+
+def _changed(checkpoint: Path, changes: Sequence[str]) -> ConfigError:
+    problems = (f"changed since {checkpoint.name}: {change}" for change in changes)
+    return ConfigError(*problems, fix="--fresh starts a new run, --resume-changed resumes anyway", between="\n")
 
 
 def best_step(folder: Path) -> int:
