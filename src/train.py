@@ -94,7 +94,7 @@ def train(preflight: Preflight, run: Run, looked: dict[str, Any], accept_changes
     tracking = trackers.make_trackers(config, run, terminal)
 
     terminal.status(f"loading {config.model.name}")
-    job = training_job.load_job(run, config, prepared, terminal)
+    job = training_job.load_job(run, config, prepared, terminal.report())
     untrained = self_test.before_training(job.model)
     outlook = rehearsal.look_ahead(job, decision, steps, "rehearsal" in looked["skipped_checks"], terminal)
     manifest.write_config(run, config, prepared)

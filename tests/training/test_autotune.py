@@ -24,9 +24,10 @@ from finetune.terminal import Terminal
 from finetune.training import autotune
 from finetune.training.autotune import Variant
 from finetune.training.job import Job
-from finetune.training.rehearsal import look_ahead
+from finetune.training.rehearsal import look_ahead, rehearse
 from finetune.training.trainer import Trainer, train
-from support.rehearsals import attributes, loaded, rehearsed
+from finetune.wording import Report
+from support.rehearsals import PLENTY_GIB, attributes, loaded, rehearsed
 from support.steps import BFLOAT16
 from support.training import FINGERPRINT, Case, adapter_weights, same
 
@@ -90,6 +91,16 @@ def test_a_path_that_is_right_and_faster_is_used_and_the_table_says_so(case: Cas
     )
     assert found.as_dict()["variants"][1]["verdict"] == "25 % faster; used"
     assert fused.row() == (LORA_NAME, f"{fused.tokens_per_second:>6,.0f} tokens/s            25 % faster; used")
+
+
+def test_each_variant_that_is_tried_is_reported_with_its_seconds_and_peak(case: Case) -> None:
+    config, said = case.config(*LORA), list[str]()
+    job = Job(case.run, config, case.data(config), loaded(config), case.tokenizer, Report(said.append))
+    rehearse(job, case.run.folder / "rehearsal", PLENTY_GIB)
+    figures = [re.sub(r"in \d+ s, peak \d+\.\d GiB$", "in N s, peak N GiB", line) for line in said]
+    tried = PLAIN_NAME, LORA_NAME, LORA_NAME
+    expected = [line for name in tried for line in (f"rehearsing {name}", f"rehearsed {name} in N s, peak N GiB")]
+    assert figures == [*expected, "rehearsing a resume from its checkpoint"]
 
 
 def test_the_row_of_a_device_that_measures_again_has_gib() -> None:

@@ -67,7 +67,7 @@ def _rehearsal(preflight: Preflight) -> Finding:
     fetch = hub.fetch_command(model.name, model.revision)
     if hub.missing_weights(resolve(config.model.name)):
         return failed("neither the base nor the demo's is here", f"{PYTHON} scripts/make_demo_model.py, or {fetch}")
-    found = _rehearsed(Preflight(config, preflight.machine))
+    found = _rehearsed(Preflight(config, preflight.machine, report=preflight.report))
     return warned(f"the base is not here yet, and the demo's was rehearsed in its place: {found}", fetch)
 
 
@@ -77,7 +77,7 @@ def _rehearsed(preflight: Preflight) -> str:
 
     config = preflight.config
     folder = resolve(config.output.dir) / f".rehearsal-{os.getpid()}"
-    job = load_job(Run(folder, False, None), config, preflight.prepared)
+    job = load_job(Run(folder, False, None), config, preflight.prepared, preflight.report)
     found = rehearse(job, folder, capacity_gib(preflight.platform))
     partial = check_budget(config.training, found.schedule, found.pace, elapsed=0)
     fused = f"fused paths: {in_words(used(found.config, job.geometry))}" if left_open(config) else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,7 +20,8 @@ from finetune.errors import CheckFailed, Diverged
 from finetune.machine.device import forget_memory, peak_memory_gib, synchronize
 from finetune.plan.automatic import FUSED, PLAIN, in_words, left_open, settled, used
 from finetune.training.recompute import checkpoint_first
-from finetune.training.short_training import MemoryEnds, Stage, zero_gradients
+from finetune.training.short_training import MemoryEnds, Stage, Trial, zero_gradients
+from finetune.wording import duration
 
 WITHOUT_DROPOUT, WITH_DROPOUT, COMPUTED_AGAIN = range(3)  # the first passes over the micro-batch; the others are timed
 TIMED = 3  # the fastest counts
@@ -76,11 +77,14 @@ class Variant:
 
 def variant(stage: Stage, seconds: float | None, peak_gib: float | None, verdict: str) -> Variant:
     """Return the row of `stage`, computed from the seconds of its micro-batch."""
-    values, total = used(stage.config, stage.job.geometry), stage.job.geometry.num_hidden_layers
-    name = f"{in_words(values)}; {stage.layers} of {total} layers checkpointed"
     speed = None if seconds is None else round(stage.tokens / seconds, 1)
     known = peak_gib is not None and stage.job.platform.peak_begins_anew
-    return Variant(name, speed, round(peak_gib, 3) if known and peak_gib else None, verdict)
+    return Variant(_name(stage), speed, round(peak_gib, 3) if known and peak_gib else None, verdict)
+
+
+def _name(stage: Stage) -> str:
+    values, total = used(stage.config, stage.job.geometry), stage.job.geometry.num_hidden_layers
+    return f"{in_words(values)}; {stage.layers} of {total} layers checkpointed"
 
 
 class Passes(TrainerCallback):  # type: ignore[misc]
@@ -139,6 +143,19 @@ def _gradient(weight: torch.Tensor) -> torch.Tensor:
     """Copy the gradient to host memory; zeros if a broken path produced none."""
     found = torch.zeros_like(weight) if weight.grad is None else weight.grad
     return found.detach().to("cpu", copy=True)
+
+
+Tried = TypeVar("Tried", Passes, Trial)
+
+
+def tried(stage: Stage, train: Callable[[Stage], Tried]) -> Tried:
+    """Return the result of `train`; report the variant before, and the duration and the peak memory after it."""
+    name, report, started = _name(stage), stage.job.report, time.monotonic()
+    report.progress(f"rehearsing {name}")
+    found = train(stage)
+    seconds = time.monotonic() - started
+    report.progress(f"rehearsed {name} in {duration(seconds)}, peak {found.peak_gib:.1f} GiB")
+    return found
 
 
 def measure(stage: Stage) -> Passes:
@@ -236,7 +253,7 @@ class _Search:
 
     def __init__(self, stage: Stage, variants: list[Variant]) -> None:
         self.stage, self.variants = stage, variants
-        self.plain = self.best = measure(stage)
+        self.plain = self.best = tried(stage, measure)
         variants.append(variant(stage, self.plain.seconds, self.plain.peak_gib, "baseline"))
 
     def tries(self, changes: dict[str, bool]) -> bool:
@@ -263,7 +280,7 @@ class _Search:
 def _attempt(stage: Stage) -> tuple[Passes | None, str]:
     """Return the passes, or (None, why there are none)."""
     try:
-        return measure(stage), ""
+        return tried(stage, measure), ""
     except (MemoryEnds, CheckFailed, Diverged) as error:
         return None, error.found
 

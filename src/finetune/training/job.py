@@ -32,18 +32,19 @@ from finetune.training.samples import Sampler, make_questions
 from finetune.training.stopper import Stopper, TimeBudget
 from finetune.training.trackers import Trackers
 from finetune.training.trainer import Examples, Trainer, Watchers, evaluates_first, make_trainer
-from finetune.wording import SILENT
+from finetune.wording import SILENT, Report
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one training needs."""
+    """Everything that one training needs; `report` receives the progress of long work before its first step."""
 
     run: Run
     config: Config
     prepared: Prepared
     model: PeftModel
     tokenizer: PreTrainedTokenizerFast
+    report: Report = SILENT
 
     @property
     def platform(self) -> Platform:
@@ -104,17 +105,17 @@ class Job:
         return Watchers(keeper, stopper, progress, sampler, None if copies is None else Copier(copies, keeper))
 
 
-def load_job(run: Run, config: Config, prepared: Prepared, terminal: Terminal | None = None) -> Job:
-    """Load base and tokenizer, with progress on `terminal`.
+def load_job(run: Run, config: Config, prepared: Prepared, report: Report = SILENT) -> Job:
+    """Load base and tokenizer.
 
     Raises OutOfResource with the smallest change that fits, and CheckFailed.
     """
     platform = PLATFORMS[config.platform]
     prepare_device(platform)
-    report = terminal.report() if terminal else SILENT
     with _memory_explained(config):
         model = load.load_model(config, platform.device, report)
-    return Job(run, config, prepared, model, load.make_tokenizer(prepared.chat, config.dataset.padding_side))
+    tokenizer = load.make_tokenizer(prepared.chat, config.dataset.padding_side)
+    return Job(run, config, prepared, model, tokenizer, report)
 
 
 def _memory_explained(config: Config) -> AbstractContextManager[None]:

@@ -28,7 +28,7 @@ from finetune.plan.schedule import Pace, Schedule, check_budget, seconds_since_s
 from finetune.runs.folder import Run
 from finetune.runs.resume import Decision
 from finetune.terminal import Terminal
-from finetune.training.autotune import Variant, choose, variant
+from finetune.training.autotune import Variant, choose, tried, variant
 from finetune.training.job import Job
 from finetune.training.short_training import MemoryEnds, Stage, Trial
 from finetune.training.trainer import is_over
@@ -169,6 +169,7 @@ def rehearse(
             tuned, variants = choose(stage.of(settled(config, {key: before[key] for key in FUSED} if before else {})))
             trials = Trials(stage.of(tuned))
             choice = _settle(trials, before["checkpointed_layers"] if before else None)
+            job.report.progress("rehearsing a resume from its checkpoint")
             trials.stage.load_back(trials.last.watch)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -206,7 +207,7 @@ class Trials:
 
     def require(self, layers: int) -> Trial:
         """Train with that many layers checkpointed. Raises MemoryEnds."""
-        trial = self._of(layers).train()
+        trial = tried(self._of(layers), Stage.train)
         for earlier in self.made.values():
             earlier.watch.saved = None  # frees host memory; its checkpoint was overwritten
         self.made[layers] = trial
