@@ -133,72 +133,97 @@ def make_plan(
 
     Memory is enough if the peak is within free memory and, on a Mac, within `working_set_gib`.
     """
-    training, train, validation = config.training, data.train, data.validation
-    steps_per_epoch, steps = count_steps(config, data.sequences)
-    platform = PLATFORMS[config.platform]
-    limits = memory_limits(platform, machine, working_set_gib)
-    choice = by_formula(config, geometry, min(limits.values(), default=platform.memory_gib), BEFORE)
+    limits = memory_limits(PLATFORMS[config.platform], machine, working_set_gib)
+    layers = by_formula(config, geometry, min(limits.values(), default=PLATFORMS[config.platform].memory_gib), BEFORE)
     speed = throughput.find(config, geometry)
-    config = settled(config, {"checkpointed_layers": choice.layers})
-    parts = memory_parts(config, geometry)
-    room = config.model.max_seq_length * data.sequences if training.packing else data.batch_tokens
-    evaluations = 1 + math.ceil(steps / training.eval_steps)  # before the first step, and always after the last
+    config = settled(config, {"checkpointed_layers": layers.layers})
     plan = Plan(
-        rows_train=train.rows,
-        rows_validation=validation.rows,
-        rows_evaluated=data.evaluated_rows,
-        tokens_train=train.tokens,
-        supervised_tokens_train=train.supervised_tokens,
-        rows_truncated=train.truncated + validation.truncated,
-        rows_dropped=sum(map(_dropped, (train, validation))),
-        sequences_train=data.sequences,
-        packing_efficiency=round(train.tokens / room, 4),
-        effective_batch_size=config.effective_batch_size,
-        steps_per_epoch=steps_per_epoch,
-        steps=steps,
-        warmup_steps=math.ceil(steps * training.warmup_ratio),
-        evaluations=evaluations,
-        tokens_evaluated=evaluations * data.evaluated_tokens,
-        checkpoints=math.ceil(steps / training.save_steps),
-        peak_memory_gib=round(sum(parts.values()), 2),
-        memory_parts={name: round(gib, 3) for name, gib in parts.items()},
-        memory_available_gib=_rounded(memory_available_gib(platform, machine)),
-        disk_gib=round(disk_bytes(config, geometry, train.tokens + validation.tokens) / GIB, 2),
+        **_rows(data),
+        **_schedule(config, data),
+        **_memory(config, geometry, machine, working_set_gib),
+        checkpointed_layers=layers.layers,
+        checkpointed_from=layers.reason,
+        disk_gib=round(disk_bytes(config, geometry, data.train.tokens + data.validation.tokens) / GIB, 2),
         hours=None,
-        certificate={
+        cost_per_hour=config.tracking.cost_per_hour,
+        problems=[],
+    )
+    plan = dataclasses.replace(plan, **_hours(plan, config, geometry, machine, speed))
+    return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
+
+
+def _rows(data: Data) -> dict[str, Any]:
+    """The plan's figures of rows, tokens and certificate."""
+    train, validation = data.train, data.validation
+    return {
+        "rows_train": train.rows,
+        "rows_validation": validation.rows,
+        "rows_evaluated": data.evaluated_rows,
+        "tokens_train": train.tokens,
+        "supervised_tokens_train": train.supervised_tokens,
+        "rows_truncated": train.truncated + validation.truncated,
+        "rows_dropped": _dropped(train) + _dropped(validation),
+        "certificate": {
             "rows": train.certified + validation.certified,
             "of": train.encoded + validation.encoded,
             "mismatches": 0,
         },
-        problems=[],
-        checkpointed_layers=choice.layers,
-        checkpointed_from=choice.reason,
-        cost_per_hour=config.tracking.cost_per_hour,
-        working_set_gib=_rounded(working_set_gib),
-        specified_memory_gb=platform.specified_memory_gb,
-    )
-    if speed is not None:
-        hours = round(_hours(plan, config, speed), 4)
-        plan = dataclasses.replace(plan, hours=hours, hours_from=_source(speed))
-    elif platform.expectation and geometry == MISTRAL_7B:
-        plan = _with_expectation(plan, config, platform.expectation, machine)
-    return dataclasses.replace(plan, problems=_problems(plan, config, compare(config, geometry, limits)))
+    }
+
+
+def _schedule(config: Config, data: Data) -> dict[str, Any]:
+    """The plan's figures of sequences, steps, evaluations and checkpoints."""
+    training = config.training
+    steps_per_epoch, steps = count_steps(config, data.sequences)
+    evaluations = 1 + math.ceil(steps / training.eval_steps)  # before the first step, and always after the last
+    room = config.model.max_seq_length * data.sequences if training.packing else data.batch_tokens
+    return {
+        "sequences_train": data.sequences,
+        "packing_efficiency": round(data.train.tokens / room, 4),
+        "effective_batch_size": config.effective_batch_size,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "warmup_steps": math.ceil(steps * training.warmup_ratio),
+        "evaluations": evaluations,
+        "tokens_evaluated": evaluations * data.evaluated_tokens,
+        "checkpoints": math.ceil(steps / training.save_steps),
+    }
+
+
+def _memory(config: Config, geometry: Geometry, machine: Machine, working_set_gib: float | None) -> dict[str, Any]:
+    """The plan's figures of expected and available memory, GiB."""
+    parts, platform = memory_parts(config, geometry), PLATFORMS[config.platform]
+    return {
+        "peak_memory_gib": round(sum(parts.values()), 2),
+        "memory_parts": {name: round(gib, 3) for name, gib in parts.items()},
+        "memory_available_gib": _rounded(memory_available_gib(platform, machine)),
+        "working_set_gib": _rounded(working_set_gib),
+        "specified_memory_gb": platform.specified_memory_gb,
+    }
 
 
 def _dropped(rows: RowCounts) -> int:
     return rows.dropped_long + rows.dropped_without_loss + rows.dropped_bad + rows.dropped_duplicates
 
 
-def _hours(plan: Plan, config: Config, speed: throughput.Throughput) -> float:
-    """Training at the measured speed, plus evaluations if their speed was measured."""
+def _hours(
+    plan: Plan, config: Config, geometry: Geometry, machine: Machine, speed: throughput.Throughput | None
+) -> dict[str, Any]:
+    """The plan's hours at the measured `speed`, else those expected on the platform; empty if neither is known.
+
+    If the speed of evaluations was not measured, the hours do not include them.
+    """
+    expected = PLATFORMS[config.platform].expectation
+    if speed is None:
+        return _expected_hours(plan, config, expected, machine) if expected and geometry == MISTRAL_7B else {}
     seconds = _tokens(plan, config) / speed.tokens_per_second
     if speed.eval_tokens_per_second is not None:
         seconds += plan.tokens_evaluated / speed.eval_tokens_per_second
-    return seconds / 3600
+    return {"hours": round(seconds / 3600, 4), "hours_from": _source(speed)}
 
 
-def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> Plan:
-    """The plan with the hours of its training, padding included, and of its evaluations."""
+def _expected_hours(plan: Plan, config: Config, expected: Expectation, machine: Machine) -> dict[str, Any]:
+    """The expected hours (least, most) of training, padding included, and of evaluations."""
     cores = machine.gpu_cores or expected.gpu_cores
     share = cores / expected.gpu_cores if cores and expected.gpu_cores else 1.0
     slow, fast = (share * speed for speed in expected.tokens_per_second)
@@ -208,11 +233,10 @@ def _with_expectation(plan: Plan, config: Config, expected: Expectation, machine
     padding = "" if config.training.packing else " with padding"
     speeds = f"{slow:,.0f}-{fast:,.0f} tokens/s{padding}"
     evaluating = f"{EVALUATION_SPEED * slow:,.0f}-{EVALUATION_SPEED * fast:,.0f} in evaluations"
-    return dataclasses.replace(
-        plan,
-        hours_expected=(round(hours / fast, 4), round(hours / slow, 4)),
-        hours_expected_from=f"{speeds} and {evaluating}, by arithmetic{what}, not measured",
-    )
+    return {
+        "hours_expected": (round(hours / fast, 4), round(hours / slow, 4)),
+        "hours_expected_from": f"{speeds} and {evaluating}, by arithmetic{what}, not measured",
+    }
 
 
 def _tokens(plan: Plan, config: Config) -> float:
