@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from finetune.config.load import ROOT
-from finetune.files import GIB
+from finetune.files import GIB, read_json
 from finetune.plan.memory import PARTS, lora_parameters, memory_parts, moments, peak_gib
 from finetune.plan.model_shape import MISTRAL_7B, Geometry
 from support.plans import load
 
 EMBEDDING = 32_000 * 4096
 LINEAR = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+RESULTS = ROOT / "benchmarks" / "results"
 BOUND = 0.02  # of what is measured; docs/measured.md says so
 
 
@@ -267,6 +268,16 @@ def test_mps_keeps_the_attention_weights_in_float32() -> None:
 def test_the_interpreter_counts_where_memory_is_the_machines_own() -> None:
     assert "program" not in at("loss")
     assert at("loss", platform="m4")["program"] == 0.56
+
+
+def test_the_demos_expected_peak_is_within_a_tenth_of_every_resident_peak_measured() -> None:
+    demo = load_benchmark().DEMO
+    expected = peak_gib(load(platform="cpu"), demo)
+    (resident,) = sorted(RESULTS.glob("*-resident-*.json"))[-1:]
+    (quickstart,) = sorted(RESULTS.glob("*-quickstart-*.json"))[-1:]
+    runs = [read_json(quickstart)[name]["run"]["peak_memory_gib"] for name in ("first", "again")]
+    for measured_gib in (read_json(resident)["resident"]["resident_gib"], *runs):
+        assert expected == pytest.approx(measured_gib, rel=0.1)
 
 
 def test_the_peak_is_the_largest_moment_and_all_its_parts_are_named() -> None:

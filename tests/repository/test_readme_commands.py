@@ -115,6 +115,7 @@ RULES: dict[str, Here | By | Needs] = {
         "test_the_nightly_line_says_what_was_tried_what_was_lost_and_how_long_it_took"),
     ".venv/bin/python benchmarks/quickstart.py": Needs(IDLE),
     ".venv/bin/python benchmarks/prepare_data.py --rows 100000 --repeats 2": Needs(IDLE),
+    ".venv/bin/python benchmarks/resident.py": Needs(IDLE),
     ".venv/bin/python benchmarks/startup.py --rounds 3": Needs(IDLE),
     ".venv/bin/python benchmarks/trainer_overhead.py": Needs(IDLE),
     ".venv/bin/python benchmarks/memory.py": By("tests/plan/test_memory.py", '"benchmarks" / "memory.py"'),

@@ -66,8 +66,7 @@ class Platform:
     variables: tuple[tuple[str, str], ...] = ()
     memory_gib: float = 0.0  # 0 for the CPU, which every machine has
     specified_memory_gb: tuple[int, int] | None = None
-    # Resident, on Linux: the smallest program_gib in benchmarks/results. The rest is pages of the model's file, which
-    # the system can drop, and freed memory that malloc keeps.
+    # Before training, on Linux: the smallest program_gib that benchmarks/memory.py measured.
     program_gib: float = 0.56
     loading_gib: float = 0.0
     expectation: Expectation | None = None
@@ -163,6 +162,9 @@ PLATFORMS = {
             attentions=("sdpa",),
             any_base=True,
             compiles=True,
+            # The demo's resident peak, 3.43 to 3.74 GiB (resident and quickstart in benchmarks/results), minus 1.81 of
+            # tensors. 0.7 of it are pages of libraries, which the system can drop; the rest is anonymous.
+            program_gib=1.7,
             mac_lock="m4",
         ),
     )
