@@ -23,7 +23,6 @@ import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 0.10  # of the measured peak
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 SETTINGS = ("training.max_steps=2", "training.eval_steps=2", "training.save_steps=2", "dataset.sample_prompts=[]")
 
 
@@ -68,9 +67,8 @@ def main() -> int:
         "tensors_gib": round(tensors_gib, 3),
         "program_gib": round(peak_gib - tensors_gib, 3),
     }
-    document = {**machine.describe("benchmarks/resident.py", PACKAGES), "resident": result}
+    document = machine.record(options.output, "benchmarks/resident.py", machine.PACKAGES, resident=result)
     print(json.dumps(document, indent=2))
-    machine.write(document, options.output)
     return 0 if abs(plan["peak_memory_gib"] / peak_gib - 1) <= BOUND else 1
 
 
