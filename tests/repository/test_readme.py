@@ -158,8 +158,9 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
             f"{found['first']['run']['peak_memory_gib']} GiB resident with all libraries"
         ),
     ),
-    ("resident peak of the demo's training", lambda found: "{resident_gib:.2f} GiB, at most {anonymous_gib:.2f} anonymous "
-        "and {file_gib:.2f} of files; {planned_gib:.2f} GiB".format(**found["resident"])),
+    ("resident peak of the demo's training", lambda found:
+        "{resident_gib:.2f} GiB, at most {anonymous_gib:.2f} anonymous and {file_gib:.2f} of files; {planned_gib:.2f} GiB"
+        .format(**found["resident"])),
     ("eval_loss of the demo", lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"])),
     ("preparing 100,000 rows", prepared("ours")),
     ("the same with every row compared", prepared("ours, every row compared")),
