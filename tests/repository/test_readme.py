@@ -63,6 +63,13 @@ def span(values: Iterable[float], form: str) -> str:
     return f"{low:{form}} to {high:{form}}"
 
 
+def resident(found: Document) -> str:
+    """Resident memory of the demo's training by benchmarks/resident.py."""
+    measured = found["resident"]
+    parts = f"at most {measured['anonymous_gib']:.2f} anonymous and {measured['file_gib']:.2f} of files"
+    return f"{measured['resident_gib']:.2f} GiB, {parts}; {measured['planned_gib']:.2f} GiB"
+
+
 def prepared(variant: str) -> Callable[[Document], str]:
     """Seconds of one variant of benchmarks/prepare_data.py, its rows a second beside TRL's, and its memory."""
 
@@ -158,9 +165,7 @@ FIGURES: list[tuple[str, Callable[..., str]]] = [
             f"{found['first']['run']['peak_memory_gib']} GiB resident with all libraries"
         ),
     ),
-    ("resident peak of the demo's training", lambda found:
-        "{resident_gib:.2f} GiB, at most {anonymous_gib:.2f} anonymous and {file_gib:.2f} of files; {planned_gib:.2f} GiB"
-        .format(**found["resident"])),
+    ("resident peak of the demo's training", resident),
     ("eval_loss of the demo", lambda found: "{eval_loss_before:.2f}, {eval_loss:.2f}".format(**found["first"]["run"])),
     ("preparing 100,000 rows", prepared("ours")),
     ("the same with every row compared", prepared("ours, every row compared")),
