@@ -26,7 +26,7 @@ import psutil
 from finetune.files import ROOT
 
 if TYPE_CHECKING:
-    from finetune.data.encode import Certificate
+    from finetune.data.certificate import Certificate
 
 MAX_SEQ_LENGTH = 4096
 VARIANTS = (

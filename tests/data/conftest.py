@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import encode
+from finetune.data import certificate, encode
 from finetune.data import prepare as prepare_module
 from finetune.data.tokenizer import Chat, load_chat
 from support.conversations import chatml_tokenizer
@@ -17,7 +17,7 @@ from support.prepared import Case, numbered, the_chat, the_reference, write
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(prepare_module, "load_chat", the_chat)
     monkeypatch.setattr(encode, "load_chat", the_chat)
-    monkeypatch.setattr(encode, "Reference", the_reference)
+    monkeypatch.setattr(certificate, "Reference", the_reference)
     return Case(tmp_path)
 
 

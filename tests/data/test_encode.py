@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data import encode, encoded_file
+from finetune.data import certificate, digests, encode, encoded_file, workers
 from finetune.data import prepare as prepare_module
-from finetune.data.encode import Certificate, Encoder, Statistics, truncate, with_system_prompt
+from finetune.data.certificate import Certificate
+from finetune.data.encode import Encoder, truncate, with_system_prompt
+from finetune.data.split import Statistics
 from finetune.data.template import IGNORED, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference
 from finetune.errors import CheckFailed, DataError, OutOfResource
@@ -215,7 +217,7 @@ def test_a_dropped_row_and_the_configs_own_prompt_are_not_counted_for_control_to
 @given(texts=st.tuples(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127))))
 def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[str, str]) -> None:
     slow = conversation(*(f"\u00a0{text}\u00a0" for text in texts))
-    assert encode._folded_digests(conversation(*texts)) == encode._folded_digests(slow)
+    assert digests.folded_digests(conversation(*texts)) == digests.folded_digests(slow)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_the_fast_way_for_ascii_and_the_other_tell_the_same_copies(texts: tuple[
     ids=["later turns", "system message", "forms", "case", "no system message", "punctuation", "other ends"],
 )
 def test_openings_are_alike_up_to_the_first_answer(one: Messages, other: Messages, alike: bool) -> None:
-    assert (encode._folded_digests(one)[1] == encode._folded_digests(other)[1]) == alike
+    assert (digests.folded_digests(one)[1] == digests.folded_digests(other)[1]) == alike
 
 
 # --- the certificate
@@ -249,7 +251,7 @@ class LyingReference(Reference):
 
 
 def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "Reference", LyingReference)
+    monkeypatch.setattr(certificate, "Reference", LyingReference)
     statistics = two_files.prepare(replace(RECIPE, certificate=False)).statistics
     assert (statistics["train"].certified, statistics["validation"].certified) == (0, 0)
 
@@ -257,7 +259,7 @@ def test_without_the_certificate_no_row_is_compared(two_files: Case, monkeypatch
 def test_a_row_with_other_tokens_than_mistral_common_fails_by_file_and_line(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "Reference", LyingReference)
+    monkeypatch.setattr(certificate, "Reference", LyingReference)
     write(two_files.train, *numbered(2), "", *numbered(3, start=2))
     last = length(numbered(1, start=2)[0]) - 1
     assert two_files.failure(CheckFailed, replace(RECIPE, certificate=True)) == (
@@ -283,7 +285,7 @@ def test_the_certificate_finds_any_difference(monkeypatch: pytest.MonkeyPatch, c
         def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
             return change(*super().encode(messages))
 
-    monkeypatch.setattr(encode, "Reference", Different)
+    monkeypatch.setattr(certificate, "Reference", Different)
     outcome = Encoder(replace(RECIPE, certificate="every_row")).encode([(3, json.dumps({"messages": SHORT}).encode())])
     assert outcome.mismatch == f"3: token {told}"
 
@@ -302,7 +304,7 @@ def test_a_row_of_which_the_saved_tokenizer_makes_other_ids_fails_the_certificat
     )
 
 
-def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], certificate: Certificate = True) -> list[int]:
+def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], compare: Certificate = True) -> list[int]:
     """The lines of `rows` that an encoder compares."""
     seen: list[Messages] = []
 
@@ -311,10 +313,10 @@ def compared_lines(monkeypatch: pytest.MonkeyPatch, rows: list[Messages], certif
             seen.append(messages)
             return the_reference().encode(messages)
 
-    monkeypatch.setattr(encode, "Reference", Watching)
+    monkeypatch.setattr(certificate, "Reference", Watching)
     monkeypatch.setattr(encode, "load_chat", the_chat)
     lines = [(number, json.dumps({"messages": messages}).encode()) for number, messages in enumerate(rows, 1)]
-    chunk = Encoder(replace(RECIPE, certificate=certificate)).encode(lines).rows
+    chunk = Encoder(replace(RECIPE, certificate=compare)).encode(lines).rows
     assert (len(chunk.lines), chunk.compared.sum()) == (len(rows), len(seen))
     return [rows.index(messages) + 1 for messages in seen]
 
@@ -336,7 +338,7 @@ def test_the_certificate_compares_every_row_that_is_unusual_for_a_tokenizer(
     monkeypatch: pytest.MonkeyPatch, unusual: Messages
 ) -> None:
     rows = [conversation("a", "b"), unusual]
-    assert [digest % 20 for digest in map(encode._digest, rows)].count(0) == 0
+    assert [digest % 20 for digest in map(digests.content_digest, rows)].count(0) == 0
     assert compared_lines(monkeypatch, rows) == [2]
     assert compared_lines(monkeypatch, rows, "every_row") == [1, 2]
     assert compared_lines(monkeypatch, rows, False) == []
@@ -352,7 +354,8 @@ def test_of_the_usual_rows_the_certificate_compares_one_in_twenty_chosen_by_cont
 
 
 def test_the_sample_has_rows_of_both_sides_of_a_split() -> None:
-    sampled = [digest for digest in map(encode._digest, numbered(600)) if digest % encode.SAMPLED_ONE_IN == 0]
+    found = map(digests.content_digest, numbered(600))
+    sampled = [digest for digest in found if digest % certificate.SAMPLED_ONE_IN == 0]
     assert 0 < sum(digest < 2**63 for digest in sampled) < len(sampled)
 
 
@@ -389,11 +392,11 @@ def test_one_process_and_two_workers_make_the_same_rows(case: Case, monkeypatch:
     rows[10] = "not JSON"
     write(case.train, *rows)
     prepared = []
-    for workers, chunk_lines in ((0, 256), (2, 64)):
+    for processes, chunk_lines in ((0, 256), (2, 64)):
         monkeypatch.setattr(encoded_file, "CHUNK_LINES", chunk_lines)  # more chunks than may wait for two workers
-        case.cache = case.folder / f"cache-{workers}"
+        case.cache = case.folder / f"cache-{processes}"
         prepared.append(
-            case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=workers)
+            case.prepare(replace(RECIPE, max_seq_length=24, certificate=True), on_bad_row="drop", workers=processes)
         )
     assert prepared[0].statistics["train"].dropped_bad == 2
     assert prepared[0].tokens == prepared[1].tokens
@@ -453,9 +456,9 @@ def test_a_worker_that_is_killed_is_told_as_want_of_memory(monkeypatch: pytest.M
         def submit(self, *arguments: Any) -> None:
             raise BrokenProcessPool
 
-    monkeypatch.setattr(encode, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Broken)
     with pytest.raises(OutOfResource) as failure:
-        list(encode.encode_batches(iter([[(1, b"{}")]]), RECIPE, 2))
+        list(workers.encode_batches(iter([[(1, b"{}")]]), RECIPE, 2))
     assert str(failure.value) == (
         "a process that encodes rows was killed, probably out of memory; free some memory and try again"
     )
@@ -475,7 +478,7 @@ def test_rows_of_a_chunk_are_cut_as_one_row_is(rows: list[list[tuple[int, bool]]
         ends = np.cumsum([length for length, _ in turns]).tolist()
         ids = list(range(ends[-1]))
         encoded.append(Encoded(ids, ids, [end for end, (_, with_loss) in zip(ends, turns, strict=True) if with_loss]))
-    facts = encode.Facts(0, 0, 0, False)
-    chunk = encode._chunk([encode.Row(1, bytes(16), [], facts, [])] * len(rows), encoded, [False] * len(rows))
+    parsed = [encode.Row(1, bytes(16), [], 0, 0, 0, False, [])] * len(rows)
+    chunk = encode.make_chunk(parsed, encoded, [False] * len(rows))
     cut = [truncate(row, limit) for row in encoded]
     assert chunk.kept(limit).tolist() == [len(row.input_ids) if row else 0 for row in cut]

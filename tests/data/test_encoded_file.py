@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from finetune import files
-from finetune.data import encode, encoded_file
+from finetune.data import encode, encoded_file, workers
 from finetune.data import prepare as prepare_module
 from finetune.data.tokenizer import Chat
 from finetune.errors import DataError
@@ -47,7 +47,7 @@ def no_encoder(*_: Any) -> None:
 def test_a_second_time_the_rows_come_from_the_cache(two_files: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     write(two_files.train, SHORT, TWO_TURNS, "{}")
     first = two_files.prepare(packing=True, on_bad_row="drop")
-    monkeypatch.setattr(encode, "Encoder", no_encoder)
+    monkeypatch.setattr(workers, "Encoder", no_encoder)
     assert same(two_files.prepare(packing=True, on_bad_row="drop"), first)
     assert len(two_files.caches()) == 2
 
@@ -57,7 +57,7 @@ def test_the_same_content_in_another_place_comes_from_the_cache(
 ) -> None:
     two_files.prepare()
     moved = shutil.copy(two_files.train, two_files.folder / "moved.jsonl")
-    monkeypatch.setattr(encode, "Encoder", no_encoder)
+    monkeypatch.setattr(workers, "Encoder", no_encoder)
     assert two_files.prepare(train_file=str(moved)).files["train"]["path"] == str(moved)
 
 
@@ -82,7 +82,7 @@ def test_another_length_or_split_encodes_no_row_again(
     afresh = Case(two_files.folder)
     afresh.cache = two_files.folder / "another-cache"
     wanted = afresh.prepare(recipe, **of_dataset)
-    monkeypatch.setattr(encode, "Encoder", no_encoder)
+    monkeypatch.setattr(workers, "Encoder", no_encoder)
     found = two_files.prepare(recipe, **of_dataset)
     assert same(found, wanted)
     assert len(two_files.caches()) == 2
@@ -123,7 +123,7 @@ def test_another_tokenizer_or_template_makes_new_entries(two_files: Case, monkey
     assert len(two_files.caches()) == 4
 
 
-@pytest.mark.parametrize("name", ["template.py", "tokenizer.py", "jsonl.py", "encode.py", "store.py"])
+@pytest.mark.parametrize("name", ["template", "tokenizer", "jsonl", "digests", "certificate", "encode", "store"])
 def test_changed_code_makes_new_entries(two_files: Case, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     two_files.prepare()
     code = two_files.folder / "code"
@@ -131,7 +131,8 @@ def test_changed_code_makes_new_entries(two_files: Case, monkeypatch: pytest.Mon
     monkeypatch.setattr(encoded_file, "__file__", str(code / "encoded_file.py"))
     two_files.prepare()
     assert len(two_files.caches()) == 2
-    (code / name).write_text((code / name).read_text() + "\n# another version\n")
+    with (code / f"{name}.py").open("a") as module:
+        module.write("\n# another version\n")
     two_files.prepare()
     assert len(two_files.caches()) == 4
 
@@ -202,10 +203,10 @@ def test_rows_of_a_damaged_entry_are_not_taken(two_files: Case, monkeypatch: pyt
 def test_a_crash_midway_leaves_nothing_in_the_cache(
     two_files: Case, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    encode_batches = encode.encode_batches
+    encode_batches = workers.encode_batches
 
-    def crash(batches: Any, recipe: Any, workers: int) -> Iterator[Any]:
-        yield from encode_batches(batches, recipe, workers)
+    def crash(*arguments: Any) -> Iterator[Any]:
+        yield from encode_batches(*arguments)
         assert [name for name in two_files.caches() if name.endswith(".partial")]
         raise error
 
@@ -220,8 +221,8 @@ def test_a_crash_midway_leaves_nothing_in_the_cache(
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_kept(
     two_files: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def changed(batches: Any, recipe: Any, workers: int) -> Iterator[Any]:
-        for outcome in encode.encode_batches(batches, recipe, workers):
+    def changed(*arguments: Any) -> Iterator[Any]:
+        for outcome in workers.encode_batches(*arguments):
             with two_files.train.open("a") as stream:
                 stream.write(json.dumps({"messages": numbered(1, start=7)[0]}) + "\n")
             yield outcome
@@ -319,10 +320,10 @@ def test_packing_is_no_part_of_the_cache(two_files: Case) -> None:
 
 
 def test_workers_are_the_cores_this_process_may_use_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded_file.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert encoded_file.worker_count() == 3
-    monkeypatch.setattr(encoded_file.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
-    assert encoded_file.worker_count() == 8
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert workers.worker_count() == 3
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
+    assert workers.worker_count() == 8
 
 
 def test_of_a_new_key_in_each_row_only_some_are_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from finetune import files
-from finetune.data import encode
+from finetune.data import workers
 from finetune.data.jsonl import convert_command
 from finetune.data.template import Messages
 from finetune.errors import ConfigError, DataError
@@ -248,9 +248,7 @@ def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pyte
     monkeypatch.setattr(files, "ROOT", case.folder)
     write(case.train, *numbered(40))
     prepared = case.prepare(train_file="train.jsonl", validation_file="data/processed/val.jsonl", validation_split=0.1)
-    assert prepared.split_reason == (
-        "data/processed/val.jsonl is not there: 10% of the rows, chosen by content, are held out"
-    )
+    assert prepared.split_reason == ("no data/processed/val.jsonl: 10% of the rows, chosen by content, are held out")
     assert len(prepared.validation.lengths)
 
 
@@ -268,7 +266,7 @@ def test_another_absent_validation_file_is_a_config_error(case: Case) -> None:
     write(case.train, *numbered(5))
     absent = case.folder / "absent.jsonl"
     assert case.failure(ConfigError, validation_file=str(absent)) == (
-        f"config: 1 problem\n  dataset.validation_file: {absent}: not there; set a file that is, or null for a split"
+        f"config: 1 problem\n  dataset.validation_file: no file {absent}; name an existing file, or null for a split"
     )
 
 
@@ -577,7 +575,7 @@ def test_each_file_is_encoded_once_whatever_its_weight_and_company(
     several: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several.prepare(**named(several, "a.jsonl", "b.jsonl"))
-    monkeypatch.setattr(encode, "Encoder", None)
+    monkeypatch.setattr(workers, "Encoder", None)
     several.prepare(**named(several, ("b.jsonl", 1.5)))
     several.prepare(**named(several, ("b.jsonl", 2), ("a.jsonl", 0.1)))
     assert len(several.caches()) == 2

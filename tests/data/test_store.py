@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import encode
-from finetune.data.store import SCHEMA, EncodedFile, EncodedFiles, Rows, Split, from_arrow, histogram, to_arrow
+from finetune.data.split import Split, histogram
+from finetune.data.store import SCHEMA, EncodedFile, EncodedFiles, Rows, from_arrow, to_arrow
 from finetune.data.template import IGNORED, Encoded, Messages
 from support.conversations import conversation
 from support.prepared import Case, contents, numbered, write
@@ -92,11 +93,11 @@ def written(folder: Path, rows: list[tuple[int, list[int]]], chunk_rows: int) ->
     path = folder / "rows.arrow"
     with pa.ipc.new_file(str(path), SCHEMA) as writer:
         for start in range(0, len(rows), chunk_rows):
-            part = [encode.Row(line, bytes(16), [], encode.Facts(7, 8, 9, False), ["id"]) for line, _ in rows][
+            part = [encode.Row(line, bytes(16), [], 7, 8, 9, False, ["id"]) for line, _ in rows][
                 start : start + chunk_rows
             ]
             encoded = [Encoded(ids, labeled(ids), [len(ids)]) for _, ids in rows[start : start + chunk_rows]]
-            writer.write_batch(to_arrow(encode._chunk(part, encoded, [True] * len(part))))
+            writer.write_batch(to_arrow(encode.make_chunk(part, encoded, [True] * len(part))))
     file = EncodedFile(path, "rows.jsonl")
     split = Split(EncodedFiles([file]))
     for first, batch in zip(file.starts, file.batches, strict=False):

@@ -16,7 +16,7 @@ import pytest
 
 from finetune.config import load as config_load
 from finetune.config.load import ROOT
-from finetune.data.encode import Statistics
+from finetune.data.split import Statistics
 from finetune.machine.inspect import Machine
 from finetune.plan.model_shape import MISTRAL_7B
 from finetune.plan.plan import Data, Plan, count_steps, disk_bytes, make_plan

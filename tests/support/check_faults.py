@@ -21,7 +21,7 @@ from finetune.checks import host, paths, preflight
 from finetune.checks.device import REPEATABLE
 from finetune.checks.numerics import linear, loss, optimizer
 from finetune.cli import PYTHON
-from finetune.data import encode, template, tokenizer
+from finetune.data import certificate, template, tokenizer
 from finetune.data.jsonl import convert_command
 from finetune.files import write_json
 from finetune.machine.inspect import Machine
@@ -737,7 +737,7 @@ FAULTS = (
                "/bench/val.jsonl:1",
                "remove them from one"), exit_code=4),
     fault("a row has other tokens than Mistral's", "m4",
-          lambda b: b.patch.setattr(encode, "Reference", OtherReference),
+          lambda b: b.patch.setattr(certificate, "Reference", OtherReference),
           fail("data.rows", "certificate: /bench/train.jsonl:1: token 22 is the end, mistral-common says 2+",
                "Report this row: no run may start on it.")),
     fault("many rows are too long", "cpu", lambda b: b.set("model.max_seq_length=32"),

@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 GUIDING = {
     "config": ["finetune.config.yaml_file", "finetune.config.problems", "finetune.config.load"],
-    "jsonl": ["finetune.data.jsonl", "finetune.data.encode", "finetune.data.tokenizer"],
+    "jsonl": [f"finetune.data.{name}" for name in ("jsonl", "encode", "digests", "certificate", "tokenizer")],
     "planted": ["support.planted"],
 }
 

@@ -11,9 +11,9 @@ import pytest
 
 from finetune.config.schema import DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import Place, Recipe
+from finetune.data.encode import Recipe
 from finetune.data.prepare import Prepared, prepare
-from finetune.data.store import Rows
+from finetune.data.store import Place, Rows
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Reference, load_chat
 from finetune.wording import Report

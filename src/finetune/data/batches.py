@@ -1,4 +1,4 @@
-"""How heavy the batches of a run are: the worst one, and all of them together. Tokens are counted with padding."""
+"""Count the tokens, with padding, of a run's largest batch and of all its batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from finetune.data.prepare import Prepared
 
 @dataclass(frozen=True)
 class Load:
-    """One split's examples as the trainer batches them.
+    """The tokens in the batches of one split.
 
-    `worst` are the indices of the heaviest batch and `worst_tokens` what it holds; `tokens` is what all batches of an
-    epoch hold, on average where they are drawn at random.
+    `worst` are the example indices of the largest batch and `worst_tokens` its tokens; `tokens` are those of all
+    batches of an epoch, on average if examples are drawn at random.
     """
 
     worst: list[int]
@@ -23,7 +23,7 @@ class Load:
 
 
 def example_lengths(prepared: Prepared) -> np.ndarray:
-    """Tokens of each training example, [examples]: of a packed sequence, or of a row."""
+    """Tokens of each training example (a packed sequence or a row), [examples]."""
     lengths = prepared.train.lengths
     if prepared.sequences is None:
         return lengths
@@ -31,10 +31,10 @@ def example_lengths(prepared: Prepared) -> np.ndarray:
 
 
 def train_load(lengths: np.ndarray, batch_size: int, flat: bool) -> Load:
-    """Batches drawn at random from examples of `lengths` tokens, laid end to end where `flat`, else padded.
+    """The load of batches drawn at random from examples of `lengths` tokens, concatenated if `flat`, else padded.
 
-    A padded batch of b rows has b times the tokens of its longest. Of n rows in ascending order that one is among the
-    first i with probability C(i, b) / C(n, b): then all b are.
+    A padded batch of b rows has b times the tokens of its longest. Of n rows in ascending order, the longest of the
+    batch is among the first i with probability C(i, b) / C(n, b), because then all b are.
     """
     worst = _longest(lengths, batch_size)
     if flat:
@@ -47,7 +47,7 @@ def train_load(lengths: np.ndarray, batch_size: int, flat: bool) -> Load:
 
 
 def validation_load(lengths: np.ndarray, batch_size: int) -> Load:
-    """Padded batches in the order of the rows."""
+    """The load of padded batches in row order."""
     worst = _longest(lengths, batch_size)
     batches = (lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size))
     return Load(worst, _padded(lengths[worst]), sum(map(_padded, batches)))

@@ -1,4 +1,4 @@
-"""What takes long to make, on disk: sealed folders, checked when opened, made by one process, the newest kept."""
+"""A cache on disk: sealed folders, verified when opened, made by one process at a time; only the newest are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTIAL, DAMAGED = ".partial", ".damaged"
 
 @dataclass(frozen=True)
 class Cache:
-    """The entries in `folder` whose names begin with `prefix`, each holding `what`; the newest `kept` stay."""
+    """The entries in `folder` whose names start with `prefix` and which contain `what`; the newest `kept` are kept."""
 
     folder: Path
     report: Report = SILENT
@@ -31,14 +31,14 @@ class Cache:
     what: str = "encoded rows"
 
     def folder_of(self, key: str) -> Path:
-        """The folder of an entry, made or not."""
+        """The folder of an entry, which may not exist yet."""
         return self.folder / f"{self.prefix}{key}"
 
     def entry(self, key: str, fill: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-        """The folder of `key` and its facts. Where it is not there, or not as it was sealed, `fill` makes both.
+        """The folder and facts of `key`. If they are missing or damaged, `fill` makes them.
 
-        `fill` writes into the empty folder that it gets. Another process that makes an entry is waited for. Raises
-        OutOfResource where the disk is full.
+        `fill` writes into an empty folder and returns the facts. Waits for another process that is making an entry.
+        Raises OutOfResource if the disk is full.
         """
         folder = self.folder_of(key)
         facts = _facts(folder)[0]
@@ -48,11 +48,11 @@ class Cache:
                 facts = self._set_aside_if_damaged(folder)
                 if facts is None:
                     facts = self._make(folder, fill)
-        os.utime(folder)  # the newest are those used last
+        os.utime(folder)  # the newest are the most recently used
         return folder, facts
 
-    def whole(self, start: str) -> list[tuple[Path, dict[str, Any]]]:
-        """Folder and facts of each entry whose key begins with `start`, but for damaged ones."""
+    def undamaged(self, start: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Folder and facts of each undamaged entry whose key starts with `start`."""
         folders = [path for path in self._entries() if path.name.startswith(f"{self.prefix}{start}")]
         found = [(path, _facts(path)[0]) for path in folders if path.suffix not in (PARTIAL, DAMAGED)]
         return [(path, facts) for path, facts in found if facts is not None]
@@ -81,7 +81,7 @@ class Cache:
         return facts
 
     def _make(self, folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Make an entry, whole or not at all, and remove what is old. The lock is ours: partial ones are nobody's."""
+        """Make a complete entry or none, and remove old ones. We hold the lock, so partial ones are stale."""
         for stale in self.folder.glob(f"{self.prefix}*{PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=True)
         partial = folder.with_name(f"{folder.name}{PARTIAL}")
@@ -102,7 +102,7 @@ class Cache:
         return seal_facts(folder)
 
     def _entries(self) -> list[Path]:
-        """The newest first; damaged ones, too."""
+        """All entries, including damaged ones, the newest first."""
         found = [path for path in self.folder.glob(f"{self.prefix}*") if path.is_dir()]
         return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
@@ -114,7 +114,7 @@ class Cache:
 
 
 def _facts(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """The facts of an entry whose every file has the sum that was sealed; else None, and what is wrong, if anything."""
+    """(facts, "") of an undamaged entry, (None, "") of a missing one, (None, problem) of a damaged one."""
     if not folder.exists():
         return None, ""
     try:
@@ -124,7 +124,7 @@ def _facts(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _sync(folder: Path) -> None:
-    """Force the files of a folder to the disk, so that no crash leaves a sealed entry with holes."""
+    """Flush a folder's files to disk, so no crash leaves a sealed entry with holes."""
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""Several rows in one training sequence, and batches of them, without one row seeing another."""
+"""Pack several rows into one training sequence, and collate batches, so that no row sees another."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from finetune.data.template import IGNORED
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows to sequences by best-fit decreasing: longest rows first, each into the fullest sequence that still takes it.
+    """Pack rows into sequences by best-fit decreasing: the longest first, each into the fullest sequence it fits in.
 
-    `lengths`: tokens of each row, none over `capacity`. Returns the row indices of each sequence, in file order.
-    Best fit is found in the bits of one integer (bit k set: some sequence has k tokens free), so a row costs one shift.
+    `lengths` are the tokens of each row, at most `capacity`. Returns the row indices of each sequence, in file order.
+    One integer finds the best fit (bit k is set if some sequence has k tokens free), so a row costs one shift.
     """
     sequences: list[list[int]] = []
     with_free: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -39,11 +39,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Collator:
     """Makes a batch of tensors from examples of `Rows.dataset`.
 
-    Packed examples (those with `seq_lengths`) become one sequence [1, tokens] where `flat`, else one sequence an
-    example, [sequences, tokens], padded to the longest. Their position ids start again at each row, and there is no
-    attention mask: that is how transformers and flash-attn know where a row ends. A padding token is a row of its own.
-    Other examples are padded to the longest, [rows, tokens], on the tokenizer's `padding_side`. `lines` of the batch
-    names its rows as file:line, `tokens` counts them without padding.
+    Packed examples (with `seq_lengths`) become one sequence [1, tokens] if `flat`, otherwise one sequence per example,
+    padded to the longest, [sequences, tokens]. Their position ids restart at each row, and there is no attention mask:
+    that is how transformers and flash-attn know where a row ends. Each padding token is a separate row.
+    Other examples are padded to the longest, [rows, tokens], on the tokenizer's `padding_side`. In the batch, `lines`
+    are the rows' file:line, and `tokens` counts tokens without padding.
     """
 
     def __init__(self, tokenizer: Any, flat: bool) -> None:

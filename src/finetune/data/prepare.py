@@ -1,8 +1,7 @@
-"""The data a run trains on: files -> checked, split and encoded rows, through a cache -> datasets for the trainer.
+"""Prepare a run's data: files -> validated, encoded rows in the cache -> splits of truncated rows.
 
-A stream from end to end: encoded rows come in file order and are written at once, whole; then they are read again from
-a memory map, cut and divided. So memory does not grow with the data but for a few numbers a row, and another length or
-split encodes nothing.
+Everything is streamed: rows are encoded in file order and written complete, then read through a memory map, truncated
+and split. So memory grows only by a few numbers per row, and another length or split encodes nothing again.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ import numpy as np
 
 from finetune.config.schema import DEFAULT_VALIDATION_FILE, DatasetConfig
 from finetune.data.cache import Cache
-from finetune.data.encode import Chunk, Place, Recipe, Statistics
+from finetune.data.encode import Chunk, Recipe
 from finetune.data.encoded_file import ROWS, Encoding, Source, count_keys, recipe_key
 from finetune.data.formats import foreign
 from finetune.data.formats.containers import iconv
 from finetune.data.jsonl import open_lines
 from finetune.data.packing import pack
 from finetune.data.selection import Selection, select
-from finetune.data.store import EncodedFile, EncodedFiles, Rows, Split, first_pair, from_arrow
+from finetune.data.split import Split, Statistics, count_leaks, first_pair
+from finetune.data.store import EncodedFile, EncodedFiles, Place, Rows, from_arrow
 from finetune.data.tokenizer import Chat, load_chat
 from finetune.errors import ConfigError, DataError
 from finetune.files import resolve, sha256
@@ -39,9 +39,8 @@ SAMPLED_FROM_BYTES = 1_000_000  # below this, comparing every row with mistral-c
 class Prepared:
     """Train and validation rows, ready for the trainer.
 
-    `validation` has dataset.max_validation_rows of the held-out rows; `statistics` counts all of them. `files` and
-    `tokens` are what the manifest records of them; `whole` is what the receipt does: `Split.whole` of each split,
-    which does not depend on the length.
+    `validation` has at most dataset.max_validation_rows rows; `statistics` counts all. The manifest records `files`
+    and `tokens`; the receipt records `whole` (`Split.whole` of each split), which does not depend on max_seq_length.
     """
 
     train: Rows
@@ -56,7 +55,7 @@ class Prepared:
 
 
 class DataFile(NamedTuple):
-    """A file of the data: its name in the manifest, its split, and how often its rows are trained on."""
+    """A data file: its name in the manifest, its split, and how often its rows are used."""
 
     name: str
     split: str
@@ -65,7 +64,7 @@ class DataFile(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """What the cache has of a data file."""
+    """A data file and its entry in the cache."""
 
     file: DataFile
     sha256: str
@@ -76,11 +75,11 @@ class _Entry(NamedTuple):
 def prepare(
     dataset: DatasetConfig, recipe: Recipe, packing: bool, cache: Cache, workers: int | None = None
 ) -> Prepared:
-    """Read, check, split and encode the data, or take all that from the cache.
+    """Validate, encode and split the data; take what the cache has from there.
 
-    `workers` None takes as many processes as pay. Raises ConfigError (a file is absent), DataError (bad rows, an empty
-    split, a row in train and validation both, a file that changes meanwhile), OutOfResource (disk, memory) and
-    CheckFailed (a row's tokens are not mistral-common's, or not the saved tokenizer's).
+    `workers` None chooses the number of processes. Raises ConfigError (a missing file), DataError (bad rows, an empty
+    split, a row in both train and validation, a file that changes while it is read), OutOfResource (disk, memory) and
+    CheckFailed (a row's tokens differ from mistral-common's or the saved tokenizer's).
     """
     files, split_reason = _files(dataset)
     if dataset.rows_read:
@@ -96,7 +95,7 @@ def prepare(
         encoding = Encoding(Source(file.split, file.path, digest, max_rows), recipe, workers, keeping_all, key)
         folder, facts = keeping_all.entry(encoding.key(), encoding.fill)
         entries.append(_Entry(file, digest, EncodedFile(folder / ROWS, str(file.path)), facts))
-    splits, rows = _divided(entries, recipe, dataset)
+    splits, rows = _make_splits(entries, recipe, dataset)
     _refuse_bad_rows(entries, splits, dataset)
     tokens = {name: split.close() for name, split in splits.items()}
     _check_splits(splits, entries, dataset.max_rows)
@@ -115,7 +114,7 @@ def prepare(
 
 
 def _files(dataset: DatasetConfig) -> tuple[list[DataFile], str]:
-    """The training files in their order, then the validation file if there is one; and why there is or is none."""
+    """The training files in order, then the validation file if there is one; and how validation rows are chosen."""
     train = []
     for number, file in enumerate(dataset.train_files, 1):
         path = resolve(file.path)
@@ -130,20 +129,20 @@ def _files(dataset: DatasetConfig) -> tuple[list[DataFile], str]:
         reason = f"validation rows are those of {dataset.validation_file}"
         return [*train, DataFile("validation", "validation", validation)], reason
     if dataset.validation_file == DEFAULT_VALIDATION_FILE:
-        return train, f"{DEFAULT_VALIDATION_FILE} is not there: {share}"
+        return train, f"no {DEFAULT_VALIDATION_FILE}: {share}"
     raise ConfigError(
-        f"dataset.validation_file: {validation}: not there", fix="set a file that is, or null for a split"
+        f"dataset.validation_file: no file {validation}", fix="name an existing file, or null for a split"
     )
 
 
 def _recorded(entry: _Entry, rows: int) -> dict[str, Any]:
-    """What the manifest records of a file, of which so many rows are used."""
+    """What the manifest records of a file, `rows` of which are used."""
     weight = {} if entry.file.weight == 1 else {"weight": entry.file.weight}
     return {"path": str(entry.file.path), "sha256": entry.sha256, **weight, "rows": rows}
 
 
-def _divided(entries: list[_Entry], recipe: Recipe, dataset: DatasetConfig) -> tuple[dict[str, Split], list[int]]:
-    """The splits, and of how many rows of each file something is kept."""
+def _make_splits(entries: list[_Entry], recipe: Recipe, dataset: DatasetConfig) -> tuple[dict[str, Split], list[int]]:
+    """The splits, and how many rows of each file are used."""
     train = [entry for entry in entries if entry.file.split == "train"]
     given = entries[len(train) :]  # the validation file, or none
     files, drop = EncodedFiles([entry.rows for entry in train]), dataset.on_duplicate == "drop"
@@ -153,24 +152,23 @@ def _divided(entries: list[_Entry], recipe: Recipe, dataset: DatasetConfig) -> t
     chosen = select(files, weights, 0 if given else dataset.validation_split, drop)
     starts = files.starts.tolist()
     rows = [
-        _divide(entry, start, chosen.of(slice(start, end)), splits, recipe)
+        _add_file(entry, start, chosen.of(slice(start, end)), splits, recipe)
         for entry, start, end in zip(train, starts, starts[1:], strict=False)
     ]
     for entry in given:
         of_given = select(held_out, [1], 0, drop)
-        rows.append(_divide(entry, 0, of_given._replace(held_out=of_given.times > 0), splits, recipe))
+        rows.append(_add_file(entry, 0, of_given._replace(held_out=of_given.times > 0), splits, recipe))
     return splits, rows
 
 
-def _divide(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Split], recipe: Recipe) -> int:
-    """Cut the rows of a file and add them to the splits, as `chosen` says; returns of how many something is kept.
+def _add_file(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Split], recipe: Recipe) -> int:
+    """Truncate the rows of a file and add the chosen ones to the splits; return how many rows are used.
 
-    `first` is the number of its first row among those of all its split's files. Rows that are there again come when
-    all have been there.
+    `first` is the number of its first row among those of all its split's files. Repeats follow after all rows.
     """
     statistics, rows = splits[entry.file.split].statistics, 0
     bad = [(line, text) for line, text in entry.facts["bad"]]
-    for start, chunk, kept in _cut(entry.rows, recipe):
+    for start, chunk, kept in _truncated(entry.rows, recipe):
         here = chosen.of(slice(start, start + len(kept)))
         if recipe.truncation:
             statistics.dropped_long += int(((chunk.turns > 0) & (kept == 0)).sum())
@@ -181,7 +179,7 @@ def _divide(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Spli
         splits["validation"].add(first + start, chunk, kept, here.held_out)
         rows += int(((here.times > 0) & (kept > 0)).sum())
     for turn in range(1, int(chosen.times.max(initial=0))):
-        for start, chunk, kept in _cut(entry.rows, recipe):
+        for start, chunk, kept in _truncated(entry.rows, recipe):
             here = chosen.of(slice(start, start + len(kept)))
             splits["train"].add(first + start, chunk, kept, (here.times > turn) & ~here.held_out)
     statistics.encoded += len(chosen.times)
@@ -194,8 +192,8 @@ def _divide(entry: _Entry, first: int, chosen: Selection, splits: dict[str, Spli
     return rows
 
 
-def _cut(rows: EncodedFile, recipe: Recipe) -> Iterator[tuple[int, Chunk, np.ndarray]]:
-    """(number of its first row, rows, how many tokens of each are kept) of each chunk of a file."""
+def _truncated(rows: EncodedFile, recipe: Recipe) -> Iterator[tuple[int, Chunk, np.ndarray]]:
+    """Yield (number of its first row, chunk, how many tokens of each row are kept) for each chunk of a file."""
     for start, batch in zip(rows.starts.tolist(), rows.batches, strict=False):
         chunk = from_arrow(batch)
         kept = chunk.kept(recipe.max_seq_length)
@@ -210,10 +208,10 @@ def _too_long(chunk: Chunk, limit: int) -> list[tuple[int, str]]:
 
 
 def _refuse_bad_rows(entries: list[_Entry], splits: dict[str, Split], dataset: DatasetConfig) -> None:
-    """Raise DataError where no bad row is allowed, or fewer are.
+    """Raise DataError if there are more bad rows than dataset.on_bad_row and dataset.max_bad_share allow.
 
-    It lists every bad row as file:line and what was found, up to LISTED_PROBLEMS, and counts the others; the name of a
-    known format takes the list's place.
+    It lists bad rows as file:line and problem, up to LISTED_PROBLEMS, and counts the others; if they are in a known
+    format, it names that instead.
     """
     bad = [row for split in splits.values() for row in split.statistics.bad]
     rows = sum(len(entry.facts["bad"]) for entry in entries) + sum(it.statistics.encoded for it in splits.values())
@@ -252,7 +250,7 @@ def _refuse_bad_rows(entries: list[_Entry], splits: dict[str, Split], dataset: D
 
 
 def _leaving_out(share: float, dataset: DatasetConfig) -> str:
-    """The settings with which rows are left out of which `share` is bad."""
+    """The settings that allow leaving out a `share` of bad rows."""
     settings = ["--set dataset.on_bad_row=drop"] * (dataset.on_bad_row == "fail")
     if share > dataset.max_bad_share:
         settings.append(f"--set dataset.max_bad_share={math.ceil(share * 100) / 100:g}")
@@ -284,9 +282,4 @@ def _check_splits(splits: dict[str, Split], entries: list[_Entry], max_rows: int
         count = "1 row is" if shared == 1 else f"{shared:,} rows are"
         first = f"{pair[0]} is {pair[1]}"
         raise DataError(f"data: {count} in both train and validation, the first: {first}", "remove them from one")
-    leaks = np.isin(validation.kept("normalized"), train.kept("normalized"))  # none is exact: that was refused
-    validation.statistics.normalized_leaks = int(leaks.sum())
-    validation.statistics.first_leak = first_pair(train, validation, "normalized")
-    others = np.isin(validation.kept("openings"), train.kept("openings")) & ~leaks
-    validation.statistics.opening_leaks = int(others.sum())
-    validation.statistics.first_opening = first_pair(train, validation, "openings", others)
+    count_leaks(train, validation)

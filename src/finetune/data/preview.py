@@ -1,4 +1,4 @@
-"""A row as a person reads it: what its ids say, and which of it carries loss."""
+"""Show a row to a person: its decoded text, and which parts carry loss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from finetune.wording import one_line
 
 
 def segments(chat: Chat, input_ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:
-    """What a row's ids say, cut wherever loss begins or ends: (text, supervised), in order, control tokens included."""
-    guard = chat.token_id(chat.format.end)  # decoders strip a space at the start, so this stands there
+    """Decode a row into (text, supervised) segments in order, cut where loss starts or ends; keeps control tokens."""
+    guard = chat.token_id(chat.format.end)  # decoders strip a space at the start, so the guard precedes it
     runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     found = []
     for supervised, pairs in runs:
@@ -22,14 +22,14 @@ def segments(chat: Chat, input_ids: list[int], labels: list[int]) -> list[tuple[
 
 
 ELLIPSIS = " ... "
-LEAST_SHOWN = 24  # characters of a segment in a preview, below which it tells nothing
+LEAST_SHOWN = 24  # characters of a segment in a preview; fewer would be meaningless
 
 
 def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
-    """The first training row as its stored ids say it: (text, whether it carries loss), in order.
+    """Decode the stored ids of the first training row into (text, supervised) segments, in order.
 
-    Text is safe for a terminal, on one line, and `width` characters in all (50 or more). Long segments lose their
-    middle, so that both ends of a turn stay visible; the last of many turns are left out.
+    Text is safe for a terminal, on one line, and at most `width` characters in total (50 or more). Long segments lose
+    their middle, so both ends of a turn stay visible; if there are many turns, the last ones are left out.
     """
     _, input_ids, labels = prepared.train.row(0)
     found = [
@@ -45,7 +45,7 @@ def preview(prepared: Prepared, width: int) -> list[tuple[str, bool]]:
 
 
 def marked(parts: list[tuple[str, bool]]) -> str:
-    """A preview without color: what carries loss stands between >> and <<."""
+    """Format a preview without color, with >> and << around the text that carries loss."""
     return "".join(f">>{text}<<" if supervised else text for text, supervised in parts)
 
 

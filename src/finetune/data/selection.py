@@ -35,9 +35,9 @@ def select(files: EncodedFiles, weights: list[float], share: float, drop_copies:
     copies, held = np.zeros(len(digests), bool), np.zeros(len(digests), bool)
     if drop_copies:
         copies[learned] = ~first_copies(digests[learned])
-    times, wanted = np.zeros(len(digests), np.int64), learned & ~copies
+    times, usable = np.zeros(len(digests), np.int64), learned & ~copies
     for start, end, weight in zip(files.starts, files.starts[1:], weights, strict=False):
-        rows = np.flatnonzero(wanted[start:end]) + start
+        rows = np.flatnonzero(usable[start:end]) + start
         times[rows] = taken(digests[rows], weight)
     if share:
         held[times > 0] = held_out(files.column("openings")[times > 0], share)

@@ -1,31 +1,21 @@
-"""Encoded rows: an Arrow file of a data file's rows, whole, and splits that say which of them count, and how far."""
+"""Encoded rows on disk: one Arrow file per data file, read through a memory map."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from finetune.data.encode import ROW_HASH_BYTES, Chunk, Place, Statistics
-from finetune.data.template import IGNORED
+from finetune.data.digests import ROW_HASH_BYTES
+from finetune.data.encode import Chunk
+from finetune.files import shown
 
 if TYPE_CHECKING:
     import datasets
 
-# What `Split` keeps of each row; most by its name in `Chunk`.
-NO_ROWS: dict[str, np.ndarray] = {
-    "digests": np.empty(0, np.uint64),
-    "normalized": np.empty(0, np.uint64),
-    "openings": np.empty(0, np.uint64),
-    "full_lengths": np.empty(0, np.int32),
-    "indices": np.empty(0, np.int64),
-    "kept_lengths": np.empty(0, np.int32),
-}
-MOST_BARS = 30
-WIDTHS = [round(digit * 10**power) for power in range(9) for digit in (1, 2, 5)]  # tokens, of a histogram's bar
 _HASH = pa.binary(ROW_HASH_BYTES)
 SCHEMA = pa.schema(
     [
@@ -46,8 +36,23 @@ SCHEMA = pa.schema(
 )
 
 
+class Place(NamedTuple):
+    """Where a row was read: a file's path and a line number."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def shown(self) -> str:
+        """The place with the path as a user types it in the project's root."""
+        return f"{shown(Path(self.file))}:{self.line}"
+
+
 def to_arrow(chunk: Chunk) -> pa.RecordBatch:
-    """A chunk as a batch of SCHEMA."""
+    """Convert a chunk into a batch of SCHEMA."""
     lists = {"turn_ends": chunk.turns, "input_ids": chunk.lengths, "labels": chunk.lengths}
     columns = []
     for field in SCHEMA:
@@ -63,7 +68,7 @@ def to_arrow(chunk: Chunk) -> pa.RecordBatch:
 
 
 def from_arrow(batch: pa.RecordBatch) -> Chunk:
-    """The chunk that a batch of SCHEMA was made from; its arrays are those of the batch."""
+    """Convert a batch of SCHEMA back into a chunk, whose arrays share the batch's memory."""
     arrays: dict[str, Any] = {"other_keys": batch.column("other_keys").to_pylist()}
     for field in SCHEMA:
         column = batch.column(field.name)
@@ -79,13 +84,13 @@ def from_arrow(batch: pa.RecordBatch) -> Chunk:
 
 
 def _hashes(column: pa.Array) -> np.ndarray:
-    """The hashes in a column of SCHEMA, [rows, ROW_HASH_BYTES] bytes."""
-    whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, ROW_HASH_BYTES)
-    return whole[column.offset : column.offset + len(column)]
+    """Read a column of hashes, [rows, ROW_HASH_BYTES]."""
+    buffer = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, ROW_HASH_BYTES)
+    return buffer[column.offset : column.offset + len(column)]
 
 
 class EncodedFile:
-    """The rows of the data file `source`, whole, in a memory-mapped Arrow file of SCHEMA."""
+    """The complete rows of the data file `source`; `starts` are the numbers of its batches' first rows."""
 
     def __init__(self, path: Path, source: str = "") -> None:
         self.source = source
@@ -93,77 +98,77 @@ class EncodedFile:
         self.batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
 
-    def place(self, index: int) -> tuple[pa.RecordBatch, int]:
-        """The batch of a row, and its place in there."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.batches[number], index - int(self.starts[number])
-
 
 class EncodedFiles:
-    """The rows of some encoded files, one file after the other: `starts` are the numbers of their first rows."""
+    """The rows of several encoded files, numbered through; `starts` are the numbers of the files' first rows."""
 
     def __init__(self, files: list[EncodedFile]) -> None:
         self.files = files
         self.starts = np.cumsum([0, *(file.starts[-1] for file in files)])
 
     def column(self, name: str) -> np.ndarray:
-        """One of the numbers that NO_ROWS names and SCHEMA has, of all rows, [rows]."""
-        batches = (batch for file in self.files for batch in file.batches)
-        return np.concatenate([NO_ROWS[name], *(batch.column(name).to_numpy() for batch in batches)])
+        """A numeric column of SCHEMA, [rows]."""
+        values: np.ndarray = self._column(name).to_numpy()
+        return values
 
     def turns(self) -> np.ndarray:
         """How many turns of each row carry loss, [rows]."""
-        batches = (batch for file in self.files for batch in file.batches)
-        counts = [np.diff(batch.column("turn_ends").offsets.to_numpy()) for batch in batches]
-        return np.concatenate([np.empty(0, np.int32), *counts])
+        counts: np.ndarray = pc.list_value_length(self._column("turn_ends")).to_numpy()
+        return counts
 
-    def find(self, index: int) -> tuple[EncodedFile, pa.RecordBatch, int]:
-        """The file of a row, its batch, and its place in there."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        file = self.files[number]
-        return file, *file.place(index - int(self.starts[number]))
+    def _column(self, name: str) -> pa.ChunkedArray:
+        arrays = [batch.column(name) for file in self.files for batch in file.batches]
+        return pa.chunked_array(arrays, SCHEMA.field(name).type)
 
-    def place(self, index: int) -> Place:
+    def find(self, number: int) -> tuple[EncodedFile, pa.RecordBatch, int]:
+        """The file and batch of a row, and its index in the batch."""
+        at = int(np.searchsorted(self.starts, number, side="right")) - 1
+        file, in_file = self.files[at], number - int(self.starts[at])
+        at = int(np.searchsorted(file.starts, in_file, side="right")) - 1
+        return file, file.batches[at], in_file - int(file.starts[at])
+
+    def place(self, number: int) -> Place:
         """Where a row was read."""
-        file, batch, inside = self.find(index)
-        return Place(file.source, batch.column("lines")[inside].as_py())
+        file, batch, index = self.find(number)
+        return Place(file.source, batch.column("lines")[index].as_py())
 
 
-class Known:
-    """Rows of earlier encoded files, found by the hash of their line."""
+class KnownLines:
+    """Rows of files encoded earlier, found by the hash of their line."""
 
     def __init__(self, files: list[EncodedFile]) -> None:
         self._rows = EncodedFiles(files)
         hashes = [_hashes(batch.column("line_hashes")) for file in files for batch in file.batches]
-        whole = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
-        self._order = np.argsort(whole)
-        self._hashes = whole[self._order]
+        every = np.concatenate([np.empty((0, ROW_HASH_BYTES), np.uint8), *hashes]).view(f"S{ROW_HASH_BYTES}").ravel()
+        self._order = np.argsort(every)
+        self._hashes = every[self._order]
 
     def find(self, hashes: list[bytes]) -> np.ndarray:
-        """The number of a row with each of the hashes, -1 where there is none, [hashes]."""
+        """The number of a row with each hash, -1 if there is none, [hashes]."""
         if not len(self._hashes):
             return np.full(len(hashes), -1)
-        wanted = np.array(hashes, self._hashes.dtype)
-        places = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        return np.where(self._hashes[places] == wanted, self._order[places], -1)
+        sought = np.array(hashes, self._hashes.dtype)
+        nearest = np.minimum(np.searchsorted(self._hashes, sought), len(self._hashes) - 1)
+        return np.where(self._hashes[nearest] == sought, self._order[nearest], -1)
 
     def take(self, numbers: np.ndarray, lines: np.ndarray) -> pa.RecordBatch:
-        """The rows with these `numbers`, as on these `lines` of another file and in their order; both [rows]."""
+        """The rows with these `numbers`, with their `lines` in another file and in that order; both [rows]."""
         parts: dict[int, tuple[pa.RecordBatch, list[int], list[int]]] = {}
         for number, line in zip(numbers.tolist(), lines.tolist(), strict=True):
-            _, batch, inside = self._rows.find(number)
-            _, rows, of_lines = parts.setdefault(id(batch), (batch, [], []))
-            rows.append(inside)
+            _, batch, index = self._rows.find(number)
+            _, indices, of_lines = parts.setdefault(id(batch), (batch, [], []))
+            indices.append(index)
             of_lines.append(line)
-        taken = [
-            batch.take(pa.array(rows)).set_column(0, "lines", pa.array(of_lines, pa.int32()))
-            for batch, rows, of_lines in parts.values()
-        ]
-        return merged(taken)
+        return merged(
+            [
+                batch.take(pa.array(indices)).set_column(0, "lines", pa.array(of_lines, pa.int32()))
+                for batch, indices, of_lines in parts.values()
+            ]
+        )
 
 
 def merged(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """The rows of all batches in the order of their lines."""
+    """Merge batches into one, in the order of their lines."""
     batches = [batch for batch in batches if batch.num_rows]
     if len(batches) == 1:
         return batches[0]
@@ -171,148 +176,28 @@ def merged(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return (table.to_batches() or [pa.RecordBatch.from_pylist([], SCHEMA)])[0]
 
 
-class Split:
-    """The rows of one split: which, how many tokens of each, their statistics, and hashes of token stream and labels.
-
-    They are rows of `encoded`; one that was added twice is there twice. Of each it keeps a few numbers, by which rows
-    are compared when all are there.
-    """
-
-    def __init__(self, encoded: EncodedFiles) -> None:
-        self._encoded = encoded
-        self.statistics = Statistics()
-        self._kept: dict[str, list[np.ndarray]] = {name: [array] for name, array in NO_ROWS.items()}
-        self._dropped_digests = [NO_ROWS["digests"]]
-        self._hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
-        self._whole_hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
-
-    def add(self, first: int, chunk: Chunk, kept: np.ndarray, split: np.ndarray) -> None:
-        """Add the rows of `chunk` that the mask `split` [rows] selects, but for those of which nothing is kept.
-
-        `kept` is how many tokens of each row are, [rows]; `first` is the number of the chunk's first row in `encoded`.
-        """
-        self._whole_hashes["input_ids"].update(chunk.ids_hashes[split].tobytes())
-        self._whole_hashes["labels"].update(chunk.labels_hashes[split].tobytes())
-        mine = split & (kept > 0)
-        self._dropped_digests.append(chunk.digests[split & ~mine])
-        indices = np.arange(first, first + len(kept))
-        facts = {"indices": indices, "kept_lengths": kept, "full_lengths": chunk.lengths}
-        for name, arrays in self._kept.items():
-            arrays.append((facts[name] if name in facts else getattr(chunk, name))[mine])
-        tokens = _kept_tokens(chunk.lengths, np.where(mine, kept, 0))
-        labels = chunk.labels[tokens]
-        self._hashes["input_ids"].update(chunk.input_ids[tokens].tobytes())
-        self._hashes["labels"].update(labels.tobytes())
-        literal = indices[mine & chunk.literal]
-        self.statistics.control_tokens += len(literal)
-        if len(literal) and self.statistics.first_control_token is None:
-            self.statistics.first_control_token = self._encoded.place(int(literal[0]))
-        self.statistics.truncated += int((chunk.lengths[mine] > kept[mine]).sum())
-        self.statistics.rows += int(mine.sum())
-        self.statistics.tokens += len(labels)
-        self.statistics.supervised_tokens += int((labels != IGNORED).sum())
-
-    def close(self) -> dict[str, str]:
-        """Count what needs all rows; returns the sha256 of the token stream and of the labels, int32 in file order."""
-        lengths = self.kept("full_lengths")
-        indices, once = np.unique(self.kept("indices"), return_index=True)
-        copies = np.delete(indices, np.unique(self.kept("digests")[once], return_index=True)[1])
-        self.statistics.duplicates = len(copies)
-        self.statistics.first_copy = self._encoded.place(int(copies[0])) if len(copies) else None
-        self.statistics.repeated = len(lengths) - len(indices)
-        if len(lengths):
-            quantiles = np.quantile(lengths, [0.5, 0.95, 1], method="inverted_cdf")
-            self.statistics.p50, self.statistics.p95, self.statistics.longest = map(int, quantiles)
-            self.statistics.histogram = histogram(lengths, self.statistics.p95)
-        return {name: digest.hexdigest() for name, digest in self._hashes.items()}
-
-    def whole(self) -> dict[str, Any]:
-        """What does not depend on the length: rows before truncation, those too long to keep included.
-
-        `rows`, and three sha256: `content` (which conversations, in whatever order), `input_ids` and `labels` (of the
-        hashes of each row, in file order).
-        """
-        digests = np.concatenate([self.kept("digests"), *self._dropped_digests])
-        content = hashlib.sha256(np.sort(digests).astype(">u8").tobytes()).hexdigest()
-        hashes = {name: digest.hexdigest() for name, digest in self._whole_hashes.items()}
-        return {"rows": len(digests), "content": content, **hashes}
-
-    def kept(self, name: str) -> np.ndarray:
-        """One of the numbers that NO_ROWS names, of each row added, [rows]."""
-        return np.concatenate(self._kept[name])
-
-    def place(self, number: int) -> Place:
-        """Where the row was read that was added as the `number`th."""
-        return self._encoded.place(int(self.kept("indices")[number]))
-
-    def rows(self, most: int | None = None) -> Rows:
-        """The rows, all or `most` of them at even distances."""
-        indices = self.kept("indices")
-        count = min(len(indices), len(indices) if most is None else most)
-        places = np.arange(count) * len(indices) // max(1, count)
-        return Rows(self._encoded, indices[places], self.kept("kept_lengths")[places])
-
-
-def _kept_tokens(lengths: np.ndarray, kept: np.ndarray) -> np.ndarray | slice:
-    """Which of the tokens of rows of `lengths` [rows] are among the first `kept` [rows] of their row, [tokens]."""
-    if (lengths == kept).all():
-        return slice(None)  # all of them, and nothing to copy
-    places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    chosen: np.ndarray = places < np.repeat(kept, lengths)
-    return chosen
-
-
-def histogram(lengths: np.ndarray, p95: int) -> dict[str, list[int]]:
-    """How many rows [rows] have how many tokens: `counts[i]` rows have `edges[i]` to `edges[i + 1] - 1` of them.
-
-    Bars are equally wide, at most MOST_BARS up to a quarter above `p95`; the last takes all that is longer, so that one
-    very long row does not squeeze the rest into one bar.
-    """
-    reach = min(p95 + p95 // 4, int(lengths.max()))
-    width = next(width for width in WIDTHS if width * MOST_BARS > reach)
-    edges = np.arange(lengths.min() // width, reach // width + 2) * width
-    edges[-1] = max(edges[-1], lengths.max() + 1)
-    return {"edges": edges.tolist(), "counts": np.histogram(lengths, edges)[0].tolist()}
-
-
-def first_pair(
-    train: Split, validation: Split, name: str, of: np.ndarray | slice = slice(None)
-) -> tuple[Place, Place] | None:
-    """Places (train, validation) of the first training row whose `name` (of NO_ROWS) a validation row has too.
-
-    `of` says which validation rows are looked at, [rows].
-    """
-    ours, theirs = train.kept(name), validation.kept(name)
-    looked_at = np.arange(len(theirs))[of]
-    shared = np.flatnonzero(np.isin(ours, theirs[looked_at]))
-    if not len(shared):
-        return None
-    other = looked_at[theirs[looked_at] == ours[shared[0]]][0]
-    return train.place(int(shared[0])), validation.place(int(other))
-
-
 class Rows:
-    """Some rows of encoded files, each cut. `indices` are theirs in `encoded`, `lengths` their tokens, [rows]."""
+    """Some rows of encoded files, by their numbers `indices`, each cut to its length in `lengths`; both [rows]."""
 
     def __init__(self, encoded: EncodedFiles, indices: np.ndarray, lengths: np.ndarray) -> None:
         self._encoded, self._indices, self.lengths = encoded, indices, lengths
 
     @property
     def files(self) -> int:
-        """From how many files they may be."""
+        """The number of files the rows may come from."""
         return len(self._encoded.files)
 
     def row(self, index: int) -> tuple[Place, np.ndarray, np.ndarray]:
-        """(place, input_ids [tokens], labels [tokens]) of one row, read from the map."""
+        """(place, input_ids [tokens], labels [tokens]) of one row, read from the memory map."""
         file, batch, inside = self._encoded.find(int(self._indices[index]))
         length = int(self.lengths[index])
         columns = (batch.column(name)[inside].values.to_numpy()[:length] for name in ("input_ids", "labels"))
         return (Place(file.source, batch.column("lines")[inside].as_py()), *columns)
 
     def dataset(self, sequences: list[list[int]] | None) -> datasets.Dataset:
-        """A dataset for the trainer: one example a row, or one a packed sequence of rows (then with `seq_lengths`).
+        """A dataset for the trainer: one example per row, or per packed sequence (then with `seq_lengths`).
 
-        Its `lines` are file:line of each row.
+        `lines` of an example are file:line of each row in it.
         """
         import datasets
 

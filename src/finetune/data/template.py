@@ -1,4 +1,4 @@
-"""How a family of models writes a conversation: its pieces, its control tokens, and the same as a Jinja template."""
+"""Chat formats: a conversation as text pieces and control tokens, and the same format as a Jinja template."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NotRequired, TypedDict
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 class Message(TypedDict):
-    """What one role says; no loss is computed on an assistant message of `weight` 0."""
+    """A message of one role; an assistant message of `weight` 0 carries no loss."""
 
     role: str
     content: str
@@ -21,7 +21,7 @@ Messages = list[Message]
 
 
 class Piece(NamedTuple):
-    """Text to encode, or a control token's own text; `supervised` pieces carry loss."""
+    """Text to encode, or the text of a control token; `supervised` pieces carry loss."""
 
     text: str
     control: bool
@@ -38,9 +38,9 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How one family of models writes a conversation down.
+    """How one family of models formats a conversation.
 
-    `template` is the same as Jinja, with generation marks, and is saved with the adapter; a test holds the two equal.
+    `template` is the same format in Jinja, with generation marks, saved with the adapter; a test keeps both equal.
     """
 
     name: str
@@ -49,11 +49,20 @@ class ChatFormat:
     pad: str
     template: str
     pieces: Callable[[Messages], Iterator[Piece]]
-    opening: tuple[Piece, ...]  # what stands before a reply that the model is to write
+    opening: tuple[Piece, ...]  # precedes the reply the model generates
+
+    def control_tokens(self) -> tuple[str, ...]:
+        """The format's markup around messages: control tokens, and Mistral's [INST], which its tokenizer has as text.
+
+        It is found by formatting a conversation without text: role names are words, and everything else is markup.
+        """
+        turns: Messages = [{"role": role, "content": ""} for role in ("user", "assistant")]
+        markup = {word for piece in self.pieces(turns) for word in piece.text.split() if not word.isalpha()}
+        return tuple(sorted(markup | {token for token in (self.bos, self.end, self.pad) if token}))
 
 
 def carries_loss(message: Message) -> bool:
-    """Whether a message is one to learn: the assistant's, and not of weight 0, as mistral-finetune has it."""
+    """Whether to train on a message: the assistant's, and not of weight 0, as in mistral-finetune."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -62,7 +71,7 @@ def _mistral_pieces(messages: Messages) -> Iterator[Piece]:
     system = ""
     for message in messages:
         if message["role"] == "system":
-            system = message["content"] + "\n\n"  # Mistral has no system role: it goes before the first question
+            system = message["content"] + "\n\n"  # Mistral has no system role: it precedes the first question
         elif message["role"] == "user":
             yield Piece(f"[INST] {system}{message['content']} [/INST]", False, False)
             system = ""
@@ -77,7 +86,7 @@ def _chatml_pieces(messages: Messages) -> Iterator[Piece]:
         yield Piece("<|im_start|>", True, False)
         yield Piece(f"{message['role']}\n" + ("" if reply else message["content"]), False, False)
         if reply:
-            yield Piece(message["content"], False, loss)  # encoded apart, as the model will write it
+            yield Piece(message["content"], False, loss)  # encoded separately, as the model will generate it
         yield Piece("<|im_end|>", True, loss)
         yield Piece("\n", False, False)
 

@@ -1,12 +1,12 @@
-"""The base model's own tokenizer, made exactly, and mistral-common's to compare it with.
+"""The base model's exact tokenizer, and mistral-common's as a reference.
 
-A conversation is first cut into pieces (plain text, or a control token by name), and each text piece is encoded by
-itself with control tokens switched off. So text in a message can never become a control token, there is exactly one
-`<s>`, and loss is computed only on assistant text and its end token, if its weight is not 0.
+A conversation is split into pieces (text, or a control token by name), and each text piece is encoded separately with
+control tokens disabled. So text in a message never becomes a control token, there is exactly one `<s>`, and loss is
+computed only on assistant text and its end token, unless its weight is 0.
 
-Mistral's ids come from SentencePiece and the file that mistral-common ships for Instruct v0.1 and v0.2: in batches, the
-call that mistral-common makes text by text. They must equal mistral-common's own, which `Reference` asks, and those of
-the tokenizer that is saved with the adapter; the certificate compares both.
+Mistral's ids come from SentencePiece and the file that mistral-common ships for Instruct v0.1 and v0.2, in batches;
+mistral-common makes the same call for each text. The certificate compares them with mistral-common's own (`Reference`)
+and with those of the tokenizer saved with the adapter.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer and the format that belongs to it.
+    """A tokenizer and its chat format.
 
-    `tokenizer` is what is saved with the adapter; where `sentencepiece` is there, the ids come from it.
+    `tokenizer` is saved with the adapter; if there is a `sentencepiece`, the ids come from that.
     """
 
     format: ChatFormat
@@ -53,11 +53,11 @@ class Chat:
         return self._encode(self._pieces(rows), self._ids)
 
     def encode_as_saved(self, rows: Sequence[Messages]) -> list[Encoded]:
-        """The same by the tokenizer that is saved with the adapter."""
+        """Ids and labels of each conversation, by the tokenizer saved with the adapter."""
         return self._encode(self._pieces(rows), self._saved_ids)
 
     def encode_prompt(self, messages: Messages) -> list[int]:
-        """Ids of a conversation that ends with the user, up to where the model's reply begins."""
+        """Ids of a conversation that ends with the user, up to the start of the model's reply."""
         return self._encode([[*self.format.pieces(messages), *self.format.opening]], self._ids)[0].input_ids
 
     def _pieces(self, rows: Sequence[Messages]) -> list[list[Piece]]:
@@ -102,11 +102,11 @@ class Chat:
 
 
 def load_chat(folder: Path | None) -> Chat:
-    """The tokenizer and format of a base model.
+    """Load the tokenizer and format of a base model in a local `folder`, or of Mistral if None.
 
-    `folder` is the model's local folder or None. Mistral's tokenizer is always made from mistral-common's own file, by
-    one pinned recipe, so it needs no account and no network; a `tokenizer.json` that lies in the folder must hold the
-    same vocabulary. A folder whose tokenizer knows `<|im_start|>` is the demo model's. Raises ConfigError otherwise.
+    Mistral's tokenizer is always made from mistral-common's own file, so it needs no account and no network; a
+    `tokenizer.json` in the folder must have the same vocabulary. A tokenizer with `<|im_start|>` is the demo model's.
+    Raises ConfigError for any other.
     """
     own = folder / "tokenizer.json" if folder else None
     if own is None or not own.is_file():
@@ -130,34 +130,34 @@ def _chat(chat_format: ChatFormat, tokenizer: Tokenizer) -> Chat:
     return Chat(chat_format, tokenizer, digest, load_sentencepiece() if chat_format is MISTRAL_FORMAT else None)
 
 
-def _first_difference(found: Tokenizer, wanted: Tokenizer) -> str | None:
-    if found.get_vocab_size() != wanted.get_vocab_size():
-        return f"{found.get_vocab_size()} tokens, expected {wanted.get_vocab_size()}"
-    for token, token_id in sorted(wanted.get_vocab().items(), key=lambda item: item[1]):
+def _first_difference(found: Tokenizer, expected: Tokenizer) -> str | None:
+    if found.get_vocab_size() != expected.get_vocab_size():
+        return f"{found.get_vocab_size()} tokens, expected {expected.get_vocab_size()}"
+    for token, token_id in sorted(expected.get_vocab().items(), key=lambda item: item[1]):
         if found.token_to_id(token) != token_id:
             return f"token {token!r} has id {found.token_to_id(token)}, expected {token_id}"
     return None
 
 
 def sentencepiece_file() -> Path:
-    """mistral-common's copy of the v1 SentencePiece model: 32,000 pieces, those of Instruct v0.1 and v0.2."""
+    """The path of mistral-common's v1 SentencePiece model: the 32,000 pieces of Instruct v0.1 and v0.2."""
     import mistral_common
 
     return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
 
 def load_sentencepiece() -> SentencePieceProcessor:
-    """Mistral's tokenizer as mistral-common loads it: control tokens in a text are text, runs of spaces are kept."""
+    """Load Mistral's tokenizer as mistral-common does: it encodes control tokens as text and keeps runs of spaces."""
     from sentencepiece import SentencePieceProcessor
 
     return SentencePieceProcessor(model_file=str(sentencepiece_file()))
 
 
 def mistral_tokenizer() -> Tokenizer:
-    """Mistral's tokenizer as byte-fallback BPE, from SentencePiece's pieces and scores.
+    """Build Mistral's tokenizer as byte-fallback BPE, from SentencePiece's pieces and scores.
 
-    Every way to make a piece from two shorter pieces is a merge, and merges apply in the order of the piece's score:
-    that is SentencePiece's own rule for BPE models. `Prepend` is its dummy prefix.
+    Each way to join two pieces into a longer one is a merge, and merges apply in order of that piece's score, which is
+    SentencePiece's own rule for BPE models. `Prepend` is its dummy prefix.
     """
     pieces = load_sentencepiece()
     scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
@@ -168,7 +168,7 @@ def mistral_tokenizer() -> Tokenizer:
     model = BPE(
         vocab=vocab,
         merges=_merges(vocab, scores),
-        cache_capacity=0,  # it would keep 10,000 whole messages, which do not come again: 40 MiB a process
+        cache_capacity=0,  # it would keep 10,000 messages that never recur: 40 MiB per process
         unk_token="<unk>",
         fuse_unk=True,
         byte_fallback=True,
@@ -184,7 +184,7 @@ def mistral_tokenizer() -> Tokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All runs of spaces share one score; SentencePiece then joins the leftmost pair, so longer left parts go first."""
+    """All merges in order. Runs of spaces share one score; as SentencePiece does, the longest left part goes first."""
     pairs: list[tuple[float, int, int, str, str]] = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
@@ -195,7 +195,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
 
 
 class Reference:
-    """mistral-common's v1 tokenizer: what Mistral's own code makes of a conversation."""
+    """mistral-common's v1 tokenizer, which encodes a conversation with Mistral's own code."""
 
     def __init__(self) -> None:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -203,7 +203,7 @@ class Reference:
         self._tokenizer = MistralTokenizer.v1().instruct_tokenizer
 
     def encode(self, messages: Messages) -> tuple[list[int], list[int]]:
-        """Ids and labels, message by message through mistral-common's own encoders; loss as mistral-finetune has it."""
+        """Ids and labels, message by message, by mistral-common's own encoders; loss as in mistral-finetune."""
         from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 
         system = messages[0]["content"] if messages[0]["role"] == "system" else None

@@ -13,7 +13,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from finetune.config.base_model import is_local
-from finetune.data.encode import as_json, with_system_prompt
+from finetune.data.digests import as_json
+from finetune.data.encode import with_system_prompt
 from finetune.data.jsonl import GZIP, BadRow, parse_row
 from finetune.data.template import Messages
 from finetune.data.tokenizer import Chat, load_chat

@@ -19,9 +19,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from finetune.data.encode import Place
 from finetune.data.prepare import Prepared
-from finetune.data.store import Rows
+from finetune.data.store import Place, Rows
 from finetune.data.template import IGNORED
 from finetune.model.generate import evaluating, reply_to
 from finetune.runs.outcome import Outcome

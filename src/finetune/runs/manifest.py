@@ -18,8 +18,9 @@ from typing import Any
 from finetune.config import yaml_file
 from finetune.config.base_model import is_local
 from finetune.config.schema import Config, Mark, marked
-from finetune.data.encode import Place, Statistics
 from finetune.data.prepare import Prepared
+from finetune.data.split import Statistics
+from finetune.data.store import Place
 from finetune.errors import OutOfResource, Stopped
 from finetune.files import ROOT, read_json_lines, resolve, shown, write_json
 from finetune.machine.platforms import LIBRARIES, PLATFORMS

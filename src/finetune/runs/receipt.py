@@ -14,8 +14,8 @@ from typing import Any
 
 from finetune.config.base_model import is_local
 from finetune.config.schema import Config, Mark, marked
-from finetune.data.encode import Statistics
 from finetune.data.prepare import Prepared
+from finetune.data.split import Statistics
 from finetune.errors import ConfigError
 from finetune.files import read_json, resolve
 from finetune.runs import warm_start
