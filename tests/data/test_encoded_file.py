@@ -6,8 +6,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from finetune import files
@@ -282,48 +279,10 @@ def test_progress_is_told_from_the_second_second_with_the_time_that_is_left(
     ]
 
 
-SLOW = """
-import sys
-from pathlib import Path
-sys.path[:0] = {paths!r}
-from finetune.data import encode
-from support.prepared import RECIPE, Case
-if __name__ == "__main__":
-    Case(Path({folder!r})).prepare(RECIPE, workers=2)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="it reads /proc")
-def test_workers_end_when_the_first_process_is_killed(case: Case) -> None:
-    write(case.train, *[conversation("word " * 3000, "b " * 3000)] * 2000)
-    script = case.folder / "slow.py"
-    script.write_text(SLOW.format(paths=[str(files.ROOT / "src"), str(files.ROOT / "tests")], folder=str(case.folder)))
-    first = subprocess.Popen([sys.executable, str(script)])
-    try:
-        started = time.monotonic()
-        workers: list[psutil.Process] = []
-        while len(workers) < 2 and time.monotonic() - started < 60:
-            time.sleep(0.1)
-            children = psutil.Process(first.pid).children()
-            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        assert len(workers) == 2
-    finally:
-        first.kill()
-        first.wait()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
-
-
 def test_packing_is_no_part_of_the_cache(two_files: Case) -> None:
     assert two_files.prepare(packing=False).sequences is None
     assert two_files.prepare(replace(RECIPE, max_seq_length=64), packing=True).sequences == [[0, 1, 2, 3], [4]]
     assert len(two_files.caches()) == 2
-
-
-def test_workers_are_the_cores_this_process_may_use_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert workers.worker_count() == 3
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(100)), raising=False)
-    assert workers.worker_count() == 8
 
 
 def test_of_a_new_key_in_each_row_only_some_are_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

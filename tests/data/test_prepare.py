@@ -324,18 +324,6 @@ def test_a_system_message_makes_another_conversation(case: Case) -> None:
     assert case.prepare(validation_split=0.25).statistics["validation"].rows in range(70, 130)
 
 
-def test_rows_that_begin_as_a_training_row_does_are_counted_for_what_they_are(two_files: Case) -> None:
-    rows = numbered(5)
-    write(two_files.train, *rows)
-    others = [conversation(rows[index][0]["content"].lower(), "Another answer") for index in (3, 1)]
-    copies = [conversation(*(message["content"].upper() for message in rows[index])) for index in (1, 2)]
-    write(two_files.validation, *numbered(1, start=50), "", copies[0], *others, copies[1])
-    counts = two_files.prepare().statistics["validation"]
-    assert (counts.normalized_leaks, counts.opening_leaks) == (2, 2)
-    assert counts.first_leak == (two_files.in_train(2), two_files.in_validation(3))
-    assert counts.first_opening == (two_files.in_train(2), two_files.in_validation(5))
-
-
 @pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (37, 4), (99, 10)])
 def test_of_fewer_than_a_hundred_rows_exactly_the_share_is_held_out(case: Case, rows: int, held_out: int) -> None:
     write(case.train, *numbered(rows))

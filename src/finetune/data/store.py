@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from finetune.data.digests import ROW_HASH_BYTES
 from finetune.data.encode import Chunk
@@ -113,8 +112,8 @@ class EncodedFiles:
 
     def turns(self) -> np.ndarray:
         """How many turns of each row carry loss, [rows]."""
-        counts: np.ndarray = pc.list_value_length(self._column("turn_ends")).to_numpy()
-        return counts
+        counts = [np.diff(array.offsets.to_numpy()) for array in self._column("turn_ends").chunks]
+        return np.concatenate([np.empty(0, np.int32), *counts])
 
     def _column(self, name: str) -> pa.ChunkedArray:
         arrays = [batch.column(name) for file in self.files for batch in file.batches]
