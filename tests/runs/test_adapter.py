@@ -24,7 +24,7 @@ from finetune.terminal import Terminal
 from finetune.wording import SILENT
 from support.taught import Taught
 
-WANTED = "name a run's folder, such as adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
+WANTED = "name a run's folder (adapters/RUN), one of its checkpoints, or a PEFT adapter in a folder or on the Hub"
 CHAT = f"{PYTHON} scripts/chat.py"
 
 
@@ -87,7 +87,7 @@ def test_a_setting_changes_how_the_base_is_held(run: Path) -> None:
 def test_final_weights_that_are_not_those_that_were_saved_are_refused(run: Path) -> None:
     weights = run / "adapter_model.safetensors"
     wanted = (
-        f"{weights} is not what the run saved; "
+        f"{weights} is not the file that the run saved; "
         f"copy it again, or talk to the best checkpoint: {CHAT} {run}/checkpoints/best"
     )
     damage(run)
@@ -117,7 +117,7 @@ def test_a_run_without_a_checkpoint_has_no_adapter_yet(run: Path) -> None:
     shutil.rmtree(stopped(run) / "checkpoints")
     assert refused(CheckFailed, run) == (
         f"{run} has no adapter yet: the run is not finished, and none of its checkpoints is intact; "
-        "the command that began it goes on with it; type that first"
+        "resume it first: type the command that started it"
     )
 
 
@@ -200,8 +200,8 @@ def test_a_foreign_base_is_refused(run: Path, base: object, shown: str) -> None:
     path = plain(run) / "adapter_config.json"
     write_json(path, read_json(path) | {"base_model_name_or_path": base})
     assert refused(ConfigError, path.parent) == (
-        f"{path}: base_model_name_or_path is {shown}, expected {MISTRAL} or a folder that is here; "
-        "an adapter works on its own base only; if this one's is here, name it in that file"
+        f"{path}: base_model_name_or_path is {shown}, expected {MISTRAL} or a local folder; "
+        "an adapter works only on its own base; if that is here, name it in this file"
     )
 
 
@@ -255,5 +255,5 @@ def test_an_adapter_on_the_hub_is_taken_from_its_cache(offline: Path, run: Path)
 @pytest.mark.usefixtures("offline")
 def test_one_that_the_hub_does_not_give_is_told_with_what_to_type() -> None:
     first, fix = refused(CheckFailed, "me/adapter").splitlines()
-    assert first.startswith("me/adapter: no such folder, and the Hub gives no adapter of that name: ")
+    assert first.startswith("me/adapter: no such folder, and the Hub has no such adapter: ")
     assert fix == f"{WANTED}; a private one needs a token: export HF_TOKEN=hf_..."

@@ -164,7 +164,7 @@ class Slow(Folder):
     """Blocks in each copy until `go` is set, and fails if `fails` is."""
 
     def __init__(self, folder: Folder) -> None:
-        super().__init__(folder.path, folder.other_disk, folder.beside)
+        super().__init__(folder.path, folder.other_disk, folder.runs)
         object.__setattr__(self, "go", threading.Event())
         object.__setattr__(self, "fails", False)
         object.__setattr__(self, "steps", [])

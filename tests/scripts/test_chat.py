@@ -173,7 +173,7 @@ def test_each_fault_has_its_message_and_exit_code(run: Run, taught: Taught, tmp_
     }
     assert set(ends) == {2, 3}
     assert ends[2].startswith(f"{tmp_path}: no adapter_config.json in it; name a run's folder")
-    assert ends[3].startswith(f"{copy}/adapter_model.safetensors is not what the run saved; copy it again")
+    assert ends[3].startswith(f"{copy}/adapter_model.safetensors is not the file that the run saved; copy it again")
     code, out, err = run(plain, "--ask", "x", "--set", f"output.dir={tmp_path}")
     damaged = f"{plain}: PEFT cannot load this adapter: Error while deserializing header: header too small"
     assert (code, out, err.splitlines()[-1]) == (3, "", damaged)

@@ -1,7 +1,7 @@
-"""Which adapter a name means (of a run, a checkpoint, a folder or the Hub), and the config by which its base is held.
+"""Finds the adapter that a name refers to (a run, checkpoint, folder or Hub id), and the config to load its base with.
 
-A run brings its own config. Where this machine is not of its platform, and for an adapter without a run, the base is
-held as this machine's platform holds it.
+A run has its own config. If the run was made for another platform, and for an adapter without a run, this machine's
+platform decides how the base is loaded.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
 
 CHAT = "scripts/chat.py"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FREE = "end what else uses it, or start with --set quantization.storage=packed"
-WANTED = "name a run's folder, such as adapters/RUN, a checkpoint of one, or a PEFT adapter in a folder or on the Hub"
+FREE = "close other programs that use it, or start with --set quantization.storage=packed"
+WANTED = "name a run's folder (adapters/RUN), one of its checkpoints, or a PEFT adapter in a folder or on the Hub"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder with a PEFT adapter, and the config by which its base is loaded."""
+    """A folder with a PEFT adapter, and the config to load its base with."""
 
     folder: Path
     config: Config
 
     def load(self, report: Report) -> PeftModel:
-        """The base with the adapter on it. Raises CheckFailed where one cannot be loaded, and OutOfResource."""
+        """Load the base and put the adapter on it. Raises CheckFailed if one cannot be loaded, and OutOfResource."""
         from finetune.model.load import load_base
         from finetune.model.lora import load_adapter
 
@@ -62,10 +62,9 @@ class Adapter:
 
 
 def find(name: str, settings: Sequence[str], terminal: Terminal) -> Adapter:
-    """The adapter that `name` means; says which one that is, and by which config its base is held.
+    """Return the adapter that `name` refers to; print which one it is, and where its config is from.
 
-    Raises ConfigError where it is none of a base that this program knows, CheckFailed where it is damaged or not there
-    yet.
+    Raises ConfigError if there is none for a base this program knows, CheckFailed if it is damaged or not saved yet.
     """
     folder = Path(name).resolve()
     if not folder.is_dir():
@@ -80,7 +79,7 @@ def find(name: str, settings: Sequence[str], terminal: Terminal) -> Adapter:
 
 
 def _fetched(name: str) -> Path:
-    """The adapter's files in the Hub's cache; a path below a folder that is here is no id of the Hub."""
+    """Download the adapter `name` from the Hub; a path in an existing folder is not taken for a Hub id."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
         raise ConfigError(f"{name}: no such folder", fix=WANTED)
     from huggingface_hub import snapshot_download
@@ -88,24 +87,24 @@ def _fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:  # the client's own errors are some of these
-        found = f"{name}: no such folder, and the Hub gives no adapter of that name: {first_line(error)}"
+        found = f"{name}: no such folder, and the Hub has no such adapter: {first_line(error)}"
         raise CheckFailed(found, f"{WANTED}; a private one needs a token: {GIVE_TOKEN}", between="\n") from None
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run whose folder this is, or whose checkpoint or rejected adapter."""
+    """Return the run that `folder` is part of: its own folder, a checkpoint or a rejected adapter."""
     above = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     runs = [run for run in (folder, above) if read_manifest(run) and (run / "config.yaml").is_file()]
     return runs[0] if runs else None
 
 
 def _of_run(run: Path, terminal: Terminal) -> tuple[Path, str]:
-    """A run's final adapter, or the best one that an unfinished run has saved, and what it is."""
+    """Return a run's final adapter, or the best one saved by an unfinished run, and a description of it."""
     manifest = read_manifest(run)
     if manifest["status"] == "complete":
         weights = run / WEIGHTS
         if not weights.is_file() or sha256(weights) != manifest["adapter_sha256"]:
-            found = f"{shown(weights)} is not what the run saved"
+            found = f"{shown(weights)} is not the file that the run saved"
             fix = f"copy it again, or talk to the best checkpoint: {command(CHAT)} {quoted(run / 'checkpoints' / BEST)}"
             raise CheckFailed(found, fix)
         return run, f"{shown(run)}, eval_loss {manifest['eval_loss']:.4f} (step {manifest['best_step']})"
@@ -119,11 +118,11 @@ def _of_run(run: Path, terminal: Terminal) -> tuple[Path, str]:
         elif folder.is_dir():
             return folder, f"{shown(folder)}, {_saved_at(folder)}; the run is not finished"
     found = f"{shown(run)} has no adapter yet: the run is not finished, and none of its checkpoints is intact"
-    raise CheckFailed(found, "the command that began it goes on with it; type that first")
+    raise CheckFailed(found, "resume it first: type the command that started it")
 
 
 def _in_folder(folder: Path) -> tuple[Path, str]:
-    """A checkpoint of a run, which must be whole, or any other folder with an adapter in it."""
+    """Return an intact checkpoint of a run, or any other folder with an adapter, and a description of it."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{shown(folder)}: no {CONFIG} in it", fix=WANTED)
     if folder.parent.name != "checkpoints":
@@ -140,7 +139,7 @@ def _saved_at(folder: Path) -> str:
 
 
 def _config(folder: Path, run: Path | None, settings: Sequence[str]) -> tuple[Config, str]:
-    """The config for the base, and where it is from."""
+    """Return the config to load the base with, and where it is from."""
     if run is None:
         return load_config(None, [_setting("model.name", _base_of(folder)), *settings])
     path = run / "config.yaml"
@@ -155,12 +154,12 @@ def _config(folder: Path, run: Path | None, settings: Sequence[str]) -> tuple[Co
 
 
 def _setting(key: str, value: Any) -> str:
-    """As it is typed after --set: JSON is YAML."""
+    """Format a key for --set; its value is JSON, which is also YAML."""
     return f"{key}={json.dumps(value)}"
 
 
 def _base_of(folder: Path) -> str:
-    """The base that an adapter without a run names. Raises ConfigError for any that is not the one and not here."""
+    """Return the base of an adapter without a run. Raises ConfigError if it is neither Mistral's nor a local folder."""
     path = folder / CONFIG
     try:
         content = read_json(path)
@@ -169,5 +168,5 @@ def _base_of(folder: Path) -> str:
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if isinstance(base, str) and (base == MISTRAL or is_local(base)):
         return base
-    found = f"{shown(path)}: base_model_name_or_path is {show(base)}, expected {MISTRAL} or a folder that is here"
-    raise ConfigError(found, fix="an adapter works on its own base only; if this one's is here, name it in that file")
+    found = f"{shown(path)}: base_model_name_or_path is {show(base)}, expected {MISTRAL} or a local folder"
+    raise ConfigError(found, fix="an adapter works only on its own base; if that is here, name it in this file")

@@ -32,22 +32,22 @@ BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder, usually on another disk than `beside`, where runs are; if it is absent, the disk is not mounted."""
+    """A folder for copies, usually on another disk than `runs`; if it is absent, the disk is not mounted."""
 
     path: Path
     other_disk: bool
-    beside: Path
+    runs: Path
 
     def place(self, name: str) -> str:
-        """Where the run called `name` is copied to."""
+        """Return where the run called `name` is copied to."""
         return str(self.path / name)
 
     def command(self, run: Path) -> str:
-        """What copies `run` by hand."""
+        """Return the command that copies `run`."""
         return f"cp -r {quoted(run)} {quoted(self.path)}"
 
     def back(self, run: Path) -> str:
-        """What copies it back to `run`."""
+        """Return the command that copies it back to `run`."""
         return f"cp -r {quoted(self.path / run.name)} {quoted(run.parent)}"
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -55,8 +55,8 @@ class Folder:
         return read_manifest(self.path / name)
 
     def put(self, snapshot: Path, name: str) -> None:
-        """Copy `snapshot`; each part of the previous copy stays until the new one is whole. Raises OSError."""
-        if not self.path.is_dir() or (self.other_disk and not on_other_disk(self.path, self.beside)):
+        """Copy `snapshot`; each part of the previous copy stays until the new one is complete. Raises OSError."""
+        if not self.path.is_dir() or (self.other_disk and not on_other_disk(self.path, self.runs)):
             raise OSError(errno.ENODEV, "the disk is not mounted", str(self.path))
         folder = self.path / name
         require_same_run(snapshot, self, name)
@@ -81,15 +81,15 @@ class Repository:
     id: str
 
     def place(self, name: str) -> str:
-        """Where the run called `name` is copied to."""
+        """Return where the run called `name` is copied to."""
         return f"{HUB}{self.id}/{name}"
 
     def command(self, run: Path) -> str:
-        """What copies `run` by hand."""
+        """Return the command that copies `run`."""
         return f"hf upload {self.id} {quoted(run)} {run.name} --exclude lock"
 
     def back(self, run: Path) -> str:
-        """What copies it back to `run`."""
+        """Return the command that copies it back to `run`."""
         return f"hf download {self.id} --include {quoted(Path(run.name, '*'))} --local-dir {quoted(run.parent)}"
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -121,18 +121,18 @@ class Repository:
 
 
 def target_of(output: OutputConfig) -> Folder | Repository | None:
-    """Where the config wants copies; None for nowhere."""
+    """Return the target of output.copy_to; None if that is null."""
     if output.copy_to is None:
         return None
     if output.copy_to.startswith(HUB):
         return Repository(output.copy_to.removeprefix(HUB))
-    path, beside = resolve(output.copy_to), resolve(output.dir)
-    return Folder(path, on_other_disk(path, beside), beside)
+    path, runs = resolve(output.copy_to), resolve(output.dir)
+    return Folder(path, on_other_disk(path, runs), runs)
 
 
-def on_other_disk(path: Path, beside: Path) -> bool:
-    """Whether `path` exists and is on another disk than `beside`, or than the nearest folder above that exists."""
-    return path.is_dir() and path.stat().st_dev != nearest_folder(beside).stat().st_dev
+def on_other_disk(path: Path, runs: Path) -> bool:
+    """Whether `path` exists and is on another disk than `runs`, or the nearest folder above it that exists."""
+    return path.is_dir() and path.stat().st_dev != nearest_folder(runs).stat().st_dev
 
 
 def same_run(ours: Path, there: dict[str, Any]) -> bool:
@@ -160,7 +160,7 @@ class Copies:
         self._problem: str | None = None
 
     def begin(self) -> None:
-        """Copy the run as it is now, or, if a copy is under way, as it is when that has ended."""
+        """Copy the run as it is now; if a copy is under way, copy it again after that one."""
         if self._thread is not None:
             self._again = True
             return
@@ -174,7 +174,7 @@ class Copies:
         self._thread.start()
 
     def poll(self) -> None:
-        """Report a failure, once; begin the copy that had to wait."""
+        """Report a failure, once; begin a copy that was waiting."""
         if self._thread is not None and not self._thread.is_alive():
             self._thread = None
         if self._thread is None:
@@ -189,10 +189,10 @@ class Copies:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """Copy the run as the block leaves it, and report where to, or why not and what copies it by hand."""
+        """Copy the run after the block; report where to, or why that failed and the command to copy it."""
         try:
             yield
-        except Exception:  # not for what ends the program at once, as a second Ctrl-C does
+        except Exception:  # a second Ctrl-C, which quits at once, is no Exception
             self._finish()
             raise
         self._finish()
@@ -227,7 +227,7 @@ class Copies:
             self._problem = _reason(error)
 
     def _snapshot(self) -> Path:
-        """The run's files and sealed folders, linked or copied to where nothing changes them."""
+        """Link or copy the run's files and sealed folders into a folder that training does not change."""
         snapshot = self.run.folder / SNAPSHOT
         shutil.rmtree(snapshot, ignore_errors=True)
         snapshot.mkdir()
@@ -237,13 +237,13 @@ class Copies:
             shutil.copytree(folder, snapshot / "checkpoints" / folder.name, copy_function=os.link)
         for path in self.run.folder.iterdir():
             if path.is_file() and path.name != "lock" and path.suffix != ".partial":
-                put = shutil.copyfile if path.suffix == ".jsonl" else os.link  # which are appended to
+                put = shutil.copyfile if path.suffix == ".jsonl" else os.link  # training appends to the .jsonl files
                 put(path, snapshot / path.name)
         return snapshot
 
 
 def _put_sealed(source: Path, checkpoints: Path) -> None:
-    """Copy a sealed folder: under another name, its seal last, then renamed."""
+    """Copy a sealed folder under another name, its seal last, then rename it."""
     target, partial = checkpoints / source.name, checkpoints / f"{source.name}.partial"
     if (target / SEAL).is_file() and (target / SEAL).read_bytes() == (source / SEAL).read_bytes():
         return
@@ -263,7 +263,7 @@ def _put_sealed(source: Path, checkpoints: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all: written under another name, synced, read back and compared, renamed."""
+    """Copy a file whole or not at all: write another name, sync, read back and compare, rename."""
     partial = target.with_name(f"{target.name}.partial")
     with HashedFile(source) as read, partial.open("wb") as written:
         shutil.copyfileobj(read, written, BLOCK)
@@ -278,7 +278,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _git_blob(path: Path) -> str:
-    """The hash by which git, and so the Hub, knows a small file."""
+    """Return git's hash of a small file, which the Hub uses too."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -288,7 +288,7 @@ def _differs(path: str) -> OSError:
 
 
 def _reason(error: Exception) -> str:
-    """Why a copy failed, on one line."""
+    """Return why a copy failed, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return first_line(error)
