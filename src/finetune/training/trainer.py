@@ -273,20 +273,26 @@ def train(
         with stopper, suppress(EvaluationStopped):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         stopper.leave(trainer.state.global_step)
+    return _outcome(trainer, training, keeper, sums)
+
+
+def _outcome(trainer: Trainer, training: TrainingConfig, keeper: Keeper, sums: Sums) -> Outcome:
+    """Return the figures of a run that has reached its end; load the best adapter first if so configured."""
     assert keeper.best is not None  # the last step is always evaluated
-    step, eval_loss = trainer.state.global_step, keeper.eval_losses[trainer.state.global_step]
+    steps = best_step = trainer.state.global_step
+    eval_loss = keeper.eval_losses[steps]
     if training.load_best_model_at_end:
         _load_adapter(trainer.model, keeper.run.checkpoints / BEST)
-        step, eval_loss = keeper.best["step"], keeper.best["eval_loss"]
+        best_step, eval_loss = keeper.best["step"], keeper.best["eval_loss"]
     return Outcome(
-        steps=trainer.state.global_step,
+        steps=steps,
         train_loss=_mean_loss(trainer.state.log_history),
         first_eval_loss=keeper.eval_losses.get(0),
         eval_loss=eval_loss,
-        best_step=step,
-        tokens_per_second=progress.tokens_per_second,
+        best_step=best_step,
+        tokens_per_second=sums.progress.tokens_per_second,
         seconds=sums.seconds,
-        stopped_early=trainer.state.global_step < trainer.state.max_steps,
+        stopped_early=steps < trainer.state.max_steps,
     )
 
 
