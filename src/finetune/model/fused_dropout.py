@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-# A tile of x, and the tokens of which one program adds up A's gradient: their sums are added in one order.
+# A tile of x, and the tokens whose share of A's gradient one program sums; these sums are added in a fixed order.
 TOKENS, COLUMNS, CHUNK = 64, 128, 1024
 LEAST_RANK = 16  # of tl.dot; a smaller r is filled up with zeros
 

@@ -1,9 +1,9 @@
 """PEFT's LoRA layers in training, with less kept for the backward pass and less copied on the way.
 
-PEFT keeps, for each adapted layer, its input after the cast and after dropout, and dropout's noise. Here the layer's
-input is kept as it is, so that layers which read the same tensor share it, and noise is made again from a seed. Weights
-and their names stay PEFT's: what is saved is a plain PEFT adapter. The numbers are PEFT's up to rounding, the noise has
-the same distribution, but it is other noise; and on an NVIDIA GPU, where `fused_dropout` makes it, another one again.
+For each adapted layer, PEFT keeps the input after the cast and after dropout, and dropout's noise. This path keeps the
+layer's input unchanged, which layers that read the same tensor share, and generates the noise again from a seed.
+Weights and their names are PEFT's, so a saved adapter is a plain PEFT adapter. Results equal PEFT's up to rounding. The
+noise has the same distribution but other values, and others again on an NVIDIA GPU (`fused_dropout`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TURN_OFF = "to train without it: --set training.fused_lora=false"
 
 
 def install(model: PeftModel) -> None:
-    """Let every LoRA layer of `model` compute so in training; PEFT's own way stays for everything else.
+    """Make every LoRA layer of `model` use the fused path in training; otherwise it computes as PEFT does.
 
-    Raises CheckFailed where Triton's kernels cannot be compiled: that is found here, not in the first step.
+    Compiles Triton's kernels now rather than in the first step. Raises CheckFailed if that fails.
     """
     products = _products(model)
     for module in model.modules():
@@ -40,7 +40,7 @@ def install(model: PeftModel) -> None:
 
 
 def _products(model: PeftModel) -> Any:
-    """What has `reduce` and `gradients` for the device that `model` is on: a module."""
+    """Return the module with `reduce` and `gradients` for the device of `model`."""
     if not any(row.nvidia for row in PLATFORMS.values() if row.device == model.device.type):
         return sys.modules[__name__]
     try:
@@ -48,7 +48,7 @@ def _products(model: PeftModel) -> Any:
 
         x, noise = torch.zeros(16, 16, dtype=model.dtype, device=model.device), (0.5, 2**61)  # compiled as for a layer
         fused_dropout.gradients(x, fused_dropout.reduce(x, x, noise), x, x, noise)
-    except Exception as error:  # noqa: BLE001  Triton's own, beside those of compiler, headers, driver and disk
+    except Exception as error:  # noqa: BLE001  # of Triton, compiler, headers, driver or disk
         found = f"fused LoRA: Triton's kernels cannot be compiled: {first_line(error)}"
         raise CheckFailed(found, TURN_OFF, between="\n") from None
     return fused_dropout
@@ -69,8 +69,8 @@ def _forward(
 class _AdaptedLinear(torch.autograd.Function):
     """y = base(x) + scaling * dropout(x) A' B', with A [r, inputs], B [outputs, r] in float32, x [..., inputs].
 
-    The base is in here, too, because then its result and its gradient can be added to in place: neither pass makes a
-    second tensor of their size. All products are in x's dtype. Dropout multiplies by 0 or 1; its 1 / (1 - p) is part of
+    The base is part of the function, so its result and gradient are added to in place: neither pass allocates a second
+    tensor of that size. All products are in x's dtype. Dropout multiplies by 0 or 1; its 1 / (1 - p) is part of
     `scale`, which is applied inside the products with B, or to B. `factors`: scaling and p; `products`: a module with
     `reduce` and `gradients`.
     """
@@ -109,7 +109,10 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def reduce(x: torch.Tensor, down: torch.Tensor, noise: tuple[float, int]) -> torch.Tensor:
-    """dropout(x) A' without dropout's 1 / (1 - p), [tokens, r]: of x [tokens, inputs], A [r, inputs], p and a seed."""
+    """Return dropout(x) A' without the factor 1 / (1 - p), [tokens, r].
+
+    x [tokens, inputs]; `down` is A [r, inputs]; `noise` is (p, seed).
+    """
     reduced = x.new_empty(len(x), len(down))
     for rows, mask in _masks(x, *noise):
         seen = x[rows] if mask is None else mask.mul_(x[rows])
@@ -120,7 +123,10 @@ def reduce(x: torch.Tensor, down: torch.Tensor, noise: tuple[float, int]) -> tor
 def gradients(
     x: torch.Tensor, of_reduced: torch.Tensor, down: torch.Tensor, of_x: torch.Tensor | None, noise: tuple[float, int]
 ) -> torch.Tensor:
-    """A's gradient [r, inputs] in float32, from that of what `reduce` gave; x's is added to `of_x` if there is one."""
+    """Return A's gradient [r, inputs] in float32 from the gradient of the result of `reduce`.
+
+    Adds x's gradient to `of_x`, unless that is None.
+    """
     of_a = torch.zeros_like(down, dtype=torch.float32)
     for rows, mask in _masks(x, *noise):
         if of_x is not None:
@@ -131,7 +137,7 @@ def gradients(
 
 
 def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """total += left @ right, where the mask lets it through."""
+    """Add left @ right to `total` where the mask is 1."""
     if mask is None:
         total.addmm_(left, right)
     else:
@@ -139,7 +145,7 @@ def _add(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, mask: tor
 
 
 def _weight(base: Any) -> torch.Tensor:
-    """[outputs, inputs], as the backward pass of a linear layer needs it."""
+    """Return the layer's weight, unpacked, [outputs, inputs]."""
     weight: torch.Tensor = base.weight
     if isinstance(base, Linear4bit):
         weight = dequantize_4bit(weight.data, base.weight.quant_state)
@@ -147,9 +153,9 @@ def _weight(base: Any) -> torch.Tensor:
 
 
 def _masks(x: torch.Tensor, probability: float, seed: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Parts of the tokens of x [tokens, inputs], and what dropout multiplies each by: 0 or 1, the same for a seed.
+    """Yield slices of the tokens of x [tokens, inputs], each with dropout's mask of 0 and 1, fixed by the seed.
 
-    One part and no mask where the probability is 0.
+    If the probability is 0: one slice of all tokens, without a mask.
     """
     if probability == 0:
         yield slice(None), None

@@ -85,10 +85,10 @@ def _wrong(path: Path) -> str | None:
         with path.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             table = json.loads(stream.read(min(header, size)))
-        wanted = 8 + header + max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
+        expected = 8 + header + max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
     except (ValueError, LookupError, TypeError, AttributeError):
         return f"{path.name} is not a safetensors file"
-    return None if size == wanted else f"{path.name} has {size:,} bytes, its header says {wanted:,}"
+    return None if size == expected else f"{path.name} has {size:,} bytes, its header says {expected:,}"
 
 
 def why_not_reachable(name: str, revision: str | None) -> tuple[int | None, str]:

@@ -32,9 +32,9 @@ def verify_base(
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear):
             packed = storage == "packed" and name != "lm_head"  # the output layer is never quantized
-            wanted_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
-            if type(module) is not wanted_class:
-                problems.append(f"{name} is {type(module).__name__}, expected {wanted_class.__name__}")
+            expected_class = bitsandbytes.nn.Linear4bit if packed else torch.nn.Linear
+            if type(module) is not expected_class:
+                problems.append(f"{name} is {type(module).__name__}, expected {expected_class.__name__}")
             elif packed:
                 problems += _packed_problems(name, module, quantization)
     problems += [
@@ -49,19 +49,19 @@ def verify_base(
         raise CheckFailed(f"model: not loaded as the config asks\n{lines(problems, 10)}")
 
 
-def _packed_problems(name: str, module: Any, wanted: QuantizationConfig) -> list[str]:
+def _packed_problems(name: str, module: Any, expected: QuantizationConfig) -> list[str]:
     state = module.weight.quant_state
     if state is None:
-        return [f"{name} is not quantized, expected {wanted.bnb_4bit_quant_type}"]
+        return [f"{name} is not quantized, expected {expected.bnb_4bit_quant_type}"]
     found = {
         "bnb_4bit_quant_type": state.quant_type,
         "bnb_4bit_use_double_quant": state.nested,
         "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch."),
     }
     return [
-        f"{name} has {key} {value}, expected {getattr(wanted, key)}"
+        f"{name} has {key} {value}, expected {getattr(expected, key)}"
         for key, value in found.items()
-        if value != getattr(wanted, key)
+        if value != getattr(expected, key)
     ]
 
 

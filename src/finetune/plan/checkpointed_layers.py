@@ -56,12 +56,12 @@ def by_trials(
     total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
     expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]
     peaks = {total: measure(total)}
-    wanted = total - (total - _fewest(peaks, expected, budget) + 1) // 2
-    while wanted not in peaks and len(peaks) < TRIALS:
-        peaks[wanted] = measure(wanted)
-        wanted = _fewest(peaks, expected, budget)
+    suggested = total - (total - _fewest(peaks, expected, budget) + 1) // 2
+    while suggested not in peaks and len(peaks) < TRIALS:
+        peaks[suggested] = measure(suggested)
+        suggested = _fewest(peaks, expected, budget)
     layers = min((layers for layers, peak in peaks.items() if peak is not None and peak <= budget), default=total)
-    return Choice(layers, _told(layers, total, peaks, capacity_gib))
+    return Choice(layers, _reason(layers, total, peaks, capacity_gib))
 
 
 def _fewest(peaks: dict[int, float | None], expected: list[float], budget: float) -> int:
@@ -79,7 +79,7 @@ def _fewest(peaks: dict[int, float | None], expected: list[float], budget: float
     return max(fewest, (max(ended) + least + 1) // 2)
 
 
-def _told(layers: int, total: int, peaks: dict[int, float | None], capacity_gib: float) -> str:
+def _reason(layers: int, total: int, peaks: dict[int, float | None], capacity_gib: float) -> str:
     trials = (
         f"{peak:.1f} with {tried}" if peak is not None else f"out of memory with {tried}"
         for tried, peak in peaks.items()

@@ -75,8 +75,8 @@ def read_geometry(config: Config) -> Geometry:
     found = MISTRAL_7B if remote else _local_geometry(config)
     asked, layers = config.training.checkpointed_layers, found.num_hidden_layers
     if isinstance(asked, int) and asked > layers:
-        wanted = f"expected 0 to {layers}, all or auto"
-        raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers", fix=wanted)
+        expected = f"expected 0 to {layers}, all or auto"
+        raise ConfigError(f"training.checkpointed_layers: {asked}, but the model has {layers} layers", fix=expected)
     return found
 
 
@@ -113,4 +113,4 @@ def _difference(found: Geometry) -> str:
     pairs: dict[str, tuple[Any, Any]] = {
         name: (getattr(found, name), getattr(MISTRAL_7B, name)) for name in Geometry.__annotations__
     }
-    return ", ".join(f"{name} {ours} (expected {wanted})" for name, (ours, wanted) in pairs.items() if ours != wanted)
+    return ", ".join(f"{name} {ours} (expected {theirs})" for name, (ours, theirs) in pairs.items() if ours != theirs)

@@ -37,7 +37,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rest of a run of `steps` optimizer steps, of which `done` are done.
+    """The rest of a run of `steps` optimizer steps, `done` of them done.
 
     It evaluates before the first step; it evaluates and saves at multiples of `eval_steps` and `save_steps`, and at the
     last step.

@@ -54,14 +54,14 @@ def find(config: Config, geometry: Geometry, folder: Path = RESULTS) -> Throughp
 
     Raises ConfigError if a file is not JSON, or its entry for this run has no speed.
     """
-    wanted = conditions(config, geometry)
+    expected = conditions(config, geometry)
     found: dict[tuple[str, str], Throughput] = {}
     for path in sorted(folder.glob("*.json")):
         shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
         try:
             document = read_json(path)
             entries = document.get("throughput", [])
-            for entry in (entry for entry in entries if wanted.items() <= entry.items()):
+            for entry in (entry for entry in entries if expected.items() <= entry.items()):
                 speeds = float(entry["tokens_per_second"]), entry["eval_tokens_per_second"]
                 found[document["date"], path.name] = Throughput(*speeds, shown, _machine(document["machine"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,7 +1,7 @@
 """The run's README.md: a model card as the Hub reads it, which can be uploaded as it is.
 
-It says what the manifest and the config know, and nothing else: no language, no data set id and no license of a base
-that is not known. What a person or a file was named stands in code spans, where it can end neither header nor Markdown.
+It contains only what manifest and config record: no language, no data set id, and no license of an unknown base. Names
+of people and files are in code spans, where they cannot end the header or the Markdown.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SAME_TOKENS = 40  # of llama.cpp's answer, at least
 
 
 def model_card(config: Config, manifest: dict[str, Any]) -> str:
-    """README.md in the Hub's format, of a complete run's manifest; with `self_test`, its verdict.
+    """Return README.md in the Hub's format from a run's manifest, with the verdict of `self_test` if there is one.
 
-    Of an unfinished run's manifest, with what is known of the best adapter so far, for the folder of that.
+    For an unfinished run, `manifest` has the figures of the best adapter so far, and the card is for that one's folder.
     """
     hub, tree, finished = hub_base(config), config.as_dict(), manifest["status"] == "complete"
     found = {
@@ -55,7 +55,7 @@ def model_card(config: Config, manifest: dict[str, Any]) -> str:
 
 
 def metadata(config: Config, manifest: dict[str, Any]) -> ModelCardData:
-    """The card's header. `eval_results` holds the final eval_loss, on conversations that are on no Hub."""
+    """Return the card's header; `eval_results` has the final eval_loss, on held-out conversations of the user."""
     base = hub_base(config)
     result = EvalResult(
         task_type="text-generation",
@@ -80,9 +80,9 @@ def metadata(config: Config, manifest: dict[str, Any]) -> ModelCardData:
 
 
 def hub_base(config: Config) -> str | None:
-    """The base's Hub id. Of a folder only where `hf download` noted there that its files are the pinned commit's.
+    """Return the base's Hub id; for a folder, only if `hf download` recorded there that it has the pinned commit.
 
-    A geometry or a tokenizer would not tell Mistral-7B-Instruct-v0.2 from its other fine-tunes.
+    Geometry and tokenizer are the same for other fine-tunes of Mistral-7B.
     """
     if not is_local(config.model.name):
         return config.model.name
@@ -92,12 +92,12 @@ def hub_base(config: Config) -> str | None:
 
 
 def _requirements(versions: dict[str, str], names: Sequence[str]) -> str:
-    """What pip installs to use the adapter, in the run's versions; which build of torch, as in +cpu, is left to pip."""
+    """Return pip's requirements to use the adapter, in the run's versions; pip chooses the build, such as +cpu."""
     return " ".join(f"{name}=={versions[name].partition('+')[0]}" for name in names)
 
 
 def _cards() -> Environment:
-    """What the template writes is Markdown, so each value goes through one of these filters, or is ours."""
+    """Return the template's environment; every value not from this program must go through one of its filters."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=False,  # Markdown, not HTML
@@ -115,12 +115,12 @@ def _named(values: dict[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """`text` on one line with nothing in it that Markdown acts on."""
+    """Return `text` on one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", " ".join(clean(text).split()))
 
 
 def _code(text: str) -> str:
-    """`text` as a code span on one line: fenced by more backticks than appear in a row in it."""
+    """Return `text` as a code span on one line, fenced by more backticks than any run of them in it."""
     line = " ".join(clean(str(text)).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     room = " " if line.startswith("`") or line.endswith("`") else ""
@@ -128,6 +128,6 @@ def _code(text: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """A code span in a table, where a bar would begin the next cell."""
+    """Return a code span for a table, where an unescaped bar would begin the next cell."""
     text = ", ".join(value) if isinstance(value, list) else str(value)
     return _code(text).replace("|", "\\|")

@@ -117,10 +117,10 @@ def self_test(job: Job, folder: Path, before: Untrained, outcome: Outcome) -> Se
     """
     model, prepared = job.model, job.prepared
     rows = loss_rows(prepared.validation)
-    whole = len(rows) == len(prepared.validation.lengths)
+    all_rows = len(rows) == len(prepared.validation.lengths)
     tokens = int(prepared.validation.lengths[rows].sum())
-    over = f"{'all' if whole else 'the first'} {len(rows)} validation rows ({tokens:,} tokens)"
-    expected = outcome.eval_loss if whole else held_out(model.get_base_model(), prepared, rows).loss
+    over = f"{'all' if all_rows else 'the first'} {len(rows)} validation rows ({tokens:,} tokens)"
+    expected = outcome.eval_loss if all_rows else held_out(model.get_base_model(), prepared, rows).loss
 
     base = model.unload()
     checks = [_base_unchanged(before.base, _base_digest(base))]
@@ -249,10 +249,10 @@ def held_out(model: Any, prepared: Prepared, indices: list[int]) -> HeldOut:
     supervised, ends = [], []
     for index in indices:
         _, input_ids, labels = prepared.validation.row(index)
-        wanted = torch.from_numpy(labels[1:].astype(np.int64)).to(model.device)
-        losses = torch.nn.functional.cross_entropy(_logits(model, input_ids)[:-1], wanted, reduction="none")
-        supervised.append(losses[wanted != IGNORED].cpu())
-        ends.append(losses[wanted == end].cpu())
+        targets = torch.from_numpy(labels[1:].astype(np.int64)).to(model.device)
+        losses = torch.nn.functional.cross_entropy(_logits(model, input_ids)[:-1], targets, reduction="none")
+        supervised.append(losses[targets != IGNORED].cpu())
+        ends.append(losses[targets == end].cpu())
     of_ends = torch.cat(ends).double()
     return HeldOut(float(torch.cat(supervised).double().mean()), float(of_ends.mean()) if len(of_ends) else None)
 

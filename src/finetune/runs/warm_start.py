@@ -50,7 +50,7 @@ def digest(config: Config) -> str | None:
 
 @lru_cache(maxsize=1)
 def _digest_of(path: Path, mtime_ns: int) -> str:
-    """Manifest, fingerprint and receipt ask; the file is hashed once unless it changes."""
+    """Hash the file once for manifest, fingerprint and receipt, unless it changes."""
     del mtime_ns
     return sha256(path)
 
@@ -83,8 +83,8 @@ def _refused(*problems: str) -> ConfigError:
 
 def _settings(found: dict[str, Any], config: Config) -> Iterator[str]:
     base, name = found.get("base_model_name_or_path"), config.model.name
-    wanted = resolve(name).name if is_local(name) else name
-    if (Path(str(base)).name if is_local(name) else base) != wanted:
+    expected = resolve(name).name if is_local(name) else name
+    if (Path(str(base)).name if is_local(name) else base) != expected:
         yield f"its base is {json.dumps(base)}, the run's is {json.dumps(name)}"
     for key in ("r", "lora_alpha", "bias", "task_type"):
         if found.get(key) != getattr(config.lora, key):
@@ -108,18 +108,18 @@ def _template(folder: Path, template: str) -> Iterator[str]:
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]], lora: LoraConfig, geometry: Geometry) -> Iterator[str]:
-    wanted = dict(_wanted(lora, geometry))
-    for what, names in (("lacks", wanted.keys() - shapes.keys()), ("also has", shapes.keys() - wanted.keys())):
+    expected = dict(_expected(lora, geometry))
+    for what, names in (("lacks", expected.keys() - shapes.keys()), ("also has", shapes.keys() - expected.keys())):
         if names:
             yield f"it {what} {listed(sorted(names), 1)}"
-    other = sorted(name for name in wanted.keys() & shapes.keys() if wanted[name] != shapes[name])
+    other = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
     if other:
         first = other[0]
         differ = counted(len(other), "tensor")
-        yield f"{differ} of another shape, the first {first}: {shapes[first]}, expected {wanted[first]}"
+        yield f"{differ} of another shape, the first {first}: {shapes[first]}, expected {expected[first]}"
 
 
-def _wanted(lora: LoraConfig, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:
+def _expected(lora: LoraConfig, geometry: Geometry) -> Iterator[tuple[str, tuple[int, int]]]:
     """PEFT's name and the shape of each tensor of an adapter with these settings."""
     shapes = geometry.linear_shapes()
     for layer in range(geometry.num_hidden_layers):

@@ -104,7 +104,7 @@ class Passes(TrainerCallback):  # type: ignore[misc]
         self._begun = 0.0
 
     @property
-    def wanted(self) -> float:
+    def expected_share(self) -> float:
         """The share of its inputs that dropout should keep."""
         return 1 - self.stage.config.lora.lora_dropout
 
@@ -172,7 +172,7 @@ def measure(stage: Stage) -> Passes:
         trainer.train()
         passes.peak_gib = peak_memory_gib(job.platform)
         for layer in _lora_layers(job.model.get_base_model().model.layers[0].modules()):
-            mask, apart = _probe(layer, job.model.dtype, stage.config.training.bf16, passes.wanted)
+            mask, apart = _probe(layer, job.model.dtype, stage.config.training.bf16, passes.expected_share)
             passes.kept, passes.probed = passes.kept + int(mask.sum()), passes.probed + mask.numel()
             passes.apart = max(passes.apart, apart)
     return passes
@@ -306,22 +306,22 @@ def wrong(found: Passes, plain: Passes) -> str:
     return "dropout differs in the backward pass" if found.apart > 0.5 else ""  # 0 or 1, but for rounding
 
 
-def _together(found: Gradients, wanted: Gradients) -> float:
-    off = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
-    return math.sqrt(off / sum(float(value.square().sum()) for value in wanted.values()))
+def _together(found: Gradients, plain: Gradients) -> float:
+    off = sum(float((found[name] - plain[name]).square().sum()) for name in plain)
+    return math.sqrt(off / sum(float(value.square().sum()) for value in plain.values()))
 
 
-def _furthest(found: Gradients, wanted: Gradients) -> tuple[str, float]:
+def _furthest(found: Gradients, plain: Gradients) -> tuple[str, float]:
     """Return the weight whose gradient differs most, and by what share of its norm; NaN counts as most."""
-    off = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
+    off = {name: float((found[name] - plain[name]).norm() / plain[name].norm()) for name in plain}
     name = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
     return name.removeprefix("base_model.model.model.").removesuffix(".default.weight"), off[name]
 
 
 def _wrong_share(found: Passes) -> str:
-    wanted = found.wanted
-    bound = DEVIATIONS * math.sqrt(wanted * (1 - wanted) / found.probed)
+    expected = found.expected_share
+    bound = DEVIATIONS * math.sqrt(expected * (1 - expected) / found.probed)
     share = found.kept / found.probed
-    if abs(share - wanted) <= bound:
+    if abs(share - expected) <= bound:
         return ""
-    return f"dropout keeps {share:.4f} of its inputs, expected {wanted:.4f} within {bound:.2g}"
+    return f"dropout keeps {share:.4f} of its inputs, expected {expected:.4f} within {bound:.2g}"

@@ -81,11 +81,11 @@ def _held_out(prepared: Prepared) -> Iterator[Messages]:
     """Yield validation rows in file order, each up to its first question."""
     rows = prepared.validation
     places = [rows.row(index)[0] for index in range(len(rows.lengths))]
-    wanted = set(places)
+    held_out = set(places)
     for path in dict.fromkeys(place.file for place in places):
         with open_lines(Path(path)) as stream:
             for number, line in read_lines(stream):
-                if (path, number) in wanted:
+                if (path, number) in held_out:
                     messages = parse_row(line)
                     yield messages[: 2 if messages[0]["role"] == "system" else 1]
 
