@@ -254,7 +254,7 @@ def test_on_a_cpu_the_formula_decides_and_says_that_nothing_can_be_measured_twic
     config = case.config(*AUTO)
     found = rehearsed(case, config, loaded(config))
     why = "the resident peak of a process cannot be measured twice"
-    text = f"0 of 2: 0.7 GiB expected by the formula alone, at most 900.0 of 1000.0; {why}"
+    text = f"0 of 2: 1.8 GiB expected by the formula alone, at most 900.0 of 1000.0; {why}"
     assert (found.checkpointed, tried) == (Choice(0, text), [0])
 
 
