@@ -99,20 +99,18 @@ def distance(found: Tensors, wanted: Tensors) -> float:
 
 
 @pytest.mark.parametrize(
-    "sequences", [[ROWS], [ROWS[:2], ROWS[2:]]], ids=["one sequence", "two sequences in one batch"]
+    ("sequences", "checkpointing"),
+    [([ROWS], False), ([ROWS[:2], ROWS[2:]], False), ([ROWS], True)],
+    ids=["one sequence", "two sequences in one batch", "gradient checkpointing"],
 )
-def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows_alone(case: Case, sequences: list[list[int]]) -> None:
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_rows_alone(
+    case: Case, sequences: list[list[int]], checkpointing: bool
+) -> None:
+    if checkpointing:
+        case.model.gradient_checkpointing_enable({"use_reentrant": False})
     loss, gradients = case.weighted(ROWS)
     tokens, packed_loss, packed_gradients = case.loss_and_gradients(case.batch(*sequences))
     assert tokens == sum(int((case.prepared.train.row(row)[2] != -100).sum()) for row in ROWS)
-    assert float(abs(packed_loss - loss) / loss) < TOLERANCE
-    assert distance(packed_gradients, gradients) < TOLERANCE
-
-
-def test_gradient_checkpointing_changes_nothing_of_that(case: Case) -> None:
-    case.model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss, gradients = case.weighted(ROWS)
-    _, packed_loss, packed_gradients = case.loss_and_gradients(case.batch(ROWS))
     assert float(abs(packed_loss - loss) / loss) < TOLERANCE
     assert distance(packed_gradients, gradients) < TOLERANCE
 

@@ -33,31 +33,17 @@ def packings(draw: st.DrawFn) -> tuple[list[int], int]:
 
 @settings(max_examples=300, deadline=None)
 @given(packings())
-def test_every_row_stands_in_one_sequence_and_none_is_over_full(packing: tuple[list[int], int]) -> None:
+def test_rows_are_packed_once_in_file_order_as_full_as_best_fit_decreasing_packs_them(
+    packing: tuple[list[int], int],
+) -> None:
     lengths, capacity = packing
     sequences = pack(lengths, capacity)
     assert sorted(row for sequence in sequences for row in sequence) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[row] for row in sequence) <= capacity for sequence in sequences)
-
-
-@settings(max_examples=300, deadline=None)
-@given(packings())
-def test_sequences_are_as_few_and_as_full_as_best_fit_decreasing_makes_them(packing: tuple[list[int], int]) -> None:
-    lengths, capacity = packing
-    sequences = pack(lengths, capacity)
-    filled = sorted(sum(lengths[row] for row in sequence) for sequence in sequences)
-    assert len(sequences) == len(naive_best_fit_decreasing(lengths, capacity))
-    assert filled == naive_best_fit_decreasing(lengths, capacity)
-
-
-@settings(max_examples=100, deadline=None)
-@given(packings())
-def test_rows_stand_in_file_order_inside_a_sequence_and_the_same_rows_pack_the_same(
-    packing: tuple[list[int], int],
-) -> None:
-    sequences = pack(*packing)
     assert all(sequence == sorted(sequence) for sequence in sequences)
-    assert pack(*packing) == sequences
+    filled = sorted(sum(lengths[row] for row in sequence) for sequence in sequences)
+    assert all(0 < tokens <= capacity for tokens in filled)
+    assert filled == naive_best_fit_decreasing(lengths, capacity)
+    assert pack(lengths, capacity) == sequences
 
 
 def test_these_rows_pack_so() -> None:

@@ -236,14 +236,6 @@ def test_a_limit_evaluates_on_rows_at_even_distances_and_trains_on_no_other_row(
     assert lines(two_files.prepare(max_validation_rows=11).validation) == lines(whole.validation)
 
 
-def test_too_few_rows_for_a_split_fail_with_the_limit_to_raise(case: Case) -> None:
-    write(case.train, *numbered(1010))
-    assert case.failure(DataError, validation_split=1e-9, max_rows=1005) == (
-        f"data: {case.train} leaves no row for validation (1005 to train on); name a dataset.validation_file, "
-        "raise dataset.max_rows above 1005, or raise dataset.validation_split"
-    )
-
-
 def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "ROOT", case.folder)
     write(case.train, *numbered(40))
@@ -337,14 +329,6 @@ def test_copies_that_are_left_out_do_not_count_for_the_share(case: Case) -> None
     assert case.prepare(validation_split=0.1, on_duplicate="drop").statistics["validation"].rows == 2
 
 
-def test_where_all_rows_begin_alike_none_can_be_held_out(case: Case) -> None:
-    write(case.train, *(conversation("Go on.", f"Answer {number}") for number in range(8)))
-    assert case.failure(DataError) == (
-        f"data: {case.train} leaves no row for validation (8 to train on); all have the same system and first user "
-        "message and stay together: name a dataset.validation_file"
-    )
-
-
 def test_of_copies_the_first_one_stays_and_the_others_are_counted(two_files: Case) -> None:
     rows = numbered(3)
     write(two_files.train, rows[0], rows[1], rows[0], rows[2], *[rows[1]] * 300)
@@ -365,16 +349,43 @@ def test_about_the_share_asked_for_is_held_out(case: Case, share: float) -> None
     assert abs(held_out - 1500 * share) < 3 * deviation
 
 
+VALID = [SHORT]  # the rows of a validation file
+NO_ROW: dict[str, tuple[list[Any], list[Any] | None, dict[str, Any], str]] = {
+    "blank lines": (["", " ", "\r", "\t"], VALID, {}, "{train} leaves no row to train on; add rows"),
+    "no loss": ([weighted(SHORT, 0), weighted(numbered(1)[0], 0)], VALID, {},
+        "{train} leaves no row to train on (in 2 no turn carries loss); remove weight 0 from the answers to train on"),
+    "too long": ([NO_TURN_FITS] * 2, VALID, {"recipe": replace(RECIPE, max_seq_length=16)},
+        "{train} leaves no row to train on (2 were longer than model.max_seq_length); raise model.max_seq_length"),
+    "tiny share": (numbered(1000), None, {"validation_split": 1e-9},
+        "{train} leaves no row for validation (1000 to train on); "
+        "name a dataset.validation_file, add rows, or raise dataset.validation_split"),
+    "tiny share of max_rows": (numbered(1010), None, {"validation_split": 1e-9, "max_rows": 1005},
+        "{train} leaves no row for validation (1005 to train on); name a dataset.validation_file, "
+        "raise dataset.max_rows above 1005, or raise dataset.validation_split"),
+    "one opening": ([conversation("Go on.", f"Answer {number}") for number in range(8)], None, {},
+        "{train} leaves no row for validation (8 to train on); all have the same system and first user "
+        "message and stay together: name a dataset.validation_file"),
+    "empty validation file": (numbered(5), [""], {},
+        "{validation} leaves no row for validation (5 to train on); "
+        "name a dataset.validation_file, add rows, or raise dataset.validation_split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "validation", "changes", "found"), NO_ROW.values(), ids=NO_ROW.keys())
+def test_a_split_without_rows_is_an_error_that_says_why_and_what_to_do(
+    case: Case, train: list[Any], validation: list[Any] | None, changes: dict[str, Any], found: str
+) -> None:
+    write(case.train, *train)
+    if validation is not None:
+        write(case.validation, *validation)
+    assert case.failure(DataError, **changes) == f"data: {found.format(train=case.train, validation=case.validation)}"
+
+
 def test_an_empty_train_file_is_a_data_error(case: Case) -> None:
     case.train.touch()
     assert case.failure(DataError) == (
         f'data: {case.train} is empty (0 bytes); expected {{"messages": [...]}}, one conversation a line'
     )
-
-
-def test_a_train_file_of_blank_lines_is_a_data_error(case: Case) -> None:
-    case.train.write_text("\n \n\r\n\t\n")
-    assert case.failure(DataError) == f"data: {case.train} leaves no row to train on; add rows"
 
 
 def test_rows_without_loss_are_good_rows_of_which_the_bad_ones_are_a_share(case: Case) -> None:
@@ -383,40 +394,6 @@ def test_rows_without_loss_are_good_rows_of_which_the_bad_ones_are_a_share(case:
     assert case.prepare(on_bad_row="drop", max_bad_share=0.1).statistics["train"].dropped_bad == 1
     assert case.failure(DataError, on_bad_row="drop", max_bad_share=0.09).startswith(
         "data: 1 bad row of 10 (10%), above dataset.max_bad_share (9%)\n"
-    )
-
-
-def test_rows_without_loss_are_a_data_error_that_says_so(case: Case) -> None:
-    write(case.train, weighted(SHORT, 0), weighted(numbered(1)[0], 0))
-    write(case.validation, SHORT)
-    assert case.failure(DataError) == (
-        f"data: {case.train} leaves no row to train on (in 2 no turn carries loss); "
-        "remove weight 0 from the answers to train on"
-    )
-
-
-def test_rows_that_are_all_too_long_are_a_data_error_that_says_so(case: Case) -> None:
-    write(case.train, NO_TURN_FITS, NO_TURN_FITS)
-    write(case.validation, SHORT)
-    assert case.failure(DataError, replace(RECIPE, max_seq_length=16)) == (
-        f"data: {case.train} leaves no row to train on (2 were longer than model.max_seq_length); "
-        "raise model.max_seq_length"
-    )
-
-
-def test_a_split_that_leaves_no_validation_row_is_a_data_error(case: Case) -> None:
-    write(case.train, *numbered(1000))
-    assert case.failure(DataError, validation_split=1e-9) == (
-        f"data: {case.train} leaves no row for validation (1000 to train on); "
-        "name a dataset.validation_file, add rows, or raise dataset.validation_split"
-    )
-
-
-def test_an_empty_validation_file_is_a_data_error_that_names_it(two_files: Case) -> None:
-    two_files.validation.write_text("\n")
-    assert two_files.failure(DataError) == (
-        f"data: {two_files.validation} leaves no row for validation (5 to train on); "
-        "name a dataset.validation_file, add rows, or raise dataset.validation_split"
     )
 
 

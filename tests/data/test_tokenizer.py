@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from finetune.data.template import CHATML_FORMAT, IGNORED, MISTRAL_FORMAT, Encoded, Messages
 from finetune.data.tokenizer import Chat, Reference, load_chat
 from finetune.errors import ConfigError
-from support.conversations import BOS, EOS, conversation, conversations, encoded
+from support.conversations import BOS, EOS, conversation, conversations, encoded, weighted
 
 
 @pytest.fixture(scope="module")
@@ -197,23 +197,17 @@ def test_chatml_text_is_never_a_control_token(chatml: Chat) -> None:
     assert [label for label in labels if 0 <= label < 3] == [end]
 
 
-def test_chatml_loss_does_not_lie_on_an_answer_of_weight_0(chatml: Chat) -> None:
-    messages = conversation("Why?", "Because.", "And?", "So.")
-    messages[1]["weight"] = 0
-    input_ids, labels = encoded(chatml, messages)
-    supervised = [label for label in labels if label != IGNORED]
-    assert chatml.tokenizer.decode(supervised, skip_special_tokens=False) == "So.<|im_end|>"
-    assert input_ids == encoded(chatml, conversation("Why?", "Because.", "And?", "So."))[0]
-
-
-def test_chatml_loss_lies_on_the_assistants_text_and_its_end_token_only(chatml: Chat) -> None:
-    input_ids, labels = encoded(chatml, conversation("Why?", "Because.", system="Be short."))
-    supervised = [label for label in labels if label != IGNORED]
-    assert chatml.tokenizer.decode(supervised, skip_special_tokens=False) == "Because.<|im_end|>"
-    assert chatml.tokenizer.decode(input_ids, skip_special_tokens=False) == (
-        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-        "<|im_start|>assistant\nBecause.<|im_end|>\n"
-    )
+def test_chatml_loss_is_on_answers_and_their_end_token_unless_their_weight_is_0(chatml: Chat) -> None:
+    messages = conversation("Why?", "Because.", "And?", "So.", system="Be short.")
+    for first, answers in ((1, "Because.<|im_end|>So.<|im_end|>"), (0, "So.<|im_end|>")):
+        input_ids, labels = encoded(chatml, weighted(messages, first, 1))
+        supervised = [label for label in labels if label != IGNORED]
+        assert chatml.tokenizer.decode(supervised, skip_special_tokens=False) == answers
+        assert chatml.tokenizer.decode(input_ids, skip_special_tokens=False) == (
+            "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+            "<|im_start|>assistant\nBecause.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
+            "<|im_start|>assistant\nSo.<|im_end|>\n"
+        )
 
 
 # --- which tokenizer and format belong to a model
@@ -225,11 +219,8 @@ def test_without_a_folder_the_chat_is_mistrals_with_its_32000_tokens(mistral: Ch
     assert mistral.tokenizer.get_vocab_size() == 32000
 
 
-def test_a_folder_without_a_tokenizer_is_mistrals(tmp_path: Path, mistral: Chat) -> None:
+def test_a_folder_without_a_tokenizer_or_with_mistrals_vocabulary_is_mistrals(tmp_path: Path, mistral: Chat) -> None:
     assert load_chat(tmp_path).fingerprint == mistral.fingerprint
-
-
-def test_a_folder_with_mistrals_vocabulary_is_mistrals(tmp_path: Path, mistral: Chat) -> None:
     (tmp_path / "tokenizer.json").write_text(mistral.tokenizer.to_str())
     assert load_chat(tmp_path).fingerprint == mistral.fingerprint
 
