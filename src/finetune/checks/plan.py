@@ -55,8 +55,8 @@ def _hours(preflight: Preflight) -> Finding:
         return passed(found)
     epochs = math.floor(100 * training.num_train_epochs * budget / plan.hours) / 100  # rounded up it would not fit
     share = f"--set training.num_train_epochs={epochs:g}"
-    whole = f"--set training.time_budget_hours={math.ceil(round(110 * plan.hours, 6)) / 100:g}"
-    return warned(f"{found}, training.time_budget_hours is {budget:g}", f"{share}, or {whole}")
+    longer = f"--set training.time_budget_hours={math.ceil(round(110 * plan.hours, 6)) / 100:g}"
+    return warned(f"{found}, training.time_budget_hours is {budget:g}", f"{share}, or {longer}")
 
 
 def _rehearsal(preflight: Preflight) -> Finding:

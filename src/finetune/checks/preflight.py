@@ -53,10 +53,10 @@ class Preflight:
         if not self.machine.apple_silicon:
             return self.platform.memory_gib
         try:
-            told = self.torch.working_set_gib
+            known_gib = self.torch.working_set_gib
         except CheckFailed:
-            told = None
-        return told or WORKING_SET_SHARE * self.machine.memory_gib
+            known_gib = None
+        return known_gib or WORKING_SET_SHARE * self.machine.memory_gib
 
     @cached_property
     def geometry(self) -> Geometry:

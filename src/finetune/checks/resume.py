@@ -32,7 +32,7 @@ def _state(preflight: Preflight) -> Finding:
         *(f"{repeated.name} would be set aside: {lost}" for repeated in decision.repeated),
         *_set_aside(checkpoints),
     ]
-    if decision.nothing_whole:
+    if decision.nothing_intact:
         return failed(f"every checkpoint in {checkpoints} is damaged: {'; '.join(notes)}", f"{TRAIN} --fresh")
     if decision.checkpoint is not None:
         return _resume(f"would resume from {decision.checkpoint.name}", notes, decision.changes)

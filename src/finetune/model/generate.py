@@ -90,7 +90,7 @@ class _Parts(BaseStreamer):  # type: ignore[misc]
     def __init__(self, chat: Chat, heard: Callable[[str], None]) -> None:
         self.chat, self.heard = chat, heard
         self.ids: list[int] | None = None  # the first call passes the prompt
-        self.told = ""
+        self.passed_on = ""
 
     def put(self, value: torch.Tensor) -> None:
         if self.ids is None:
@@ -106,9 +106,9 @@ class _Parts(BaseStreamer):  # type: ignore[misc]
         return _reply(self.chat, self.ids or []).text
 
     def _tell(self, text: str) -> None:
-        if len(text) > len(self.told) and text.startswith(self.told):
-            self.heard(text[len(self.told) :])
-            self.told = text
+        if len(text) > len(self.passed_on) and text.startswith(self.passed_on):
+            self.heard(text[len(self.passed_on) :])
+            self.passed_on = text
 
 
 def _batch(

@@ -49,9 +49,9 @@ def by_trials(
     """The fewest checkpointed layers whose measured peak is within the budget, else all.
 
     `measure` returns the peak in GiB with that many layers checkpointed, or None if memory ran out; with all of them it
-    must return a number. Tries all layers, then half as many whole layers as the formula suggests, then repeatedly what
-    the line through two measurements suggests. The line interpolates the difference between measurement and formula,
-    because the peak itself is not linear.
+    must return a number. Tries all layers, then half as many layers kept in full as the formula suggests, then
+    repeatedly what the line through two measurements suggests. The line interpolates the difference between measurement
+    and formula, because the peak itself is not linear.
     """
     total, budget = geometry.num_hidden_layers, AUTO_SHARE * capacity_gib
     expected = [peak_gib(with_layers(config, layers), geometry) for layers in range(total + 1)]

@@ -91,19 +91,19 @@ def moments(config: Config, geometry: Geometry) -> dict[str, dict[str, float]]:
     """Memory by part at three moments, one of which is the peak, GiB.
 
     `loss`: all that the forward pass keeps, and TRL's tile of logits. `backward`: what the forward pass keeps, the last
-    layer's activations even if it is checkpointed, and its backward's workspace; whole layers are last, so they are
-    freed before a checkpointed one is recomputed. `evaluation`: a batch of per_device_eval_batch_size rows padded to
-    max_seq_length; nothing is kept, and there are no gradients.
+    layer's activations even if it is checkpointed, and its backward's workspace; layers kept in full are last, so they
+    are freed before a checkpointed one is recomputed. `evaluation`: a batch of per_device_eval_batch_size rows padded
+    to max_seq_length; nothing is kept, and there are no gradients.
     """
     sizes = _Sizes(config, geometry)
     training, evaluation = sizes.training_batch(), sizes.evaluation_batch()
-    whole = geometry.num_hidden_layers - checkpointed_layers(config, geometry)  # layers of which everything is kept
-    live = max(whole, 1)
-    kept, last = sizes.kept(training, whole), sizes.kept(training, live)
+    full = geometry.num_hidden_layers - checkpointed_layers(config, geometry)  # layers that keep everything
+    live = max(full, 1)
+    kept, last = sizes.kept(training, full), sizes.kept(training, live)
     found = {
         "loss": {
             "activations": kept,
-            "attention_mask": sizes.mask(training, whole),
+            "attention_mask": sizes.mask(training, full),
             "logits": sizes.training_logits(training),
         },
         "backward": {
@@ -222,8 +222,8 @@ class _Sizes:
             return 0
         return batch.pairs * (1 + self.width * (1 if self.platform.keeps_attention_weights else layers))
 
-    def kept(self, batch: Batch, whole: int) -> float:
-        """What the forward pass keeps: everything of `whole` layers, and the input of checkpointed ones.
+    def kept(self, batch: Batch, full: int) -> float:
+        """What the forward pass keeps: everything of `full` layers, and the input of checkpointed ones.
 
         Outside the layers: what the last norm keeps, its output, and the rotary embedding's sines and cosines. The
         first layer's input has no gradient, so its norm and the dropout of its queries, keys and values keep nothing.
@@ -234,7 +234,7 @@ class _Sizes:
             ends += checkpointed_layers(self.config, self.geometry) * hidden * self.width
         else:
             ends -= hidden * self.norm_width + self.noise_a_token(("q_proj", "k_proj", "v_proj"))
-        return batch.tokens * (ends + whole * self.kept_a_token(batch)) + whole * self.attention_weights(batch)
+        return batch.tokens * (ends + full * self.kept_a_token(batch)) + full * self.attention_weights(batch)
 
     def kept_a_token(self, batch: Batch) -> float:
         """Bytes per token that one layer keeps for its backward.

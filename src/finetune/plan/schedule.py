@@ -64,10 +64,10 @@ class Schedule:
     def longest(self, pace: Pace, seconds: float) -> int:
         """The most steps a run can have to finish within `seconds`, including its last evaluation."""
 
-        def whole(steps: int) -> float:
+        def needed(steps: int) -> float:
             return dataclasses.replace(self, steps=steps).seconds(pace, steps)
 
-        return bisect_right(range(1, self.steps + 1), seconds, key=whole)
+        return bisect_right(range(1, self.steps + 1), seconds, key=needed)
 
 
 def check_budget(training: TrainingConfig, schedule: Schedule, pace: Pace, elapsed: float) -> str | None:

@@ -86,13 +86,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def replace_best(checkpoints: Path, whole: Path) -> None:
-    """Replace the best adapter with the sealed folder `whole`; at every moment one of the two exists."""
+def replace_best(checkpoints: Path, new: Path) -> None:
+    """Replace the best adapter with the sealed folder `new`; at every moment one of the two exists."""
     best, old = checkpoints / BEST, checkpoints / f"{BEST}.old"
     shutil.rmtree(old, ignore_errors=True)
     if best.is_dir():
         best.rename(old)
-    whole.rename(best)
+    new.rename(best)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -18,19 +18,19 @@ from finetune.wording import leaves
 class Decision:
     """What a start does with the checkpoints of its run.
 
-    It resumes from `checkpoint`, the newest usable one, or begins the run (None). `changes`: what differs from when
-    that was saved. `damaged`: (folder, what is wrong) of newer checkpoints, which are set aside. `nothing_whole`: there
-    were intact checkpoints, none is left, and the start is refused. `best`: the best adapter's folder; `best_damage`
-    says why it is not used. If it is lost, the intact checkpoints of its step `best_step` and later are `repeated`: set
-    aside too, so that training produces it again. `used`: what the run used for `auto`, as recorded by its checkpoint
-    or best adapter; None at the beginning.
+    It resumes from `checkpoint`, the newest usable one, or begins the run (None). `changes` lists what is different
+    now. `damaged` are newer checkpoints with what is wrong, which are set aside. `nothing_intact`: the run had intact
+    checkpoints, none is left, and the start is refused. `best` is the best adapter's folder; `best_damage` says why it
+    is not used. If it is lost, the intact checkpoints of its step `best_step` and later are `repeated`: set aside too,
+    and training produces it again. `used`: what the run used for `auto`, as recorded by its checkpoint or best adapter;
+    None at the beginning.
     """
 
     checkpoints: Path
     checkpoint: Path | None
     changes: tuple[str, ...]
     damaged: tuple[tuple[Path, str], ...]
-    nothing_whole: bool
+    nothing_intact: bool
     best: Path | None
     best_damage: str | None
     best_step: int | None
@@ -62,8 +62,8 @@ def decide(checkpoints: Path, fingerprint: dict[str, Any]) -> Decision:
             checkpoint = folder
             break
         repeated.append(folder)
-    nothing_whole = checkpoint is None and not repeated and _any_sealed(checkpoints)
-    lists = tuple(damaged), nothing_whole, best, best_damage, step, tuple(repeated)
+    nothing_intact = checkpoint is None and not repeated and _any_sealed(checkpoints)
+    lists = tuple(damaged), nothing_intact, best, best_damage, step, tuple(repeated)
     left = checkpoint or (None if best_lost else best)
     return Decision(checkpoints, checkpoint, changes, *lists, seal_facts(left).get("used") if left else None)
 
@@ -110,7 +110,7 @@ def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[
         note(f"the best adapter so far is not used ({decision.best_damage}); set aside as {set_aside(best).name}")
     for folder in decision.repeated:
         aside = set_aside(folder)
-        (aside / SEAL).unlink()  # it was whole, so it is no reason to refuse a start
+        (aside / SEAL).unlink()  # it was intact, so it is no reason to refuse a start
         lost = f"the best adapter, of step {decision.best_step}, is made again"
         note(f"{folder.name} set aside as {aside.name}: {lost}")
     if decision.checkpoint:
@@ -119,7 +119,7 @@ def apply(decision: Decision, accept_changes: bool, terminal: Terminal) -> list[
 
 
 def _refuse(decision: Decision, accept_changes: bool) -> None:
-    if decision.nothing_whole:
+    if decision.nothing_intact:
         raise CheckFailed(f"no checkpoint in {decision.checkpoints} is intact", "--fresh starts a new run")
     if decision.checkpoint and decision.changes and not accept_changes:
         raise _changed(decision.checkpoint, decision.changes)

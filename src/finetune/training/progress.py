@@ -107,8 +107,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             parts += [f"{duration(left)} left", f"ends about {clock(now + timedelta(seconds=left), now)}"]
             if self.cost_per_hour is not None:
                 spent = seconds_since_start()
-                so_far, whole = (seconds / 3600 * self.cost_per_hour for seconds in (spent, spent + left))
-                parts.append(f"cost {so_far:,.2f} of {whole:,.2f}")
+                so_far, total = (seconds / 3600 * self.cost_per_hour for seconds in (spent, spent + left))
+                parts.append(f"cost {so_far:,.2f} of {total:,.2f}")
         return parts if self._peak_gib is None else [*parts, f"peak {self._peak_gib():.1f} GiB"]
 
     def _seconds_left(self, state: Any) -> float | None:

@@ -55,11 +55,11 @@ class Checkpointing(TrainerCallback):  # type: ignore[misc]
     def add_layers(self) -> bool:
         """Checkpoint half of the remaining layers, at least one; return False if that is impossible.
 
-        It is without training.gradient_checkpointing, since transformers has then not prepared the layers.
+        Without training.gradient_checkpointing it is, because transformers has not prepared the layers.
         """
-        whole = len(self.layers) - self.count
-        if whole == 0 or not hasattr(self.layers[-1], "_gradient_checkpointing_func"):
+        full = len(self.layers) - self.count
+        if full == 0 or not hasattr(self.layers[-1], "_gradient_checkpointing_func"):
             return False
-        self.count += (whole + 1) // 2
+        self.count += (full + 1) // 2
         checkpoint_first(self.layers, self.count, self.platform)
         return True

@@ -39,7 +39,7 @@ class Shows(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A user's `prompt`, and `input_ids` of the whole prompt, up to the reply."""
+    """A user's `prompt`, and `input_ids` of the complete prompt, up to the reply."""
 
     prompt: str
     input_ids: list[int]
@@ -68,8 +68,8 @@ def make_questions(config: Config, prepared: Prepared) -> Questions:
         conversations = iter([[{"role": "user", "content": prompt}] for prompt in prompts])
     found: list[Question] = []
     for messages in conversations:
-        whole = with_system_prompt(messages, config.system_prompt)
-        question = Question(messages[-1]["content"], prepared.chat.encode_prompt(whole))
+        conversation = with_system_prompt(messages, config.system_prompt)
+        question = Question(messages[-1]["content"], prepared.chat.encode_prompt(conversation))
         if prompts is not None or len(question.input_ids) <= LONGEST_PROMPT:
             found.append(question)
         if prompts is None and len(found) == PROMPTS:

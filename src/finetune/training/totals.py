@@ -20,7 +20,7 @@ COUNTED_AFTER = ("_tr_loss", "current_flos")
 
 
 class Sums(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Totals of the whole run, saved in each checkpoint with transformers' own state, for log and manifest.
+    """Totals of the run, saved in each checkpoint with transformers' own state, for log and manifest.
 
     They are wall time, tokens and seconds of steps since the run's start, and the losses since the last log. They
     exclude the time between two starts and work that was lost when a start was killed.
