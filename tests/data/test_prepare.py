@@ -236,22 +236,19 @@ def test_a_limit_evaluates_on_rows_at_even_distances_and_trains_on_no_other_row(
     assert lines(two_files.prepare(max_validation_rows=11).validation) == lines(whole.validation)
 
 
-def test_the_default_validation_file_may_be_absent(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_validation_file_is_used_if_it_exists(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "ROOT", case.folder)
     write(case.train, *numbered(40))
-    prepared = case.prepare(train_file="train.jsonl", validation_file="data/processed/val.jsonl", validation_split=0.1)
-    assert prepared.split_reason == ("no data/processed/val.jsonl: 10% of the rows, chosen by content, are held out")
-    assert len(prepared.validation.lengths)
-
-
-def test_the_default_validation_file_is_used_where_it_is(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "ROOT", case.folder)
-    (case.folder / "data" / "processed").mkdir(parents=True)
-    write(case.train, *numbered(5))
-    write(case.folder / "data" / "processed" / "val.jsonl", *numbered(2, start=100))
-    prepared = case.prepare(train_file="train.jsonl", validation_file="data/processed/val.jsonl")
-    assert prepared.split_reason == "validation rows are those of data/processed/val.jsonl"
-    assert lines(prepared.validation) == [1, 2]
+    default = "data/processed/val.jsonl"
+    named = {"train_file": "train.jsonl", "validation_file": default, "validation_split": 0.1}
+    absent = case.prepare(**named)
+    assert absent.split_reason == f"no {default}: 10% of the rows, chosen by content, are held out"
+    assert len(absent.validation.lengths) == 4
+    (case.folder / default).parent.mkdir(parents=True)
+    write(case.folder / default, *numbered(2, start=100))
+    present = case.prepare(**named)
+    assert present.split_reason == f"validation rows are those of {default}"
+    assert lines(present.validation) == [1, 2]
 
 
 def test_another_absent_validation_file_is_a_config_error(case: Case) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from finetune.data import encoded_file
 from finetune.data.split import histogram
-from finetune.data.template import Messages
 from support.conversations import conversation
 from support.prepared import (
     NO_TURN_FITS,
@@ -33,49 +32,15 @@ def test_one_very_long_row_does_not_squeeze_the_histogram_into_one_bar() -> None
     assert histogram(np.array([7]), 7) == {"edges": [7, 8], "counts": [1]}
 
 
-COPIES = {
-    "case": conversation("QUESTION 2", "answer 2"),
-    "whitespace inside": conversation("Question\n\n \t2", "Answer\u00a02"),
-    "a long run of spaces": conversation("Question       2", "Answer 2"),
-    "whitespace outside": conversation("  Question 2\n", "\u3000Answer 2 "),
-    "all of them": conversation(" question\t2", "ANSWER  2\r\n"),
-}
-
-
-@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
-def test_a_validation_row_that_is_a_training_row_but_for_whitespace_and_case_is_counted(
-    two_files: Case, copy: Messages
+def test_validation_rows_that_are_a_training_row_but_for_whitespace_and_case_are_counted(
+    two_files: Case,
 ) -> None:
+    copy = conversation(" question\t2", "ANSWER  2\r\n")
     write(two_files.validation, *numbered(2, start=100), "", copy, copy)
     counts = two_files.prepare().statistics
     assert counts["validation"].normalized_leaks == 2
     assert counts["validation"].first_leak == (two_files.in_train(3), two_files.in_validation(4))
     assert (counts["train"].normalized_leaks, counts["train"].first_leak) == (0, None)
-
-
-OTHERS = {
-    "joined words": conversation("Question2", "Answer 2"),
-    "another order": conversation("Answer 2", "Question 2"),
-    "a system message": conversation("Question 2", "Answer 2", system="Be kind."),
-    "other ends of messages": conversation("Question", "2 Answer 2"),
-    "more turns": conversation("Question 2", "Answer 2", "Question 2", "Answer 2"),
-    "punctuation": conversation("Question 2.", "Answer 2"),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
-def test_whatever_else_differs_is_no_copy(two_files: Case, other: Messages) -> None:
-    write(two_files.validation, other)
-    assert two_files.prepare().statistics["validation"].normalized_leaks == 0
-
-
-def test_case_is_folded_as_unicode_does(two_files: Case) -> None:
-    write(two_files.train, conversation("Straße", "Ça"), *numbered(3))
-    write(two_files.validation, conversation("STRASSE", "ça"))
-    assert two_files.prepare().statistics["validation"].first_leak == (
-        two_files.in_train(1),
-        two_files.in_validation(1),
-    )
 
 
 def test_copies_within_one_split_are_no_leak(case: Case) -> None:
