@@ -635,6 +635,7 @@ def test_beside_a_silent_hub_a_base_in_its_cache_is_trained_on_and_nothing_is_as
 # --- trackers
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_asks_nothing_and_logs_offline_beside_tensorboard(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

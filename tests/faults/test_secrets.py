@@ -77,7 +77,10 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scheduler.pt", "rng_state.pth"))],
+)
 def test_a_pickle_that_would_run_code_runs_none_and_is_set_aside_even_if_sealed(
     warm: Warm, whole: Whole, stopped: Command, tmp_path: Path, name: str
 ) -> None:

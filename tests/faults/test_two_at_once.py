@@ -100,7 +100,11 @@ def copied(stopped: Command, disk: SmallDisk) -> Command:
 SKIP = ("--skip", "host,libraries,device,rehearsal,paths")
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.8, 1.2], ids="{:.0%} of a checkpoint".format)
+@pytest.mark.parametrize(
+    "share",
+    [0.4, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.1, 0.8, 1.2))],
+    ids="{:.0%} of a checkpoint".format,
+)
 def test_a_disk_that_fills_up_is_exit_6_and_the_last_checkpoint_stays_whole(
     warm: Warm, whole: Whole, stopped: Command, disk: SmallDisk, share: float
 ) -> None:

@@ -337,6 +337,7 @@ def test_a_budget_stops_the_run_and_the_same_command_goes_on_to_the_bits_of_one_
     assert command.manifest("parts")["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_by_the_real_clock_a_run_far_too_long_stops_in_time(command: Command) -> None:
     seconds = 8
     times: list[float] = []
