@@ -16,7 +16,7 @@ case $system in
       if command -v docker >/dev/null; then
         echo "docs/h100.md has its lines; nothing is installed here by itself"
       else
-        echo "Docker is not here: docs/h100.md has three lines for a rented pod, which is a container itself"
+        echo "Docker is not here: docs/h100.md has four lines for a rented pod, which is a container itself"
       fi
       exit 0
     fi

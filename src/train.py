@@ -1,4 +1,4 @@
-"""Train a QLoRA adapter on Mistral-7B-Instruct-v0.2, or say what a run would do. The same command again resumes."""
+"""Train a QLoRA adapter on Mistral-7B-Instruct-v0.2, or print the plan. Run the same command again to resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.terminal import Terminal
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: what this machine is")
+    parser = cli.parser(__doc__ or "", "a config file or a platform (h100, m4, cpu); default: this machine's")
     parser.add_argument("--dry-run", action="store_true", help="check config and data, print the plan, train nothing")
     parser.add_argument("--fresh", action="store_true", help="start a new run instead of resuming the last one")
     cli.add_ids(parser, "--skip", "skip these checks, by id or group")

@@ -178,7 +178,7 @@ def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
         ("h100", "build", "{cuda}-devel-ubuntu22.04"),
         ("h100", "skip", None),
         ("cpu", "skip", None),
-        ("cpu", "build", "LOCK=cpu has another torch: FLASH_ATTN=skip"),
+        ("cpu", "build", "flash-attn cannot be built with LOCK=cpu, whose torch has no CUDA; set FLASH_ATTN=skip"),
     ],
 )
 def test_the_compilers_image_is_pulled_only_where_flash_attn_is_compiled(

@@ -189,7 +189,7 @@ def test_on_a_mac_it_is_the_macs_setup(tmp_path: Path) -> None:
 
 
 DOCKER = "docs/h100.md has its lines; nothing is installed here by itself"
-POD = "Docker is not here: docs/h100.md has three lines for a rented pod, which is a container itself"
+POD = "Docker is not here: docs/h100.md has four lines for a rented pod, which is a container itself"
 
 
 @pytest.mark.parametrize(("has_docker", "advice"), [(True, DOCKER), (False, POD)])

@@ -136,7 +136,7 @@ CERTIFICATE = "ids and labels of fixed conversations against mistral-common's an
 CHECKS = (
     Check("model.name", "an allowed base, at a pinned revision or in a folder", _name, level="warn"),
     Check("model.geometry", "architecture, vocabulary, layers, LoRA's target modules", _geometry),
-    Check("model.files", "the weights are there, whole, and safetensors", _files),
+    Check("model.files", "the weights exist, are complete, and are safetensors", _files),
     Check("model.access", "the base is in the Hub's cache, or this token can download it", _access, network=True),
     Check("model.adapter", ADAPTER, _adapter, needs=("model.geometry",)),
     Check("tokens.certificate", CERTIFICATE, _certificate, needs=("model.geometry",)),

@@ -166,12 +166,12 @@ def same_bits(results: Iterable[Result]) -> str | None:
 ACCELERATED, FLASH = names(lambda row: row.accelerated), names(lambda row: "flash_attention_2" in row.attentions)
 DEVICE = ("libraries.imports", "gpu.torch", "mac.torch")
 NVIDIA = names(lambda row: row.nvidia)
-QLORA = "NF4's rounding, and a QLoRA step of few and of many rows with the config's storage, against fp32"
+QLORA = "NF4's rounding, and a QLoRA step with few and with many rows in the config's storage, against fp32"
 OPTIMIZER = "the config's optimizer against PyTorch's AdamW on the CPU"
 KERNELS = "TRL's loss in fp32 with its Triton kernels, compiled here, against plain cross entropy"
 LOSS = "TRL's loss and its gradient in the config's dtype, as the trainer calls it, against plain cross entropy"
 SDPA = "torch's attention, if the config uses it: causal and block mask, with and without a gradient"
-RECOMPUTE = "gradients with and without recomputed layers: dropout's masks are the same"
+RECOMPUTE = "gradients with and without recomputed layers are equal: both draw the same dropout masks"
 ATTENTION = "flash-attn or torch_varlen, whichever the config uses: forward and backward over packed documents"
 REPEATABLE = (
     "nothing, if a resumed run may end with different bits; else unset FLASH_ATTENTION_DETERMINISTIC and "

@@ -125,7 +125,7 @@ def _init(preflight: Preflight) -> Finding:
 CHECKS = (
     Check("host.system", "operating system and architecture fit the platform; no Rosetta; macOS 15 or later", _system),
     Check("host.python", "Python 3.11 to 3.13", _python),
-    Check("host.memory", "memory, and this container's limit of it", _memory, level="warn"),
+    Check("host.memory", "memory, and the container's memory limit", _memory, level="warn"),
     Check("host.user", "the user has a name and a writable HOME", _user),
     Check("host.clock", "the clock is not earlier than this program's release", _clock),
     Check("container.shm", "/dev/shm is not Docker's small default", _shm, level="warn"),

@@ -176,8 +176,8 @@ def _unwritable(folder: Path) -> tuple[str, str] | None:
 
 _ROWS = ("data.rows",)
 BEFORE_DATA = (  # the data is cached in output.dir
-    Check("paths.output", "output.dir can be written, by writing a file", _output),
-    Check("paths.caches", "the libraries' caches can be written, by writing a file", _caches),
+    Check("paths.output", "output.dir is writable, tested with a real write", _output),
+    Check("paths.caches", "the libraries' caches are writable, tested with a real write", _caches),
 )
 CHECKS = (
     Check("paths.disk", "free disk against base, checkpoints and adapter", _disk, needs=_ROWS),

@@ -65,7 +65,7 @@ def test_training_says_what_is_wrong_with_a_file_whose_first_row_nobody_can_read
 NO_FILE: dict[str, Callable[[Path], object]] = {
     "a folder": Path.mkdir,
     "a pipe, as `<(zcat rows.gz)` is": os.mkfifo,
-    "a file that others may not read": lambda path: path.touch(mode=0),
+    "a file that you may not read": lambda path: path.touch(mode=0),
     "nothing": lambda _: None,
 }
 
