@@ -4,7 +4,7 @@
 #   scripts/test.sh --h100-torch [PYTEST_ARGUMENT...]  tests of data, machine and model alone, with the H100's torch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-echo "test: about 9 minutes the first time, 7 when run again (2 CPU cores, fast network), an expectation; --slow takes 28, --h100-torch 2 and its torch"
+echo "test: about 7 minutes the first time, 5 when run again (2 CPU cores, fast network), an expectation; --slow takes 28, --h100-torch 2 and its torch"
 
 # Several processes of one thread each: these models are too small for a second thread to pay.
 export OMP_NUM_THREADS=1

@@ -168,9 +168,9 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_nothing_is_del
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("checkpoint-4/rng_state.pth", remove),
+        pytest.param("checkpoint-4/rng_state.pth", remove, marks=pytest.mark.slow),
         ("checkpoint-4/scheduler.pt", cut_in_half),
-        ("checkpoint-4/adapter_model.safetensors", flip(5000)),
+        pytest.param("checkpoint-4/adapter_model.safetensors", flip(5000), marks=pytest.mark.slow),
     ],
     ids=["generator state removed", "scheduler cut in half", "one bit of the adapter"],
 )

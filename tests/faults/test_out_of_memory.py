@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from support.harness import Command, Ended, Warm, Whole, differences
 
 CHECKPOINTED = ("training.gradient_checkpointing=true", "training.checkpointed_layers=0")
@@ -38,6 +40,7 @@ def test_the_run_ends_with_the_same_bits_and_its_manifest_and_page_say_what_happ
     assert all(sentence in ended.text.splitlines() and sentence in page for sentence in sentences)
 
 
+@pytest.mark.slow
 def test_with_all_layers_checkpointed_it_is_exit_6_and_the_same_command_loses_nothing(
     warm: Warm, whole: Whole, tmp_path: Path
 ) -> None:
