@@ -58,7 +58,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace") as lines:
-        return [entry for entry in map(_object, lines) if entry is not None]
+        return [entry for entry in map(json_object, lines) if entry is not None]
 
 
 def write_json_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -66,9 +66,10 @@ def write_json_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """The JSON object in `text`; None if it is damaged or something else."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

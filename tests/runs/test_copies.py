@@ -292,6 +292,18 @@ def test_another_runs_copy_on_the_hub_is_left_alone(run: Run, monkeypatch: pytes
     assert there.files is before
 
 
+@pytest.mark.parametrize("damaged", [b"\xff", b"{", b"[]", b"[" * 100_000])
+def test_a_copy_on_the_hub_with_a_damaged_manifest_is_replaced(
+    damaged: bytes, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", there)
+    copied(run, Repository("me/copies"))
+    there.files["run/manifest.json"] = damaged
+    assert copied(run, Repository("me/copies")) == ["copied: hf://me/copies/run"]
+    assert there.files["run/manifest.json"] == (run.folder / "manifest.json").read_bytes()
+
+
 @pytest.mark.parametrize("damage", [BEST, "run/manifest.json", "run/metrics.jsonl"])
 def test_a_file_that_the_hub_does_not_have_as_it_was_sent_is_a_failure(
     damage: str, run: Run, monkeypatch: pytest.MonkeyPatch

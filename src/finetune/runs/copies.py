@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import HUB, OutputConfig
-from finetune.files import SEAL, HashedFile, nearest_folder, quoted, resolve, seal_facts, sha256
+from finetune.files import SEAL, HashedFile, json_object, nearest_folder, quoted, resolve, seal_facts, sha256
 from finetune.model import hub
 from finetune.runs.checkpoints import BEST, replace_best, saved, thin_out
 from finetune.runs.folder import MANIFEST, Run, read_manifest
@@ -93,12 +92,12 @@ class Repository:
         return f"hf download {self.id} --include {quoted(Path(run.name, '*'))} --local-dir {quoted(run.parent)}"
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """The manifest of the run called `name` there; empty if there is none. Raises what huggingface_hub raises."""
-        return json.loads(hub.read_file(self.id, f"{name}/{MANIFEST}") or b"{}")  # type: ignore[no-any-return]
+        """The manifest of the run called `name` there; empty if none can be read. Raises what HfApi raises."""
+        return json_object(hub.read_file(self.id, f"{name}/{MANIFEST}") or b"") or {}
 
     def check(self, name: str) -> dict[str, Any]:
         """The same manifest. Raises CheckFailed if the repository cannot take copies, or the Hub does not answer."""
-        return json.loads(hub.read_for_copies(self.id, f"{name}/{MANIFEST}") or b"{}")  # type: ignore[no-any-return]
+        return json_object(hub.read_for_copies(self.id, f"{name}/{MANIFEST}") or b"") or {}
 
     def put(self, snapshot: Path, name: str) -> None:
         """Upload `snapshot` in place of the previous copy. Raises OSError and what huggingface_hub raises."""

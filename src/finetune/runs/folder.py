@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.cli import advice
 from finetune.errors import OutOfResource
-from finetune.files import make_folder, read_json, shown
+from finetune.files import json_object, make_folder, shown
 from finetune.wording import clock
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ class Run:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in a run's folder; empty if there is none or it cannot be read."""
     try:
-        content = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
+        return json_object((folder / MANIFEST).read_bytes()) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def find_run(config: Config, fresh: bool) -> tuple[Path, bool]:
