@@ -77,7 +77,7 @@ def test_a_damaged_entry_is_set_aside_and_made_again(folder: Folder, damage: Cal
     damage(folder.cache.folder / "rows-a")
     assert [folder.entry(), folder.entry()] == [2, 2]
     assert folder.said == [
-        f"{folder.cache.folder}/rows-a is damaged ({found}): set aside as rows-a.damaged, and made again"
+        f"{folder.cache.folder}/rows-a is damaged ({found}); set aside as rows-a.damaged and made again"
     ]
     assert folder.names() == ["rows-a", "rows-a.damaged"]
 

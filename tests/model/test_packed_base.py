@@ -115,7 +115,7 @@ def test_a_damaged_one_is_set_aside_and_made_again(once: Loads) -> None:
     once()
     assert once.quantized == 14
     damaged = f"warning: {once.folder} is damaged (config.json is missing)"
-    assert once.said == [f"{damaged}: set aside as {once.folder.name}.damaged, and made again", made(once)]
+    assert once.said == [f"{damaged}; set aside as {once.folder.name}.damaged and made again", made(once)]
     assert once.folder.with_name(f"{once.folder.name}.damaged").is_dir()
 
 

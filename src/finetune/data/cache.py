@@ -77,7 +77,7 @@ class Cache:
             aside = folder.with_name(f"{folder.name}{DAMAGED}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            self.report.warn(f"{shown(folder)} is damaged ({wrong}): set aside as {aside.name}, and made again")
+            self.report.warn(f"{shown(folder)} is damaged ({wrong}); set aside as {aside.name} and made again")
         return facts
 
     def _make(self, folder: Path, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
