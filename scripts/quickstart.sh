@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained adapter: environment, demo base model, validation, training, base and tuned answers.
 #   scripts/quickstart.sh [ARGUMENT...]      arguments go to the training, for example --fresh
-# In the container image, whose environment is made, it only builds the base model, validates and trains.
-# No GPU, no account. Safe to run again: what is complete is kept, and a finished run gets a new one next to it.
+# In the container image, which has the environment, it only builds the base model, validates and trains.
+# Needs no GPU and no account. Safe to rerun: complete parts are kept, and a new run starts next to a finished one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=/dev/null

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Looks at this machine and sets up what it can do: a Mac to train, an NVIDIA machine by the README, any other the demo.
+# Sets up a Mac for training and other machines for the demo; with an NVIDIA GPU it only names the page to read.
 #   scripts/setup_local.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,25 +7,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 system=$(uname -s) machine=$(uname -m)
 case $system in
   Darwin)
-    echo "found macOS: scripts/setup_m4.sh"
+    echo "found macOS; running scripts/setup_m4.sh"
     exec scripts/setup_m4.sh
     ;;
   Linux)
     if gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null) && [[ -n $gpu ]]; then
-      echo "found ${gpu%%$'\n'*}: this machine is for --config h100"
+      echo "found ${gpu%%$'\n'*}; train here with --config h100"
       if command -v docker >/dev/null; then
-        echo "docs/h100.md has its lines; nothing is installed here by itself"
+        echo "nothing was installed; follow docs/h100.md"
       else
-        echo "Docker is not here: docs/h100.md has four lines for a rented pod, which is a container itself"
+        echo "nothing was installed, and Docker is missing; on a rented pod, follow 'A rented pod' in docs/h100.md"
       fi
       exit 0
     fi
-    echo "found Linux on $machine without an NVIDIA driver: the demo on its CPU"
+    echo "found Linux on $machine without an NVIDIA driver; setting up the CPU demo"
     scripts/make_venv.sh
     echo "the environment is ready in .venv; next: scripts/quickstart.sh"
     ;;
   *)
-    echo "found $system on $machine: this program runs on Linux and macOS; on Windows, in WSL 2" >&2
+    echo "found $system on $machine; this program needs Linux or macOS (on Windows, use WSL 2)" >&2
     exit 2
     ;;
 esac

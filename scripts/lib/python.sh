@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What make_venv.sh and setup_m4.sh share: how to find a Python that this program supports. Sourced, not called.
+# Shared by make_venv.sh and setup_m4.sh: finds a Python that this program supports. Sourced, not called.
 set -euo pipefail
 
-find_python() {  # find_python [TEST]: the first of 3.11 to 3.13 that passes TEST, or nothing; PYTHON names the only one to try
+find_python() {  # find_python [TEST]: prints the first of 3.11 to 3.13 that passes TEST; tries only PYTHON if set
   local candidate candidates=(python3.11 python3.12 python3.13 python3)
   [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do

@@ -64,25 +64,25 @@ def ready(mac: Place) -> Place:
 LOCKED = (
     "python [-m] [pip] [install] [--quiet] [--disable-pip-version-check] [--require-hashes] [-r] [requirements/m4.lock]"
 )
-INSTALLING = "installing requirements/m4.lock (minutes without output)\n"
+INSTALLING = "installing requirements/m4.lock (takes minutes, prints nothing)\n"
 CHECKED = "python [scripts/validate_environment.py] [--config] [m4]"
 READY = (
     "the environment is ready in .venv\nthe checks\n"
-    "next: scripts/run_m4.sh --demo, in minutes and without the large base; then scripts/run_m4.sh\n"
+    "next: scripts/run_m4.sh --demo (minutes, small base model), then scripts/run_m4.sh\n"
 )
-DEMO = "what needs no account and no large download: scripts/run_m4.sh --demo\n"
+DEMO = "without an account or a large download: scripts/run_m4.sh --demo\n"
 
 
 # Which machine --------------------------------------------------------------------------------------------------------
 
 REFUSED = [
     (LINUX,
-        "scripts/{} needs a Mac with Apple silicon, this is Linux on x86_64; scripts/setup_local.sh finds what fits\n"),
-    (ROSETTA, "this terminal runs under Rosetta, where PyTorch has no GPU; type: arch -arm64 /bin/bash scripts/{}\n"),
+        "scripts/{} needs a Mac with Apple silicon, but this is Linux on x86_64; type: scripts/setup_local.sh\n"),
+    (ROSETTA, "this terminal runs under Rosetta, which hides the GPU; type: arch -arm64 /bin/bash scripts/{}\n"),
     (INTEL,
-        "this Mac has an Intel processor, for which there is no such PyTorch; train on an H100 (README.md, Run it)\n"),
+        "this Mac has an Intel processor, which this PyTorch does not support; train on an H100 (README.md, Run it)\n"),
     (MAC | {"macos": "13.7.1"},
-        "macOS 13.7.1, and PyTorch's bfloat16 needs 14 or later; type: softwareupdate --install --all --restart\n"),
+        "found macOS 13.7.1; bfloat16 in PyTorch needs 14 or later; type: softwareupdate --install --all --restart\n"),
 ]  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_a_machine_that_cannot_train_is_exit_2_with_what_to_do(
     assert not (place.folder / ".venv").exists()
 
 
-OLD = "macOS 14.0; macOS 15 or later is expected; type: softwareupdate --install --all --restart\n"
+OLD = "found macOS 14.0, expected 15 or later; type: softwareupdate --install --all --restart\n"
 
 
 @pytest.mark.parametrize(("version", "said"), [("14.0", OLD), ("26.1", "")])
@@ -119,7 +119,7 @@ def test_macos_15_and_later_are_taken_and_14_with_a_warning(tmp_path: Path, vers
 def test_conda_mamba_or_micromamba_brings_python_and_pip_the_lock(mac: Place, there: list[str], chosen: str) -> None:
     for name in there:
         add_conda(mac, name)
-    assert mac.run("setup_m4") == (0, f"making .venv with {chosen}\n{INSTALLING}{READY}", "")
+    assert mac.run("setup_m4") == (0, f"creating .venv with {chosen}\n{INSTALLING}{READY}", "")
     prefix = mac.folder / ".venv"
     wanted = f"{chosen} (osx-arm64) [create] [--yes] [--quiet] [--prefix] [{prefix}] [--override-channels]"
     lines = mac.log.read_text(encoding="utf-8").splitlines()
@@ -133,11 +133,11 @@ def test_a_conda_that_is_a_shell_function_is_found_by_its_variable(mac: Place, t
     (tmp_path / "elsewhere").mkdir()
     program = add_conda(mac, "micromamba").rename(tmp_path / "elsewhere" / "micromamba")
     code, out, _ = mac.run("setup_m4", **{variable: str(program)})
-    assert (code, out.splitlines()[0]) == (0, "making .venv with micromamba")
+    assert (code, out.splitlines()[0]) == (0, "creating .venv with micromamba")
 
 
 def test_without_any_of_them_python_alone_makes_the_environment(mac: Place) -> None:
-    said = f"making .venv with Python 3.11.0\n{INSTALLING}{READY}"
+    said = f"creating .venv with Python 3.11.0\n{INSTALLING}{READY}"
     assert mac.run("setup_m4") == (0, said, "")
     assert mac.log.read_text(encoding="utf-8").splitlines()[-2:] == [LOCKED, CHECKED]
 
@@ -146,22 +146,22 @@ def test_a_python_that_is_named_comes_before_conda(mac: Place, tmp_path: Path) -
     add_conda(mac)
     mine = mac.python("mine", "3.13").rename(tmp_path / "mine")
     code, out, _ = mac.run("setup_m4", PYTHON=str(mine))
-    assert (code, out.splitlines()[0]) == (0, "making .venv with Python 3.13.0")
+    assert (code, out.splitlines()[0]) == (0, "creating .venv with Python 3.13.0")
 
 
 def test_an_intel_python_is_passed_over_for_one_of_apple_silicon(mac: Place) -> None:
     mac.python("python3.11", "3.11", "x86_64")
     mac.python("python3.12", "3.12")
     code, out, _ = mac.run("setup_m4")
-    assert (code, out.splitlines()[0]) == (0, "making .venv with Python 3.12.0")
+    assert (code, out.splitlines()[0]) == (0, "creating .venv with Python 3.12.0")
 
 
 @pytest.mark.parametrize(("version", "machine"), [("3.11", "x86_64"), ("3.10", "arm64"), ("3.14", "arm64")])
 def test_without_conda_and_such_a_python_it_is_exit_2_with_what_to_type(mac: Place, version: str, machine: str) -> None:
     mac.python("python3.11", version, machine)
     wanted = (
-        "found no conda, mamba or micromamba, and no Python 3.11 to 3.13 that is built for Apple silicon; "
-        "type: brew install python@3.11, or name one: PYTHON=/path/to/python scripts/setup_m4.sh\n"
+        "found no conda, mamba or micromamba, and no Python 3.11 to 3.13 built for Apple silicon; "
+        "type: brew install python@3.11, or set its path: PYTHON=/path/to/python scripts/setup_m4.sh\n"
     )
     assert mac.run("setup_m4") == (2, "", wanted)
     assert not (mac.folder / ".venv").exists()
@@ -175,7 +175,7 @@ def test_an_environment_of_an_intel_python_is_refused(mac: Place, there: str) ->
     else:
         add_conda(mac, machine="x86_64")
     code, _, err = mac.run("setup_m4")
-    wanted = ".venv holds a Python that is not built for Apple silicon; type: rm -r .venv; scripts/setup_m4.sh\n"
+    wanted = ".venv contains a Python that is not built for Apple silicon; type: rm -r .venv; scripts/setup_m4.sh\n"
     assert (code, err) == (2, wanted)
     assert not any("[pip]" in line for line in mac.logged("python "))
 
@@ -194,8 +194,8 @@ def test_a_second_time_nothing_is_made_or_installed(mac: Place, tool: str) -> No
 def test_a_conda_that_fails_is_exit_6_and_the_next_try_goes_on(mac: Place, when: str) -> None:
     add_conda(mac)
     (mac.folder / when).touch()
-    wanted = "conda could not make .venv (see above); check the network, then the same command again\n"
-    assert mac.run("setup_m4") == (6, "making .venv with conda\n", wanted)
+    wanted = "conda could not create .venv (see above); check the network, then type the same command again\n"
+    assert mac.run("setup_m4") == (6, "creating .venv with conda\n", wanted)
     assert (mac.folder / ".venv").exists() == (when == "fails-late")
     (mac.folder / when).unlink()
     assert mac.run("setup_m4")[0] == 0
@@ -203,8 +203,8 @@ def test_a_conda_that_fails_is_exit_6_and_the_next_try_goes_on(mac: Place, when:
 
 
 def test_what_the_checks_found_is_the_exit_code_and_the_demo_is_offered(mac: Place) -> None:
-    out = f"making .venv with Python 3.11.0\n{INSTALLING}the environment is ready in .venv\nthe checks\n{DEMO}"
-    err = "the environment is ready, and the checks found what is still to do before a training (above)\n"
+    out = f"creating .venv with Python 3.11.0\n{INSTALLING}the environment is ready in .venv\nthe checks\n{DEMO}"
+    err = "the environment is ready, but checks failed (see above); fix them before training\n"
     assert mac.run("setup_m4", CHECKS="3") == (3, out, err)
 
 
@@ -220,7 +220,7 @@ def test_only_a_terminal_shows_colors_and_not_with_no_color(ready: Place) -> Non
         assert session.end() == 3
         return session.written.replace("\r\n", "\n")
 
-    left = "the environment is ready, and the checks found what is still to do before a training (above)"
+    left = "the environment is ready, but checks failed (see above); fix them before training"
     lines = ["the environment is ready in .venv", "the checks", left, DEMO.strip()]
     colors = ["\033[32m", "", "\033[33m", "\033[32m"]  # green for what is done, yellow for what is left
     colored = [f"{color}{line}\033[0m" if color else line for color, line in zip(colors, lines, strict=True)]
@@ -234,7 +234,7 @@ TRAIN = "python [src/train.py] [--config] [configs/training_config_m4.yaml]"
 
 
 def test_without_an_environment_it_says_what_makes_one(mac: Place) -> None:
-    assert mac.run("run_m4") == (2, "", "there is no environment yet; type: scripts/setup_m4.sh\n")
+    assert mac.run("run_m4") == (2, "", ".venv is missing; type: scripts/setup_m4.sh\n")
 
 
 def test_it_trains_with_the_arguments_as_they_were_typed(ready: Place) -> None:
@@ -262,15 +262,13 @@ def test_the_limits_of_the_gpus_memory_are_set_the_low_one_below_the_high(ready:
 
 @pytest.mark.parametrize(("value", "warned"), [("1", True), ("0", False)])
 def test_a_fall_back_to_the_cpu_is_never_passed_on(ready: Place, value: str, warned: bool) -> None:
-    text = "PYTORCH_ENABLE_MPS_FALLBACK=1 is not passed on: nothing falls back to the CPU unsaid\n"
+    text = "PYTORCH_ENABLE_MPS_FALLBACK=1 is ignored: it hides slow work on the CPU; unset it\n"
     assert ready.run("run_m4", PYTORCH_ENABLE_MPS_FALLBACK=value) == (0, "training\n", text if warned else "")
     assert not ready.logged("PYTORCH_ENABLE_MPS_FALLBACK")
 
 
-ON_BATTERY = (
-    "on battery power, where caffeinate cannot keep the Mac from all sleep, and a run takes hours; plug it in\n"
-)
-LOW_POWER = "low power mode is on, and the GPU is slower for it; type: sudo pmset -a lowpowermode 0\n"
+ON_BATTERY = "this Mac is on battery power, where it may sleep despite caffeinate, and a run takes hours; plug it in\n"
+LOW_POWER = "low power mode is on and slows the GPU; type: sudo pmset -a lowpowermode 0\n"
 
 
 @pytest.mark.parametrize(
@@ -318,7 +316,7 @@ TRAINING = """\
     for _ in {1..100}; do sleep 0.1; done ;;
 """
 DEMO_TRAIN = "python [src/train.py] [--config] [configs/training_config_m4_demo.yaml]"
-ANNOUNCED = "the demo is stopped after its first checkpoint, to see that this works here; then it resumes\n"
+ANNOUNCED = "the demo will stop after its first checkpoint and then resume, to test both on this Mac\n"
 
 
 @pytest.fixture
@@ -331,7 +329,7 @@ def demo(ready: Place) -> Place:
 
 
 def test_the_demo_is_made_stopped_after_its_first_checkpoint_and_resumed(demo: Place) -> None:
-    out = f"{ANNOUNCED}training\nsaved\nstopped\nstopped; the same command again\nresumed\n"
+    out = f"{ANNOUNCED}training\nsaved\nstopped\nstopped; resuming with the same command\nresumed\n"
     assert demo.run("run_m4", "--demo", "--set", "training.seed=1") == (0, out, "")
     train = f"{DEMO_TRAIN} [--set] [training.seed=1]"
     assert demo.logged("python [s") == ["python [scripts/make_demo_model.py]", train, train]
@@ -341,7 +339,7 @@ def test_a_demo_beside_a_finished_one_is_fresh_until_it_resumes(demo: Place) -> 
     (demo.folder / "adapters" / "demo-m4").mkdir(parents=True)
     (demo.folder / "adapters" / "demo-m4" / "manifest.json").write_text('{"status": "complete"}', encoding="utf-8")
     code, out, _ = demo.run("run_m4", "--demo")
-    assert (code, out.splitlines()[0]) == (0, "adapters/demo-m4 is finished; this run is a new one next to it")
+    assert (code, out.splitlines()[0]) == (0, "adapters/demo-m4 is finished; starting a new run next to it")
     assert demo.logged("python [src") == [f"{DEMO_TRAIN} [--fresh]", DEMO_TRAIN]
 
 
@@ -361,7 +359,7 @@ def test_a_demo_that_a_person_stops_is_not_resumed(demo: Place, number: signal.S
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert (process.returncode, demo.logged("python [src")) == (code, [DEMO_TRAIN])
-    assert "again" not in out
+    assert "resuming" not in out
 
 
 # Their form -----------------------------------------------------------------------------------------------------------

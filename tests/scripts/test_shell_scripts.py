@@ -16,8 +16,8 @@ from support.shell_scripts import LINUX, MAC, Place
 SCRIPTS = [*sorted(ROOT.glob("scripts/**/*.sh")), *sorted(ROOT.glob("docker/*.sh")), ROOT / ".ci" / "run"]
 CPU_TORCH = "[--no-deps] [--extra-index-url] [https://download.pytorch.org/whl/cpu] [torch==2.13.0]"
 CPU_LOCK, DEV_LOCK = "[-r] [requirements/cpu.lock]", "[-r] [requirements/dev.lock]"
-INSTALLING = "installing requirements/{}.lock (minutes without output)\n".format
-MAKING = f"making .venv with Python 3.11.0\n{INSTALLING('cpu')}"
+INSTALLING = "installing requirements/{}.lock (takes minutes, prints nothing)\n".format
+MAKING = f"creating .venv with Python 3.11.0\n{INSTALLING('cpu')}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -66,16 +66,16 @@ def test_the_first_python_from_3_11_to_3_13_makes_the_environment(
     place = Place(tmp_path, LINUX)
     for name, version in there.items():
         place.python(name, version)
-    said = f"making .venv with Python {there[chosen]}.0\n{INSTALLING('cpu')}"
+    said = f"creating .venv with Python {there[chosen]}.0\n{INSTALLING('cpu')}"
     assert place.run("make_venv") == (0, said, "")
     assert [line for line in place.logged() if "[venv]" in line] == [f"{chosen} [-m] [venv] [.venv]"]
 
 
 def test_the_python_that_is_named_comes_first(linux: Place, tmp_path: Path) -> None:
-    refused = "PYTHON=none is no Python 3.11, 3.12 or 3.13; name another, or unset it\n"
+    refused = "PYTHON=none is not Python 3.11, 3.12 or 3.13; name one of them, or unset it\n"
     assert linux.run("make_venv", PYTHON="none") == (2, "", refused)
     mine = linux.python("mine", "3.13").rename(tmp_path / "mine")
-    assert linux.run("make_venv", PYTHON=str(mine))[1].startswith("making .venv with Python 3.13.0\n")
+    assert linux.run("make_venv", PYTHON=str(mine))[1].startswith("creating .venv with Python 3.13.0\n")
 
 
 @pytest.mark.parametrize("there", [{}, {"python3": "3.10"}, {"python3": "2.7", "python3.11": "4.11"}])
@@ -84,8 +84,8 @@ def test_without_such_a_python_it_is_exit_2_with_what_to_install(tmp_path: Path,
     for name, version in there.items():
         place.python(name, version)
     wanted = (
-        "found no Python 3.11, 3.12 or 3.13; install one (Ubuntu: sudo apt install python3.11 python3.11-venv; "
-        f"macOS: brew install python@3.11), or name it: PYTHON=/path/to/python {place.folder}/scripts/make_venv.sh\n"
+        "found no Python 3.11, 3.12 or 3.13; install one (Ubuntu: sudo apt install python3.11 python3.11-venv; macOS: "
+        f"brew install python@3.11), or set the path: PYTHON=/path/to/python {place.folder}/scripts/make_venv.sh\n"
     )
     assert place.run("make_venv") == (2, "", wanted)
     assert not (place.folder / ".venv").exists()
@@ -93,8 +93,8 @@ def test_without_such_a_python_it_is_exit_2_with_what_to_install(tmp_path: Path,
 
 def test_where_python_cannot_make_environments_it_is_exit_2_with_what_to_install(linux: Place) -> None:
     (linux.folder / "novenv").touch()
-    wanted = "could not make .venv; on Ubuntu: sudo apt install python3.11-venv, then the same command again\n"
-    assert linux.run("make_venv") == (2, "making .venv with Python 3.11.0\n", wanted)
+    wanted = "could not create .venv; on Ubuntu: sudo apt install python3.11-venv, then type the same command again\n"
+    assert linux.run("make_venv") == (2, "creating .venv with Python 3.11.0\n", wanted)
     assert not (linux.folder / ".venv").exists()
 
 
@@ -131,7 +131,9 @@ def test_an_environment_whose_python_is_gone_is_made_again(linux: Place) -> None
 
 def test_an_install_that_fails_is_exit_6_and_is_tried_again(linux: Place) -> None:
     (linux.folder / "nopip").touch()
-    wanted = "installing requirements/cpu.lock failed (see above); check the network, then the same command again\n"
+    wanted = (
+        "installing requirements/cpu.lock failed (see above); check the network, then type the same command again\n"
+    )
     assert linux.run("make_venv")[::2] == (6, wanted)
     (linux.folder / "nopip").unlink()
     assert linux.run("make_venv") == (0, INSTALLING("cpu"), "")
@@ -154,7 +156,7 @@ def test_on_linux_torch_comes_from_the_cpu_index_unless_wheels_are_named(
 
 def test_where_the_cpu_index_does_not_answer_it_says_what_that_costs_and_goes_on(linux: Place) -> None:
     (linux.folder / "noindex").touch()
-    costs = "PyTorch's own index does not answer: the next step takes torch from PyPI, with several GB of CUDA\n"
+    costs = "PyTorch's index did not answer; installing torch from PyPI instead, with several GB of CUDA libraries\n"
     assert linux.run("make_venv") == (0, MAKING + costs, "")
     assert linux.installed() == [CPU_TORCH, CPU_LOCK]
 
@@ -171,8 +173,7 @@ def test_the_conda_environment_of_an_h100_host_is_left_alone(linux: Place) -> No
     assert linux.run("make_venv") == (
         2,
         "",
-        ".venv is the environment of environment-remote.yml; demo and tests need another torch: "
-        "run them in another clone\n",
+        ".venv is from environment-remote.yml; the demo and the tests need another torch: run them in another clone\n",
     )
     assert [path.name for path in (linux.folder / ".venv").iterdir()] == ["conda-meta"]
 
@@ -184,12 +185,12 @@ def test_on_a_mac_it_is_the_macs_setup(tmp_path: Path) -> None:
     mac = Place(tmp_path, MAC)
     mac.python()
     code, out, err = mac.run("setup_local", CHECKS="3")
-    assert (code, out.splitlines()[:2]) == (3, ["found macOS: scripts/setup_m4.sh", "making .venv with Python 3.11.0"])
-    assert err == "the environment is ready, and the checks found what is still to do before a training (above)\n"
+    assert (code, out.splitlines()[:2]) == (3, ["found macOS; running scripts/setup_m4.sh", MAKING.splitlines()[0]])
+    assert err == "the environment is ready, but checks failed (see above); fix them before training\n"
 
 
-DOCKER = "docs/h100.md has its lines; nothing is installed here by itself"
-POD = "Docker is not here: docs/h100.md has four lines for a rented pod, which is a container itself"
+DOCKER = "nothing was installed; follow docs/h100.md"
+POD = "nothing was installed, and Docker is missing; on a rented pod, follow 'A rented pod' in docs/h100.md"
 
 
 @pytest.mark.parametrize(("has_docker", "advice"), [(True, DOCKER), (False, POD)])
@@ -200,7 +201,7 @@ def test_on_a_machine_with_an_nvidia_gpu_it_says_where_the_lines_are(
     place.program("nvidia-smi", "echo 'NVIDIA H100 80GB HBM3'; echo 'NVIDIA H100 80GB HBM3'")
     if has_docker:
         place.program("docker", "exit 0")
-    wanted = f"found NVIDIA H100 80GB HBM3: this machine is for --config h100\n{advice}\n"
+    wanted = f"found NVIDIA H100 80GB HBM3; train here with --config h100\n{advice}\n"
     assert place.run("setup_local") == (0, wanted, "")
     assert not (place.folder / ".venv").exists()
     assert "\n## A rented pod\n" in (ROOT / "docs" / "h100.md").read_text(encoding="utf-8")
@@ -210,12 +211,12 @@ def test_on_a_machine_with_an_nvidia_gpu_it_says_where_the_lines_are(
 def test_on_any_other_linux_it_is_the_environment_of_the_demo(linux: Place, nvidia: str) -> None:
     if nvidia == "broken":
         linux.program("nvidia-smi", "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9")
-    found = "found Linux on x86_64 without an NVIDIA driver: the demo on its CPU\n"
+    found = "found Linux on x86_64 without an NVIDIA driver; setting up the CPU demo\n"
     ready = "the environment is ready in .venv; next: scripts/quickstart.sh\n"
     assert linux.run("setup_local") == (0, found + MAKING + ready, "")
 
 
 def test_on_another_system_it_is_exit_2(tmp_path: Path) -> None:
     place = Place(tmp_path, LINUX | {"system": "MINGW64_NT-10.0"})
-    wanted = "found MINGW64_NT-10.0 on x86_64: this program runs on Linux and macOS; on Windows, in WSL 2\n"
+    wanted = "found MINGW64_NT-10.0 on x86_64; this program needs Linux or macOS (on Windows, use WSL 2)\n"
     assert place.run("setup_local") == (2, "", wanted)
