@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Runs a command as the owner of adapters/, with no capability and no way to get one: the entry point of every service.
+# The entry point of every service: runs a command as the owner of adapters/, without capabilities or a way to gain any.
 #   as-owner COMMAND [ARGUMENT...]
-# A container that compose.yaml gave a UID runs as that user from the start, and nothing is left to do here.
-# Root needs SETUID and SETGID for it. Ends with 2 where no user can be found who may write adapters.
+# If UID is set, compose.yaml starts the container as that user, and this script only runs the command.
+# Root needs SETUID and SETGID to switch. Exits with 2 if the owner is root or unknown and root cannot write adapters.
 set -euo pipefail
 adapters=/app/adapters
 
 refuse() {
   cat >&2 <<TEXT
-adapters belongs to user $user here, and this container's root may not write it: its mode, or a share that takes root's rights away (root_squash)
-  make it yours:                  sudo chown -R "\$(id -u):\$(id -g)" adapters
+adapters belongs to user $user in this container, and root cannot write it (its mode, or a network share with root_squash)
+  to make it yours, type:         sudo chown -R "\$(id -u):\$(id -g)" adapters
   or, if you can write it, type:  (echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env
 TEXT
   exit 2
 }
 
-may_write() {  # a mount that is read-only on purpose, as TensorBoard's, is no reason to refuse
+may_write() {  # a mount that is meant to be read-only, such as TensorBoard's, passes too
   local made
   made=$(mktemp "$adapters/.as-owner.XXXXXX" 2>&1) || { [[ $made == *'Read-only file system'* ]]; return; }
   rm "$made"
@@ -23,11 +23,11 @@ may_write() {  # a mount that is read-only on purpose, as TensorBoard's, is no r
 
 if (($(id -u) != 0)); then exec "$@"; fi
 user=$(stat --format %u "$adapters") group=$(stat --format %g "$adapters")
-if ((user != 0 && user != 65534)); then  # 65534 stands for whoever has no number in this container
+if ((user != 0 && user != 65534)); then  # 65534 (nobody): the owner has no id in this container
   exec setpriv --reuid "$user" --regid "$group" --clear-groups --inh-caps=-all --no-new-privs "$@"
 fi
 may_write || refuse
-# Only a change of user makes setpriv drop them, and root stays root. Without new privileges, exec gives none back.
+# setpriv drops capabilities only when it changes the user. With no_new_privs, exec cannot restore them.
 exec python -I -c '
 import ctypes, os, sys
 

@@ -168,7 +168,7 @@ def test_a_kept_wheel_is_taken_without_a_compiler_or_torch_and_can_be_handed_on(
     done = subprocess.run(words, cwd=project.folder, capture_output=True, text=True, check=False)
     wheel.unlink()
     assert done.returncode == 0, done.stderr
-    assert f"flash-attn: taken from docker/wheels: {name}" in done.stderr
+    assert f"flash-attn: using docker/wheels/{name}" in done.stderr
     assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {name: kept}
 
 

@@ -144,9 +144,9 @@ def test_adapters_that_root_may_not_write_are_refused_with_what_to_type(owner: i
     os.chown(project.adapters, UID, UID)
     assert done.returncode == 2
     assert done.stderr == (
-        f"adapters belongs to user {owner} here, and this container's root may not write it: its mode, or a share that "
-        "takes root's rights away (root_squash)\n"
-        '  make it yours:                  sudo chown -R "$(id -u):$(id -g)" adapters\n'
+        f"adapters belongs to user {owner} in this container, and root cannot write it (its mode, or a network share "
+        "with root_squash)\n"
+        '  to make it yours, type:         sudo chown -R "$(id -u):$(id -g)" adapters\n'
         "  or, if you can write it, type:  (echo; id -u | sed s/^/UID=/; id -g | sed s/^/GID=/) >> .env\n"
     )
     assert shown.returncode == 0  # it is given adapters to read

@@ -17,8 +17,8 @@ from support.shell_scripts import Programs, found
 TOOLS = ("bash", "cp", "dirname", "mkdir", "mktemp", "mv", "rmdir", "sed")
 VERSION = "2.8.3.post2"
 WHEEL = f"flash_attn-{VERSION}-2.10.0torch.sm90-cp311-cp311-linux_x86_64.whl"
-WHOLE = "give a whole number from 1, or leave it empty\n"
-MISSING = f"flash-attn: not in docker/wheels, so compiled: {WHEEL}\n"
+WHOLE = "set it to a whole number from 1, or leave it empty\n"
+MISSING = f"flash-attn: docker/wheels has no {WHEEL}; compiling it\n"
 
 # Tells the version of torch and of itself; builds a wheel as flash-attn names it; tags it; records all else of a build.
 PYTHON = """\
@@ -104,7 +104,7 @@ def test_as_many_files_at_once_as_there_are_cores_and_as_memory_holds(
 ) -> None:
     place.machine(cores, free_gib)
     done = place.run()
-    how = f"files at once: {jobs} ({cores} cores; {int(free_gib)} GiB of memory free, up to 7 GiB a file)"
+    how = f"files compiled at once: {jobs} ({cores} cores; {int(free_gib)} GiB of memory free, up to 7 GiB per file)"
     assert (done.stdout, done.stderr) == (f"wheels/{WHEEL}\n", f"{MISSING}flash-attn: {how}\n")
     assert place.log.read_text(encoding="utf-8").splitlines()[1] == f"TRUE 90 1 {jobs}"
 
@@ -112,8 +112,8 @@ def test_as_many_files_at_once_as_there_are_cores_and_as_memory_holds(
 def test_too_little_memory_for_one_file_is_said_and_one_is_compiled(place: Place) -> None:
     place.machine(cores=4, free_gib=6.5)
     assert place.run().stderr == (
-        f"{MISSING}flash-attn: files at once: 1 (4 cores; 6 GiB of memory free, up to 7 GiB a file)\n"
-        "flash-attn: one file may take more memory than is free: where a compiler is killed, add memory or swap\n"
+        f"{MISSING}flash-attn: files compiled at once: 1 (4 cores; 6 GiB of memory free, up to 7 GiB per file)\n"
+        "flash-attn: one file may need more than the free memory; if a compiler is killed, add memory or swap\n"
     )
 
 
@@ -138,15 +138,15 @@ def test_several_threads_of_a_compiler_take_the_memory_of_as_many_files(place: P
     done = place.run(NVCC_THREADS="2", FLASH_ATTN_CUDA_ARCHS="80;90")
     wheel = WHEEL.replace("sm90", "sm80.90")
     assert done.stderr == (
-        f"flash-attn: not in docker/wheels, so compiled: {wheel}\n"
-        "flash-attn: files at once: 4 (12 cores; 64 GiB of memory free, up to 14 GiB a file)\n"
+        f"flash-attn: docker/wheels has no {wheel}; compiling it\n"
+        "flash-attn: files compiled at once: 4 (12 cores; 64 GiB of memory free, up to 14 GiB per file)\n"
     )
     assert place.log.read_text(encoding="utf-8").splitlines()[1] == "TRUE 80;90 2 4"
 
 
 def test_max_jobs_is_taken_as_given(place: Place) -> None:
     done = place.run(MAX_JOBS="20")
-    assert "flash-attn: files at once: 20, as MAX_JOBS says\n" in done.stderr
+    assert "flash-attn: files compiled at once: 20 (set by MAX_JOBS)\n" in done.stderr
     assert place.log.read_text(encoding="utf-8").splitlines()[1] == "TRUE 90 1 20"
 
 
@@ -164,7 +164,7 @@ def test_a_wheel_that_fits_the_locked_torch_is_taken_without_a_compiler_or_torch
     place.own_wheel(WHEEL)
     (place.programs / "nvcc").unlink()
     done = place.run(TORCH="")
-    assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
+    assert (done.returncode, done.stderr) == (0, f"flash-attn: using docker/wheels/{WHEEL}\n")
     assert place.wheels() == {WHEEL: "yours"}
     assert not place.log.exists()
 
@@ -181,7 +181,8 @@ def test_a_wheel_for_something_else_is_named_and_not_taken(place: Place, other: 
     place.own_wheel(other)
     done = place.run(MAX_JOBS="1")
     assert done.stderr == (
-        f"flash-attn: does not fit: docker/wheels/{other}\n{MISSING}flash-attn: files at once: 1, as MAX_JOBS says\n"
+        f"flash-attn: ignoring docker/wheels/{other}, whose name does not match\n"
+        f"{MISSING}flash-attn: files compiled at once: 1 (set by MAX_JOBS)\n"
     )
     assert place.wheels() == {WHEEL: "compiled"}
 
@@ -189,7 +190,7 @@ def test_a_wheel_for_something_else_is_named_and_not_taken(place: Place, other: 
 def test_a_wheel_that_lies_where_it_is_wanted_stays_there(place: Place) -> None:
     place.own_wheel(WHEEL)
     done = place.run("docker/wheels")
-    assert (done.returncode, done.stderr) == (0, f"flash-attn: taken from docker/wheels: {WHEEL}\n")
+    assert (done.returncode, done.stderr) == (0, f"flash-attn: using docker/wheels/{WHEEL}\n")
     assert done.stdout == f"docker/wheels/{WHEEL}\n"
 
 
@@ -198,7 +199,7 @@ def test_the_wheels_name_is_that_of_this_torch_this_python_and_this_processor(pl
     wheel = f"flash_attn-{VERSION}-2.9.1torch.sm90-cp312-cp312-linux_aarch64.whl"
     place.own_wheel(wheel)
     done = place.run(TORCH="2.9.1", MINOR="12")
-    assert done.stderr == f"flash-attn: taken from docker/wheels: {wheel}\n"
+    assert done.stderr == f"flash-attn: using docker/wheels/{wheel}\n"
 
 
 def test_skip_leaves_an_empty_folder_and_needs_neither_python_nor_nvcc(place: Place) -> None:
@@ -206,14 +207,14 @@ def test_skip_leaves_an_empty_folder_and_needs_neither_python_nor_nvcc(place: Pl
     (place.programs / "nvcc").unlink()
     (place.programs / "python").unlink()
     done = place.run(FLASH_ATTN="skip")
-    assert (done.returncode, done.stderr) == (0, "flash-attn: left out, as FLASH_ATTN=skip says\n")
+    assert (done.returncode, done.stderr) == (0, "flash-attn: skipped, because FLASH_ATTN=skip is set\n")
     assert place.wheels() == {}
 
 
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        ((), {"FLASH_ATTN": "yes"}, 'flash-attn: FLASH_ATTN is "yes"; give build or skip\n'),
+        ((), {"FLASH_ATTN": "yes"}, 'flash-attn: FLASH_ATTN is "yes"; set it to build or skip\n'),
         ((), {"NVCC_THREADS": "0"}, f'flash-attn: NVCC_THREADS is "0"; {WHOLE}'),
         ((), {"MAX_JOBS": "1.5"}, f'{MISSING}flash-attn: MAX_JOBS is "1.5"; {WHOLE}'),
         (("wheels", "more"), {}, "flash-attn: usage: docker/flash_attn.sh FOLDER\n"),
@@ -230,7 +231,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_built(
 def test_without_torch_it_ends_with_a_code_of_its_own_and_says_what_to_install(place: Place) -> None:
     done = place.run(TORCH="")
     install = "python -m pip install --require-hashes -r requirements/flash-attn.lock"
-    said = f"flash-attn: no {WHEEL} in docker/wheels; to compile it: {install}\n"
+    said = f"flash-attn: docker/wheels has no {WHEEL}; to compile it, first type: {install}\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert place.wheels() == {}
 
@@ -238,13 +239,13 @@ def test_without_torch_it_ends_with_a_code_of_its_own_and_says_what_to_install(p
 def test_without_nvcc_it_says_what_to_install(place: Place) -> None:
     (place.programs / "nvcc").unlink()
     done = place.run()
-    said = "no nvcc on PATH or in CUDA_HOME; install the CUDA 12.1 toolkit, or give FLASH_ATTN=skip"
+    said = "no nvcc on PATH or in CUDA_HOME; install the CUDA 12.1 toolkit, or set FLASH_ATTN=skip"
     assert (done.returncode, done.stderr) == (2, f"{MISSING}flash-attn: {said}\n")
 
 
 def test_a_compile_that_fails_leaves_no_wheel_and_says_what_it_may_be(place: Place) -> None:
     done = place.run(KILLED="yes")
-    said = "not compiled; where a compiler was killed, memory ran out: give a MAX_JOBS below 9, or add memory or swap"
+    said = "compiling failed; if a compiler was killed, memory ran out: set MAX_JOBS below 9, or add memory or swap"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"flash-attn: {said}")
     assert place.wheels() == {}
 
