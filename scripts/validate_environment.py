@@ -1,4 +1,4 @@
-"""Run every check possible before training, on this machine, for one config: what was found and what to type."""
+"""Check this machine for one config before training; print what was found and what to type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.config.load import load_config
 from finetune.machine.inspect import read_machine
 from finetune.terminal import Terminal
 
-# Which checks check_imports_remote, check_imports_m4 and check_gpu select.
+# The checks that check_imports_remote, check_imports_m4 and check_gpu run.
 REMOTE = ("libraries", "gpu.torch", "device.flash_attention")
 M4 = ("libraries", "mac.torch", "device.qlora")
 GPU = ("gpu", "mac", "device")
@@ -82,7 +82,7 @@ def main() -> None:
     if options.list:
         list_checks(terminal, options.json)
         return
-    checks.expand("--skip", options.skip)  # before anything is read: a typo must not wait
+    checks.expand("--skip", options.skip)  # first, to report a typo at once
     config, source = load_config(options.config, options.set)
     if options.receipt:
         read_receipt(options.receipt)

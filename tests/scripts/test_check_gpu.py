@@ -57,10 +57,10 @@ OTHER = ", an NVIDIA GPU but not an H100: hours and memory differ"
 @pytest.mark.parametrize(
     ("machine", "torch", "wanted"),
     [
-        (EIGHT, H100_TORCH, "accelerator: NVIDIA H100 80GB HBM3 (the first of 8)\n  79.6 GiB on it, 79.1 free\nconfig: "
-            "configs/training_config_h100.yaml (found NVIDIA H100 80GB HBM3)\nPyTorch: 2.10.0+cu128 for CUDA 12.8 sees "
-            "the GPU\n"),
-        (T4, LINUX_TORCH, f"accelerator: Tesla T4{OTHER}\n  15.0 GiB on it, 14.7 free\nconfig: "
+        (EIGHT, H100_TORCH, "accelerator: NVIDIA H100 80GB HBM3 (the first of 8)\n  79.6 GiB of GPU memory, 79.1 free\n"
+            "config: configs/training_config_h100.yaml (found NVIDIA H100 80GB HBM3)\nPyTorch: 2.10.0+cu128 for CUDA "
+            "12.8 sees the GPU\n"),
+        (T4, LINUX_TORCH, f"accelerator: Tesla T4{OTHER}\n  15.0 GiB of GPU memory, 14.7 free\nconfig: "
             "configs/training_config_h100.yaml (found Tesla T4)\nPyTorch: 2.13.0+cpu without CUDA sees no GPU\n"),
         (GH200, Torch("2.10.0+cu128", built_for="12.8"), f"accelerator: NVIDIA GH200 480GB{OTHER}\n  573.0 GiB of "
             "memory, 500.0 free\nconfig: configs/training_config_h100.yaml (found NVIDIA GH200 480GB)\nPyTorch: "
@@ -131,7 +131,7 @@ def test_a_broken_torch_is_told_after_what_is_known_without_it(here: dict[str, s
     assert (done.returncode, done.stdout, done.stderr) == (
         3,
         "accelerator: NVIDIA H100 80GB HBM3\n"
-        "  79.6 GiB on it, 79.1 free\n"
+        "  79.6 GiB of GPU memory, 79.1 free\n"
         "config: configs/training_config_h100.yaml (found NVIDIA H100 80GB HBM3)\n",
         "torch cannot be imported: libcudart.so.12: cannot open; "
         f"type: {PYTHON} -m pip install --require-hashes -r requirements/h100.lock\n",

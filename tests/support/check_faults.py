@@ -297,7 +297,7 @@ NEW_VENV = "rm -r .venv; scripts/make_venv.sh"
 COPY = "copy the folder again, or --set model.name=mistralai/Mistral-7B-Instruct-v0.2"
 LOCAL = "or put its files in a folder: --set model.name=FOLDER"
 ARCHES = (
-    "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or --set "
+    "flash-attn built for 9.0 does not run on this GPU: rebuild it with FLASH_ATTN_CUDA_ARCHS, or --set "
     "model.attn_implementation=torch_varlen"
 )
 MARKS = "export PYTORCH_MPS_LOW_WATERMARK_RATIO=1.0 PYTORCH_MPS_HIGH_WATERMARK_RATIO=1.2"
@@ -481,7 +481,7 @@ FAULTS = (
                "sudo apt install nvidia-driver-570-server, then restart; or --config cpu for the demo")),
     fault("no driver in a container", "h100", lambda b: b.has(driver=None, gpus=()),
           fail("gpu.driver", "nvidia-smi is missing or does not answer: no working NVIDIA driver",
-               "docker compose run --rm validate asks for the GPU; on a rented pod: choose one with a GPU")),
+               "docker compose run --rm validate, which requests the GPU; on a rented pod: choose one with a GPU")),
     fault("a driver of 2021", "h100", lambda b: b.has(driver="470.256.02"),
           fail("gpu.driver", "driver 470.256.02; CUDA 12 needs 525 or newer",
                "sudo apt install nvidia-driver-570-server, then restart (on the host, not in a container)")),
@@ -493,10 +493,10 @@ FAULTS = (
     fault("the driver is there, and torch sees no GPU", "h100",
           lambda b: b.torch_says(sees_nvidia=False, capability=None),
           fail("gpu.torch", "torch 2.10.0+cu128 for CUDA 12.8 sees no GPU; the driver is 550.90.07",
-               "unset CUDA_VISIBLE_DEVICES; else update the driver or restart the machine")),
+               "unset CUDA_VISIBLE_DEVICES; if that fails, update the driver or restart the machine")),
     fault("an A100 with 80 GB", "h100", lambda b: ampere(b, A100_80),
           warn("gpu.device",
-               "NVIDIA A100-SXM4-80GB, compute capability 8.0; hours and settings are for an H100 (9.0)",
+               "NVIDIA A100-SXM4-80GB, compute capability 8.0; settings and time estimates are for an H100 (9.0)",
                ARCHES)),
     fault("a batch that 24 GB do not hold", "h100",
           lambda b: (ada(b, RTX_4090), b.set("training.per_device_train_batch_size=16")),
@@ -505,27 +505,27 @@ FAULTS = (
                f"{LESS}; {ARCHES}"),
           fail("gpu.memory", "PEAK GiB expected, 23.5 GiB free of 24.0", LESS)),
     fault("a T4, which has no bfloat16", "h100", lambda b: (b.has(T4), b.torch_says(capability=(7, 5))),
-          fail("gpu.device", "Tesla T4, compute capability 7.5; it has no bfloat16",
-               "rent an H100, or another GPU of compute capability 8.0 or more")),
+          fail("gpu.device", "Tesla T4, compute capability 7.5; it lacks bfloat16",
+               "rent an H100, or another GPU of compute capability 8.0 or higher")),
     fault("a GPU that is full", "h100", lambda b: b.has(gpu_free_gib=9.0),
           fail("gpu.memory", "PEAK GiB expected, 9.0 GiB free of 79.6",
-               "end the programs that nvidia-smi lists on the host, or --set "
+               "stop the programs that nvidia-smi lists on the host, or --set "
                "training.per_device_train_batch_size=2 --set training.gradient_accumulation_steps=8")),
     fault("a GPU that is quite full", "h100", lambda b: b.has(gpu_free_gib=2.0),
           fail("gpu.memory", "PEAK GiB expected, 2.0 GiB free of 79.6",
-               "end the programs that nvidia-smi lists on the host")),
+               "stop the programs that nvidia-smi lists on the host")),
     fault("another program on the GPU", "h100", lambda b: b.has(gpu_processes=BUSY[:1], gpu_free_gib=17.5),
           warn("gpu.processes", "1 other program on the GPU: 4711 python 61.5 GiB",
-               "kill 4711, if yours: it takes time and memory from the run")),
+               "kill 4711, if yours; other programs slow the run and use its memory")),
     fault("other programs fill the GPU", "h100", lambda b: b.has(gpu_processes=BUSY, gpu_free_gib=2.0),
           fail("gpu.memory", "PEAK GiB expected, 2.0 GiB free of 79.6",
                "kill 4711 4712, if yours"),
           warn("gpu.processes", "2 other programs on the GPU: 4711 python 61.5 GiB, 4712 /usr/bin/ollama",
-               "kill 4711 4712, if yours: it takes time and memory from the run")),
+               "kill 4711 4712, if yours; other programs slow the run and use its memory")),
     fault("no compiler", "h100", lambda b: (b.folder / "bin" / "gcc").unlink(),
-          fail("gpu.compiler", "no C compiler, which Triton's kernels need", "sudo apt install build-essential")),
+          fail("gpu.compiler", "no C compiler; Triton needs one for its kernels", "sudo apt install build-essential")),
     fault("no Python headers", "h100", lambda b: (b.folder / "Python.h").unlink(),
-          fail("gpu.compiler", "no Python.h, which Triton's kernels need", "sudo apt install python3.11-dev")),
+          fail("gpu.compiler", "no Python.h; Triton needs it for its kernels", "sudo apt install python3.11-dev")),
 
     # The Mac
     fault("torch is built without MPS", "m4",

@@ -22,7 +22,7 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 def _driver(preflight: Preflight) -> Finding:
     absent = f"{DRIVER}; or --config cpu for the demo"
     if preflight.machine.container:
-        validate = "docker compose run --rm validate asks for the GPU; on a rented pod: choose one with a GPU"
+        validate = "docker compose run --rm validate, which requests the GPU; on a rented pod: choose one with a GPU"
         absent = advice(validate, "on the host: ./scripts/check_docker.py")
     return nvidia_driver(preflight.machine, absent, f"{DRIVER} (on the host, not in a container)")
 
@@ -35,7 +35,7 @@ def _cuda(preflight: Preflight) -> Finding:
         return failed(f"torch {found.version} is built for CUDA {found.built_for}, expected 12.1 or newer", fix)
     if not found.sees_nvidia:
         text = f"torch {found.version} for CUDA {found.built_for} sees no GPU; the driver is {preflight.machine.driver}"
-        return failed(text, "unset CUDA_VISIBLE_DEVICES; else update the driver or restart the machine")
+        return failed(text, "unset CUDA_VISIBLE_DEVICES; if that fails, update the driver or restart the machine")
     return passed(f"torch {found.version} for CUDA {found.built_for} sees the GPU")
 
 
@@ -46,22 +46,22 @@ def _device(preflight: Preflight) -> Finding:
     name = machine.gpus[0] if machine.gpus else "an NVIDIA GPU"
     found = f"{name}, compute capability {capability[0]}.{capability[1]}"
     if len(machine.gpus) > 1:
-        found += f", the first of {len(machine.gpus)}; only it is used"
+        found += f", the first of {len(machine.gpus)}; only this one is used"
     if capability < AMPERE:
-        return failed(f"{found}; it has no bfloat16", "rent an H100, or another GPU of compute capability 8.0 or more")
+        return failed(f"{found}; it lacks bfloat16", "rent an H100, or another GPU of compute capability 8.0 or higher")
     if capability != HOPPER:
         return _another_gpu(preflight, found)
     return passed(found)
 
 
 def _another_gpu(preflight: Preflight, found: str) -> Finding:
-    """Warn about a GPU that is not an H100, with what does not fit on it."""
+    """Warn about a GPU that is not an H100, and report what does not fit on it."""
     total_gib = preflight.machine.gpu_memory_gib
     fitting = compare(preflight.config, preflight.geometry, {"in total": total_gib} if total_gib else {})
-    arches = "a flash-attn built for 9.0 does not run on it: build it for this GPU (FLASH_ATTN_CUDA_ARCHS), or "
+    arches = "flash-attn built for 9.0 does not run on this GPU: rebuild it with FLASH_ATTN_CUDA_ARCHS, or "
     arches += "--set model.attn_implementation=torch_varlen"
     if fitting.fits:
-        return warned(f"{found}; hours and settings are for an H100 (9.0)", arches)
+        return warned(f"{found}; settings and time estimates are for an H100 (9.0)", arches)
     return warned(f"{found}; {fitting.found}", f"{fitting.fix()}; {arches}" if fitting.change else fitting.fix())
 
 
@@ -75,7 +75,7 @@ def _memory(preflight: Preflight) -> Finding:
         return failed(fitting.found, fitting.fix())
     if machine.gpu_processes:
         return failed(fitting.found, fitting.fix(f"{_kill(machine.gpu_processes)}, if yours"))
-    return failed(fitting.found, fitting.fix("end the programs that nvidia-smi lists on the host"))
+    return failed(fitting.found, fitting.fix("stop the programs that nvidia-smi lists on the host"))
 
 
 def _processes(preflight: Preflight) -> Finding:
@@ -84,7 +84,7 @@ def _processes(preflight: Preflight) -> Finding:
         return passed("no other program on the GPU")
     each = (f"{it.pid} {it.name}" + (f" {it.memory_gib:.1f} GiB" if it.memory_gib else "") for it in others)
     text = f"{len(others)} other program{'s' * (len(others) != 1)} on the GPU: {', '.join(each)}"
-    return warned(text, f"{_kill(others)}, if yours: it takes time and memory from the run")
+    return warned(text, f"{_kill(others)}, if yours; other programs slow the run and use its memory")
 
 
 def _kill(processes: tuple[GpuProcess, ...]) -> str:
@@ -94,10 +94,10 @@ def _kill(processes: tuple[GpuProcess, ...]) -> str:
 def _compiler(preflight: Preflight) -> Finding:
     found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if found is None:
-        return failed("no C compiler, which Triton's kernels need", "sudo apt install build-essential")
+        return failed("no C compiler; Triton needs one for its kernels", "sudo apt install build-essential")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         version = sysconfig.get_python_version()
-        return failed("no Python.h, which Triton's kernels need", f"sudo apt install python{version}-dev")
+        return failed("no Python.h; Triton needs it for its kernels", f"sudo apt install python{version}-dev")
     return passed(f"{found}, with Python's headers")
 
 
